@@ -1,0 +1,61 @@
+"""Find and understand subnetworks of transformer language models.
+
+Load a model and a text, count the n-gram target, find the weights that reproduce it, and check what was found:
+
+    model  = bc.load_model("reference")
+    corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
+    target = bc.count_ngrams(corpus.train, order=2, d_vocab=model.cfg.d_vocab)
+    found  = bc.find_subnetwork(model, target, corpus)
+    print(bc.evaluate(model, found.subnetwork, target, corpus.held_out))
+
+Names are loaded when first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigram_circuits.corpus import Corpus, load_corpus
+    from bigram_circuits.evaluation import Evaluation, evaluate
+    from bigram_circuits.masking import gated, masked
+    from bigram_circuits.metrics import Faithfulness
+    from bigram_circuits.models import ActivationPoint, activation_points, load_model
+    from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
+    from bigram_circuits.runs import Run, load_run
+    from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
+    from bigram_circuits.subnetwork import Count, Subnetwork
+    from bigram_circuits.targets import Target
+    from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "corpus": ("Corpus", "load_corpus"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "masking": ("gated", "masked"),
+    "metrics": ("Faithfulness",),
+    "models": ("ActivationPoint", "activation_points", "load_model"),
+    "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
+    "runs": ("Run", "load_run"),
+    "sites": ("WeightSite", "weight_hash", "weight_sites"),
+    "subnetwork": ("Count", "Subnetwork"),
+    "targets": ("Target",),
+    "training": ("FoundSubnetwork", "SparsifyConfig", "find_subnetwork"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted([  # noqa: PLE0604 (spelled out below for type checkers)
+    *_HOME_OF
+])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

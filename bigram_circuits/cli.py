@@ -1,0 +1,277 @@
+"""The command line: parsing and wiring only. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """examples:
+  bigram-circuits find                                    the bigram subnetwork of the reference model
+  bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
+  bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
+  bigram-circuits evaluate runs/mine
+  bigram-circuits hooks reference"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 the work failed, 2 the arguments are wrong, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt as stop:
+        return _say(str(stop) or "interrupted", 130)
+    except (ValueError, OSError, MemoryError) as error:
+        if arguments.traceback:
+            raise
+        return _say(f"error: {_one_line(error)}", 1)
+
+
+def _say(line: str, code: int) -> int:
+    print(f"bigram-circuits: {line}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    from bigram_circuits import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="bigram-circuits",
+        description="Find and understand subnetworks of transformer language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    shared.add_argument("--traceback", action="store_true", help="show where an error arose")
+
+    find = commands.add_parser("find", parents=[shared], help="find a subnetwork, evaluate it, save the run")
+    find.set_defaults(command=_find)
+    find.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder (default: reference)")
+    find.add_argument("--revision", metavar="R", help="revision of a hub model, for example step1000")
+    find.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model's weights")
+    find.add_argument("--corpus", default="reference", metavar="SOURCE", help="'reference', a file or folder of text, or a dataset")
+    find.add_argument("--context-length", type=_whole(2), metavar="N", help="tokens in a sequence (default: 128)")
+    find.add_argument("--max-tokens", type=_whole(1), metavar="N", help="read at most so much of the corpus")
+    find.add_argument("--order", type=int, choices=(1, 2, 3), default=2, help="of the n-gram target (default: 2, bigrams)")
+    size = find.add_mutually_exclusive_group()
+    size.add_argument("--sparsity-weight", type=_number(0), metavar="X", help="penalty on kept weights (default: 10)")
+    size.add_argument("--target-fraction", type=_number(0), metavar="X", help="keep exactly this share of the weights")
+    find.add_argument("--recipe", choices=("default", "paper"), default="default", help="ours, or the published one")
+    find.add_argument("--steps", type=_whole(1), metavar="N", help="at most so many training steps")
+    find.add_argument("--batch-size", type=_whole(1), metavar="N", help="sequences in a step")
+    find.add_argument("--learning-rate", type=_number(0), metavar="X", help="of the masks' scores")
+    find.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the data order (default: 0)")
+    find.add_argument("--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)")
+    find.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)")
+    find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
+
+    evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("run", type=Path, help="the run's folder")
+    evaluate.add_argument("--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)")
+
+    hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
+    hooks.set_defaults(command=_hooks)
+    hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
+    hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
+    return parser
+
+
+# --- find ---
+
+
+def _find(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    config = _config(arguments)
+    from bigram_circuits.corpus import load_corpus
+    from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.models import load_model
+    from bigram_circuits.ngrams import count_ngrams
+    from bigram_circuits.runs import RunFolder
+    from bigram_circuits.training import find_subnetwork, run_settings
+
+    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
+    corpus = load_corpus(
+        arguments.corpus,
+        tokenizer=model.tokenizer,
+        context_length=arguments.context_length,
+        max_tokens=arguments.max_tokens,
+    )
+    target = count_ngrams(corpus.train, arguments.order, d_vocab=model.cfg.d_vocab)
+    settings = run_settings(model, target, corpus, config)
+    out = arguments.out or _default_folder(arguments.model, settings)
+    rebuild = {
+        "model": {"name": arguments.model, "revision": arguments.revision, "dtype": arguments.dtype},
+        "corpus": {
+            "source": arguments.corpus,
+            "context_length": arguments.context_length,
+            "max_tokens": arguments.max_tokens,
+        },
+        "order": arguments.order,
+    }
+    folder = RunFolder.open(out, settings, resume=not arguments.fresh, rebuild=rebuild)
+    print(f"model   {arguments.model}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}, {model.cfg.device}")
+    print(f"text    {corpus!r}")
+    print(f"target  {target!r}")
+    print(f"run     {out}{' (found before; --fresh starts over)' if folder.is_finished else ''}", flush=True)
+    found = find_subnetwork(model, target, corpus, config, run_dir=out)
+    evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+    folder.write_metrics(evaluation.to_json())
+    print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n")
+    stopped = {"decided": "nearly all gates were decided", "max_steps": "the most steps allowed were done"}
+    print(
+        f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
+        f"{stopped.get(found.stopped_because, 'it stayed unstable in every attempt: do not trust it')}"
+    )
+    print(f"{time.monotonic() - started:.0f} s in all; files in {out}/: {', '.join(folder.files())}")
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """The recipe; a value it refuses is a wrong argument."""
+    from bigram_circuits.training import SparsifyConfig
+
+    changes: dict[str, Any] = {"seed": arguments.seed}
+    options = {
+        "sparsity_weight": arguments.sparsity_weight,
+        "target_fraction": arguments.target_fraction,
+        "max_steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+    }
+    changes |= {name: value for name, value in options.items() if value is not None}
+    try:
+        return SparsifyConfig.paper(**changes) if arguments.recipe == "paper" else SparsifyConfig(**changes)
+    except ValueError as error:
+        raise SystemExit(_say(f"error: {error}", 2)) from error
+
+
+def _default_folder(model: str, settings: Any) -> Path:
+    """One folder for one set of settings, so that the same command continues the same run."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return Path("runs") / f"{name}-{digest}"
+
+
+def _where(subnetwork: Any) -> str:
+    """Where the kept weights are, by layer and component: share of all kept weights, and of the component's own."""
+    counts = subnetwork.by_component()
+    components = sorted({component for _, component in counts})
+    lines = ["where the kept weights are (share of them; in brackets, share of the component that is kept)"]
+    lines.append(f"{'layer':<8}" + "".join(f"{component:>20}" for component in components))
+    for layer in sorted({layer for layer, _ in counts}):
+        cells = [
+            f"{100 * counts[layer, c].kept / max(subnetwork.kept, 1):.1f}% ({100 * counts[layer, c].fraction:.2f}%)"
+            for c in components
+        ]
+        lines.append(f"{layer:<8}" + "".join(f"{cell:>20}" for cell in cells))
+    totals = [sum(n.kept for (_, c), n in counts.items() if c == component) for component in components]
+    shares = [f"{100 * total / max(subnetwork.kept, 1):.1f}%" for total in totals]
+    lines.append(f"{'all':<8}" + "".join(f"{share:>20}" for share in shares))
+    return "\n".join(lines)
+
+
+# --- evaluate, hooks ---
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.corpus import load_corpus
+    from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.models import load_model
+    from bigram_circuits.ngrams import count_ngrams
+    from bigram_circuits.runs import RunFolder, load_run
+    from bigram_circuits.subnetwork import Subnetwork
+
+    run = load_run(arguments.run)
+    if run.rebuild is None:
+        raise ValueError(f"the run in {str(arguments.run)!r} was made in Python from objects: evaluate it there")
+    model = load_model(**run.rebuild["model"], device=arguments.device)
+    corpus = load_corpus(**run.rebuild["corpus"], tokenizer=model.tokenizer)
+    if corpus.fingerprint != run.settings["corpus"]["fingerprint"]:
+        print(
+            f"bigram-circuits: note: the text of {corpus.source!r} is not what the run was made on "
+            f"(fingerprint {corpus.fingerprint}, then {run.settings['corpus']['fingerprint']})",
+            file=sys.stderr,
+        )
+    target = count_ngrams(corpus.train, run.rebuild["order"], d_vocab=model.cfg.d_vocab)
+    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
+    evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+    RunFolder(run.path).write_metrics(evaluation.to_json())
+    print(f"{evaluation}\n\n{_where(subnetwork)}")
+    return 0
+
+
+def _hooks(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.models import activation_points, load_model, weight_sites
+
+    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    print("activation points (run_with_cache, run_with_hooks)")
+    for point in activation_points(model):
+        axes = "not reached" if point.axes is None else " ".join(point.axes)
+        shape = "" if point.shape is None else " ".join(map(str, point.shape))
+        also = f"  = {', '.join(point.aliases)}" if point.aliases else ""
+        print(f"  {point.name:<36} {axes:<28} {shape:<24}{also}".rstrip())
+    sites = weight_sites(model)
+    print(f"\nmaskable weights ({sum(site.size for site in sites):,})")
+    for site in sites:
+        print(f"  {site.name:<36} {site.axes:<28} {' '.join(map(str, site.shape))}")
+    return 0
+
+
+# --- argument types ---
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _number(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+        return value
+
+    return parse
+
+
+def _silence() -> None:
+    """A closed pipe (`| head`) is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run() -> None:
+    """Entry point of the command `bigram-circuits`."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence()
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,296 @@
+"""One definition of faithfulness, for training, analysis and the command line.
+
+A subnetwork's numbers mean nothing alone, so `evaluate` measures its controls on the same text beside it: the full
+model, the empty subnetwork, the complement (is the subnetwork necessary?), matched random subnetworks and their
+complements, and a magnitude subnetwork. Batches are streamed; what stays is one row of sums per sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits import metrics
+from bigram_circuits.corpus import in_order
+from bigram_circuits.masking import masked
+from bigram_circuits.metrics import Faithfulness
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets import check_target, entropy, top1
+
+Interval = tuple[float, float]
+_TOKENS_AT_ONCE = 1 << 12  # in one forward pass,
+_LOGITS_AT_ONCE = 1 << 26  # if that is at most so many logits: 256 MiB of float32
+
+ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A subnetwork and its controls, on the same held-out text."""
+
+    subnetwork: Faithfulness
+    """The model with only the subnetwork's weights."""
+    full: Faithfulness | None
+    """The whole model; this and what follows are None if evaluated without controls."""
+    empty: Faithfulness | None
+    """The model with no maskable weight."""
+    complement: Faithfulness | None
+    """The whole model without the subnetwork."""
+    random: tuple[Faithfulness, ...]
+    """Matched random subnetworks, one for each seed."""
+    full_minus_random: tuple[Faithfulness, ...]
+    """The whole model without each of these."""
+    magnitude: Faithfulness | None
+    """The largest weights, as many in every matrix as the subnetwork keeps."""
+    intervals: Mapping[str, Mapping[str, Interval]]
+    """95% bootstrap intervals over sequences: condition -> quantity -> (low, high)."""
+    advantage: Mapping[str, Interval]
+    """95% paired bootstrap intervals of the subnetwork's correlation less a control's, by control."""
+    positions: int
+    """Next-token positions evaluated."""
+    used: int
+    """Of these, the ones that enter the correlations, by the zero-probability rule."""
+
+    @property
+    def necessity(self) -> tuple[float, float]:
+        """How much the model's loss rises, nats: without the subnetwork, and without a matched random one (mean)."""
+        if self.full is None or self.complement is None:
+            return (math.nan, math.nan)
+        random = float(np.mean([one.mean_surprisal for one in self.full_minus_random]))
+        return self.complement.mean_surprisal - self.full.mean_surprisal, random - self.full.mean_surprisal
+
+    @property
+    def verdict(self) -> str:
+        """In words: which controls the subnetwork's correlation beats, and whether the model needs it."""
+        return _verdict(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of a run's `metrics.json`."""
+        one = {name: getattr(self, name) for name in ("subnetwork", "full", "empty", "complement", "magnitude")}
+        return {
+            **{name: None if value is None else value.to_json() for name, value in one.items()},
+            "random": _spread(self.random),
+            "full_minus_random": _spread(self.full_minus_random),
+            "zero_rule": {"positions": self.positions, "used": self.used, "share": self.used / self.positions, "rule": ZERO_RULE},
+            "intervals": {name: {k: _json_pair(v) for k, v in of.items()} for name, of in self.intervals.items()},
+            "advantage": {name: _json_pair(pair) for name, pair in self.advantage.items()},
+            "verdict": self.verdict,
+        }
+
+    def rows(self) -> Iterator[tuple[str, Faithfulness]]:
+        """(name, numbers) of the subnetwork and every control; the random ones as means over seeds."""
+        yield "subnetwork", self.subnetwork
+        for name in ("full", "empty", "complement", "magnitude"):
+            if (value := getattr(self, name)) is not None:
+                yield name, value
+        if self.random:
+            yield "random", _mean(self.random)
+            yield "full - random", _mean(self.full_minus_random)
+
+    def to_dataframe(self) -> Any:
+        """A pandas table: a row for the subnetwork and every control, the random ones as means over seeds."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(value) for _, value in self.rows()], index=[name for name, _ in self.rows()])
+
+    def __str__(self) -> str:
+        head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
+        lines = [head]
+        for name, value in self.rows():
+            low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
+            pair = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+            r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
+            lines.append(
+                f"{name:<15}{r:>8}{pair:>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}{value.mean_surprisal:>8.3f}"
+                f"{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}{100 * value.fraction:>7.2f}%"
+            )
+        lines.append("")
+        lines.append(
+            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out positions "
+            f"({100 * self.used / self.positions:.1f}%) where the target's probability is above 0."
+        )
+        lines.append("CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.")
+        if self.full is not None:
+            lines.append(self.verdict)
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: Any,
+    subnetwork: Subnetwork,
+    target: Any,
+    tokens: Int[np.ndarray, "sequence position"] | Int[Tensor, "sequence position"],
+    *,
+    controls: bool = True,
+    seeds: int = 3,
+) -> Evaluation:
+    """Measure how faithfully a subnetwork reproduces a target, with its controls beside it.
+
+    Args:
+        model: From `load_model`; the same weights the subnetwork was made for.
+        subnetwork: What to keep.
+        target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
+        tokens: Held-out token ids [sequence, position].
+        controls: Also measure the full model, the empty subnetwork, the complement, matched random subnetworks,
+            the full model without each of these, and the magnitude subnetwork.
+        seeds: Number of matched random subnetworks.
+
+    Raises:
+        ValueError: If shapes or vocabularies do not agree, there is no held-out text, or a model's surprisal is not
+            finite.
+    """
+    array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
+        raise ValueError(f"held-out tokens have shape {array.shape} but should be [sequence, position], at least [1, 2]")
+    if controls and seeds < 1:
+        raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
+    check_target(target, model.cfg.d_vocab)
+    subnetwork.check_fits(model)
+    conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
+    sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
+    with tqdm(total=len(conditions) * len(array), desc="evaluating", unit="sequence", delay=2, leave=False) as bar:
+        for name, condition in conditions.items():
+            bar.set_postfix_str(name)
+            sums[name] = _sums(model, condition, target, array, bar)
+    measured = {
+        name: metrics.faithfulness(rows, conditions[name].kept, subnetwork.total) for name, rows in sums.items()
+    }
+    draws = {name: metrics.bootstrap(rows) for name, rows in sums.items()}
+    random = tuple(value for name, value in measured.items() if name.startswith("random "))
+    without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
+    return Evaluation(
+        subnetwork=measured["subnetwork"],
+        full=measured.get("full"),
+        empty=measured.get("empty"),
+        complement=measured.get("complement"),
+        random=random,
+        full_minus_random=without,
+        magnitude=measured.get("magnitude"),
+        intervals={name: _intervals(rows) for name, rows in draws.items()},
+        advantage={
+            name: metrics.interval(metrics.correlation(draws["subnetwork"]) - metrics.correlation(rows))
+            for name, rows in draws.items()
+            if name in ("full", "empty", "magnitude") or name.startswith("random ")
+        },
+        positions=int(sums["subnetwork"][:, metrics.COLUMNS.index("positions")].sum()),
+        used=int(sums["subnetwork"][:, metrics.COLUMNS.index("used")].sum()),
+    )
+
+
+def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tuple[str, Subnetwork]]:
+    yield "subnetwork", subnetwork
+    yield "full", Subnetwork.full(model)
+    yield "empty", Subnetwork.empty(model)
+    yield "complement", ~subnetwork
+    yield "magnitude", Subnetwork.magnitude(model, like=subnetwork)
+    for seed in range(seeds):
+        random = subnetwork.random_like(seed=seed)
+        yield f"random {seed}", random
+        yield f"full - random {seed}", ~random
+
+
+def _sums(
+    model: Any, subnetwork: Subnetwork, target: Any, tokens: Int[np.ndarray, "sequence position"], bar: Any
+) -> Float[np.ndarray, "sequence column"]:
+    """One row of sums for each sequence (`metrics.COLUMNS`), from one pass over the text."""
+    at_once = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // model.cfg.d_vocab)
+    batch_size = max(1, at_once // tokens.shape[1])
+    whole = subnetwork.kept == subnetwork.total
+    rows = []
+    with torch.inference_mode(), nullcontext() if whole else masked(model, subnetwork):
+        for cpu_batch in in_order(tokens, batch_size):
+            batch = cpu_batch.to(model.cfg.device)
+            rows.append(_batch_sums(model(batch), target, batch))
+            bar.update(len(batch))
+    return np.concatenate(rows)
+
+
+def _batch_sums(
+    logits: Float[Tensor, "batch pos d_vocab"], target: Any, tokens: Int[Tensor, "batch pos"]
+) -> Float[np.ndarray, "batch column"]:
+    x = metrics.surprisals(logits, tokens).double()
+    if not torch.isfinite(x).all():
+        raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
+    y = target.surprisal(tokens).to(x)
+    used = torch.isfinite(y)
+    x_used, y_used = x * used, torch.where(used, y, 0.0)
+    cross_entropy = target.cross_entropy(logits, tokens).double()
+    kl = cross_entropy - entropy(target, tokens).to(cross_entropy)
+    best = top1(target, tokens)
+    agree = torch.full_like(kl, torch.nan) if best is None else (logits.argmax(-1) == best).double()
+    columns = (
+        used.double(), x_used, y_used, x_used**2, y_used**2, x_used * y_used, torch.ones_like(x), x,
+        torch.ones_like(kl), cross_entropy, kl, agree,
+    )  # fmt: skip
+    return torch.stack([column.sum(1) for column in columns], 1).cpu().numpy()
+
+
+def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
+    return {
+        "surprisal_correlation": metrics.interval(metrics.correlation(draws)),
+        "cross_entropy": metrics.interval(metrics.mean(draws, "cross_entropy")),
+        "mean_surprisal": metrics.interval(metrics.mean(draws, "surprisal")),
+    }
+
+
+def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:
+    first = asdict(values[0])
+    means = {key: float(np.mean([asdict(value)[key] for value in values])) for key in first}
+    return Faithfulness(**(means | {"kept": first["kept"], "total": first["total"]}))
+
+
+def _spread(values: tuple[Faithfulness, ...]) -> dict[str, Any] | None:
+    """Mean and sample standard deviation over seeds, and each seed's own numbers."""
+    if not values:
+        return None
+    rows = [asdict(value) for value in values]
+    table = np.array([list(row.values()) for row in rows], dtype=float)
+    std = table.std(0, ddof=1) if len(rows) > 1 else np.full(table.shape[1], np.nan)
+    return {
+        "mean": _mean(values).to_json(),
+        "std": {key: _json_number(v) for key, v in zip(rows[0], std, strict=True)},
+        "seeds": [{"seed": seed, **value.to_json()} for seed, value in enumerate(values)],
+    }
+
+
+def _json_number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _json_pair(pair: Interval) -> list[float | None]:
+    return [_json_number(pair[0]), _json_number(pair[1])]
+
+
+def _verdict(evaluation: Evaluation) -> str:
+    """A control is beaten when the paired interval of the difference in correlation lies above 0."""
+    own = evaluation.subnetwork.surprisal_correlation
+    if math.isnan(own):
+        return "Verdict: the subnetwork's correlation with the target is undefined."
+    if not evaluation.advantage:
+        return "Verdict: evaluated without controls, so nothing is shown."
+    groups = {"full model": "full", "empty subnetwork": "empty", "magnitude": "magnitude", "matched random": "random "}
+    beaten, unbeaten = [], []
+    for label, prefix in groups.items():
+        pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
+        # an undefined control correlation (its surprisal is constant) carries no information about the target
+        won = all(math.isnan(low) or low > 0 for low, _ in pairs)
+        (beaten if won else unbeaten).append(label)
+    words = []
+    if beaten:
+        words.append(f"r is above that of: {', '.join(beaten)} (95% paired intervals)")
+    if unbeaten:
+        words.append(f"r is NOT shown to be above that of: {', '.join(unbeaten)}")
+    rise, random_rise = evaluation.necessity
+    words.append(
+        f"dropping it raises the model's loss by {rise:.2f} nats, dropping a matched random one by {random_rise:.2f}"
+    )
+    return f"Verdict: {'; '.join(words)}."

@@ -1,0 +1,110 @@
+"""How close a model's predictions are to a target's: sums over each sequence, and the statistics made from them.
+
+Everything that is averaged or correlated over held-out text is kept as one row of sums per sequence. That is all a
+bootstrap over sequences needs, so intervals cost no further forward pass and no per-token array is ever stored.
+
+Zero-probability rule: surprisals are compared only where the target's probability of the actual next token is
+above 0 (elsewhere its surprisal is infinite); `used` and `positions` say how many that are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_LOGITS_AT_ONCE = 1 << 22  # float32 copies of logits are made in pieces of 16 MiB
+
+COLUMNS = ("used", "x", "y", "xx", "yy", "xy", "positions", "surprisal", "places", "cross_entropy", "kl", "agree")
+"""Sums over one sequence: `used` next-token positions enter the correlation of x (the model's surprisal) with y (the
+target's); `positions` next-token positions in all; `places` positions with a prediction."""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """How well one (masked) model does what the target says. Surprisal, CE and KL in nats; nan where undefined."""
+
+    surprisal_correlation: float
+    """Pearson r between the model's and the target's surprisal of the actual next token, zero-probability rule."""
+    cross_entropy: float
+    """Mean CE from the target's distribution to the model's."""
+    kl: float
+    """Mean KL from the target's distribution to the model's: `cross_entropy` less the target's entropy."""
+    mean_surprisal: float
+    """The model's own next-token loss; its exponential is the perplexity."""
+    top1_agreement: float
+    """Share of positions where the model's most likely token is the target's."""
+    kept: int
+    """Weights kept."""
+    total: int
+    """Maskable weights."""
+    fraction: float
+    """kept / total."""
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """A dictionary in which an undefined number is None."""
+        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
+
+
+def surprisals(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """-log softmax(logits) of the actual next token, nats, float32, without a second tensor the size of the logits."""
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    following = tokens[:, 1:].reshape(-1).to(logits.device, torch.long)
+    rows = max(1, _LOGITS_AT_ONCE // flat.shape[1])
+    lse = torch.cat([part.float().logsumexp(-1) for part in flat.split(rows)])
+    return (lse - flat.gather(1, following[:, None]).squeeze(1).float()).view(len(tokens), -1)
+
+
+def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+    """Pearson r from (added-up) rows of sums; nan where it is undefined (fewer than 2 positions, or a constant)."""
+    n, x, y, xx, yy, xy = (sums[..., COLUMNS.index(name)] for name in ("used", "x", "y", "xx", "yy", "xy"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        var_x, var_y, cov = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2, xy / n - x * y / n**2
+        rounding = 1e-12
+        constant = (n < 2) | (var_x <= rounding * (xx / n)) | (var_y <= rounding * (yy / n))
+        return np.where(constant, np.nan, cov / np.sqrt(np.where(constant, 1.0, var_x * var_y)))
+
+
+def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
+    """A mean per position from (added-up) rows of sums, by its column name."""
+    count = "positions" if name == "surprisal" else "places"
+    return sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)]
+
+
+def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: int) -> Faithfulness:
+    """The statistics over all sequences."""
+    whole = sums.sum(0)
+    return Faithfulness(
+        surprisal_correlation=float(correlation(whole)),
+        cross_entropy=float(mean(whole, "cross_entropy")),
+        kl=float(mean(whole, "kl")),
+        mean_surprisal=float(mean(whole, "surprisal")),
+        top1_agreement=float(mean(whole, "agree")),
+        kept=kept,
+        total=total,
+        fraction=kept / total,
+    )
+
+
+def bootstrap(sums: Float[np.ndarray, "sequence column"], *, draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw column"]:
+    """Added-up rows of `draws` resamples of the sequences, with replacement (Efron 1979).
+
+    The same seed resamples the same sequences, so draws of two models on the same text are paired.
+    """
+    rng = np.random.default_rng(seed)
+    share = np.full(len(sums), 1 / len(sums))
+    return np.stack([rng.multinomial(len(sums), share) @ sums for _ in range(draws)])
+
+
+def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws; (nan, nan) if a draw is undefined."""
+    if np.isnan(values).any():
+        return (math.nan, math.nan)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high))

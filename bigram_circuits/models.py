@@ -1,0 +1,215 @@
+"""The one door to TransformerLens: load a hooked model, list its maskable weights and its activation points."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
+
+__all__ = ["ActivationPoint", "WeightSite", "activation_points", "load_model", "weight_hash", "weight_sites"]
+
+REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_model(
+    name: str | Path = "reference",
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, on its raw weights.
+
+    Args:
+        name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
+            written by `save_pretrained` with a model and a tokenizer.
+        revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
+        device: Where to put it; CUDA if there is any, else the CPU.
+        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 if not given.
+
+    Raises:
+        FileNotFoundError: If `name` is a path to nothing, or to a folder without a model or a tokenizer.
+        OSError: If the hub cannot be reached, or has no such model or revision.
+        ValueError: If an argument is wrong, TransformerLens does not know the architecture, or the tokenizer has
+            more tokens than the model's vocabulary.
+    """
+    folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
+    precision = _precision(dtype)
+    if _is_local(folder):
+        _check_folder(Path(folder))
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
+    else:
+        _check_hub(folder, revision)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+        model = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
+    if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
+        raise ValueError(
+            f"the tokenizer of {str(name)!r} has {len(model.tokenizer)} tokens, more than the model's vocabulary of "
+            f"{model.cfg.d_vocab}: they do not belong together"
+        )
+    model.cfg.model_name = str(name)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class ActivationPoint:
+    """One hook point."""
+
+    name: str
+    """Its name, for `run_with_cache` and `run_with_hooks`."""
+    axes: tuple[str, ...] | None
+    """Names of its axes, for example `("batch", "pos", "d_model")`; None if the forward pass does not reach it."""
+    shape: tuple[int | str, ...] | None
+    """Sizes of its axes, with `batch` and `pos` by name; None if the forward pass does not reach it."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same point, for example `blocks.0.hook_resid_post`."""
+
+
+def activation_points(model: Any) -> tuple[ActivationPoint, ...]:
+    """Every hook point of a model, in the order of the forward pass, with named axes (found by running it)."""
+    first, second = _shapes(model, batch=2, pos=3), _shapes(model, batch=3, pos=5)
+    aliases: dict[int, list[str]] = {}
+    for alias, point in model.hook_dict.items():
+        aliases.setdefault(id(point), []).append(alias)
+    for alias in getattr(model, "_collect_hook_aliases_from_registry", dict)():
+        with contextlib.suppress(AttributeError, KeyError):
+            aliases.setdefault(id(_hook_at(model, alias)), []).append(alias)
+    points = []
+    for name, point in model.hook_dict.items():
+        others = tuple(sorted(set(aliases[id(point)]) - {name}))
+        if name not in first:
+            points.append(ActivationPoint(name, None, None, others))
+            continue
+        axes = _axes(model.cfg, first[name], second[name])
+        shape = tuple(
+            axis if axis in ("batch", "pos") else size for axis, size in zip(axes, first[name], strict=True)
+        )
+        points.append(ActivationPoint(name, axes, shape, others))
+    return tuple(points)
+
+
+def _shapes(model: Any, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]:
+    """The shape of what passes each hook point, from one forward pass of `batch` x `pos` tokens."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(value: Any, hook: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            shapes[hook.name] = tuple(value.shape)
+
+    tokens = torch.zeros(batch, pos, dtype=torch.long, device=model.cfg.device)
+    with torch.inference_mode():
+        model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(lambda _: True, record)])
+    return shapes
+
+
+def _axes(cfg: Any, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[str, ...]:
+    """Names for the axes of a shape: by whether they change with the input, then by size, from the last backwards."""
+    names: list[str] = []
+    heads = {cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads}
+    for place in reversed(range(len(first))):
+        size = first[place]
+        if size != second[place]:
+            names.append("batch" if (size, second[place]) == (2, 3) else "pos")
+        elif place == len(first) - 1:
+            last = {cfg.d_head: "d_head", cfg.d_vocab: "d_vocab", cfg.d_mlp: "d_mlp", cfg.d_model: "d_model"}
+            names.append(last.get(size, "feature"))
+        else:
+            names.append("head" if size in heads else "one" if size == 1 else "feature")
+    return tuple(reversed(names))
+
+
+def _hook_at(model: Any, path: str) -> Any:
+    part = model
+    for name in path.split("."):
+        part = part[int(name)] if name.isdigit() else getattr(part, name)
+    return part
+
+
+# --- what can go wrong, in one line each ---
+
+
+def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as float32 or bfloat16, not {dtype!r}")
+    return found
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {str(folder)!r}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the folder {str(folder)!r} is not a model: it has no config.json")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"the folder {str(folder)!r} has no tokenizer: put one there with tokenizer.save_pretrained({str(folder)!r})"
+        )
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once, so that a wrong name or a missing network is said at once and not after many retries."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return  # downloaded before: no network is needed
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise OSError(f"the model {name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE)")
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'") from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"the model {name!r} has no revision {revision!r}") from error
+    except GatedRepoError as error:
+        raise OSError(f"the model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(f"there is no model {name!r} on the hub, and no folder of that name here") from error
+    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+        raise OSError(
+            f"cannot reach the model hub to load {name!r}, which is not a folder here nor downloaded already "
+            f"({type(error).__name__}); without a network, use 'reference' or a local folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn the many-line complaints of the loading libraries into one line that says what failed."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what}: {reason.strip()}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,411 @@
+"""The n-gram distribution of a corpus: a counter that accumulates, and the frozen table it yields.
+
+Counting. An n-gram of token ids is one integer key in base `d_vocab`. A chunk of keys is sorted and its runs are
+measured; sorted runs of chunks are merged when they have grown to the same size, so each key is moved a logarithmic
+number of times and memory holds the distinct n-grams and one chunk, whatever the length of the text.
+
+The table. P(next | context) by maximum likelihood, with backoff in one direction only (Chang and Bergen 2025): a
+context never seen gets the distribution of the next shorter context, down to the unigram distribution; a context that
+was seen gives probability 0 to a next token never seen after it. Only the tokens seen after a context are stored, and
+the loss against logits is computed from these sparse rows:
+
+    CE = logsumexp(logits) - sum over v with P(v) > 0 of P(v) * logits[v]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.files import whole_file
+
+_CHUNK_TOKENS = 1 << 24
+_GATHERED_AT_ONCE = 1 << 22  # row entries gathered from the logits at once: 16 MiB of float32
+_FORMAT = "bigram_circuits.ngrams/1"
+
+Tokens = Int[Tensor, "batch pos"] | Int[np.ndarray, "batch pos"]
+
+
+def count_ngrams(
+    tokens: Int[np.ndarray, "sequence position"] | Int[Tensor, "sequence position"], order: int = 2, *, d_vocab: int
+) -> NGramTable:
+    """Count n-grams within sequences and return the frozen table of P(next | the `order - 1` tokens before).
+
+    Args:
+        tokens: Integer token ids [sequence, position], in memory or memory-mapped; never joined across sequences.
+        order: 1 (unigrams), 2 (bigrams) or 3 (trigrams).
+        d_vocab: Size of the vocabulary, the model's: `model.cfg.d_vocab`.
+
+    Raises:
+        ValueError: If the order is not 1, 2 or 3, a token is outside the vocabulary, or no n-gram fits in the text.
+    """
+    counter = NGramCounter(order, d_vocab)
+    array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
+    if array.ndim != 2:
+        raise ValueError(f"tokens have shape {array.shape} but should be [sequence, position]")
+    rows = max(1, _CHUNK_TOKENS // max(1, array.shape[1]))
+    with tqdm(total=array.size, unit="token", unit_scale=True, desc="counting", delay=2, leave=False) as bar:
+        for start in range(0, len(array), rows):
+            chunk = array[start : start + rows]
+            counter.add(chunk)
+            bar.update(chunk.size)
+    return counter.freeze()
+
+
+class NGramCounter:
+    """Accumulates counts of all n-grams up to `order`; `freeze()` yields the table."""
+
+    def __init__(self, order: int, d_vocab: int) -> None:
+        if order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, not {order!r}")
+        if d_vocab < 1 or d_vocab**order > 2**63:
+            raise ValueError(f"cannot count {order}-grams over a vocabulary of {d_vocab}")
+        self.order = order
+        self.d_vocab = d_vocab
+        self._runs: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(order)]
+
+    def add(self, tokens: Int[np.ndarray, "sequence position"]) -> None:
+        """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
+        if tokens.size == 0:
+            return
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= self.d_vocab:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.d_vocab} (ids 0 to {self.d_vocab - 1})")
+        for n, runs in enumerate(self._runs, start=1):
+            keys = _keys(tokens, n, self.d_vocab)
+            if keys.size:
+                runs.append(_run_lengths(keys))
+            while len(runs) > 1 and len(runs[-2][0]) <= 2 * len(runs[-1][0]):
+                runs.append(_merge(runs.pop(), runs.pop()))
+
+    def freeze(self) -> NGramTable:
+        """The table of everything counted so far. Raises ValueError if that is no n-gram of the full order."""
+        if not self._runs[-1]:
+            raise ValueError(f"the text has no {self.order}-gram: every sequence is shorter than {self.order} tokens")
+        levels = []
+        for runs in self._runs:
+            while len(runs) > 1:
+                runs.append(_merge(runs.pop(), runs.pop()))
+            levels.append(_level(*runs[0], self.d_vocab))
+        return NGramTable(order=self.order, d_vocab=self.d_vocab, levels=tuple(levels))
+
+
+def _keys(tokens: Int[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
+    """All n-grams as integers in base `d_vocab`, first token most significant; the smallest type that sorts fast."""
+    dtype = np.uint32 if d_vocab**n <= 2**32 else np.uint64
+    length = tokens.shape[1] - n + 1
+    if length < 1:
+        return np.zeros(0, dtype)
+    keys = tokens[:, :length].astype(dtype)
+    for offset in range(1, n):
+        keys *= dtype(d_vocab)
+        np.add(keys, tokens[:, offset : offset + length], out=keys, casting="unsafe")
+    return keys.reshape(-1)
+
+
+def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct keys in order, and how often each occurs. Sorts `keys` in place."""
+    keys.sort()
+    starts = _starts(keys)
+    return keys[starts], np.diff(starts, append=len(keys))
+
+
+def _merge(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Add two sorted lists of (distinct keys, counts)."""
+    keys = np.concatenate([first[0], second[0]])
+    order = np.argsort(keys, kind="stable")  # linear time on two sorted halves
+    keys = keys[order]
+    starts = _starts(keys)
+    return keys[starts], np.add.reduceat(np.concatenate([first[1], second[1]])[order], starts)
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where each run of equal values begins."""
+    return np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Sparse rows of P(next | context) for contexts of one length."""
+
+    contexts: Int[Tensor, " context"]
+    """int64 keys of the contexts seen, in order; one key, 0, for the empty context."""
+    offsets: Int[Tensor, " context_and_end"]
+    """int64: row i of `tokens` and `probs` is `offsets[i]` to `offsets[i + 1]`."""
+    tokens: Int[Tensor, " entry"]
+    """int32 next tokens, in order within a row."""
+    probs: Float[Tensor, " entry"]
+    """float32 probabilities; every row sums to 1."""
+    entropy: Float[Tensor, " context"]
+    """float32 entropy of each row, nats."""
+    top: Int[Tensor, " context"]
+    """int32 most likely next token of each row (of equals, the lowest)."""
+
+
+def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> Level:
+    contexts, tokens = np.divmod(keys, keys.dtype.type(d_vocab))
+    starts = _starts(contexts)
+    totals = np.add.reduceat(counts, starts)
+    lengths = np.diff(starts, append=len(keys))
+    probs = counts / np.repeat(totals, lengths)
+    best = np.maximum.reduceat(counts, starts)
+    is_best = np.flatnonzero(counts == np.repeat(best, lengths))
+    first_best = is_best[np.searchsorted(is_best, starts)]
+    return Level(
+        contexts=torch.from_numpy(contexts[starts].astype(np.int64)),
+        offsets=torch.from_numpy(np.append(starts, len(keys)).astype(np.int64)),
+        tokens=torch.from_numpy(tokens.astype(np.int32)),
+        probs=torch.from_numpy(probs.astype(np.float32)),
+        entropy=torch.from_numpy(-np.add.reduceat(probs * np.log(probs), starts).astype(np.float32) + 0.0),
+        top=torch.from_numpy(tokens[first_best].astype(np.int32)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NGramTable:
+    """P(next | previous `order - 1` tokens) as sparse rows, with backoff for contexts never seen.
+
+    A target for `find_subnetwork` and `evaluate`. At a position with fewer tokens before it than the order needs,
+    the longest context there is counts. All results are on the device of what was passed in, in nats.
+    """
+
+    order: int
+    """Tokens in an n-gram: 1, 2 or 3."""
+    d_vocab: int
+    """Size of the vocabulary."""
+    levels: tuple[Level, ...]
+    """Level i holds the contexts of i tokens."""
+
+    @property
+    def n_entries(self) -> int:
+        """Distinct n-grams of the full order."""
+        return len(self.levels[-1].tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the whole table: equal exactly when all its rows are equal."""
+        digest = hashlib.blake2b(f"{self.order} {self.d_vocab}".encode(), digest_size=16)
+        for level in self.levels:
+            for tensor in (level.contexts, level.offsets, level.tokens, level.probs):
+                digest.update(tensor.cpu().numpy())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        contexts = len(self.levels[-1].contexts)
+        return (
+            f"NGramTable(order={self.order}, d_vocab={self.d_vocab:,}: {self.n_entries:,} {self.order}-grams "
+            f"of {contexts:,} contexts)"
+        )
+
+    def log_probs(self, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:
+        """log P(next | context ending at each position), dense: for looking at, not for training."""
+        tokens = self._checked(tokens)
+        position, token, prob = self._entries(self._rows(tokens))
+        dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, device=tokens.device)
+        dense[position, token] = prob.log()
+        return dense.view(*tokens.shape, self.d_vocab)
+
+    def surprisal(self, tokens: Tokens) -> Float[Tensor, "batch pos_minus_1"]:
+        """-log P(actual next token), for all positions but the last; inf where that probability is 0."""
+        tokens = self._checked(tokens)
+        return -self._prob(self._rows(tokens[:, :-1]), tokens[:, 1:].reshape(-1)).log().view(len(tokens), -1)
+
+    def entropy(self, tokens: Tokens) -> Float[Tensor, "batch pos"]:
+        """Entropy of the distribution at each position; CE minus this is KL."""
+        return self._per_row(tokens, "entropy")
+
+    def top1(self, tokens: Tokens) -> Int[Tensor, "batch pos"]:
+        """The most likely next token at each position."""
+        return self._per_row(tokens, "top").long()
+
+    def cross_entropy(self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Tokens) -> Float[Tensor, "batch pos"]:
+        """CE(P(. | context), softmax(logits)) at each position, from the sparse rows. Differentiable in `logits`.
+
+        Raises:
+            ValueError: If the logits' last axis is not this table's vocabulary, or their positions not the tokens'.
+        """
+        tokens = self._checked(tokens)
+        if logits.shape != (*tokens.shape, self.d_vocab):
+            raise ValueError(
+                f"logits have shape {tuple(logits.shape)} but should have shape {(*tokens.shape, self.d_vocab)}, "
+                f"given tokens {tuple(tokens.shape)} and a table counted over a vocabulary of {self.d_vocab}"
+            )
+        rows = self._rows(tokens.to(logits.device))
+        flat = logits.reshape(-1, self.d_vocab)
+        return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as one safetensors file."""
+        tensors = {
+            f"level_{index}.{name}": getattr(level, name).cpu()
+            for index, level in enumerate(self.levels)
+            for name in Level.__annotations__
+        }
+        metadata = {"format": _FORMAT, "order": str(self.order), "d_vocab": str(self.d_vocab)}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NGramTable:
+        """Read what `save` wrote. Raises ValueError if the file is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
+                order = int(metadata["order"])
+                levels = tuple(
+                    Level(**{name: file.get_tensor(f"level_{index}.{name}") for name in Level.__annotations__})
+                    for index in range(order)
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not an n-gram table: {error}") from error
+        return cls(order=order, d_vocab=int(metadata["d_vocab"]), levels=levels)
+
+    # A row is addressed by (level, index in that level); `_rows` gives both for every position, flat.
+
+    def _checked(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+        tensor = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
+        if tensor.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tensor.shape)} but should be [batch, pos]")
+        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= self.d_vocab):
+            raise ValueError(
+                f"tokens run from {int(tensor.min())} to {int(tensor.max())}, but this table was counted over a "
+                f"vocabulary of {self.d_vocab}"
+            )
+        return tensor.long()
+
+    def _rows(self, tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]:
+        """The longest context seen at each position: its level and its row there."""
+        level = torch.zeros_like(tokens)
+        row = torch.zeros_like(tokens)
+        key = torch.zeros_like(tokens)
+        for length in range(1, self.order):
+            # the key of the last `length` tokens; positions before that many tokens keep what they have
+            older = torch.zeros_like(tokens)
+            older[:, length - 1 :] = tokens[:, : tokens.shape[1] - length + 1]
+            key = key + older * self.d_vocab ** (length - 1)
+            contexts = self._on(length, "contexts", tokens.device)
+            index = torch.searchsorted(contexts, key).clamp(max=len(contexts) - 1)
+            seen = contexts[index] == key
+            seen[:, : length - 1] = False
+            level = torch.where(seen, length, level)
+            row = torch.where(seen, index, row)
+        return level.reshape(-1), row.reshape(-1)
+
+    def _entries(
+        self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]
+    ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]:
+        """All entries of the given rows: (which of the rows, next token, probability)."""
+        level, row = rows
+        parts = []
+        for number in range(self.order):
+            position = (level == number).nonzero().squeeze(1)
+            if len(position) == 0:
+                continue
+            offsets = self._on(number, "offsets", row.device)
+            start, end = offsets[row[position]], offsets[row[position] + 1]
+            lengths = end - start
+            first = lengths.cumsum(0) - lengths
+            entry = torch.arange(int(lengths.sum()), device=row.device) + (start - first).repeat_interleave(lengths)
+            parts.append(
+                (
+                    position.repeat_interleave(lengths),
+                    self._on(number, "tokens", row.device)[entry].long(),
+                    self._on(number, "probs", row.device)[entry],
+                )
+            )
+        position, token, prob = (torch.cat(part) for part in zip(*parts, strict=True))
+        return position, token, prob
+
+    def _entry_chunks(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]) -> Any:
+        """`_entries` of consecutive stretches of rows, each of a bounded number of entries (or of one row)."""
+        level, row = rows
+        lengths = torch.zeros_like(row)
+        for number in range(self.order):
+            offsets = self._on(number, "offsets", row.device)
+            here = level == number
+            lengths[here] = (offsets[row[here] + 1]) - offsets[row[here]]
+        stretch = lengths.cumsum(0) // _GATHERED_AT_ONCE
+        bounds = [0, *(torch.unique_consecutive(stretch, return_counts=True)[1].cumsum(0).tolist())]
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            position, token, prob = self._entries((level[start:end], row[start:end]))
+            yield position + start, token, prob
+
+    def _prob(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]], following: Int[Tensor, " flat"]) -> Any:
+        """P(following | row): a binary search for the token within the row, for all rows at once."""
+        level, row = rows
+        result = torch.zeros(len(row), device=row.device)
+        for number in range(self.order):
+            here = (level == number).nonzero().squeeze(1)
+            if len(here) == 0:
+                continue
+            offsets = self._on(number, "offsets", row.device)
+            tokens = self._on(number, "tokens", row.device)
+            low, end = offsets[row[here]], offsets[row[here] + 1]
+            high = end.clone()
+            wanted = following[here]
+            for _ in range(int((high - low).max()).bit_length()):
+                middle = (low + high) // 2
+                below = tokens[middle.clamp(max=len(tokens) - 1)] < wanted
+                searching = low < high
+                low = torch.where(searching & below, middle + 1, low)
+                high = torch.where(searching & ~below, middle, high)
+            found = (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == wanted)
+            result[here[found]] = self._on(number, "probs", row.device)[low[found]]
+        return result
+
+    def _per_row(self, tokens: Tokens, name: str) -> Tensor:
+        tokens = self._checked(tokens)
+        level, row = self._rows(tokens)
+        stacked = torch.stack([self._on(n, name, tokens.device)[row.clamp(max=len(self.levels[n].contexts) - 1)] for n in range(self.order)])
+        return stacked.gather(0, level[None]).view(tokens.shape)
+
+    def _on(self, number: int, name: str, device: torch.device) -> Tensor:
+        """A level's tensor on a device, copied there once."""
+        tensor = getattr(self.levels[number], name)
+        if tensor.device == device:
+            return tensor
+        copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
+        key = (number, name, device)
+        if key not in copies:
+            copies[key] = tensor.to(device)
+        return copies[key]
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """logsumexp(logits) - sum of P * logits over a row's entries; gradient softmax(logits) - P, in one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, table: NGramTable, rows: tuple[Tensor, Tensor]) -> Tensor:
+        rows_at_once = max(1, _GATHERED_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
+        lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
+        expected = torch.zeros_like(lse)
+        for position, token, prob in table._entry_chunks(rows):
+            expected.index_add_(0, position, logits[position, token].float() * prob)
+        ctx.save_for_backward(logits, lse)
+        ctx.table, ctx.rows = table, rows
+        return lse - expected
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, lse = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad = (logits.float() - lse[:, None]).exp_()
+        for position, token, prob in ctx.table._entry_chunks(ctx.rows):
+            flat = position * grad.shape[1] + token  # every (position, token) occurs once
+            grad.view(-1)[flat] -= prob
+        grad *= grad_output[:, None]
+        return grad.to(logits.dtype), None, None

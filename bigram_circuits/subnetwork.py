@@ -1,0 +1,358 @@
+"""A subnetwork: an immutable set of the maskable weights of a model, as a value.
+
+Every mask lives bit-packed (one bit a weight, in memory as on disk), so set algebra and counts are byte operations,
+and reading a mask gives a fresh tensor that cannot change the subnetwork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from bigram_circuits.files import whole_file
+from bigram_circuits.sites import weight_hash, weight_sites
+
+_FORMAT = "bigram_circuits.subnetwork/1"
+_HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
+
+
+class Count(NamedTuple):
+    """Weights kept out of all there are."""
+
+    kept: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """kept / total."""
+        return self.kept / self.total
+
+
+class Subnetwork(Mapping[str, Tensor]):
+    """An immutable mapping from canonical weight names to boolean masks: True where the weight is kept.
+
+    `a & b`, `a | b`, `a - b` and `~a` are set operations on subnetworks of the same shapes; `==` compares them.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, Bool[Tensor, "..."]], *, model_name: str | None = None, weight_hash: str | None = None
+    ) -> None:
+        """Take masks by canonical name. Raises ValueError if there are none or one is not boolean."""
+        if not masks:
+            raise ValueError("a subnetwork needs at least one weight matrix")
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} has dtype {mask.dtype} but should be torch.bool")
+        shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        packed = {name: np.packbits(mask.numpy(force=True)) for name, mask in masks.items()}
+        self._set(shapes, packed, model_name, weight_hash)
+
+    def _set(self, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None) -> None:
+        for bits in packed.values():
+            bits.setflags(write=False)
+        self._shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(shapes))
+        self._packed: Mapping[str, np.ndarray] = MappingProxyType(packed)
+        self._counts = {name: int(np.bitwise_count(bits).sum()) for name, bits in packed.items()}
+        self.model_name = model_name
+        self.weight_hash = weight_hash
+
+    @classmethod
+    def _from_packed(
+        cls, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None
+    ) -> Subnetwork:
+        subnetwork = cls.__new__(cls)
+        subnetwork._set(shapes, packed, model_name, weight_hash)
+        return subnetwork
+
+    # --- constructors from a model ---
+
+    @classmethod
+    def full(cls, model: Any) -> Subnetwork:
+        """All maskable weights of a model."""
+        return cls._constant(model, True)
+
+    @classmethod
+    def empty(cls, model: Any) -> Subnetwork:
+        """None of them: what is left is embeddings, unembedding, normalisation and biases."""
+        return cls._constant(model, False)
+
+    @classmethod
+    def _constant(cls, model: Any, value: bool) -> Subnetwork:
+        masks = {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
+        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
+
+    @classmethod
+    def magnitude(cls, model: Any, like: Subnetwork) -> Subnetwork:
+        """The weights of largest absolute value, as many in every weight matrix as `like` keeps there.
+
+        Of equal values at the threshold, the first in canonical order are kept.
+        """
+        like.check_fits(model)
+        masks = {}
+        for site in weight_sites(model):
+            size = site.weight.float().abs().flatten().cpu()
+            mask = torch.zeros(size.shape, dtype=torch.bool)
+            mask[size.argsort(descending=True, stable=True)[: like._counts[site.name]]] = True
+            masks[site.name] = mask.view(site.shape)
+        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
+
+    def random_like(self, seed: int = 0) -> Subnetwork:
+        """A matched random subnetwork: uniformly drawn, with exactly as many weights in every weight matrix."""
+        packed = {}
+        for index, (name, shape) in enumerate(self._shapes.items()):
+            rng = np.random.default_rng((seed, index))
+            size = int(np.prod(shape))
+            mask = np.zeros(size, dtype=bool)
+            mask[rng.choice(size, self._counts[name], replace=False, shuffle=False)] = True
+            packed[name] = np.packbits(mask)
+        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+
+    # --- a mapping ---
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
+        shape = self._shapes[name]
+        bits = np.unpackbits(self._packed[name], count=int(np.prod(shape)))
+        return torch.from_numpy(bits.view(bool)).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Canonical shape of every weight matrix."""
+        return self._shapes
+
+    # --- set algebra ---
+
+    def __and__(self, other: Subnetwork) -> Subnetwork:
+        return self._combine(other, np.bitwise_and)
+
+    def __or__(self, other: Subnetwork) -> Subnetwork:  # type: ignore[override]
+        return self._combine(other, np.bitwise_or)
+
+    def __sub__(self, other: Subnetwork) -> Subnetwork:
+        return self._combine(other, lambda ours, theirs: ours & ~theirs)
+
+    def __invert__(self) -> Subnetwork:
+        packed = {}
+        for name, bits in self._packed.items():
+            flipped = ~bits
+            unused = -int(np.prod(self._shapes[name])) % 8  # bits of the last byte that stand for no weight
+            if unused:
+                flipped[-1] &= (0xFF << unused) & 0xFF
+            packed[name] = flipped
+        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+
+    def _combine(self, other: Subnetwork, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Subnetwork:
+        if not isinstance(other, Subnetwork):
+            return NotImplemented
+        _check_same_shapes(self._shapes, other._shapes, "the other subnetwork")
+        packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
+        same = self.weight_hash == other.weight_hash
+        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash if same else None)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Subnetwork):
+            return NotImplemented
+        return dict(self._shapes) == dict(other._shapes) and all(
+            np.array_equal(bits, other._packed[name]) for name, bits in self._packed.items()
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple((name, self._packed[name].tobytes()) for name in sorted(self._packed)))
+
+    # --- counts ---
+
+    @property
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return sum(self._counts.values())
+
+    @property
+    def total(self) -> int:
+        """Number of maskable weights."""
+        return sum(int(np.prod(shape)) for shape in self._shapes.values())
+
+    @property
+    def fraction(self) -> float:
+        """kept / total, 0 to 1."""
+        return self.kept / self.total
+
+    def by_weight(self) -> dict[str, Count]:
+        """Counts for every weight matrix, by canonical name."""
+        return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
+
+    def by_component(self) -> dict[tuple[int, str], Count]:
+        """Counts by (layer, `"attn"` or `"mlp"`)."""
+        counts: dict[tuple[int, str], Count] = {}
+        for name, count in self.by_weight().items():
+            layer, component, _ = _parse(name)
+            before = counts.get((layer, component), Count(0, 0))
+            counts[layer, component] = Count(before.kept + count.kept, before.total + count.total)
+        return counts
+
+    def by_head(self) -> dict[tuple[int, int], Count]:
+        """Counts by (layer, attention head): its slices of W_Q and W_O, and of W_K and W_V where they are its own."""
+        counts: dict[tuple[int, int], Count] = {}
+        for name in self:
+            layer, _, matrix = _parse(name)
+            if matrix not in _HEAD_MATRICES or self._shapes[name][0] != self._n_heads(layer):
+                continue
+            mask = self[name]
+            for head, kept in enumerate(mask.flatten(1).sum(1).tolist()):
+                before = counts.get((layer, head), Count(0, 0))
+                counts[layer, head] = Count(before.kept + kept, before.total + mask[head].numel())
+        return counts
+
+    def __repr__(self) -> str:
+        of = f" of {self.model_name}" if self.model_name else ""
+        return f"Subnetwork({self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
+
+    # --- edits: each gives a new subnetwork ---
+
+    def keep_head(self, layer: int, head: int) -> Subnetwork:
+        """With all weights of an attention head. With grouped queries, W_K and W_V of its group stay as they are."""
+        return self._edit_head(layer, head, True)
+
+    def drop_head(self, layer: int, head: int) -> Subnetwork:
+        """Without any weight of an attention head. With grouped queries, W_K and W_V of its group stay as they are."""
+        return self._edit_head(layer, head, False)
+
+    def keep_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
+        """With all weights of MLP neurons: their columns of W_in and W_gate, their rows of W_out."""
+        return self._edit_neurons(layer, indices, True)
+
+    def drop_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
+        """Without any weight of MLP neurons."""
+        return self._edit_neurons(layer, indices, False)
+
+    def keep_layer(self, layer: int) -> Subnetwork:
+        """With all maskable weights of a block."""
+        return self._edit_layer(layer, True)
+
+    def drop_layer(self, layer: int) -> Subnetwork:
+        """Without any maskable weight of a block."""
+        return self._edit_layer(layer, False)
+
+    def _edit_head(self, layer: int, head: int, value: bool) -> Subnetwork:
+        n_heads = self._n_heads(layer)
+        if not 0 <= head < n_heads:
+            raise ValueError(f"there is no head {head} in layer {layer}: it has heads 0 to {n_heads - 1}")
+        changed = {}
+        for name in self._of_layer(layer):
+            if _parse(name)[2] in _HEAD_MATRICES and self._shapes[name][0] == n_heads:
+                changed[name] = self[name]
+                changed[name][head] = value
+        return self._with(changed)
+
+    def _edit_neurons(self, layer: int, indices: Sequence[int], value: bool) -> Subnetwork:
+        d_mlp = self._shapes[self._of_layer(layer)[-1]][0]  # W_out comes last
+        wrong = [index for index in indices if not 0 <= index < d_mlp]
+        if wrong:
+            raise ValueError(f"there is no neuron {wrong[0]} in layer {layer}: it has neurons 0 to {d_mlp - 1}")
+        changed = {}
+        for name in self._of_layer(layer):
+            matrix = _parse(name)[2]
+            if matrix in ("W_in", "W_gate", "W_out"):
+                changed[name] = self[name]
+                view = changed[name] if matrix == "W_out" else changed[name].T
+                view[torch.as_tensor(list(indices), dtype=torch.long)] = value
+        return self._with(changed)
+
+    def _edit_layer(self, layer: int, value: bool) -> Subnetwork:
+        return self._with({name: torch.full(self._shapes[name], value) for name in self._of_layer(layer)})
+
+    def _of_layer(self, layer: int) -> list[str]:
+        names = [name for name in self if _parse(name)[0] == layer]
+        if not names:
+            raise ValueError(f"there is no layer {layer}: layers are 0 to {max(_parse(name)[0] for name in self)}")
+        return names
+
+    def _n_heads(self, layer: int) -> int:
+        return self._shapes[next(name for name in self._of_layer(layer) if name.endswith(".W_Q"))][0]
+
+    def _with(self, changed: Mapping[str, Tensor]) -> Subnetwork:
+        packed = {name: np.packbits(changed[name].numpy()) if name in changed else self._packed[name] for name in self}
+        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+
+    # --- models and files ---
+
+    def check_fits(self, model: Any) -> None:
+        """Raise ValueError unless every name and shape is the model's."""
+        _check_same_shapes(self._shapes, {site.name: site.shape for site in weight_sites(model)}, "the model")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: a bit-packed uint8 tensor for each weight, the rest in its metadata."""
+        metadata = {
+            "format": _FORMAT,
+            "shapes": json.dumps(dict(self._shapes)),
+            "model_name": self.model_name or "",
+            "weight_hash": self.weight_hash or "",
+            "kept": str(self.kept),
+            "total": str(self.total),
+        }
+        with whole_file(path) as temporary:
+            save_file(dict(self._packed), temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any = None) -> Subnetwork:
+        """Read what `save` wrote, and check it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no subnetwork or of another format version, its names, shapes or counts do not
+                agree, or, with `model`, it was made for other shapes or other weights.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not a subnetwork file: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        lengths = {name: -(-int(np.prod(shape)) // 8) for name, shape in shapes.items()}
+        if {name: bits.shape for name, bits in packed.items()} != {name: (size,) for name, size in lengths.items()}:
+            raise ValueError(f"{str(path)!r} is damaged: its tensors are not those its header names")
+        packed = {name: packed[name].astype(np.uint8) for name in shapes}
+        loaded = cls._from_packed(shapes, packed, metadata["model_name"] or None, metadata["weight_hash"] or None)
+        if (loaded.kept, loaded.total) != (int(metadata["kept"]), int(metadata["total"])):
+            raise ValueError(
+                f"{str(path)!r} is damaged: it should keep {metadata['kept']} of {metadata['total']} weights, "
+                f"but keeps {loaded.kept} of {loaded.total}"
+            )
+        if model is not None:
+            loaded.check_fits(model)
+            if loaded.weight_hash is not None and loaded.weight_hash != (found := weight_hash(model)):
+                raise ValueError(
+                    f"{str(path)!r} was made for {loaded.model_name!r} with weight hash {loaded.weight_hash}, "
+                    f"but this model ({model.cfg.model_name!r}) has weight hash {found}"
+                )
+        return loaded
+
+
+def _parse(name: str) -> tuple[int, str, str]:
+    """(layer, component, matrix) of a canonical name."""
+    _, layer, component, matrix = name.split(".")
+    return int(layer), component, matrix
+
+
+def _check_same_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str) -> None:
+    for name in (*ours, *theirs):
+        mine, other = ours.get(name), theirs.get(name)
+        if mine != other:
+            raise ValueError(f"{name} has shape {mine} in this subnetwork, but {other} in {whose}")

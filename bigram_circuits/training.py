@@ -1,0 +1,340 @@
+"""Learn a subnetwork: one loop, in plain view.
+
+The model is frozen; every maskable weight is multiplied by a soft gate (`gates.py`), and the gates' scores follow the
+gradient of
+
+    mean over positions of CE(target, softmax(logits))  +  sparsity_weight * mean over maskable weights of soft gate
+
+while the gates harden. The loop stops as soon as few gates are undecided. A run whose cross-entropy jumps and does not
+come back is tried again with another data order (Chang and Bergen 2025).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from bigram_circuits.corpus import Corpus, batch_of
+from bigram_circuits.gates import Gates, temperature, undecided
+from bigram_circuits.masking import gated
+from bigram_circuits.runs import Checkpoint, RunFolder
+from bigram_circuits.sites import weight_hash, weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets import check_target, describe
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How to learn a subnetwork. The defaults are ours; `SparsifyConfig.paper()` is the published recipe."""
+
+    method: str = "continuous_sparsification"
+    """The masking method; so far this one."""
+    granularity: str = "weight"
+    """What a gate governs; so far a single weight."""
+    sparsity_weight: float = 10.0
+    """Weight of the penalty, nats per unit of mean soft gate: larger keeps fewer weights."""
+    target_fraction: float | None = None
+    """If given, this share of the weights is kept, exactly: the penalty's weight follows the fraction (starting from
+    `sparsity_weight`), and at the end the highest scores are kept."""
+    learning_rate: float = 1e-2
+    """AdamW's, for the scores."""
+    weight_decay: float = 0.0
+    """AdamW's, for the scores."""
+    first_score: float = 0.0
+    """Every score at the start; 0 is a soft gate of one half."""
+    beta_start: float = 1.0
+    """beta at step 0; the soft gate is sigmoid(beta * score)."""
+    beta_growth: float = 1.03
+    """Factor on beta at every step."""
+    max_steps: int = 400
+    """Steps after which to stop in any case."""
+    batch_size: int = 16
+    """Sequences in a step."""
+    stop_undecided: float = 0.01
+    """Stop when undecided gates (0.1 to 0.9) number less than this share of the decided-kept ones (above 0.9)."""
+    recovery_steps: int = 20
+    """A run whose CE jumped must have come back at least so many steps before its end."""
+    retries: int = 3
+    """How often to try again, with another data order, when a run was unstable."""
+    seed: int = 0
+    """Orders the data; attempt k uses seed + k * 1,000,003."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", ("continuous_sparsification",)), ("granularity", ("weight",))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "sparsity_weight": (lambda v: 0 <= v < float("inf"), "a number of at least 0"),
+            "learning_rate": (lambda v: 0 < v < float("inf"), "above 0"),
+            "weight_decay": (lambda v: 0 <= v < float("inf"), "at least 0"),
+            "beta_start": (lambda v: 0 < v < float("inf"), "above 0"),
+            "beta_growth": (lambda v: 1 <= v < 2, "from 1 to below 2"),
+            "max_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
+            "batch_size": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
+            "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+            "recovery_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
+            "target_fraction": (lambda v: v is None or 0 < v < 1, "between 0 and 1"),
+            "retries": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
+            "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
+        }
+        for name, (holds, wanted) in limits.items():
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SparsifyConfig:
+        """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""
+        published = cls(
+            learning_rate=5e-5, weight_decay=0.01, first_score=0.0, beta_start=1.0, beta_growth=1.001,
+            max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100,
+            retries=3,
+        )  # fmt: skip
+        return replace(published, **changes)
+
+
+@dataclass(frozen=True)
+class FoundSubnetwork:
+    """What `find_subnetwork` returns."""
+
+    subnetwork: Subnetwork
+    """The hard gates: score > 0."""
+    history: list[dict[str, Any]] = field(repr=False)
+    """One record a step: attempt, step, cross_entropy (nats), fraction (of hard gates open), soft_fraction (mean soft
+    gate), undecided (share of all gates), beta, sparsity_weight."""
+    config: SparsifyConfig
+    """The settings it was found with."""
+    stopped_because: str
+    """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
+    seconds: float
+    """Time spent learning."""
+
+
+def find_subnetwork(
+    model: Any,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig | None = None,
+    *,
+    run_dir: Any = None,
+    resume: bool = True,
+) -> FoundSubnetwork:
+    """Learn which weights a model needs to reproduce a target, on `corpus.train`.
+
+    Args:
+        model: From `load_model`. Left bit-identical, also after an exception.
+        target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
+        corpus: Its training part is learned from.
+        config: The recipe; `SparsifyConfig()` if not given.
+        run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
+        resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
+
+    Raises:
+        ValueError: If target and model do not agree, `run_dir` holds a run with other settings, or the loss is NaN.
+        KeyboardInterrupt: On Ctrl-C, after writing a checkpoint where there is a `run_dir`.
+    """
+    config = config or SparsifyConfig()
+    check_target(target, model.cfg.d_vocab)
+    if len(corpus.train) == 0:
+        raise ValueError("the training part of the corpus is empty")
+    folder = checkpoint = None
+    attempt = 0
+    if run_dir is not None:
+        folder = RunFolder.open(run_dir, run_settings(model, target, corpus, config), resume=resume)
+        if folder.is_finished:
+            return _read_found(folder, model, config)
+        checkpoint = folder.read_checkpoint()
+        attempt = checkpoint.attempt if checkpoint else 0
+        folder.begin_progress([r for r in folder.history() if _is_before(r, checkpoint)])
+    while True:
+        found = _attempt(model, target, corpus, config, attempt, folder, checkpoint)
+        if found.stopped_because != "unstable" or attempt >= config.retries:
+            break
+        attempt, checkpoint = attempt + 1, None
+    if folder:
+        outcome = {"stopped_because": found.stopped_because, "seconds": found.seconds, "attempts": attempt + 1}
+        folder.finish(found.subnetwork, outcome)
+    return found
+
+
+def run_settings(model: Any, target: Any, corpus: Corpus, config: SparsifyConfig) -> dict[str, Any]:
+    """What decides a run's result, as JSON values; a run's folder is tied to it."""
+    return {
+        "model": {
+            "name": model.cfg.model_name,
+            "revision": getattr(model.cfg, "revision", None),
+            "weight_hash": weight_hash(model),
+            "dtype": str(model.cfg.dtype),
+        },
+        "corpus": {
+            "source": corpus.source,
+            "fingerprint": corpus.fingerprint,
+            "tokenizer_hash": corpus.tokenizer_hash,
+            "context_length": corpus.context_length,
+        },
+        "target": describe(target),
+        "recipe": asdict(config),
+    }
+
+
+def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
+    """Whether a run's CE jumped and did not come back in time (Chang and Bergen 2025).
+
+    A jump is a step whose CE exceeds the mean of the 10 before it by more than 0.25 nats or 25%. It came back at a
+    later step that does not exceed that mean so, at least `recovery_steps` before the end.
+    """
+    values = np.asarray(cross_entropies)
+    for step in range(10, len(values)):
+        before = values[step - 10 : step].mean()
+        limit = before + min(0.25, 0.25 * before)
+        if values[step] > limit and not (values[step + 1 : len(values) - recovery_steps] <= limit).any():
+            return True
+    return False
+
+
+def next_sparsity_weight(history: Sequence[Mapping[str, Any]], config: SparsifyConfig) -> float:
+    """The penalty's weight for the step after `history`: constant or, with a target fraction, steered towards it.
+
+    Proportional control of its logarithm: after each step the weight is multiplied by (mean soft gate / target) to the
+    power 0.1, and kept within 1e-3 to 1e6.
+    """
+    if not history or config.target_fraction is None:
+        return config.sparsity_weight
+    last = history[-1]
+    change = (last["soft_fraction"] / config.target_fraction) ** 0.1
+    return min(max(last["sparsity_weight"] * change, 1e-3), 1e6)
+
+
+def _attempt(
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, attempt: int, folder: RunFolder | None,
+    checkpoint: Checkpoint | None,
+) -> FoundSubnetwork:  # fmt: skip
+    """Learn once, from the start or from a checkpoint."""
+    sites = weight_sites(model)
+    gates = Gates({site.name: site.original for site in sites}, first_score=config.first_score)
+    optimizer = torch.optim.AdamW([gates.scores], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    history: list[dict[str, Any]] = []
+    if checkpoint:
+        assert folder is not None, "a checkpoint comes from a folder"
+        _restore(checkpoint, gates, optimizer)
+        history = [record for record in folder.history() if record["attempt"] == attempt]
+    first_step = len(history)
+    started = time.monotonic() - (checkpoint.seconds if checkpoint else 0.0)
+    stopped_because = "max_steps"
+    description = "learning" if attempt == 0 else f"learning, attempt {attempt + 1}"
+    bar = tqdm(desc=description, initial=first_step, total=config.max_steps, unit="step", delay=2, leave=False)
+    with gated(model, gates), bar, _interrupt_after_step() as interrupt:
+        for step in range(first_step, config.max_steps):
+            beta = temperature(step, first=config.beta_start, growth=config.beta_growth)
+            tokens = batch_of(corpus.train, config.batch_size, step=step, seed=config.seed + 1_000_003 * attempt)
+            tokens = tokens.to(gates.scores.device)
+            sparsity_weight = next_sparsity_weight(history, config)
+
+            soft = gates.refresh(beta)
+            cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
+            loss = cross_entropy + sparsity_weight * soft.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+            between, above = undecided(soft.detach())
+            record = {
+                "attempt": attempt,
+                "step": step,
+                "cross_entropy": cross_entropy.item(),
+                "fraction": gates.n_open() / soft.numel(),
+                "soft_fraction": soft.mean().item(),
+                "undecided": between / soft.numel(),
+                "beta": beta,
+                "sparsity_weight": sparsity_weight,
+            }
+            if not math.isfinite(record["cross_entropy"]):
+                raise ValueError(
+                    f"the loss is {record['cross_entropy']} at step {step}: the model's logits are not finite; "
+                    "try float32, or a lower learning rate"
+                )
+            history.append(record)
+            bar.update()
+            bar.set_postfix_str(
+                f"CE {record['cross_entropy']:.3f}, kept {100 * record['fraction']:.2f}%, "
+                f"undecided {100 * record['undecided']:.2f}%"
+            )
+            if folder:
+                folder.log(record)
+            if between < config.stop_undecided * above:
+                stopped_because = "decided"
+                break
+            if folder and (interrupt.is_set() or folder.checkpoint_is_due()):
+                folder.write_checkpoint(_checkpoint(gates, optimizer, step + 1, attempt, time.monotonic() - started))
+            if interrupt.is_set():
+                kept = f"its state is kept in {str(folder.path)!r}, and the same command continues it" if folder else "nothing is kept"
+                raise KeyboardInterrupt(f"interrupted after step {step + 1} of at most {config.max_steps}; {kept}")
+    if is_unstable([record["cross_entropy"] for record in history], config.recovery_steps):
+        stopped_because = "unstable"
+    hard = gates.hard(config.target_fraction)
+    subnetwork = Subnetwork(
+        {site.name: site.from_stored(hard[site.name]) for site in sites},
+        model_name=model.cfg.model_name,
+        weight_hash=weight_hash(model),
+    )
+    return FoundSubnetwork(subnetwork, history, config, stopped_because, time.monotonic() - started)
+
+
+def _checkpoint(gates: Gates, optimizer: torch.optim.Optimizer, step: int, attempt: int, seconds: float) -> Checkpoint:
+    moments = optimizer.state[gates.scores]
+    tensors = {"scores": gates.scores, **{f"adam.{name}": value for name, value in moments.items()}}
+    return Checkpoint(tensors, step=step, attempt=attempt, seconds=seconds)
+
+
+def _restore(checkpoint: Checkpoint, gates: Gates, optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        gates.scores.copy_(checkpoint.tensors["scores"])
+    moments = {name.removeprefix("adam."): t for name, t in checkpoint.tensors.items() if name.startswith("adam.")}
+    device = gates.scores.device
+    optimizer.state[gates.scores] = {name: tensor.to(device) for name, tensor in moments.items()}
+
+
+def _is_before(record: dict[str, Any], checkpoint: Checkpoint | None) -> bool:
+    """Whether a line of progress was written before the checkpoint; without one, none was."""
+    return checkpoint is not None and (record["attempt"], record["step"]) < (checkpoint.attempt, checkpoint.step)
+
+
+def _read_found(folder: RunFolder, model: Any, config: SparsifyConfig) -> FoundSubnetwork:
+    """A run that was finished before."""
+    outcome = folder.outcome()
+    return FoundSubnetwork(
+        subnetwork=Subnetwork.load(folder.path / "subnetwork.safetensors", model),
+        history=[record for record in folder.history() if record["attempt"] == outcome["attempts"] - 1],
+        config=config,
+        stopped_because=outcome["stopped_because"],
+        seconds=outcome["seconds"],
+    )
+
+
+@contextmanager
+def _interrupt_after_step() -> Iterator[threading.Event]:
+    """Within the block, a first Ctrl-C only sets the event, so that a step is never cut in two; a second one raises."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+
+    def request(*_: Any) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, before)
