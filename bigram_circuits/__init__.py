@@ -46,10 +46,6 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([  # noqa: PLE0604 (spelled out below for type checkers)
-    *_HOME_OF
-])
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:

@@ -60,29 +60,45 @@ def _parser() -> argparse.ArgumentParser:
 
     find = commands.add_parser("find", parents=[shared], help="find a subnetwork, evaluate it, save the run")
     find.set_defaults(command=_find)
-    find.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder (default: reference)")
+    find.add_argument(
+        "model", nargs="?", default="reference", help="'reference', a hub id, or a folder (default: reference)"
+    )
     find.add_argument("--revision", metavar="R", help="revision of a hub model, for example step1000")
-    find.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model's weights")
-    find.add_argument("--corpus", default="reference", metavar="SOURCE", help="'reference', a file or folder of text, or a dataset")
+    find.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model's weights"
+    )
+    find.add_argument(
+        "--corpus", default="reference", metavar="SOURCE", help="'reference', a file or folder of text, or a dataset"
+    )
     find.add_argument("--context-length", type=_whole(2), metavar="N", help="tokens in a sequence (default: 128)")
     find.add_argument("--max-tokens", type=_whole(1), metavar="N", help="read at most so much of the corpus")
-    find.add_argument("--order", type=int, choices=(1, 2, 3), default=2, help="of the n-gram target (default: 2, bigrams)")
+    find.add_argument(
+        "--order", type=int, choices=(1, 2, 3), default=2, help="of the n-gram target (default: 2, bigrams)"
+    )
     size = find.add_mutually_exclusive_group()
-    size.add_argument("--sparsity-weight", type=_number(0), metavar="X", help="penalty on kept weights (default: 10)")
-    size.add_argument("--target-fraction", type=_number(0), metavar="X", help="keep exactly this share of the weights")
+    size.add_argument("--sparsity-weight", type=_number(0.0), metavar="X", help="penalty on kept weights (default: 10)")
+    size.add_argument(
+        "--target-fraction", type=_number(0.0), metavar="X", help="keep exactly this share of the weights"
+    )
     find.add_argument("--recipe", choices=("default", "paper"), default="default", help="ours, or the published one")
     find.add_argument("--steps", type=_whole(1), metavar="N", help="at most so many training steps")
     find.add_argument("--batch-size", type=_whole(1), metavar="N", help="sequences in a step")
-    find.add_argument("--learning-rate", type=_number(0), metavar="X", help="of the masks' scores")
+    find.add_argument("--learning-rate", type=_number(0.0), metavar="X", help="of the masks' scores")
     find.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the data order (default: 0)")
-    find.add_argument("--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)")
-    find.add_argument("--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)")
+    find.add_argument(
+        "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"
+    )
+    find.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)"
+    )
     find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
 
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
-    evaluate.add_argument("--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)")
+    evaluate.add_argument(
+        "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"
+    )
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
@@ -251,7 +267,7 @@ def _number(least: float) -> Callable[[str], float]:
         except ValueError:
             value = float("nan")
         if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least:g}")
         return value
 
     return parse

@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _BATCH_CHARACTERS = 1 << 20  # text tokenised at once
 _PASSAGE_CHARACTERS = 2_000  # a plain text file is cut into documents of about this size
 _SMALL_CORPUS_DOCUMENTS = 512  # up to here the held-out part is topped up to one whole sequence
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
+_LONGEST_NAME = 1024  # characters; a longer string is text, not the name of a source
 _DEFAULT_CONTEXT_LENGTH = 128  # the paper's
 
 
@@ -36,9 +38,9 @@ _DEFAULT_CONTEXT_LENGTH = 128  # the paper's
 class Corpus:
     """Tokens of a text, in two parts that share no document."""
 
-    train: Int[np.ndarray, "sequence position"]
+    train: Int[np.ndarray, "train_sequence position"]
     """int32 token ids to learn and count from; a memory map when large."""
-    held_out: Int[np.ndarray, "sequence position"]
+    held_out: Int[np.ndarray, "held_out_sequence position"]
     """int32 token ids of other documents, to evaluate on; a memory map when large."""
     source: str
     """What was read, in words."""
@@ -101,8 +103,10 @@ def load_corpus(
         raise ValueError(f"held_out is a share of the documents, from 0 to below 1, not {held_out}")
     if max_tokens is not None and max_tokens < 2 * context_length:
         raise ValueError(f"max_tokens must allow one sequence in each part ({2 * context_length}), not {max_tokens}")
+    if tokenizer is None:
+        raise ValueError("tokenizer is None, but text needs one: pass the tokenizer of the model, model.tokenizer")
     description, documents, n_bytes = _open_source(source, text_column)
-    salt = "reference" if description == "reference" else str(seed)
+    salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
     tokenized = _tokenize(documents, tokenizer, salt, max_tokens, n_bytes)
     train, rest, counts = _split(tokenized, held_out, context_length, description)
     return Corpus(train, rest, description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer))
@@ -113,20 +117,25 @@ def batch_of(
 ) -> Int[Tensor, "batch position"]:
     """The batch of training step `step`: sequences in a random order that is drawn anew for every epoch.
 
-    A pure function of its arguments, so a run that resumes at a step sees the batches it would have seen.
+    A pure function of its arguments, so a run that resumes at a step sees the batches it would have seen. An epoch
+    leaves out the few sequences, other ones each time, that do not fill a last batch.
     """
     if len(tokens) == 0:
         raise ValueError("there are no sequences to draw a batch from")
     batch_size = min(batch_size, len(tokens))
     epoch, batch = divmod(step, len(tokens) // batch_size)
-    order = np.random.default_rng((seed, epoch)).permutation(len(tokens))
-    rows = order[batch * batch_size : (batch + 1) * batch_size]
+    rows = _epoch_order(len(tokens), seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
     return torch.from_numpy(tokens[rows].astype(np.int64))
 
 
-def in_order(
-    tokens: Int[np.ndarray, "sequence position"], batch_size: int
-) -> Iterator[Int[Tensor, "batch position"]]:
+@lru_cache(maxsize=1)  # drawing it takes longer than a training step once there are millions of sequences
+def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Int[np.ndarray, " sequence"]:
+    order = np.random.default_rng((seed, epoch)).permutation(n_sequences)
+    order.setflags(write=False)
+    return order
+
+
+def in_order(tokens: Int[np.ndarray, "sequence position"], batch_size: int) -> Iterator[Int[Tensor, "batch position"]]:
     """All sequences once, in order; the last batch may be smaller."""
     for start in range(0, len(tokens), batch_size):
         yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
@@ -151,6 +160,10 @@ def _open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str
 
         return "reference", reference_documents(), None
     if isinstance(source, str | Path):
+        if not str(source).strip() or len(str(source)) > _LONGEST_NAME or "\n" in str(source):
+            raise ValueError(
+                f"{_shortened(str(source))!r} is no name of a file, folder or dataset: give text as a list of str"
+            )
         path = Path(source).expanduser()
         if path.exists():
             files = _files_below(path)
@@ -163,10 +176,17 @@ def _open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str
         return ", ".join(map(str, source)), _file_documents(files, text_column), _text_size(files)
     if isinstance(source, Sequence) and all(isinstance(item, str) for item in source):
         return f"{len(source)} documents", ((text, text) for text in source), None
+    if isinstance(source, Mapping):  # for example a DatasetDict: iterating would give the names of its splits
+        keys = ", ".join(map(repr, source))
+        raise ValueError(f"cannot read text from a {type(source).__name__}: give one of its parts ({keys})")
     if isinstance(source, Iterable):
         name = getattr(getattr(source, "info", None), "dataset_name", None) or type(source).__name__
         return f"dataset {name}", _records(source, text_column, "the dataset"), None
     raise ValueError(f"cannot read text from {type(source).__name__}: give a name, a path, a dataset or a list of str")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _load_dataset(name: str) -> Iterable[Any]:
@@ -262,7 +282,11 @@ def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
     if text_column not in table.schema_arrow.names:
         raise ValueError(f"{str(file)!r} has the columns {table.schema_arrow.names}, but {text_column!r} is needed")
     for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        for text in batch.column(0).to_pylist():
+            if isinstance(text, str):
+                yield text
+            elif text is not None:
+                raise ValueError(f"column {text_column!r} of {str(file)!r} holds {type(text).__name__}, not text")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
@@ -285,9 +309,9 @@ def _tokenize(
                     tokens = tokens[: max_tokens - total]
                 total += len(tokens)
                 yield document_position(key, salt), tokens
-                bar.update(len(text) if text.isascii() else len(text.encode()))
-            if max_tokens is not None and total >= max_tokens:
-                return
+                bar.update(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")))
+                if total == max_tokens:
+                    return
 
 
 def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -327,7 +351,7 @@ def _split(
     return parts[0].sequences(), parts[1].sequences(), counts
 
 
-def _threshold_for_one_sequence(documents: list[tuple[float, Int[np.ndarray, " token"]]], context_length: int) -> float:
+def _threshold_for_one_sequence(documents: list[tuple[float, Int[np.ndarray, " _"]]], context_length: int) -> float:
     """The lowest threshold that puts at least `context_length` tokens below it."""
     total = 0
     for position, tokens in sorted(documents, key=lambda document: document[0]):
@@ -378,7 +402,7 @@ def _fingerprint(*arrays: Int[np.ndarray, "_ _"]) -> str:
     for array in arrays:
         digest.update(repr(array.shape).encode())
         for start in range(0, len(array), 1 << 14):
-            digest.update(np.ascontiguousarray(array[start : start + (1 << 14)]))
+            digest.update(array[start : start + (1 << 14)].tobytes())
     return digest.hexdigest()
 
 

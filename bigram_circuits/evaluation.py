@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from bigram_circuits import metrics
 from bigram_circuits.corpus import in_order
 from bigram_circuits.masking import masked
-from bigram_circuits.metrics import Faithfulness
+from bigram_circuits.metrics import MEASURED, Faithfulness
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, entropy, top1
 
@@ -80,7 +80,12 @@ class Evaluation:
             **{name: None if value is None else value.to_json() for name, value in one.items()},
             "random": _spread(self.random),
             "full_minus_random": _spread(self.full_minus_random),
-            "zero_rule": {"positions": self.positions, "used": self.used, "share": self.used / self.positions, "rule": ZERO_RULE},
+            "zero_rule": {
+                "positions": self.positions,
+                "used": self.used,
+                "share": self.used / self.positions,
+                "rule": ZERO_RULE,
+            },
             "intervals": {name: {k: _json_pair(v) for k, v in of.items()} for name, of in self.intervals.items()},
             "advantage": {name: _json_pair(pair) for name, pair in self.advantage.items()},
             "verdict": self.verdict,
@@ -115,8 +120,8 @@ class Evaluation:
             )
         lines.append("")
         lines.append(
-            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out positions "
-            f"({100 * self.used / self.positions:.1f}%) where the target's probability is above 0."
+            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
+            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0."
         )
         lines.append("CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.")
         if self.full is not None:
@@ -150,7 +155,9 @@ def evaluate(
     """
     array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
-        raise ValueError(f"held-out tokens have shape {array.shape} but should be [sequence, position], at least [1, 2]")
+        raise ValueError(
+            f"held-out tokens have shape {array.shape} but should be [sequence, position], at least [1, 2]"
+        )
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     check_target(target, model.cfg.d_vocab)
@@ -159,7 +166,7 @@ def evaluate(
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
     with tqdm(total=len(conditions) * len(array), desc="evaluating", unit="sequence", delay=2, leave=False) as bar:
         for name, condition in conditions.items():
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)
             sums[name] = _sums(model, condition, target, array, bar)
     measured = {
         name: metrics.faithfulness(rows, conditions[name].kept, subnetwork.total) for name, rows in sums.items()
@@ -243,9 +250,9 @@ def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
 
 
 def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:
-    first = asdict(values[0])
-    means = {key: float(np.mean([asdict(value)[key] for value in values])) for key in first}
-    return Faithfulness(**(means | {"kept": first["kept"], "total": first["total"]}))
+    """Means over seeds; all of them keep the same number of weights."""
+    rows = [asdict(value) for value in values]
+    return replace(values[0], **{key: float(np.mean([row[key] for row in rows])) for key in MEASURED})
 
 
 def _spread(values: tuple[Faithfulness, ...]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def temperature(step: int, *, first: float, growth: float) -> float:
-    """beta at a step: `first * growth ** step`."""
+    """Beta at a step: `first * growth ** step`."""
     return first * growth**step
 
 
@@ -25,7 +25,7 @@ def soft_gate(scores: Float[Tensor, " gate"], beta: float) -> Float[Tensor, " ga
 
 
 def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
-    """s > 0: the limit of the soft gate as beta grows."""
+    """S > 0: the limit of the soft gate as beta grows."""
     return scores > 0
 
 

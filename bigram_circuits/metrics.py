@@ -24,6 +24,10 @@ COLUMNS = ("used", "x", "y", "xx", "yy", "xy", "positions", "surprisal", "places
 target's); `positions` next-token positions in all; `places` positions with a prediction."""
 
 
+MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
+"""The fields of `Faithfulness` that are measured, not counted."""
+
+
 @dataclass(frozen=True)
 class Faithfulness:
     """How well one (masked) model does what the target says. Surprisal, CE and KL in nats; nan where undefined."""
@@ -58,7 +62,7 @@ def surprisals(
     following = tokens[:, 1:].reshape(-1).to(logits.device, torch.long)
     rows = max(1, _LOGITS_AT_ONCE // flat.shape[1])
     lse = torch.cat([part.float().logsumexp(-1) for part in flat.split(rows)])
-    return (lse - flat.gather(1, following[:, None]).squeeze(1).float()).view(len(tokens), -1)
+    return (lse - flat.gather(1, following[:, None]).squeeze(1).float()).view(tokens[:, 1:].shape)
 
 
 def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
@@ -71,7 +75,7 @@ def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "...
         return np.where(constant, np.nan, cov / np.sqrt(np.where(constant, 1.0, var_x * var_y)))
 
 
-def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
+def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."] | np.floating:
     """A mean per position from (added-up) rows of sums, by its column name."""
     count = "positions" if name == "surprisal" else "places"
     return sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)]
@@ -92,7 +96,9 @@ def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: i
     )
 
 
-def bootstrap(sums: Float[np.ndarray, "sequence column"], *, draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw column"]:
+def bootstrap(
+    sums: Float[np.ndarray, "sequence column"], *, draws: int = 1000, seed: int = 0
+) -> Float[np.ndarray, "draw column"]:
     """Added-up rows of `draws` resamples of the sequences, with replacement (Efron 1979).
 
     The same seed resamples the same sequences, so draws of two models on the same text are paired.

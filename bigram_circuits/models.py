@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 
@@ -43,7 +45,7 @@ def load_model(
     folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
     precision = _precision(dtype)
     if _is_local(folder):
-        _check_folder(Path(folder))
+        _check_folder(folder)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
     else:
@@ -92,9 +94,7 @@ def activation_points(model: Any) -> tuple[ActivationPoint, ...]:
             points.append(ActivationPoint(name, None, None, others))
             continue
         axes = _axes(model.cfg, first[name], second[name])
-        shape = tuple(
-            axis if axis in ("batch", "pos") else size for axis, size in zip(axes, first[name], strict=True)
-        )
+        shape = tuple(axis if axis in ("batch", "pos") else size for axis, size in zip(axes, first[name], strict=True))
         points.append(ActivationPoint(name, axes, shape, others))
     return tuple(points)
 
@@ -108,7 +108,8 @@ def _shapes(model: Any, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]:
             shapes[hook.name] = tuple(value.shape)
 
     tokens = torch.zeros(batch, pos, dtype=torch.long, device=model.cfg.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the hook points that are switched off: they are listed as not reached
         model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(lambda _: True, record)])
     return shapes
 
@@ -123,9 +124,9 @@ def _axes(cfg: Any, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[st
             names.append("batch" if (size, second[place]) == (2, 3) else "pos")
         elif place == len(first) - 1:
             last = {cfg.d_head: "d_head", cfg.d_vocab: "d_vocab", cfg.d_mlp: "d_mlp", cfg.d_model: "d_model"}
-            names.append(last.get(size, "feature"))
+            names.append("one" if size == 1 else last.get(size, "feature"))
         else:
-            names.append("head" if size in heads else "one" if size == 1 else "feature")
+            names.append("one" if size == 1 else "head" if size in heads else "feature")
     return tuple(reversed(names))
 
 
@@ -152,15 +153,14 @@ def _is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(name: str) -> None:
+    folder = Path(name)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {str(folder)!r}")
+        raise FileNotFoundError(f"there is no model folder {name!r}")
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"the folder {str(folder)!r} is not a model: it has no config.json")
+        raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise FileNotFoundError(
-            f"the folder {str(folder)!r} has no tokenizer: put one there with tokenizer.save_pretrained({str(folder)!r})"
-        )
+        raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
 
 
 def _check_hub(name: str, revision: str | None) -> None:
@@ -176,11 +176,15 @@ def _check_hub(name: str, revision: str | None) -> None:
             raise OSError(f"the model {name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE)")
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'") from error
+        raise ValueError(
+            f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'"
+        ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"the model {name!r} has no revision {revision!r}") from error
     except GatedRepoError as error:
-        raise OSError(f"the model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+        raise OSError(
+            f"the model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise OSError(f"there is no model {name!r} on the hub, and no folder of that name here") from error
     except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
@@ -195,7 +199,7 @@ def _one_line(what: str) -> Iterator[None]:
     """Turn the many-line complaints of the loading libraries into one line that says what failed."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what}: {reason.strip()}") from error
 

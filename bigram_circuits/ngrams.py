@@ -15,6 +15,7 @@ the loss against logits is computed from these sparse rows:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,10 +80,14 @@ class NGramCounter:
         """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
         if tokens.size == 0:
             return
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens have dtype {tokens.dtype} but should be integer ids")
         lowest, highest = int(tokens.min()), int(tokens.max())
         if lowest < 0 or highest >= self.d_vocab:
             wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.d_vocab} (ids 0 to {self.d_vocab - 1})")
+            raise ValueError(
+                f"token id {wrong} is outside the vocabulary of {self.d_vocab} (ids 0 to {self.d_vocab - 1})"
+            )
         for n, runs in enumerate(self._runs, start=1):
             keys = _keys(tokens, n, self.d_vocab)
             if keys.size:
@@ -111,7 +116,8 @@ def _keys(tokens: Int[np.ndarray, "sequence position"], n: int, d_vocab: int) ->
     keys = tokens[:, :length].astype(dtype)
     for offset in range(1, n):
         keys *= dtype(d_vocab)
-        np.add(keys, tokens[:, offset : offset + length], out=keys, casting="unsafe")
+        # `dtype`, or NumPy would add uint64 and int64 as float64 and round keys above 2**53
+        np.add(keys, tokens[:, offset : offset + length], out=keys, dtype=dtype, casting="unsafe")
     return keys.reshape(-1)
 
 
@@ -122,7 +128,9 @@ def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return keys[starts], np.diff(starts, append=len(keys))
 
 
-def _merge(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _merge(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Add two sorted lists of (distinct keys, counts)."""
     keys = np.concatenate([first[0], second[0]])
     order = np.argsort(keys, kind="stable")  # linear time on two sorted halves
@@ -199,7 +207,7 @@ class NGramTable:
         digest = hashlib.blake2b(f"{self.order} {self.d_vocab}".encode(), digest_size=16)
         for level in self.levels:
             for tensor in (level.contexts, level.offsets, level.tokens, level.probs):
-                digest.update(tensor.cpu().numpy())
+                digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -210,7 +218,7 @@ class NGramTable:
         )
 
     def log_probs(self, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:
-        """log P(next | context ending at each position), dense: for looking at, not for training."""
+        """Log P(next | context ending at each position), dense: for looking at, not for training."""
         tokens = self._checked(tokens)
         position, token, prob = self._entries(self._rows(tokens))
         dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, device=tokens.device)
@@ -220,7 +228,8 @@ class NGramTable:
     def surprisal(self, tokens: Tokens) -> Float[Tensor, "batch pos_minus_1"]:
         """-log P(actual next token), for all positions but the last; inf where that probability is 0."""
         tokens = self._checked(tokens)
-        return -self._prob(self._rows(tokens[:, :-1]), tokens[:, 1:].reshape(-1)).log().view(len(tokens), -1)
+        following = tokens[:, 1:]
+        return -self._prob(self._rows(tokens[:, :-1]), following.reshape(-1)).log().view(following.shape)
 
     def entropy(self, tokens: Tokens) -> Float[Tensor, "batch pos"]:
         """Entropy of the distribution at each position; CE minus this is KL."""
@@ -260,6 +269,8 @@ class NGramTable:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> NGramTable:
         """Read what `save` wrote. Raises ValueError if the file is something else."""
+        if os.path.isdir(path):
+            raise ValueError(f"{str(path)!r} is a folder, but an n-gram table is one file")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -340,7 +351,7 @@ class NGramTable:
             lengths[here] = (offsets[row[here] + 1]) - offsets[row[here]]
         stretch = lengths.cumsum(0) // _GATHERED_AT_ONCE
         bounds = [0, *(torch.unique_consecutive(stretch, return_counts=True)[1].cumsum(0).tolist())]
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             position, token, prob = self._entries((level[start:end], row[start:end]))
             yield position + start, token, prob
 
@@ -370,7 +381,12 @@ class NGramTable:
     def _per_row(self, tokens: Tokens, name: str) -> Tensor:
         tokens = self._checked(tokens)
         level, row = self._rows(tokens)
-        stacked = torch.stack([self._on(n, name, tokens.device)[row.clamp(max=len(self.levels[n].contexts) - 1)] for n in range(self.order)])
+        stacked = torch.stack(
+            [
+                self._on(n, name, tokens.device)[row.clamp(max=len(self.levels[n].contexts) - 1)]
+                for n in range(self.order)
+            ]
+        )
         return stacked.gather(0, level[None]).view(tokens.shape)
 
     def _on(self, number: int, name: str, device: torch.device) -> Tensor:
@@ -403,7 +419,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse = ctx.saved_tensors
         (grad_output,) = grad_outputs
-        grad = (logits.float() - lse[:, None]).exp_()
+        grad = logits.to(torch.float32, copy=True).sub_(lse[:, None]).exp_()
         for position, token, prob in ctx.table._entry_chunks(ctx.rows):
             flat = position * grad.shape[1] + token  # every (position, token) occurs once
             grad.view(-1)[flat] -= prob

@@ -81,9 +81,14 @@ class RunFolder:
         config = path / "config.json"
         wanted = json.loads(json.dumps(settings))
         if config.is_file():
-            there = _read_json(config).get("settings")
+            record = _read_json(config)
+            if record.get("format") != _FORMAT:  # for example a model's folder
+                raise ValueError(f"{str(config)!r} is not that of a run ({_FORMAT}): choose another folder")
+            there = record.get("settings")
             if there != wanted:
-                raise ValueError(f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder")
+                raise ValueError(
+                    f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder"
+                )
             folder = cls(path)
             if not resume:
                 folder._clear()
@@ -96,9 +101,10 @@ class RunFolder:
         return cls(path)
 
     def _clear(self) -> None:
-        for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl"):
+        for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+        for name in ("checkpoint", "analysis"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     # --- progress ---
 

@@ -100,7 +100,7 @@ def weight_hash(model: Any) -> str:
     for site in weight_sites(model):
         digest.update(f"{site.name} {site.shape}".encode())
         rounded = site.weight.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(rounded.numpy())
+        digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -115,13 +115,13 @@ def _block_sites(model: Any, layer: int, block: nn.Module) -> Iterator[WeightSit
             weight = None if leaf is None else getattr(leaf, "weight", None)
             if weight is None or weight.ndim != 2:
                 kind = type(getattr(part, "original_component", part)).__name__
-                raise ValueError(f"this model cannot be masked: blocks.{layer}.{component} ({kind}) has no plain {matrix}")
+                raise ValueError(
+                    f"this model cannot be masked: blocks.{layer}.{component} ({kind}) has no plain {matrix}"
+                )
             yield _site(model, name, layer, component, axes, leaf, linear_axes)
 
 
-def _site(
-    model: Any, name: str, layer: int, component: str, axes: str, leaf: Any, linear_axes: str
-) -> WeightSite:
+def _site(model: Any, name: str, layer: int, component: str, axes: str, leaf: Any, linear_axes: str) -> WeightSite:
     outputs, inputs = leaf.weight.shape
     stored_axes = linear_axes
     if not isinstance(leaf, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
@@ -141,7 +141,8 @@ def _site(
         heads, remainder = divmod(over_heads, model.cfg.d_head)
         if remainder:
             raise ValueError(
-                f"this model cannot be masked: {name} has {over_heads} rows, not a multiple of d_head {model.cfg.d_head}"
+                f"this model cannot be masked: {name} has {over_heads} rows, "
+                f"not a multiple of d_head {model.cfg.d_head}"
             )
         d_head = model.cfg.d_head
         shape = (heads, d_head, d_model) if name.endswith("W_O") else (heads, d_model, d_head)

@@ -34,7 +34,7 @@ class Count(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """kept / total."""
+        """Kept / total."""
         return self.kept / self.total
 
 
@@ -130,6 +130,9 @@ class Subnetwork(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Canonical shape of every weight matrix."""
@@ -188,7 +191,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def fraction(self) -> float:
-        """kept / total, 0 to 1."""
+        """Kept / total, 0 to 1."""
         return self.kept / self.total
 
     def by_weight(self) -> dict[str, Count]:
@@ -259,7 +262,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return self._with(changed)
 
     def _edit_neurons(self, layer: int, indices: Sequence[int], value: bool) -> Subnetwork:
-        d_mlp = self._shapes[self._of_layer(layer)[-1]][0]  # W_out comes last
+        d_mlp = self._rows_of(layer, "W_out")
         wrong = [index for index in indices if not 0 <= index < d_mlp]
         if wrong:
             raise ValueError(f"there is no neuron {wrong[0]} in layer {layer}: it has neurons 0 to {d_mlp - 1}")
@@ -282,7 +285,13 @@ class Subnetwork(Mapping[str, Tensor]):
         return names
 
     def _n_heads(self, layer: int) -> int:
-        return self._shapes[next(name for name in self._of_layer(layer) if name.endswith(".W_Q"))][0]
+        return self._rows_of(layer, "W_Q")
+
+    def _rows_of(self, layer: int, matrix: str) -> int:
+        for name in self._of_layer(layer):
+            if _parse(name)[2] == matrix:
+                return self._shapes[name][0]
+        raise ValueError(f"layer {layer} of this subnetwork has no {matrix}")
 
     def _with(self, changed: Mapping[str, Tensor]) -> Subnetwork:
         packed = {name: np.packbits(changed[name].numpy()) if name in changed else self._packed[name] for name in self}
@@ -316,6 +325,8 @@ class Subnetwork(Mapping[str, Tensor]):
             ValueError: If the file is no subnetwork or of another format version, its names, shapes or counts do not
                 agree, or, with `model`, it was made for other shapes or other weights.
         """
+        if os.path.isdir(path):
+            raise ValueError(f"{str(path)!r} is a folder: give the subnetwork.safetensors in it")
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
@@ -326,9 +337,11 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
         lengths = {name: -(-int(np.prod(shape)) // 8) for name, shape in shapes.items()}
-        if {name: bits.shape for name, bits in packed.items()} != {name: (size,) for name, size in lengths.items()}:
+        if any(bits.dtype != np.uint8 for bits in packed.values()) or (
+            {name: bits.shape for name, bits in packed.items()} != {name: (size,) for name, size in lengths.items()}
+        ):
             raise ValueError(f"{str(path)!r} is damaged: its tensors are not those its header names")
-        packed = {name: packed[name].astype(np.uint8) for name in shapes}
+        packed = {name: packed[name] for name in shapes}
         loaded = cls._from_packed(shapes, packed, metadata["model_name"] or None, metadata["weight_hash"] or None)
         if (loaded.kept, loaded.total) != (int(metadata["kept"]), int(metadata["total"])):
             raise ValueError(

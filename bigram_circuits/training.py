@@ -41,26 +41,26 @@ class SparsifyConfig:
     """The masking method; so far this one."""
     granularity: str = "weight"
     """What a gate governs; so far a single weight."""
-    sparsity_weight: float = 10.0
+    sparsity_weight: float | int = 10.0
     """Weight of the penalty, nats per unit of mean soft gate: larger keeps fewer weights."""
     target_fraction: float | None = None
     """If given, this share of the weights is kept, exactly: the penalty's weight follows the fraction (starting from
     `sparsity_weight`), and at the end the highest scores are kept."""
-    learning_rate: float = 1e-2
+    learning_rate: float | int = 1e-2
     """AdamW's, for the scores."""
-    weight_decay: float = 0.0
+    weight_decay: float | int = 0.0
     """AdamW's, for the scores."""
-    first_score: float = 0.0
+    first_score: float | int = 0.0
     """Every score at the start; 0 is a soft gate of one half."""
-    beta_start: float = 1.0
+    beta_start: float | int = 1.0
     """beta at step 0; the soft gate is sigmoid(beta * score)."""
-    beta_growth: float = 1.03
+    beta_growth: float | int = 1.03
     """Factor on beta at every step."""
     max_steps: int = 400
     """Steps after which to stop in any case."""
     batch_size: int = 16
     """Sequences in a step."""
-    stop_undecided: float = 0.01
+    stop_undecided: float | int = 0.01
     """Stop when undecided gates (0.1 to 0.9) number less than this share of the decided-kept ones (above 0.9)."""
     recovery_steps: int = 20
     """A run whose CE jumped must have come back at least so many steps before its end."""
@@ -263,11 +263,12 @@ def _attempt(
                     "try float32, or a lower learning rate"
                 )
             history.append(record)
-            bar.update()
             bar.set_postfix_str(
                 f"CE {record['cross_entropy']:.3f}, kept {100 * record['fraction']:.2f}%, "
-                f"undecided {100 * record['undecided']:.2f}%"
+                f"undecided {100 * record['undecided']:.2f}%",
+                refresh=False,
             )
+            bar.update()
             if folder:
                 folder.log(record)
             if between < config.stop_undecided * above:
@@ -276,7 +277,11 @@ def _attempt(
             if folder and (interrupt.is_set() or folder.checkpoint_is_due()):
                 folder.write_checkpoint(_checkpoint(gates, optimizer, step + 1, attempt, time.monotonic() - started))
             if interrupt.is_set():
-                kept = f"its state is kept in {str(folder.path)!r}, and the same command continues it" if folder else "nothing is kept"
+                kept = (
+                    f"its state is kept in {str(folder.path)!r}, and the same command continues it"
+                    if folder
+                    else "nothing is kept"
+                )
                 raise KeyboardInterrupt(f"interrupted after step {step + 1} of at most {config.max_steps}; {kept}")
     if is_unstable([record["cross_entropy"] for record in history], config.recovery_steps):
         stopped_because = "unstable"

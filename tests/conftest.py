@@ -1,0 +1,98 @@
+"""Models for the tests: tiny random ones in Hugging Face folders, and the reference model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+import bigram_circuits as bc
+
+settings.register_profile("tests", deadline=None, max_examples=60)  # a busy machine is no failure
+settings.load_profile("tests")
+
+D_VOCAB = 257  # the bytes and the end of a text
+
+TINY_CONFIGS = {
+    "gpt_neox": GPTNeoXConfig(
+        vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=64,
+    ),
+    "gpt2": GPT2Config(vocab_size=D_VOCAB, n_embd=24, n_layer=2, n_head=4, n_inner=40, n_positions=64),
+    "llama": LlamaConfig(
+        vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; id 0 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {character: index for index, character in enumerate(alphabet, start=1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_tiny(folder: Path, config) -> Path:
+    torch.manual_seed(0)
+    for key in ("bos_token_id", "eos_token_id"):
+        setattr(config, key, 0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # weights of a size at which every one of them matters to the logits
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny random models by architecture."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(root / name, config) for name, config in TINY_CONFIGS.items()}
+
+
+@pytest.fixture(scope="session", params=list(TINY_CONFIGS))
+def any_model(request, tiny_folders):
+    """Each tiny architecture in turn. Tests leave it as they found it."""
+    return bc.load_model(tiny_folders[request.param], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folders):
+    """A tiny GPT-NeoX."""
+    return bc.load_model(tiny_folders["gpt_neox"], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    return bc.load_model("reference", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference_corpus(reference_model):
+    return bc.load_corpus("reference", tokenizer=reference_model.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def random_tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, D_VOCAB, size=(6, 16))

@@ -1,0 +1,269 @@
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bigram_circuits as bc
+from bigram_circuits import cli
+
+COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """Run a command in an empty folder; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of text that a byte model can learn something of in a few steps."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n} of a small text\n" + "\n" * (n % 7 == 0) for n in range(1500)))
+    return path
+
+
+@pytest.fixture
+def quick(tiny_folders, text):
+    """Arguments of a run of a few seconds."""
+    options = ["--steps", "12", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1"]
+    return ["find", tiny_folders["gpt_neox"], "--corpus", text, "--max-tokens", "20000", *options]
+
+
+# --- the main job, as a new user does it ---
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """`bigram-circuits find` with no argument, in an empty folder."""
+    folder = tmp_path_factory.mktemp("main_job")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    result = subprocess.run([*COMMAND, "find"], cwd=folder, capture_output=True, text=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert result.returncode == 0, result.stderr[-2000:]
+    (run_folder,) = (folder / "runs").iterdir()
+    return bc.load_run(run_folder), result.stdout, max(before, peak) * 1024
+
+
+def test_the_main_job_finds_the_bigram_subnetwork(main_job):
+    run, _, _ = main_job
+    found, full = run.metrics["subnetwork"], run.metrics["full"]
+    assert found["surprisal_correlation"] >= 0.95
+    assert found["fraction"] <= 0.10
+    assert full["surprisal_correlation"] < found["surprisal_correlation"] - 0.1
+    for control in ("random", "full_minus_random"):
+        assert run.metrics[control]["mean"]["surprisal_correlation"] < found["surprisal_correlation"] - 0.1
+    assert run.metrics["magnitude"]["surprisal_correlation"] < found["surprisal_correlation"] - 0.1
+    rise = run.metrics["complement"]["mean_surprisal"] - full["mean_surprisal"]
+    random_rise = run.metrics["full_minus_random"]["mean"]["mean_surprisal"] - full["mean_surprisal"]
+    assert rise > 5 * random_rise
+    assert run.outcome["stopped_because"] == "decided"
+
+
+def test_its_weights_are_in_the_first_mlp_and_hardly_in_attention(main_job):
+    counts = main_job[0].subnetwork.by_component()
+    assert max(counts, key=lambda place: counts[place].kept) == (0, "mlp")
+    attention = sum(count.kept for (_, component), count in counts.items() if component == "attn")
+    assert attention < 0.1 * main_job[0].subnetwork.kept
+
+
+def test_it_prints_what_the_files_hold(main_job):
+    run, out, _ = main_job
+    for name in ("subnetwork", "full", "empty", "complement", "random", "full - random", "magnitude", "Verdict"):
+        assert re.search(rf"^{name}", out, re.MULTILINE), name
+    assert f"{run.metrics['subnetwork']['surprisal_correlation']:.3f}" in out
+    assert f"{run.subnetwork.kept:,}" in out
+    assert "where the kept weights are" in out
+    assert re.search(r"files in runs/reference-\w+/: config.json, metrics.json, progress.jsonl, subnetwork", out)
+
+
+def test_it_stays_within_two_gigabytes(main_job):
+    assert main_job[2] < 2e9
+
+
+# --- small runs ---
+
+
+def test_find_evaluate_and_find_again(run, quick):
+    code, out, err = run(*quick, "--out", "mine")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in Path("mine").iterdir()) == [
+        "config.json", "metrics.json", "progress.jsonl", "subnetwork.safetensors", "training.json",
+    ]  # fmt: skip
+    metrics = Path("mine/metrics.json").read_text()
+    assert json.loads(metrics)["random"]["seeds"][0]["seed"] == 0
+    code, again, err = run("evaluate", "mine", "--random-seeds", "1")
+    assert (code, err) == (0, "")
+    assert Path("mine/metrics.json").read_text() == metrics
+    table = again[: again.index("Verdict")]
+    assert table in out
+    code, out, err = run(*quick, "--out", "mine")
+    assert code == 0
+    assert "found before" in out
+    assert Path("mine/metrics.json").read_text() == metrics
+
+
+def test_the_same_command_uses_the_same_folder_and_another_one_another(run, quick):
+    assert run(*quick)[0] == run(*quick)[0] == run(*quick, "--seed", "3")[0] == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_target_fraction_and_recipes(run, quick):
+    code, _, _ = run(*quick, "--target-fraction", "0.05", "--out", "a")
+    assert code == 0
+    run_a = bc.load_run("a")
+    assert run_a.subnetwork.kept == round(0.05 * run_a.subnetwork.total)
+    assert run(*quick, "--recipe", "paper", "--order", "3", "--out", "b")[0] == 0
+    assert bc.load_run("b").settings["recipe"]["learning_rate"] == 5e-5
+
+
+def test_evaluate_notices_another_text(run, quick, text):
+    assert run(*quick, "--out", "mine")[0] == 0
+    text.write_text(text.read_text().replace("small", "large"))
+    code, _, err = run("evaluate", "mine", "--random-seeds", "1")
+    assert code == 0
+    assert "is not what the run was made on" in err
+
+
+def test_hooks_lists_points_and_weights(run, tiny_folders):
+    code, out, _ = run("hooks", tiny_folders["llama"])
+    assert code == 0
+    assert re.search(r"blocks\.0\.hook_out +batch pos d_model +batch pos 24 += blocks\.0\.hook_resid_post", out)
+    assert re.search(r"blocks\.1\.attn\.W_K +head d_model d_head +2 24 6", out)
+
+
+# --- mistakes: one line, exit code 1 or 2, nothing written ---
+
+
+@pytest.fixture
+def refused(run):
+    def call(*arguments, code, said):
+        before = sorted(Path().rglob("*"))
+        got, _, err = run(*arguments)
+        assert got == code, err
+        assert said in err
+        assert "Traceback" not in err
+        if code == 1:
+            assert err.count("\n") == 1, err
+        assert sorted(Path().rglob("*")) == before
+
+    return call
+
+
+def test_wrong_arguments(refused):
+    refused("find", "--sparsity-weight", "-3", code=2, said="'-3' is not a number of at least 0")
+    refused("find", "--sparsity-weight", "1", "--target-fraction", "0.1", code=2, said="not allowed with")
+    refused("find", "--target-fraction", "1.5", code=2, said="target_fraction must be between 0 and 1, not 1.5")
+    refused("find", "--steps", "0", code=2, said="'0' is not a whole number of at least 1")
+    refused("find", "--order", "4", code=2, said="invalid choice: 4")
+    refused("dance", code=2, said="invalid choice: 'dance'")
+    refused(code=2, said="required")
+
+
+def test_things_that_are_not_there(refused, tiny_folders, tmp_path):
+    refused("find", "./nowhere", code=1, said="there is no model folder './nowhere'")
+    refused("find", tiny_folders["gpt2"], "--corpus", "missing.txt", code=1, said="no file or folder 'missing.txt'")
+    refused("evaluate", "nothing", code=1, said="holds no run")
+    refused("hooks", tmp_path, code=1, said="has no config.json")
+
+
+def test_no_network(run, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    code, _, err = run("find", "EleutherAI/pythia-70m")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "cannot reach the model hub" in err
+
+
+def test_text_that_cannot_be_used(refused, tiny_folders, tmp_path):
+    model = tiny_folders["gpt2"]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "latin.txt").write_bytes("déjà vu\n".encode("latin-1") * 500)
+    refused("find", model, "--corpus", "empty.txt", code=1, said="'empty.txt'")
+    refused("find", model, "--corpus", "one.txt", code=1, said="'one.txt'")
+    refused("find", model, "--corpus", "latin.txt", code=1, said="is not UTF-8 text (byte 0xe9")
+
+
+def test_an_output_folder_that_cannot_be_used(run, refused, quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    refused(*quick, "--out", "file", code=1, said="'file' is a file, but a run needs a folder")
+    refused(*quick, "--out", "full", code=1, said="'full' is not empty and holds no run")
+    refused(*quick, "--out", "/proc/nowhere/run", code=1, said="cannot write '/proc/nowhere/run/config.json'")
+    assert run(*quick, "--out", "mine")[0] == 0
+    refused(*quick, "--out", "mine", "--seed", "9", code=1, said="'mine' holds another run (its recipe.seed is 0")
+
+
+def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
+    assert run(*quick, "--out", "mine")[0] == 0
+    config = json.loads(Path("mine/config.json").read_text())
+    config["rebuild"]["model"]["name"] = str(tiny_folders["gpt2"])
+    Path("mine/config.json").write_text(json.dumps(config))
+    refused("evaluate", "mine", code=1, said="was made for")
+
+
+def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tokenizer, tmp_path):
+    corpus = bc.load_corpus(["some text " * 40] * 2 + ["other text " * 40] * 2, tokenizer=tokenizer, context_length=16)
+    target = bc.count_ngrams(corpus.train, d_vocab=257)
+    bc.find_subnetwork(tiny_model, target, corpus, bc.SparsifyConfig(max_steps=2), run_dir=tmp_path / "mine")
+    refused("evaluate", "mine", code=1, said="was made in Python from objects")
+
+
+def test_ctrl_c_says_what_was_kept_and_the_same_command_continues(quick, tmp_path):
+    arguments = [str(argument) for argument in quick]
+    arguments[arguments.index("--steps") + 1] = "2000"
+    command = [*COMMAND, *arguments, "--learning-rate", "1e-6", "--out", "mine"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    progress = tmp_path / "mine" / "progress.jsonl"
+    deadline = time.monotonic() + 120
+    while not (progress.exists() and progress.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = err.strip().splitlines()[-1]
+    assert re.search(r"interrupted after step \d+ of at most 2000; its state is kept in 'mine'", last)
+    assert (tmp_path / "mine" / "checkpoint" / "state.safetensors").exists()
+    assert "Traceback" not in err
+
+
+def test_help_needs_no_heavy_import():
+    script = "import sys; from bigram_circuits.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    script += "print(sorted({'torch', 'transformer_lens', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.rstrip().endswith("[]")
+
+
+def test_the_installed_command_answers():
+    command = Path(sys.executable).with_name("bigram-circuits")
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("bigram-circuits 0.")
+    assert shutil.which(command) is not None
+    assert os.access(command, os.X_OK)
