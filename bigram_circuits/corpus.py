@@ -25,6 +25,8 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.files import release_pages
+
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
 _BATCH_CHARACTERS = 1 << 20  # text tokenised at once
 _PASSAGE_CHARACTERS = 2_000  # a plain text file is cut into documents of about this size
@@ -403,6 +405,7 @@ def _fingerprint(*arrays: Int[np.ndarray, "_ _"]) -> str:
         digest.update(repr(array.shape).encode())
         for start in range(0, len(array), 1 << 14):
             digest.update(array[start : start + (1 << 14)].tobytes())
+            release_pages(array)
     return digest.hexdigest()
 
 

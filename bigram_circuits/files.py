@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 
 @contextmanager
@@ -31,6 +34,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Let go of the memory through which a memory-mapped array (or a part of one) was read; no-op for others.
+
+    The pages belong to the file and would be given up under pressure anyway, but until then they count as the process's.
+    """
+    while not isinstance(array, np.memmap) and isinstance(array.base, np.ndarray):
+        array = array.base
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.files import whole_file
+from bigram_circuits.files import release_pages, whole_file
 
 _CHUNK_TOKENS = 1 << 24
 _GATHERED_AT_ONCE = 1 << 22  # row entries gathered from the logits at once: 16 MiB of float32
@@ -61,6 +61,7 @@ def count_ngrams(
             chunk = array[start : start + rows]
             counter.add(chunk)
             bar.update(chunk.size)
+            release_pages(chunk)
     return counter.freeze()
 
 
@@ -252,7 +253,7 @@ class NGramTable:
                 f"given tokens {tuple(tokens.shape)} and a table counted over a vocabulary of {self.d_vocab}"
             )
         rows = self._rows(tokens.to(logits.device))
-        flat = logits.reshape(-1, self.d_vocab)
+        flat = logits.reshape(-1, self.d_vocab).contiguous()
         return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -342,7 +343,10 @@ class NGramTable:
         return position, token, prob
 
     def _entry_chunks(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]) -> Any:
-        """`_entries` of consecutive stretches of rows, each of a bounded number of entries (or of one row)."""
+        """The entries of consecutive stretches of rows, each of a bounded number of entries (or of one row).
+
+        Yields (which of the rows, place in logits [flat, d_vocab] read as one line, probability).
+        """
         level, row = rows
         lengths = torch.zeros_like(row)
         for number in range(self.order):
@@ -353,7 +357,8 @@ class NGramTable:
         bounds = [0, *(torch.unique_consecutive(stretch, return_counts=True)[1].cumsum(0).tolist())]
         for start, end in itertools.pairwise(bounds):
             position, token, prob = self._entries((level[start:end], row[start:end]))
-            yield position + start, token, prob
+            position += start
+            yield position, token.add_(position, alpha=self.d_vocab), prob
 
     def _prob(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]], following: Int[Tensor, " flat"]) -> Any:
         """P(following | row): a binary search for the token within the row, for all rows at once."""
@@ -409,8 +414,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
         rows_at_once = max(1, _GATHERED_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
         lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
         expected = torch.zeros_like(lse)
-        for position, token, prob in table._entry_chunks(rows):
-            expected.index_add_(0, position, logits[position, token].float() * prob)
+        for position, place, prob in table._entry_chunks(rows):
+            expected.index_add_(0, position, logits.view(-1).index_select(0, place).float().mul_(prob))
         ctx.save_for_backward(logits, lse)
         ctx.table, ctx.rows = table, rows
         return lse - expected
@@ -420,8 +425,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         logits, lse = ctx.saved_tensors
         (grad_output,) = grad_outputs
         grad = logits.to(torch.float32, copy=True).sub_(lse[:, None]).exp_()
-        for position, token, prob in ctx.table._entry_chunks(ctx.rows):
-            flat = position * grad.shape[1] + token  # every (position, token) occurs once
-            grad.view(-1)[flat] -= prob
+        for _, place, prob in ctx.table._entry_chunks(ctx.rows):
+            grad.view(-1).scatter_add_(0, place, prob.neg())
         grad *= grad_output[:, None]
         return grad.to(logits.dtype), None, None

@@ -63,8 +63,8 @@ class Subnetwork(Mapping[str, Tensor]):
         self._shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(shapes))
         self._packed: Mapping[str, np.ndarray] = MappingProxyType(packed)
         self._counts = {name: int(np.bitwise_count(bits).sum()) for name, bits in packed.items()}
-        self.model_name = model_name
-        self.weight_hash = weight_hash
+        self._model_name = model_name
+        self._weight_hash = weight_hash
 
     @classmethod
     def _from_packed(
@@ -137,6 +137,16 @@ class Subnetwork(Mapping[str, Tensor]):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Canonical shape of every weight matrix."""
         return self._shapes
+
+    @property
+    def model_name(self) -> str | None:
+        """Name of the model it was made for, if known."""
+        return self._model_name
+
+    @property
+    def weight_hash(self) -> str | None:
+        """Hash of the weights it was made for, if known."""
+        return self._weight_hash
 
     # --- set algebra ---
 
