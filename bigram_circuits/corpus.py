@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,9 +40,9 @@ _DEFAULT_CONTEXT_LENGTH = 128  # the paper's
 class Corpus:
     """Tokens of a text, in two parts that share no document."""
 
-    train: Int[np.ndarray, "train_sequence position"]
+    train: Integer[np.ndarray, "train_sequence position"]
     """int32 token ids to learn and count from; a memory map when large."""
-    held_out: Int[np.ndarray, "held_out_sequence position"]
+    held_out: Integer[np.ndarray, "held_out_sequence position"]
     """int32 token ids of other documents, to evaluate on; a memory map when large."""
     source: str
     """What was read, in words."""
@@ -115,8 +115,8 @@ def load_corpus(
 
 
 def batch_of(
-    tokens: Int[np.ndarray, "sequence position"], batch_size: int, *, step: int, seed: int = 0
-) -> Int[Tensor, "batch position"]:
+    tokens: Integer[np.ndarray, "sequence position"], batch_size: int, *, step: int, seed: int = 0
+) -> Integer[Tensor, "batch position"]:
     """The batch of training step `step`: sequences in a random order that is drawn anew for every epoch.
 
     A pure function of its arguments, so a run that resumes at a step sees the batches it would have seen. An epoch
@@ -131,13 +131,15 @@ def batch_of(
 
 
 @lru_cache(maxsize=1)  # drawing it takes longer than a training step once there are millions of sequences
-def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Int[np.ndarray, " sequence"]:
+def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Integer[np.ndarray, " sequence"]:
     order = np.random.default_rng((seed, epoch)).permutation(n_sequences)
     order.setflags(write=False)
     return order
 
 
-def in_order(tokens: Int[np.ndarray, "sequence position"], batch_size: int) -> Iterator[Int[Tensor, "batch position"]]:
+def in_order(
+    tokens: Integer[np.ndarray, "sequence position"], batch_size: int
+) -> Iterator[Integer[Tensor, "batch position"]]:
     """All sequences once, in order; the last batch may be smaller."""
     for start in range(0, len(tokens), batch_size):
         yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
@@ -210,6 +212,8 @@ def _records(records: Iterable[Any], text_column: str, name: str) -> Iterator[tu
             text = record
         elif isinstance(record, dict) and isinstance(record.get(text_column), str):
             text = record[text_column]
+        elif isinstance(record, dict) and text_column in record and record[text_column] is None:
+            continue  # a record without text
         else:
             has = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f"record {index} of {name} has {has}, but a text field {text_column!r} is needed")
@@ -234,7 +238,7 @@ def _text_size(files: list[Path]) -> int | None:
 
 
 def _file_documents(files: list[Path], text_column: str) -> Iterator[tuple[str, str]]:
-    readers = {".jsonl": _jsonl_texts, ".parquet": _parquet_texts}
+    readers = {".jsonl": _jsonl_texts, ".json": _jsonl_texts, ".parquet": _parquet_texts}
     for file in files:
         try:
             texts = readers[file.suffix](file, text_column) if file.suffix in readers else _passages(file)
@@ -296,7 +300,7 @@ def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
 
 def _tokenize(
     documents: Iterable[tuple[str, str]], tokenizer: Any, salt: str, max_tokens: int | None, n_bytes: int | None
-) -> Iterator[tuple[float, Int[np.ndarray, " token"]]]:
+) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
     """Yield (position of the document's key in [0, 1) under a salted hash, its token ids with a separator first)."""
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     start = [] if separator is None else [separator]
@@ -332,8 +336,8 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
 
 
 def _split(
-    documents: Iterator[tuple[float, Int[np.ndarray, " token"]]], held_out: float, context_length: int, source: str
-) -> tuple[Int[np.ndarray, "a position"], Int[np.ndarray, "b position"], tuple[int, int]]:
+    documents: Iterator[tuple[float, Integer[np.ndarray, " token"]]], held_out: float, context_length: int, source: str
+) -> tuple[Integer[np.ndarray, "a position"], Integer[np.ndarray, "b position"], tuple[int, int]]:
     """Send each document to one of two token files, by its hash."""
     first = list(itertools.islice(documents, _SMALL_CORPUS_DOCUMENTS))
     threshold = held_out
@@ -353,7 +357,7 @@ def _split(
     return parts[0].sequences(), parts[1].sequences(), counts
 
 
-def _threshold_for_one_sequence(documents: list[tuple[float, Int[np.ndarray, " _"]]], context_length: int) -> float:
+def _threshold_for_one_sequence(documents: list[tuple[float, Integer[np.ndarray, " _"]]], context_length: int) -> float:
     """The lowest threshold that puts at least `context_length` tokens below it."""
     total = 0
     for position, tokens in sorted(documents, key=lambda document: document[0]):
@@ -370,11 +374,11 @@ class _TokenFile:
         self.context_length = context_length
         self.n_tokens = 0
         self.n_documents = 0
-        self._blocks: list[Int[np.ndarray, " token"]] = []
+        self._blocks: list[Integer[np.ndarray, " token"]] = []
         self._waiting = 0
         self._file: Any = None
 
-    def append(self, tokens: Int[np.ndarray, " token"]) -> None:
+    def append(self, tokens: Integer[np.ndarray, " token"]) -> None:
         self._blocks.append(tokens)
         self._waiting += len(tokens)
         self.n_tokens += len(tokens)
@@ -388,7 +392,7 @@ class _TokenFile:
         np.concatenate(self._blocks).tofile(self._file)
         self._blocks, self._waiting = [], 0
 
-    def sequences(self) -> Int[np.ndarray, "sequence position"]:
+    def sequences(self) -> Integer[np.ndarray, "sequence position"]:
         shape = (self.n_tokens // self.context_length, self.context_length)
         if self._file is None:
             tokens = np.concatenate(self._blocks) if self._blocks else np.zeros(0, np.int32)
@@ -399,7 +403,7 @@ class _TokenFile:
         return np.memmap(self._file, dtype=np.int32, mode="r", shape=shape)
 
 
-def _fingerprint(*arrays: Int[np.ndarray, "_ _"]) -> str:
+def _fingerprint(*arrays: Integer[np.ndarray, "_ _"]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(repr(array.shape).encode())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -133,7 +133,7 @@ def evaluate(
     model: Any,
     subnetwork: Subnetwork,
     target: Any,
-    tokens: Int[np.ndarray, "sequence position"] | Int[Tensor, "sequence position"],
+    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
     *,
     controls: bool = True,
     seeds: int = 3,
@@ -206,7 +206,7 @@ def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tupl
 
 
 def _sums(
-    model: Any, subnetwork: Subnetwork, target: Any, tokens: Int[np.ndarray, "sequence position"], bar: Any
+    model: Any, subnetwork: Subnetwork, target: Any, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """One row of sums for each sequence (`metrics.COLUMNS`), from one pass over the text."""
     at_once = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // model.cfg.d_vocab)
@@ -222,7 +222,7 @@ def _sums(
 
 
 def _batch_sums(
-    logits: Float[Tensor, "batch pos d_vocab"], target: Any, tokens: Int[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos d_vocab"], target: Any, tokens: Integer[Tensor, "batch pos"]
 ) -> Float[np.ndarray, "batch column"]:
     x = metrics.surprisals(logits, tokens).double()
     if not torch.isfinite(x).all():

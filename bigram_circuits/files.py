@@ -39,7 +39,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def release_pages(array: np.ndarray) -> None:
     """Let go of the memory through which a memory-mapped array (or a part of one) was read; no-op for others.
 
-    The pages belong to the file and would be given up under pressure anyway, but until then they count as the process's.
+    The pages belong to the file and are given up under pressure anyway, but until then they count as the process's.
     """
     while not isinstance(array, np.memmap) and isinstance(array.base, np.ndarray):
         array = array.base

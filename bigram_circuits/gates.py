@@ -7,6 +7,7 @@ ever after. The penalty is the mean soft gate over all maskable weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 
 def temperature(step: int, *, first: float, growth: float) -> float:
-    """Beta at a step: `first * growth ** step`."""
+    """The factor beta at a step: `first * growth ** step`, at most 1e30 (by then every gate is decided)."""
+    if math.log(first) + step * math.log(growth) > math.log(1e30):
+        return 1e30
     return first * growth**step
 
 
@@ -25,7 +28,7 @@ def soft_gate(scores: Float[Tensor, " gate"], beta: float) -> Float[Tensor, " ga
 
 
 def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
-    """S > 0: the limit of the soft gate as beta grows."""
+    """Open where s > 0: the limit of the soft gate as beta grows."""
     return scores > 0
 
 
@@ -66,8 +69,11 @@ class Gates(nn.Module):
         scores = self.scores.detach()
         if fraction is None:
             return self._views(hard_gate(scores))
+        wanted, possible = round(fraction * len(scores)), int(scores.isfinite().sum())
+        if wanted > possible:
+            raise ValueError(f"cannot keep {wanted} weights: only {possible} of {len(scores)} are not exactly 0")
         open_gates = torch.zeros_like(scores, dtype=torch.bool)
-        open_gates[scores.topk(round(fraction * len(scores)), sorted=False).indices] = True
+        open_gates[scores.topk(wanted, sorted=False).indices] = True
         return self._views(open_gates)
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:

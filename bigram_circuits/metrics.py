@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 _LOGITS_AT_ONCE = 1 << 22  # float32 copies of logits are made in pieces of 16 MiB
@@ -55,7 +55,7 @@ class Faithfulness:
 
 
 def surprisals(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos_minus_1"]:
     """-log softmax(logits) of the actual next token, nats, float32, without a second tensor the size of the logits."""
     flat = logits[:, :-1].reshape(-1, logits.shape[-1])
@@ -75,10 +75,10 @@ def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "...
         return np.where(constant, np.nan, cov / np.sqrt(np.where(constant, 1.0, var_x * var_y)))
 
 
-def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."] | np.floating:
+def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
     """A mean per position from (added-up) rows of sums, by its column name."""
     count = "positions" if name == "surprisal" else "places"
-    return sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)]
+    return np.asarray(sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)])
 
 
 def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: int) -> Faithfulness:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,14 +32,18 @@ from tqdm.auto import tqdm
 from bigram_circuits.files import release_pages, whole_file
 
 _CHUNK_TOKENS = 1 << 24
-_GATHERED_AT_ONCE = 1 << 22  # row entries gathered from the logits at once: 16 MiB of float32
+_GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
+_LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.ngrams/1"
 
-Tokens = Int[Tensor, "batch pos"] | Int[np.ndarray, "batch pos"]
+Tokens = Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
 
 
 def count_ngrams(
-    tokens: Int[np.ndarray, "sequence position"] | Int[Tensor, "sequence position"], order: int = 2, *, d_vocab: int
+    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    order: int = 2,
+    *,
+    d_vocab: int,
 ) -> NGramTable:
     """Count n-grams within sequences and return the frozen table of P(next | the `order - 1` tokens before).
 
@@ -77,7 +81,7 @@ class NGramCounter:
         self.d_vocab = d_vocab
         self._runs: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(order)]
 
-    def add(self, tokens: Int[np.ndarray, "sequence position"]) -> None:
+    def add(self, tokens: Integer[np.ndarray, "sequence position"]) -> None:
         """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
         if tokens.size == 0:
             return
@@ -108,7 +112,7 @@ class NGramCounter:
         return NGramTable(order=self.order, d_vocab=self.d_vocab, levels=tuple(levels))
 
 
-def _keys(tokens: Int[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
+def _keys(tokens: Integer[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
     """All n-grams as integers in base `d_vocab`, first token most significant; the smallest type that sorts fast."""
     dtype = np.uint32 if d_vocab**n <= 2**32 else np.uint64
     length = tokens.shape[1] - n + 1
@@ -149,17 +153,17 @@ def _starts(ordered: np.ndarray) -> np.ndarray:
 class Level:
     """Sparse rows of P(next | context) for contexts of one length."""
 
-    contexts: Int[Tensor, " context"]
+    contexts: Integer[Tensor, " context"]
     """int64 keys of the contexts seen, in order; one key, 0, for the empty context."""
-    offsets: Int[Tensor, " context_and_end"]
+    offsets: Integer[Tensor, " context_and_end"]
     """int64: row i of `tokens` and `probs` is `offsets[i]` to `offsets[i + 1]`."""
-    tokens: Int[Tensor, " entry"]
+    tokens: Integer[Tensor, " entry"]
     """int32 next tokens, in order within a row."""
     probs: Float[Tensor, " entry"]
     """float32 probabilities; every row sums to 1."""
     entropy: Float[Tensor, " context"]
     """float32 entropy of each row, nats."""
-    top: Int[Tensor, " context"]
+    top: Integer[Tensor, " context"]
     """int32 most likely next token of each row (of equals, the lowest)."""
 
 
@@ -236,7 +240,7 @@ class NGramTable:
         """Entropy of the distribution at each position; CE minus this is KL."""
         return self._per_row(tokens, "entropy")
 
-    def top1(self, tokens: Tokens) -> Int[Tensor, "batch pos"]:
+    def top1(self, tokens: Tokens) -> Integer[Tensor, "batch pos"]:
         """The most likely next token at each position."""
         return self._per_row(tokens, "top").long()
 
@@ -288,7 +292,7 @@ class NGramTable:
 
     # A row is addressed by (level, index in that level); `_rows` gives both for every position, flat.
 
-    def _checked(self, tokens: Any) -> Int[Tensor, "batch pos"]:
+    def _checked(self, tokens: Any) -> Integer[Tensor, "batch pos"]:
         tensor = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
         if tensor.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tensor.shape)} but should be [batch, pos]")
@@ -299,7 +303,7 @@ class NGramTable:
             )
         return tensor.long()
 
-    def _rows(self, tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]:
+    def _rows(self, tokens: Integer[Tensor, "batch pos"]) -> tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]:
         """The longest context seen at each position: its level and its row there."""
         level = torch.zeros_like(tokens)
         row = torch.zeros_like(tokens)
@@ -318,8 +322,8 @@ class NGramTable:
         return level.reshape(-1), row.reshape(-1)
 
     def _entries(
-        self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]
-    ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]:
+        self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]
+    ) -> tuple[Integer[Tensor, " entry"], Integer[Tensor, " entry"], Float[Tensor, " entry"]]:
         """All entries of the given rows: (which of the rows, next token, probability)."""
         level, row = rows
         parts = []
@@ -339,10 +343,14 @@ class NGramTable:
                     self._on(number, "probs", row.device)[entry],
                 )
             )
+        if not parts:  # no rows were asked for
+            return level, level, torch.zeros(0, device=level.device)
+        if len(parts) == 1:  # as a rule: no context of the batch needs backoff
+            return parts[0]
         position, token, prob = (torch.cat(part) for part in zip(*parts, strict=True))
         return position, token, prob
 
-    def _entry_chunks(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]]) -> Any:
+    def _entry_chunks(self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]) -> Any:
         """The entries of consecutive stretches of rows, each of a bounded number of entries (or of one row).
 
         Yields (which of the rows, place in logits [flat, d_vocab] read as one line, probability).
@@ -360,7 +368,9 @@ class NGramTable:
             position += start
             yield position, token.add_(position, alpha=self.d_vocab), prob
 
-    def _prob(self, rows: tuple[Int[Tensor, " flat"], Int[Tensor, " flat"]], following: Int[Tensor, " flat"]) -> Any:
+    def _prob(
+        self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]], following: Integer[Tensor, " flat"]
+    ) -> Any:
         """P(following | row): a binary search for the token within the row, for all rows at once."""
         level, row = rows
         result = torch.zeros(len(row), device=row.device)
@@ -411,7 +421,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, table: NGramTable, rows: tuple[Tensor, Tensor]) -> Tensor:
-        rows_at_once = max(1, _GATHERED_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
+        rows_at_once = max(1, _LOGITS_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
         lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
         expected = torch.zeros_like(lse)
         for position, place, prob in table._entry_chunks(rows):

@@ -251,7 +251,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line end was cut short
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line end was cut short
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def _difference(there: Any, wanted: Any, at: str = "") -> str:

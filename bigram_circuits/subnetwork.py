@@ -6,6 +6,7 @@ and reading a mask gives a fresh tensor that cannot change the subnetwork.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from bigram_circuits.files import whole_file
 from bigram_circuits.sites import weight_hash, weight_sites
 
 _FORMAT = "bigram_circuits.subnetwork/1"
+_RANDOM_BLOCK = 1 << 20  # weights drawn at once
 _HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 
 
@@ -112,9 +114,7 @@ class Subnetwork(Mapping[str, Tensor]):
         for index, (name, shape) in enumerate(self._shapes.items()):
             rng = np.random.default_rng((seed, index))
             size = int(np.prod(shape))
-            mask = np.zeros(size, dtype=bool)
-            mask[rng.choice(size, self._counts[name], replace=False, shuffle=False)] = True
-            packed[name] = np.packbits(mask)
+            packed[name] = np.packbits(_random_mask(rng, size, self._counts[name]))
         return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
 
     # --- a mapping ---
@@ -322,6 +322,7 @@ class Subnetwork(Mapping[str, Tensor]):
             "weight_hash": self.weight_hash or "",
             "kept": str(self.kept),
             "total": str(self.total),
+            "checksum": _checksum(self._packed),
         }
         with whole_file(path) as temporary:
             save_file(dict(self._packed), temporary, metadata)
@@ -352,6 +353,8 @@ class Subnetwork(Mapping[str, Tensor]):
         ):
             raise ValueError(f"{str(path)!r} is damaged: its tensors are not those its header names")
         packed = {name: packed[name] for name in shapes}
+        if metadata.get("checksum") != _checksum(packed):
+            raise ValueError(f"{str(path)!r} is damaged: its bits are not those that were written")
         loaded = cls._from_packed(shapes, packed, metadata["model_name"] or None, metadata["weight_hash"] or None)
         if (loaded.kept, loaded.total) != (int(metadata["kept"]), int(metadata["total"])):
             raise ValueError(
@@ -366,6 +369,29 @@ class Subnetwork(Mapping[str, Tensor]):
                     f"but this model ({model.cfg.model_name!r}) has weight hash {found}"
                 )
         return loaded
+
+
+def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
+    """Exactly `kept` of `size`, every choice equally likely; block by block, so that memory does not grow with size.
+
+    How many fall into a block is hypergeometric; which ones, uniform.
+    """
+    mask = np.zeros(size, dtype=bool)
+    left = kept
+    for start in range(0, size, _RANDOM_BLOCK):
+        block = min(_RANDOM_BLOCK, size - start)
+        rest = size - start - block
+        here = int(rng.hypergeometric(left, size - start - left, block)) if rest else left
+        mask[start + rng.choice(block, here, replace=False, shuffle=False)] = True
+        left -= here
+    return mask
+
+
+def _checksum(packed: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(packed):
+        digest.update(name.encode() + packed[name].tobytes())
+    return digest.hexdigest()
 
 
 def _parse(name: str) -> tuple[int, str, str]:

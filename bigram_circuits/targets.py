@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 
@@ -18,12 +18,12 @@ class Target(Protocol):
     """A distribution over the next token at every position."""
 
     def cross_entropy(
-        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
         """CE from the target's distribution to softmax(logits), nats; differentiable in `logits`."""
         ...
 
-    def surprisal(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
+    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
         """-log P(actual next token), nats; inf where that probability is 0."""
         ...
 
@@ -40,14 +40,14 @@ def check_target(target: Any, d_vocab: int) -> None:
         )
 
 
-def entropy(target: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+def entropy(target: Any, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
     """The target's entropy at each position, nats; nan if the target cannot tell."""
     if hasattr(target, "entropy"):
         return target.entropy(tokens)
     return torch.full(tokens.shape, torch.nan, device=tokens.device)
 
 
-def top1(target: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:
+def top1(target: Any, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"] | None:
     """The target's most likely next token at each position; None if the target cannot tell."""
     return target.top1(tokens) if hasattr(target, "top1") else None
 

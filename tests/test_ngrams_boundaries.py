@@ -50,6 +50,7 @@ class Sizes(TorchDispatchMode):
 def test_cross_entropy_makes_no_tensor_of_the_logits_size_but_the_gradient(monkeypatch, dtype):
     d_vocab = 5_000
     monkeypatch.setattr(module, "_GATHERED_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 1 << 14)
     text = np.random.default_rng(0).integers(0, d_vocab, (8, 64))
     table = bc.count_ngrams(text, 2, d_vocab=d_vocab)
     logits = torch.randn(8, 64, d_vocab, dtype=dtype, requires_grad=True)
