@@ -22,12 +22,12 @@ _EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 the work failed, 2 the arguments are wrong, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 1 the work failed or was interrupted, 2 the arguments are wrong."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt as stop:
-        return _say(str(stop) or "interrupted", 130)
+        return _say(str(stop) or "interrupted; what the run had written stays in its folder", 1)
     except (ValueError, OSError, MemoryError) as error:
         if arguments.traceback:
             raise
@@ -145,7 +145,11 @@ def _find(arguments: argparse.Namespace) -> int:
     print(f"target  {target!r}")
     print(f"run     {out}{' (found before; --fresh starts over)' if folder.is_finished else ''}", flush=True)
     found = find_subnetwork(model, target, corpus, config, run_dir=out)
-    evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+    try:
+        evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+    except KeyboardInterrupt:
+        kept = f"the subnetwork is kept in {str(out)!r}, and the same command evaluates it"
+        raise KeyboardInterrupt(f"interrupted while evaluating; {kept}") from None
     folder.write_metrics(evaluation.to_json())
     print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n")
     stopped = {"decided": "nearly all gates were decided", "max_steps": "the most steps allowed were done"}

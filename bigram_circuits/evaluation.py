@@ -110,9 +110,17 @@ class Evaluation:
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
         lines = [head]
+        groups = {"random": self.random, "full - random": self.full_minus_random}
+        spread = {
+            name: float(np.std([one.surprisal_correlation for one in group], ddof=1))
+            for name, group in groups.items()
+            if len(group) > 1
+        }
         for name, value in self.rows():
             low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
             pair = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+            if name in spread:
+                pair = f"sd {spread[name]:.3f}, {len(self.random)} seeds"
             r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
             lines.append(
                 f"{name:<15}{r:>8}{pair:>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}{value.mean_surprisal:>8.3f}"
