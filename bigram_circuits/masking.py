@@ -38,7 +38,7 @@ def masked(model: Any, subnetwork: Subnetwork) -> Iterator[Any]:
 
 @contextmanager
 def gated(model: Any, gates: Gates) -> Iterator[Any]:
-    """Within the block, every maskable weight is multiplied by its soft gate, `gates.soft[name]`.
+    """Within the block, every gated weight is multiplied by its soft gate, `gates.soft[name]`.
 
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores get a gradient: all the model's
     parameters are frozen within the block and afterwards require gradients as they did before.
@@ -47,7 +47,7 @@ def gated(model: Any, gates: Gates) -> Iterator[Any]:
     for parameter in required:
         parameter.requires_grad_(False)
     try:
-        with _parametrized(model, lambda site: _Gate(gates, site.name)):
+        with _parametrized(model, lambda site: _Gate(gates, site.name) if site.name in gates.names else None):
             yield model
     finally:
         for parameter in required:
@@ -55,7 +55,7 @@ def gated(model: Any, gates: Gates) -> Iterator[Any]:
 
 
 @contextmanager
-def _parametrized(model: Any, make: Callable[[WeightSite], nn.Module]) -> Iterator[None]:
+def _parametrized(model: Any, make: Callable[[WeightSite], nn.Module | None]) -> Iterator[None]:
     sites = weight_sites(model)
     if any(parametrize.is_parametrized(site.leaf, "weight") for site in sites):
         raise ValueError("the model is masked already: leave that mask first, or combine the subnetworks with &")
@@ -63,8 +63,11 @@ def _parametrized(model: Any, make: Callable[[WeightSite], nn.Module]) -> Iterat
     done: list[WeightSite] = []
     try:
         for site in sites:
+            parametrization = make(site)
+            if parametrization is None:
+                continue
             # unsafe: skips a trial call of the parametrization; ours keep shape and dtype
-            parametrize.register_parametrization(site.leaf, "weight", make(site), unsafe=True)
+            parametrize.register_parametrization(site.leaf, "weight", parametrization, unsafe=True)
             done.append(site)
             site.leaf.train(training)  # the modules just added are born in training mode
         yield

@@ -187,6 +187,11 @@ class Subnetwork(Mapping[str, Tensor]):
     def __hash__(self) -> int:
         return hash(tuple((name, self._packed[name].tobytes()) for name in sorted(self._packed)))
 
+    @property
+    def checksum(self) -> str:
+        """Hash of all masks: equal exactly when the subnetworks are."""
+        return _checksum(self._packed)
+
     # --- counts ---
 
     @property
@@ -322,7 +327,7 @@ class Subnetwork(Mapping[str, Tensor]):
             "weight_hash": self.weight_hash or "",
             "kept": str(self.kept),
             "total": str(self.total),
-            "checksum": _checksum(self._packed),
+            "checksum": self.checksum,
         }
         with whole_file(path) as temporary:
             save_file(dict(self._packed), temporary, metadata)

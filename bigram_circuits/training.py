@@ -15,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,12 +25,15 @@ import torch
 from tqdm.auto import tqdm
 
 from bigram_circuits.corpus import Corpus, batch_of
-from bigram_circuits.gates import Gates, temperature, undecided
+from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
 from bigram_circuits.runs import Checkpoint, RunFolder
-from bigram_circuits.sites import weight_hash, weight_sites
+from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
+
+METHODS = {"continuous_sparsification": 1e-2, "hard_concrete": 5e-2, "straight_through": 1e-2}
+"""The masking methods, and the learning rate of each if none is given."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,28 @@ class SparsifyConfig:
     """How to learn a subnetwork. The defaults are ours; `SparsifyConfig.paper()` is the published recipe."""
 
     method: str = "continuous_sparsification"
-    """The masking method; so far this one."""
-    granularity: str = "weight"
-    """What a gate governs; so far a single weight."""
+    """The masking method: `continuous_sparsification`, `hard_concrete` or `straight_through` (see `gates.py`)."""
+    granularity: str | Mapping[str, str] = "weight"
+    """What a gate governs: a single `weight`, an MLP `neuron`, an attention `head`, or a `block` (a whole attention or
+    MLP). Or one for each component: `{"attn": "head", "mlp": "weight"}`. Components without one are kept whole."""
+    layers: tuple[int, ...] | None = None
+    """The layers to mask (None: all); the others are kept whole."""
     sparsity_weight: float | int = 10.0
-    """Weight of the penalty, nats per unit of mean soft gate: larger keeps fewer weights."""
-    target_fraction: float | None = None
-    """If given, this share of the weights is kept, exactly: the penalty's weight follows the fraction (starting from
-    `sparsity_weight`), and at the end the highest scores are kept."""
-    learning_rate: float | int = 1e-2
-    """AdamW's, for the scores."""
+    """Weight of the penalty, nats per unit of mean penalised gate: larger keeps fewer weights."""
+    target_fraction: float | int | None = None
+    """If given, this share of the maskable weights is kept: the penalty's weight follows it (starting from
+    `sparsity_weight`), and at the end the highest scores are kept. Exact for single weights; for larger units, the most
+    units of highest score that do not exceed it. `straight_through` needs it."""
+    learning_rate: float | int | None = None
+    """AdamW's, for the scores; None: 1e-2, for hard concrete 5e-2."""
     weight_decay: float | int = 0.0
     """AdamW's, for the scores."""
     first_score: float | int = 0.0
     """Every score at the start; 0 is a soft gate of one half."""
     beta_start: float | int = 1.0
-    """beta at step 0; the soft gate is sigmoid(beta * score)."""
+    """Continuous sparsification: beta at step 0; the soft gate is sigmoid(beta * score)."""
     beta_growth: float | int = 1.03
-    """Factor on beta at every step."""
+    """Continuous sparsification: factor on beta at every step."""
     max_steps: int = 400
     """Steps after which to stop in any case."""
     batch_size: int = 16
@@ -70,36 +77,59 @@ class SparsifyConfig:
     """Orders the data; attempt k uses seed + k * 1,000,003."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", ("continuous_sparsification",)), ("granularity", ("weight",))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        _check_choice("method", self.method, METHODS)
+        self._check_granularity()
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "sparsity_weight": (lambda v: 0 <= v < float("inf"), "a number of at least 0"),
-            "learning_rate": (lambda v: 0 < v < float("inf"), "above 0"),
-            "weight_decay": (lambda v: 0 <= v < float("inf"), "at least 0"),
-            "beta_start": (lambda v: 0 < v < float("inf"), "above 0"),
+            "sparsity_weight": (lambda v: 0 <= v < math.inf, "a number of at least 0"),
+            "target_fraction": (lambda v: v is None or 0 < v <= 1, "above 0 and at most 1"),
+            "learning_rate": (lambda v: v is None or 0 < v < math.inf, "above 0"),
+            "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0"),
+            "first_score": (math.isfinite, "a finite number"),
+            "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
             "beta_growth": (lambda v: 1 <= v < 2, "from 1 to below 2"),
             "max_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
             "batch_size": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
             "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
             "recovery_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
-            "target_fraction": (lambda v: v is None or 0 < v < 1, "between 0 and 1"),
             "retries": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
             "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
         }
         for name, (holds, wanted) in limits.items():
             if not holds(getattr(self, name)):
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        if self.method == "straight_through" and self.target_fraction is None:
+            raise ValueError("straight_through keeps the highest scores: say how many with target_fraction")
+
+    def _check_granularity(self) -> None:
+        if isinstance(self.granularity, str):
+            _check_choice("granularity", self.granularity, UNITS)
+            return
+        if not self.granularity:
+            raise ValueError("granularity must name at least one component: attn or mlp")
+        for component, unit in self.granularity.items():
+            _check_choice("a component of granularity", component, ("attn", "mlp"))
+            _check_choice(f"granularity of {component}", unit, [u for u, has in UNITS.items() if component in has])
+
+    @property
+    def unit_of(self) -> dict[str, str]:
+        """What a gate governs, by component; components that are left out are kept whole."""
+        if isinstance(self.granularity, str):
+            return dict.fromkeys(UNITS[self.granularity], self.granularity)
+        return dict(self.granularity)
 
     @classmethod
     def paper(cls, **changes: Any) -> SparsifyConfig:
         """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""
         published = cls(
             learning_rate=5e-5, weight_decay=0.01, first_score=0.0, beta_start=1.0, beta_growth=1.001,
-            max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100,
-            retries=3,
+            max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100, retries=3,
         )  # fmt: skip
         return replace(published, **changes)
+
+
+def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +139,8 @@ class FoundSubnetwork:
     subnetwork: Subnetwork
     """The hard gates: score > 0."""
     history: list[dict[str, Any]] = field(repr=False)
-    """One record a step: attempt, step, cross_entropy (nats), fraction (of hard gates open), soft_fraction (mean soft
-    gate), undecided (share of all gates), beta, sparsity_weight."""
+    """One record a step: attempt, step, cross_entropy (nats), fraction (of maskable weights whose hard gate is open),
+    penalty (mean penalised gate), undecided (share of all gates), sparsity_weight."""
     config: SparsifyConfig
     """The settings it was found with."""
     stopped_because: str
@@ -127,6 +157,7 @@ def find_subnetwork(
     *,
     run_dir: Any = None,
     resume: bool = True,
+    within: Subnetwork | None = None,
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
 
@@ -136,6 +167,7 @@ def find_subnetwork(
         corpus: Its training part is learned from.
         config: The recipe; `SparsifyConfig()` if not given.
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
+        within: Look only inside this subnetwork: weights outside it are dropped from the start.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
 
     Raises:
@@ -149,14 +181,14 @@ def find_subnetwork(
     folder = checkpoint = None
     attempt = 0
     if run_dir is not None:
-        folder = RunFolder.open(run_dir, run_settings(model, target, corpus, config), resume=resume)
+        folder = RunFolder.open(run_dir, run_settings(model, target, corpus, config, within), resume=resume)
         if folder.is_finished:
             return _read_found(folder, model, config)
         checkpoint = folder.read_checkpoint()
         attempt = checkpoint.attempt if checkpoint else 0
         folder.begin_progress([r for r in folder.history() if _is_before(r, checkpoint)])
     while True:
-        found = _attempt(model, target, corpus, config, attempt, folder, checkpoint)
+        found = _attempt(model, target, corpus, config, within, attempt, folder, checkpoint)
         if found.stopped_because != "unstable" or attempt >= config.retries:
             break
         attempt, checkpoint = attempt + 1, None
@@ -166,7 +198,9 @@ def find_subnetwork(
     return found
 
 
-def run_settings(model: Any, target: Any, corpus: Corpus, config: SparsifyConfig) -> dict[str, Any]:
+def run_settings(
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
+) -> dict[str, Any]:
     """What decides a run's result, as JSON values; a run's folder is tied to it."""
     return {
         "model": {
@@ -183,6 +217,7 @@ def run_settings(model: Any, target: Any, corpus: Corpus, config: SparsifyConfig
         },
         "target": describe(target),
         "recipe": asdict(config),
+        "within": within.checksum if within else None,
     }
 
 
@@ -201,27 +236,55 @@ def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
     return False
 
 
-def next_sparsity_weight(history: Sequence[Mapping[str, Any]], config: SparsifyConfig) -> float:
-    """The penalty's weight for the step after `history`: constant or, with a target fraction, steered towards it.
+def next_sparsity_weight(history: Sequence[Mapping[str, Any]], first: float | int, share: float | None) -> float | int:
+    """The penalty's weight for the step after `history`: `first`, or, with a share to reach, steered towards it.
 
-    Proportional control of its logarithm: after each step the weight is multiplied by (mean soft gate / target) to the
-    power 0.1, and kept within 1e-3 to 1e6.
+    Proportional control of its logarithm: after each step the weight is multiplied by (penalty / share) to the power
+    0.1, and kept within 1e-3 to 1e6.
     """
-    if not history or config.target_fraction is None:
-        return config.sparsity_weight
+    if not history or share is None:
+        return first
     last = history[-1]
-    change = (last["soft_fraction"] / config.target_fraction) ** 0.1
-    return min(max(last["sparsity_weight"] * change, 1e-3), 1e6)
+    return min(max(last["sparsity_weight"] * (last["penalty"] / share) ** 0.1, 1e-3), 1e6)
+
+
+def make_gates(
+    sites: Sequence[WeightSite], config: SparsifyConfig, seed: int, within: Subnetwork | None
+) -> tuple[Gates, int | None]:
+    """The gates of a recipe, and how many gated weights to keep in the end (None: as many as turn out)."""
+    ties = tie_gates(sites, config.unit_of, config.layers)
+    total, gated_weights = (sum(site.size for site in some) for some in (sites, [tie.site for tie in ties]))
+    wanted = None
+    if config.target_fraction is not None:
+        wanted = round(config.target_fraction * total) - (total - gated_weights)
+        if wanted < 0:
+            raise ValueError(
+                f"target_fraction is {config.target_fraction}, but the weights that are not masked are already "
+                f"{(total - gated_weights) / total:.4g} of all"
+            )
+    stored = {site.name: site.to_stored(within[site.name]) for site in sites} if within else None
+    start: dict[str, Any] = {"first_score": float(config.first_score), "within": stored}
+    if config.method == "hard_concrete":
+        return HardConcrete(ties, seed=seed, **start), wanted
+    if config.method == "straight_through":
+        assert wanted is not None, "the config was checked"
+        return StraightThrough(ties, target=wanted, steps=config.max_steps, **start), wanted
+    beta = {"beta_start": float(config.beta_start), "beta_growth": float(config.beta_growth)}
+    return ContinuousSparsification(ties, **beta, **start), wanted
 
 
 def _attempt(
-    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, attempt: int, folder: RunFolder | None,
-    checkpoint: Checkpoint | None,
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None, attempt: int,
+    folder: RunFolder | None, checkpoint: Checkpoint | None,
 ) -> FoundSubnetwork:  # fmt: skip
     """Learn once, from the start or from a checkpoint."""
     sites = weight_sites(model)
-    gates = Gates({site.name: site.original for site in sites}, first_score=config.first_score)
-    optimizer = torch.optim.AdamW([gates.scores], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    total = sum(site.size for site in sites)
+    seed = config.seed + 1_000_003 * attempt
+    gates, wanted = make_gates(sites, config, seed, within)
+    share = None if wanted is None else max(wanted, 1) / gates.n_weights
+    rate = METHODS[config.method] if config.learning_rate is None else config.learning_rate
+    optimizer = torch.optim.AdamW([gates.scores], lr=rate, weight_decay=config.weight_decay, fused=True)
     history: list[dict[str, Any]] = []
     if checkpoint:
         assert folder is not None, "a checkpoint comes from a folder"
@@ -234,27 +297,25 @@ def _attempt(
     bar = tqdm(desc=description, initial=first_step, total=config.max_steps, unit="step", delay=2, leave=False)
     with gated(model, gates), bar, _interrupt_after_step() as interrupt:
         for step in range(first_step, config.max_steps):
-            beta = temperature(step, first=config.beta_start, growth=config.beta_growth)
-            tokens = batch_of(corpus.train, config.batch_size, step=step, seed=config.seed + 1_000_003 * attempt)
+            tokens = batch_of(corpus.train, config.batch_size, step=step, seed=seed)
             tokens = tokens.to(gates.scores.device)
-            sparsity_weight = next_sparsity_weight(history, config)
+            sparsity_weight = next_sparsity_weight(history, config.sparsity_weight, share)
 
-            soft = gates.refresh(beta)
+            penalty = gates.refresh(step)
             cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
-            loss = cross_entropy + sparsity_weight * soft.mean()
+            loss = cross_entropy + sparsity_weight * penalty
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
-            between, above = undecided(soft.detach())
+            between, above = gates.undecided(step)
             record = {
                 "attempt": attempt,
                 "step": step,
                 "cross_entropy": cross_entropy.item(),
-                "fraction": gates.n_open() / soft.numel(),
-                "soft_fraction": soft.mean().item(),
-                "undecided": between / soft.numel(),
-                "beta": beta,
+                "fraction": (gates.n_kept() + total - gates.n_weights) / total,
+                "penalty": penalty.item(),
+                "undecided": between / gates.scores.numel(),
                 "sparsity_weight": sparsity_weight,
             }
             if not math.isfinite(record["cross_entropy"]):
@@ -285,9 +346,10 @@ def _attempt(
                 raise KeyboardInterrupt(f"interrupted after step {step + 1} of at most {config.max_steps}; {kept}")
     if is_unstable([record["cross_entropy"] for record in history], config.recovery_steps):
         stopped_because = "unstable"
-    hard = gates.hard(config.target_fraction)
+    masks = gates.masks(wanted)
+    whole = {site.name: torch.ones(site.shape, dtype=torch.bool) for site in sites if site.name not in masks}
     subnetwork = Subnetwork(
-        {site.name: site.from_stored(hard[site.name]) for site in sites},
+        {site.name: whole[site.name] if site.name in whole else site.from_stored(masks[site.name]) for site in sites},
         model_name=model.cfg.model_name,
         weight_hash=weight_hash(model),
     )

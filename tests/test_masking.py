@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
-from bigram_circuits.gates import Gates
+from bigram_circuits.gates import ContinuousSparsification, tie_gates
 
 
 def snapshot(model):
@@ -156,12 +156,16 @@ def test_a_mask_of_another_model_is_refused(any_model, reference_model):
         bc.masked(any_model, wrong).__enter__()
 
 
+def weight_gates(model, **beta):
+    return ContinuousSparsification(tie_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}), **beta)
+
+
 def test_gates_multiply_weights_and_only_scores_get_gradients(any_model, tokens):
     before = snapshot(any_model)
     required = [parameter.requires_grad for parameter in any_model.parameters()]
-    gates = Gates({site.name: site.original for site in bc.weight_sites(any_model)}, first_score=0.0)
+    gates = weight_gates(any_model)
     with bc.gated(any_model, gates):
-        gates.refresh(beta=1.0)  # all gates one half
+        gates.refresh(0)  # all gates one half
         halved = any_model(tokens)
         halved.square().mean().backward()
         gradients = gates.scores.grad
@@ -175,12 +179,12 @@ def test_gates_multiply_weights_and_only_scores_get_gradients(any_model, tokens)
 
 
 def test_the_gradient_of_a_gate_is_the_change_of_the_loss(tiny_model, tokens):
-    gates = Gates({site.name: site.original for site in bc.weight_sites(tiny_model)})
+    gates = weight_gates(tiny_model, beta_start=2.0)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(gates.scores.shape, generator=generator)
 
     def loss():
-        gates.refresh(beta=2.0)
+        gates.refresh(0)
         return tiny_model(tokens).double().square().mean()
 
     with bc.gated(tiny_model, gates):
@@ -195,18 +199,6 @@ def test_the_gradient_of_a_gate_is_the_change_of_the_loss(tiny_model, tokens):
             gates.scores.copy_(original - step * direction)
             below = loss()
     assert expected == pytest.approx(((above - below) / (2 * step)).item(), rel=1e-2)
-
-
-def test_a_weight_that_is_zero_starts_and_stays_dropped():
-    weight = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    gates = Gates({"w": weight}, first_score=0.5)
-    optimizer = torch.optim.AdamW([gates.scores], lr=0.1, weight_decay=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        (-gates.refresh(1.0).sum()).backward()
-        optimizer.step()
-    assert torch.equal(gates.hard()["w"], weight != 0)
-    assert torch.equal(gates.hard(fraction=0.25)["w"].sum(), torch.tensor(1))
 
 
 def test_the_empty_subnetwork_is_embedding_final_norm_and_unembedding(tiny_folders, tokens):
