@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bigram_circuits.runs import Run, load_run
     from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
     from bigram_circuits.subnetwork import Count, Subnetwork
-    from bigram_circuits.targets import Target
+    from bigram_circuits.targets import InducedTarget, ModelTarget, NextTokenTarget, Target
     from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ _HOMES = {
     "runs": ("Run", "load_run"),
     "sites": ("WeightSite", "weight_hash", "weight_sites"),
     "subnetwork": ("Count", "Subnetwork"),
-    "targets": ("Target",),
+    "targets": ("InducedTarget", "ModelTarget", "NextTokenTarget", "Target"),
     "training": ("FoundSubnetwork", "SparsifyConfig", "find_subnetwork"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -53,6 +53,18 @@ class Corpus:
     tokenizer_hash: str
     """Hash of the tokenizer's vocabulary: tells tokenizers apart whatever their name."""
 
+    @classmethod
+    def from_tokens(
+        cls,
+        train: Integer[np.ndarray, "train_sequence position"],
+        held_out: Integer[np.ndarray, "held_out_sequence position"],
+        source: str = "tokens",
+    ) -> Corpus:
+        """A corpus of token ids that were made some other way, for example a task's prompts."""
+        parts = [np.ascontiguousarray(part, dtype=np.int32) for part in (train, held_out)]
+        counts = (len(parts[0]), len(parts[1]))
+        return cls(parts[0], parts[1], source, counts, _fingerprint(*parts), tokenizer_hash="none")
+
     @property
     def context_length(self) -> int:
         """Tokens in a sequence."""

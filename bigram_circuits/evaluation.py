@@ -24,7 +24,7 @@ from bigram_circuits.corpus import in_order
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target, entropy, top1
+from bigram_circuits.targets import check_target, entropy, top1_agreement
 
 Interval = tuple[float, float]
 _TOKENS_AT_ONCE = 1 << 12  # in one forward pass,
@@ -239,9 +239,9 @@ def _batch_sums(
     used = torch.isfinite(y)
     x_used, y_used = x * used, torch.where(used, y, 0.0)
     cross_entropy = target.cross_entropy(logits, tokens).double()
-    kl = cross_entropy - entropy(target, tokens).to(cross_entropy)
-    best = top1(target, tokens)
-    agree = torch.full_like(kl, torch.nan) if best is None else (logits.argmax(-1) == best).double()
+    n = cross_entropy.shape[1]
+    kl = cross_entropy - entropy(target, tokens, n).to(cross_entropy)
+    agree = top1_agreement(target, logits, tokens, n).to(cross_entropy)
     columns = (
         used.double(), x_used, y_used, x_used**2, y_used**2, x_used * y_used, torch.ones_like(x), x,
         torch.ones_like(kl), cross_entropy, kl, agree,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.gates import Gates
-from bigram_circuits.sites import WeightSite, weight_sites
+from bigram_circuits.sites import WeightGate, WeightSite, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 
 
@@ -76,23 +76,23 @@ def _parametrized(model: Any, make: Callable[[WeightSite], nn.Module | None]) ->
             parametrize.remove_parametrizations(site.leaf, "weight", leave_parametrized=False)
 
 
-class _Mask(nn.Module):
+class _Mask(WeightGate):
     """weight where the mask is True, 0 elsewhere (also where the weight is not finite)."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def gate(self, weight: Tensor) -> Tensor:
         return torch.where(self.mask, weight, 0)  # type: ignore[arg-type]
 
 
-class _Gate(nn.Module):
+class _Gate(WeightGate):
     """weight times its soft gate."""
 
     def __init__(self, gates: Gates, name: str) -> None:
         super().__init__()
         self._read = lambda: gates.soft[name]  # a closure, so that the gates are no submodule of the model
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def gate(self, weight: Tensor) -> Tensor:
         return weight * self._read().to(weight.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,33 @@ _MLP = {
     "gate": ("W_gate", "d_model d_mlp", "d_mlp d_model"),
     "out": ("W_out", "d_mlp d_model", "d_model d_mlp"),
 }
+
+
+class WeightGate(nn.Module):
+    """What masks put on a leaf module's weight, as a torch parametrization; `full_weights` switches it off."""
+
+    active = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as the forward pass sees it."""
+        return self.gate(weight) if self.active else weight
+
+    def gate(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
+        raise NotImplementedError
+
+
+@contextmanager
+def full_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block, a model that is masked or gated runs on all its weights."""
+    gates = [module for module in model.modules() if isinstance(module, WeightGate) and module.active]
+    for gate in gates:
+        gate.active = False
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.active = True
 
 
 @dataclass(frozen=True)

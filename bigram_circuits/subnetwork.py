@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -47,9 +48,17 @@ class Subnetwork(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, masks: Mapping[str, Bool[Tensor, "..."]], *, model_name: str | None = None, weight_hash: str | None = None
+        self,
+        masks: Mapping[str, Bool[Tensor, "..."]],
+        *,
+        model_name: str | None = None,
+        weight_hash: str | None = None,
+        lineage: str = "masks",
     ) -> None:
-        """Take masks by canonical name. Raises ValueError if there are none or one is not boolean."""
+        """Take masks by canonical name. Raises ValueError if there are none or one is not boolean.
+
+        `lineage` says in words where it came from; operations extend it (`bigram | head 5.1`).
+        """
         if not masks:
             raise ValueError("a subnetwork needs at least one weight matrix")
         for name, mask in masks.items():
@@ -57,9 +66,11 @@ class Subnetwork(Mapping[str, Tensor]):
                 raise ValueError(f"the mask of {name} has dtype {mask.dtype} but should be torch.bool")
         shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
         packed = {name: np.packbits(mask.numpy(force=True)) for name, mask in masks.items()}
-        self._set(shapes, packed, model_name, weight_hash)
+        self._set(shapes, packed, model_name, weight_hash, lineage)
 
-    def _set(self, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None) -> None:
+    def _set(
+        self, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None, lineage: str
+    ) -> None:
         for bits in packed.values():
             bits.setflags(write=False)
         self._shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(shapes))
@@ -67,31 +78,36 @@ class Subnetwork(Mapping[str, Tensor]):
         self._counts = {name: int(np.bitwise_count(bits).sum()) for name, bits in packed.items()}
         self._model_name = model_name
         self._weight_hash = weight_hash
+        self._lineage = lineage
 
     @classmethod
     def _from_packed(
-        cls, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None
+        cls, shapes: Any, packed: dict[str, np.ndarray], model_name: str | None, weight_hash: str | None, lineage: str
     ) -> Subnetwork:
         subnetwork = cls.__new__(cls)
-        subnetwork._set(shapes, packed, model_name, weight_hash)
+        subnetwork._set(shapes, packed, model_name, weight_hash, lineage)
         return subnetwork
+
+    def _derived(self, packed: dict[str, np.ndarray], lineage: str) -> Subnetwork:
+        """A subnetwork of the same model with other masks."""
+        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash, lineage)
 
     # --- constructors from a model ---
 
     @classmethod
     def full(cls, model: Any) -> Subnetwork:
         """All maskable weights of a model."""
-        return cls._constant(model, True)
+        return cls._constant(model, True, "full")
 
     @classmethod
     def empty(cls, model: Any) -> Subnetwork:
         """None of them: what is left is embeddings, unembedding, normalisation and biases."""
-        return cls._constant(model, False)
+        return cls._constant(model, False, "empty")
 
     @classmethod
-    def _constant(cls, model: Any, value: bool) -> Subnetwork:
+    def _constant(cls, model: Any, value: bool, lineage: str) -> Subnetwork:
         masks = {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
-        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
+        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     @classmethod
     def magnitude(cls, model: Any, like: Subnetwork) -> Subnetwork:
@@ -106,7 +122,8 @@ class Subnetwork(Mapping[str, Tensor]):
             mask = torch.zeros(size.shape, dtype=torch.bool)
             mask[size.argsort(descending=True, stable=True)[: like._counts[site.name]]] = True
             masks[site.name] = mask.view(site.shape)
-        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
+        lineage = f"magnitude like {_operand(like.lineage)}"
+        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     def random_like(self, seed: int = 0) -> Subnetwork:
         """A matched random subnetwork: uniformly drawn, with exactly as many weights in every weight matrix."""
@@ -115,7 +132,7 @@ class Subnetwork(Mapping[str, Tensor]):
             rng = np.random.default_rng((seed, index))
             size = int(np.prod(shape))
             packed[name] = np.packbits(_random_mask(rng, size, self._counts[name]))
-        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+        return self._derived(packed, f"random {seed} like {_operand(self.lineage)}")
 
     # --- a mapping ---
 
@@ -148,16 +165,25 @@ class Subnetwork(Mapping[str, Tensor]):
         """Hash of the weights it was made for, if known."""
         return self._weight_hash
 
+    @property
+    def lineage(self) -> str:
+        """Where it came from, in words: `bigram | head 5.1`. Saved in the file; not part of equality."""
+        return self._lineage
+
+    def named(self, lineage: str) -> Subnetwork:
+        """The same subnetwork under a name of your choice, as its lineage."""
+        return self._derived(dict(self._packed), lineage)
+
     # --- set algebra ---
 
     def __and__(self, other: Subnetwork) -> Subnetwork:
-        return self._combine(other, np.bitwise_and)
+        return self._combine(other, "&", np.bitwise_and)
 
     def __or__(self, other: Subnetwork) -> Subnetwork:  # type: ignore[override]
-        return self._combine(other, np.bitwise_or)
+        return self._combine(other, "|", np.bitwise_or)
 
     def __sub__(self, other: Subnetwork) -> Subnetwork:
-        return self._combine(other, lambda ours, theirs: ours & ~theirs)
+        return self._combine(other, "-", lambda ours, theirs: ours & ~theirs)
 
     def __invert__(self) -> Subnetwork:
         packed = {}
@@ -167,15 +193,19 @@ class Subnetwork(Mapping[str, Tensor]):
             if unused:
                 flipped[-1] &= (0xFF << unused) & 0xFF
             packed[name] = flipped
-        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+        return self._derived(packed, f"~{_operand(self.lineage)}")
 
-    def _combine(self, other: Subnetwork, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Subnetwork:
+    def _combine(
+        self, other: Subnetwork, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Subnetwork:
         if not isinstance(other, Subnetwork):
             return NotImplemented
         _check_same_shapes(self._shapes, other._shapes, "the other subnetwork")
         packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
         same = self.weight_hash == other.weight_hash
-        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash if same else None)
+        lineage = f"{_operand(self.lineage, sign)} {sign} {_operand(other.lineage)}"
+        hash_of_both = self.weight_hash if same else None
+        return self._from_packed(self._shapes, packed, self.model_name, hash_of_both, lineage)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Subnetwork):
@@ -237,16 +267,16 @@ class Subnetwork(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         of = f" of {self.model_name}" if self.model_name else ""
-        return f"Subnetwork({self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
+        return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
 
     # --- edits: each gives a new subnetwork ---
 
     def keep_head(self, layer: int, head: int) -> Subnetwork:
-        """With all weights of an attention head. With grouped queries, W_K and W_V of its group stay as they are."""
+        """With all weights of an attention head; with grouped queries, also W_K and W_V that its group shares."""
         return self._edit_head(layer, head, True)
 
     def drop_head(self, layer: int, head: int) -> Subnetwork:
-        """Without any weight of an attention head. With grouped queries, W_K and W_V of its group stay as they are."""
+        """Without any weight of an attention head; with grouped queries, W_K and W_V stay: its group shares them."""
         return self._edit_head(layer, head, False)
 
     def keep_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
@@ -271,10 +301,12 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"there is no head {head} in layer {layer}: it has heads 0 to {n_heads - 1}")
         changed = {}
         for name in self._of_layer(layer):
-            if _parse(name)[2] in _HEAD_MATRICES and self._shapes[name][0] == n_heads:
-                changed[name] = self[name]
-                changed[name][head] = value
-        return self._with(changed)
+            if _parse(name)[2] in _HEAD_MATRICES:
+                here = self._shapes[name][0]  # fewer than n_heads where queries are grouped
+                if here == n_heads or value:
+                    changed[name] = self[name]
+                    changed[name][head * here // n_heads] = value
+        return self._with(changed, f"head {layer}.{head}", value)
 
     def _edit_neurons(self, layer: int, indices: Sequence[int], value: bool) -> Subnetwork:
         d_mlp = self._rows_of(layer, "W_out")
@@ -288,10 +320,12 @@ class Subnetwork(Mapping[str, Tensor]):
                 changed[name] = self[name]
                 view = changed[name] if matrix == "W_out" else changed[name].T
                 view[torch.as_tensor(list(indices), dtype=torch.long)] = value
-        return self._with(changed)
+        named = ", ".join(map(str, indices)) if len(indices) <= 5 else f"{len(indices)} of them"
+        return self._with(changed, f"neurons {layer}.[{named}]", value)
 
     def _edit_layer(self, layer: int, value: bool) -> Subnetwork:
-        return self._with({name: torch.full(self._shapes[name], value) for name in self._of_layer(layer)})
+        changed = {name: torch.full(self._shapes[name], value) for name in self._of_layer(layer)}
+        return self._with(changed, f"layer {layer}", value)
 
     def _of_layer(self, layer: int) -> list[str]:
         names = [name for name in self if _parse(name)[0] == layer]
@@ -308,9 +342,10 @@ class Subnetwork(Mapping[str, Tensor]):
                 return self._shapes[name][0]
         raise ValueError(f"layer {layer} of this subnetwork has no {matrix}")
 
-    def _with(self, changed: Mapping[str, Tensor]) -> Subnetwork:
+    def _with(self, changed: Mapping[str, Tensor], what: str, kept: bool) -> Subnetwork:
         packed = {name: np.packbits(changed[name].numpy()) if name in changed else self._packed[name] for name in self}
-        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash)
+        sign = "|" if kept else "-"
+        return self._derived(packed, f"{_operand(self.lineage, sign)} {sign} {what}")
 
     # --- models and files ---
 
@@ -325,6 +360,7 @@ class Subnetwork(Mapping[str, Tensor]):
             "shapes": json.dumps(dict(self._shapes)),
             "model_name": self.model_name or "",
             "weight_hash": self.weight_hash or "",
+            "lineage": self.lineage,
             "kept": str(self.kept),
             "total": str(self.total),
             "checksum": self.checksum,
@@ -360,7 +396,8 @@ class Subnetwork(Mapping[str, Tensor]):
         packed = {name: packed[name] for name in shapes}
         if metadata.get("checksum") != _checksum(packed):
             raise ValueError(f"{str(path)!r} is damaged: its bits are not those that were written")
-        loaded = cls._from_packed(shapes, packed, metadata["model_name"] or None, metadata["weight_hash"] or None)
+        made_for = metadata["model_name"] or None, metadata["weight_hash"] or None
+        loaded = cls._from_packed(shapes, packed, *made_for, metadata["lineage"])
         if (loaded.kept, loaded.total) != (int(metadata["kept"]), int(metadata["total"])):
             raise ValueError(
                 f"{str(path)!r} is damaged: it should keep {metadata['kept']} of {metadata['total']} weights, "
@@ -390,6 +427,15 @@ def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
         mask[start + rng.choice(block, here, replace=False, shuffle=False)] = True
         left -= here
     return mask
+
+
+def _operand(lineage: str, sign: str = "") -> str:
+    """A lineage as part of a longer one: in brackets if it joins several, unless by the same sign, on the left."""
+    outside = lineage
+    while outside != (outside := re.sub(r"[(\[][^()\[\]]*[)\]]", "", outside)):
+        pass  # what stands in brackets holds together already
+    signs = {part for part in outside.split() if part in ("&", "|", "-")}
+    return lineage if signs <= {sign} else f"({lineage})"
 
 
 def _checksum(packed: Mapping[str, np.ndarray]) -> str:

@@ -352,6 +352,7 @@ def _attempt(
         {site.name: whole[site.name] if site.name in whole else site.from_stored(masks[site.name]) for site in sites},
         model_name=model.cfg.model_name,
         weight_hash=weight_hash(model),
+        lineage="found" if within is None else f"found within ({within.lineage})",
     )
     return FoundSubnetwork(subnetwork, history, config, stopped_because, time.monotonic() - started)
 

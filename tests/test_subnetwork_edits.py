@@ -38,9 +38,12 @@ def kept_by_name(subnetwork):
     return {name: count.kept for name, count in subnetwork.by_weight().items() if count.kept}
 
 
-def test_a_kept_head_is_its_slices_and_with_grouped_queries_not_the_keys_and_values_it_shares():
+def test_a_kept_head_has_what_it_needs_and_a_dropped_one_leaves_what_it_shares():
     one = empty.keep_head(1, 3)
-    assert kept_by_name(one) == {"blocks.1.attn.W_Q": 15, "blocks.1.attn.W_O": 15}
+    assert kept_by_name(one) == {f"blocks.1.attn.{name}": 15 for name in ("W_Q", "W_K", "W_V", "W_O")}
+    assert one["blocks.1.attn.W_K"][1].all()  # 4 query heads, 2 of keys and values
+    dropped = ~full.drop_head(1, 3)
+    assert kept_by_name(dropped) == {"blocks.1.attn.W_Q": 15, "blocks.1.attn.W_O": 15}
     assert one["blocks.1.attn.W_Q"][3].all()
     assert one["blocks.1.attn.W_O"][3].all()
     own = constant(False, W_K=(4, 5, 3), W_V=(4, 5, 3)).keep_head(0, 2)
@@ -65,9 +68,11 @@ def test_edits_are_unions_and_differences_with_the_part(seed, layer, head, neuro
     parts = {"head": (layer, head), "neurons": (layer, neurons), "layer": (layer,)}
     for kind, arguments in parts.items():
         part = getattr(empty, f"keep_{kind}")(*arguments)
-        assert ~part == getattr(full, f"drop_{kind}")(*arguments)
+        lost = ~getattr(full, f"drop_{kind}")(*arguments)
+        assert (lost - part).kept == 0
+        assert (lost == part) == (kind != "head")  # a head shares its keys and values
         assert getattr(subnetwork, f"keep_{kind}")(*arguments) == subnetwork | part
-        assert getattr(subnetwork, f"drop_{kind}")(*arguments) == subnetwork - part
+        assert getattr(subnetwork, f"drop_{kind}")(*arguments) == subnetwork - lost
 
 
 @given(seed=seeds)
@@ -83,7 +88,7 @@ def test_counts_by_component_and_head_add_up_to_the_whole(seed):
     for layer in (0, 1):
         heads = [subnetwork.by_head()[layer, head].kept for head in range(4)]
         assert sum(heads) == counts[f"blocks.{layer}.attn.W_Q"].kept + counts[f"blocks.{layer}.attn.W_O"].kept
-        assert heads == [(subnetwork & empty.keep_head(layer, head)).kept for head in range(4)]
+        assert heads == [(subnetwork & ~full.drop_head(layer, head)).kept for head in range(4)]
     assert Count(1, 4).fraction == 0.25
 
 
@@ -200,3 +205,20 @@ def test_a_file_for_other_weights_is_refused_and_for_the_same_in_any_precision_t
         bc.weight_sites(model)[-1].original[0, 0] += 1.0
     with pytest.raises(ValueError, match=f"weight hash {made.weight_hash}, but this model .* has weight hash"):
         Subnetwork.load(path, model=model)
+
+
+def test_lineage_tells_how_a_subnetwork_was_made(tmp_path):
+    bigram, other = random_one(0).named("bigram"), random_one(1).named("other")
+    assert full.named("full").lineage == "full"
+    assert bigram.keep_head(1, 2).lineage == "bigram | head 1.2"
+    assert bigram.keep_head(1, 2).keep_layer(0).lineage == "bigram | head 1.2 | layer 0"
+    assert bigram.keep_head(1, 2).drop_neurons(0, [3, 4]).lineage == "(bigram | head 1.2) - neurons 0.[3, 4]"
+    assert bigram.drop_neurons(0, range(6)).lineage == "bigram - neurons 0.[6 of them]"
+    assert ((bigram - other) & ~(bigram | other)).lineage == "(bigram - other) & ~(bigram | other)"
+    assert (bigram - (other - bigram)).lineage == "bigram - (other - bigram)"
+    assert bigram.random_like(seed=4).lineage == "random 4 like bigram"
+    bigram.keep_head(1, 2).save(tmp_path / "some.safetensors")
+    loaded = Subnetwork.load(tmp_path / "some.safetensors")
+    assert loaded.lineage == "bigram | head 1.2"
+    assert loaded == bigram.keep_head(1, 2).named("anything")
+    assert repr(loaded).startswith("Subnetwork(bigram | head 1.2: ")
