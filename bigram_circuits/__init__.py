@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bigram_circuits.metrics import Faithfulness
     from bigram_circuits.models import ActivationPoint, activation_points, load_model
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
+    from bigram_circuits.paths import SubnetworkPath, find_path
     from bigram_circuits.runs import Run, load_run
     from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
     from bigram_circuits.subnetwork import Count, Subnetwork
@@ -38,6 +39,7 @@ _HOMES = {
     "metrics": ("Faithfulness",),
     "models": ("ActivationPoint", "activation_points", "load_model"),
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
+    "paths": ("SubnetworkPath", "find_path"),
     "runs": ("Run", "load_run"),
     "sites": ("WeightSite", "weight_hash", "weight_sites"),
     "subnetwork": ("Count", "Subnetwork"),

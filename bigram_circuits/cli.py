@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+METHODS = ("continuous_sparsification", "hard_concrete", "straight_through")
+
 _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
@@ -75,11 +77,23 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument(
         "--order", type=int, choices=(1, 2, 3), default=2, help="of the n-gram target (default: 2, bigrams)"
     )
+    find.add_argument(
+        "--target",
+        choices=("ngram", "model", "next-token", "induced"),
+        default="ngram",
+        help="the n-gram table, the full model's own distribution, the next token, or the model's induced bigram",
+    )
     size = find.add_mutually_exclusive_group()
+    size.add_argument("--sparsity-weights", type=_numbers, metavar="X,Y,..", help="nested subnetworks, and one curve")
     size.add_argument("--sparsity-weight", type=_number(0.0), metavar="X", help="penalty on kept weights (default: 10)")
     size.add_argument(
         "--target-fraction", type=_number(0.0), metavar="X", help="keep exactly this share of the weights"
     )
+    find.add_argument("--method", choices=METHODS, help="how masks are learned (default: continuous_sparsification)")
+    find.add_argument(
+        "--granularity", type=_granularity, metavar="G", help="weight, neuron, head, block; or attn=head,mlp=weight"
+    )
+    find.add_argument("--layers", type=_layers, metavar="I,J,..", help="mask only these layers")
     find.add_argument("--recipe", choices=("default", "paper"), default="default", help="ours, or the published one")
     find.add_argument("--steps", type=_whole(1), metavar="N", help="at most so many training steps")
     find.add_argument("--batch-size", type=_whole(1), metavar="N", help="sequences in a step")
@@ -116,7 +130,6 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.models import load_model
-    from bigram_circuits.ngrams import count_ngrams
     from bigram_circuits.runs import RunFolder
     from bigram_circuits.training import find_subnetwork, run_settings
 
@@ -127,7 +140,7 @@ def _find(arguments: argparse.Namespace) -> int:
         context_length=arguments.context_length,
         max_tokens=arguments.max_tokens,
     )
-    target = count_ngrams(corpus.train, arguments.order, d_vocab=model.cfg.d_vocab)
+    target = _target(arguments.target, arguments.order, model, corpus)
     settings = run_settings(model, target, corpus, config)
     out = arguments.out or _default_folder(arguments.model, settings)
     rebuild = {
@@ -137,8 +150,11 @@ def _find(arguments: argparse.Namespace) -> int:
             "context_length": arguments.context_length,
             "max_tokens": arguments.max_tokens,
         },
+        "target": arguments.target,
         "order": arguments.order,
     }
+    if arguments.sparsity_weights:
+        return _find_path(arguments, model, corpus, target, config, rebuild)
     folder = RunFolder.open(out, settings, resume=not arguments.fresh, rebuild=rebuild)
     print(f"model   {arguments.model}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}, {model.cfg.device}")
     print(f"text    {corpus!r}")
@@ -172,6 +188,9 @@ def _config(arguments: argparse.Namespace) -> Any:
         "max_steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
+        "method": arguments.method,
+        "granularity": arguments.granularity,
+        "layers": arguments.layers,
     }
     changes |= {name: value for name, value in options.items() if value is not None}
     try:
@@ -205,6 +224,33 @@ def _where(subnetwork: Any) -> str:
     return "\n".join(lines)
 
 
+def _find_path(
+    arguments: argparse.Namespace, model: Any, corpus: Any, target: Any, config: Any, rebuild: dict[str, Any]
+) -> int:
+    """`find --sparsity-weights`: a folder with a run for each, and the curve."""
+    from bigram_circuits.paths import find_path
+    from bigram_circuits.training import run_settings
+
+    settings = run_settings(model, target, corpus, config) | {"weights": arguments.sparsity_weights}
+    out = arguments.out or _default_folder(arguments.model, settings)
+    print(f"path    {out}", flush=True)
+    path = find_path(model, target, corpus, config, arguments.sparsity_weights, run_dir=out, rebuild=rebuild)
+    print(f"\n{path}\n\nfiles in {out}/: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    return 0
+
+
+def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
+    """The target of a run, from its names."""
+    from bigram_circuits.ngrams import count_ngrams
+    from bigram_circuits.targets import InducedTarget, ModelTarget, NextTokenTarget
+
+    if kind == "model":
+        return ModelTarget(model)
+    if kind == "induced":
+        return InducedTarget(model, corpus.train)
+    return NextTokenTarget() if kind == "next-token" else count_ngrams(corpus.train, order, d_vocab=model.cfg.d_vocab)
+
+
 # --- evaluate, hooks ---
 
 
@@ -212,7 +258,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.models import load_model
-    from bigram_circuits.ngrams import count_ngrams
     from bigram_circuits.runs import RunFolder, load_run
     from bigram_circuits.subnetwork import Subnetwork
 
@@ -227,7 +272,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"(fingerprint {corpus.fingerprint}, then {run.settings['corpus']['fingerprint']})",
             file=sys.stderr,
         )
-    target = count_ngrams(corpus.train, run.rebuild["order"], d_vocab=model.cfg.d_vocab)
+    target = _target(run.rebuild["target"], run.rebuild["order"], model, corpus)
     subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
     evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
     RunFolder(run.path).write_metrics(evaluation.to_json())
@@ -275,6 +320,24 @@ def _number(least: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def _numbers(text: str) -> list[float]:
+    numbers = [_number(0.0)(part) for part in text.split(",")]
+    if len(set(numbers)) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of at least two different numbers, as in 1,10,100")
+    return numbers
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(_whole(0)(part) for part in text.split(","))
+
+
+def _granularity(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {component: unit for component, _, unit in pairs}
 
 
 def _silence() -> None:

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
@@ -184,6 +185,7 @@ class Gates(nn.Module, ABC):
             alive[tie.start : tie.start + tie.count] += _governs_any(tie, usable)
         scores = torch.full_like(alive, first_score).masked_fill_(alive == 0, -torch.inf)
         self.scores = nn.Parameter(scores)
+        self.threshold = 0.0  # a gate is open above it; moved by `aim`
         self.soft: dict[str, Tensor] = {}
         self._single = all(tie.unit == "weight" for tie in ties)
 
@@ -210,6 +212,25 @@ class Gates(nn.Module, ABC):
         self.soft = {tie.site.name: tie.spread(gates) for tie in self.ties}
         return self.mean_over_weights(self.penalised(step))
 
+    def aim(self, wanted: int) -> None:
+        """Move the threshold so that the open gates are those of highest score that govern at most `wanted` weights."""
+        scores = self.scores.detach()
+        if self._single and scores.device.type == "cpu":
+            n = scores.numel()
+            place = max(n - wanted - 1, 0)
+            two = np.partition(scores.numpy(), (place, min(place + 1, n - 1)))[[place, min(place + 1, n - 1)]]
+            below, above = float(two[0]), float(two[1])
+        else:
+            chosen = self.highest(wanted)
+            below = scores[~chosen].max().item() if not chosen.all() else -math.inf
+            above = scores[chosen].min().item() if chosen.any() else math.inf
+        edges = [edge for edge in (below, above) if math.isfinite(edge)]
+        self.threshold = sum(edges) / len(edges) if edges else 0.0
+
+    def n_above_zero(self) -> int:
+        """Number of gated weights whose score is above 0: those that would be kept without a target."""
+        return self._governed(hard_gate(self.scores.detach()))
+
     def mean_over_weights(self, gates: Float[Tensor, " gate"]) -> Float[Tensor, ""]:
         """Mean over the gated weights of a value by gate."""
         if self._single:
@@ -221,14 +242,11 @@ class Gates(nn.Module, ABC):
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
         """Whether each gate is open, once learning is over."""
-        return hard_gate(self.scores.detach())
+        return hard_gate(self.scores.detach() - self.threshold)
 
     def n_kept(self) -> int:
         """Number of gated weights that are kept."""
-        if self._single:
-            return int(self.hard_gates().sum())
-        hard = self.hard_gates().double()
-        return round(sum(tie.spread(hard).mean().item() * tie.site.size for tie in self.ties))
+        return self._governed(self.hard_gates())
 
     def masks(self, wanted: int | None = None) -> dict[str, Bool[Tensor, "..."]]:
         """The hard gate of every gated weight, by name, in stored layout.
@@ -254,17 +272,18 @@ class Gates(nn.Module, ABC):
         low, high = 0, possible  # the longest prefix that fits, by bisection: what is kept grows with the prefix
         while low < high:
             middle = (low + high + 1) // 2
-            if self._governed(order[:middle]) <= wanted:
+            if self._governed(torch.zeros_like(chosen).index_fill_(0, order[:middle], True)) <= wanted:
                 low = middle
             else:
                 high = middle - 1
         chosen[order[:low]] = True
         return chosen
 
-    def _governed(self, gates: Tensor) -> int:
-        chosen = torch.zeros_like(self.scores, dtype=torch.float64)
-        chosen[gates] = 1.0
-        return round(self.mean_over_weights(chosen).item() * self.n_weights)
+    def _governed(self, chosen: Bool[Tensor, " gate"]) -> int:
+        """Number of weights that the chosen gates govern."""
+        if self._single:
+            return int(chosen.sum())
+        return round(self.mean_over_weights(chosen.double()).item() * self.n_weights)
 
 
 def _governs_any(tie: Tie, usable: Bool[Tensor, "..."]) -> Float[Tensor, " gate"]:
@@ -288,7 +307,7 @@ class ContinuousSparsification(Gates):
 
     def soft_gates(self, step: int) -> Float[Tensor, " gate"]:
         """sigmoid(beta * s)."""
-        self._soft = soft_gate(self.scores, self._beta(step))
+        self._soft = soft_gate(self.scores - self.threshold, self._beta(step))
         return self._soft
 
     def penalised(self, step: int) -> Float[Tensor, " gate"]:
@@ -311,15 +330,15 @@ class HardConcrete(Gates):
         """A sample of every gate."""
         generator = torch.Generator(self.scores.device).manual_seed(self._seed * 1_000_003 + step)
         uniform = torch.rand(self.scores.shape, generator=generator, device=self.scores.device)
-        return hard_concrete(self.scores, uniform.clamp(1e-6, 1 - 1e-6))
+        return hard_concrete(self.scores - self.threshold, uniform.clamp(1e-6, 1 - 1e-6))
 
     def penalised(self, step: int) -> Float[Tensor, " gate"]:
         """The probability that the gate is not 0."""
-        return probability_open(self.scores)
+        return probability_open(self.scores - self.threshold)
 
     def undecided(self, step: int) -> tuple[int, int]:
         """Gates that are open with a probability from 0.1 to 0.9, and above."""
-        return undecided(probability_open(self.scores.detach()))
+        return undecided(probability_open(self.scores.detach() - self.threshold))
 
 
 class StraightThrough(Gates):

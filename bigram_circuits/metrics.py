@@ -114,3 +114,19 @@ def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[f
         return (math.nan, math.nan)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def mean_over_log_size(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:
+    """Mean height of a curve of values by size, over log10(size): its area by the trapezoid rule over its width.
+
+    With faithfulness as values this is the circuit performance ratio (CPR), with its distance from 1 the circuit-model
+    distance (CMD), of Mueller et al. 2025 (arXiv 2504.13151), on a log axis instead of a linear one.
+
+    Raises:
+        ValueError: If there are fewer than two sizes, or one is not above 0.
+    """
+    if len(fractions) < 2 or (fractions <= 0).any() or len(np.unique(fractions)) < 2:
+        raise ValueError(f"a curve needs at least two different sizes above 0, not {fractions.tolist()}")
+    order = np.argsort(fractions)
+    x, y = np.log10(fractions[order]), values[order]
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))

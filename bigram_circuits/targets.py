@@ -117,8 +117,8 @@ class InducedTarget:
     """A model's own induced bigram: its mean prediction given the current token, over contexts.
 
     P(next | current) is the mean of softmax(logits) over all positions of a text whose token is `current`; a token
-    that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Against the
-    bigram table of the text it tells the model's statistics from the corpus's.
+    that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Against
+    the bigram table of the text it tells the model's statistics from the corpus's.
     """
 
     def __init__(

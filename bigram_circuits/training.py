@@ -50,9 +50,10 @@ class SparsifyConfig:
     sparsity_weight: float | int = 10.0
     """Weight of the penalty, nats per unit of mean penalised gate: larger keeps fewer weights."""
     target_fraction: float | int | None = None
-    """If given, this share of the maskable weights is kept: the penalty's weight follows it (starting from
-    `sparsity_weight`), and at the end the highest scores are kept. Exact for single weights; for larger units, the most
-    units of highest score that do not exceed it. `straight_through` needs it."""
+    """If given, this share of the maskable weights is kept: gates are open above a threshold that falls to just that
+    share, and the penalty's weight (at first `sparsity_weight`) is steered so that the threshold comes to be 0. Exact
+    for single weights; for larger units, the most units of highest score that do not exceed it. `straight_through`
+    needs it."""
     learning_rate: float | int | None = None
     """AdamW's, for the scores; None: 1e-2, for hard concrete 5e-2."""
     weight_decay: float | int = 0.0
@@ -139,8 +140,9 @@ class FoundSubnetwork:
     subnetwork: Subnetwork
     """The hard gates: score > 0."""
     history: list[dict[str, Any]] = field(repr=False)
-    """One record a step: attempt, step, cross_entropy (nats), fraction (of maskable weights whose hard gate is open),
-    penalty (mean penalised gate), undecided (share of all gates), sparsity_weight."""
+    """One record a step: attempt, step, cross_entropy (nats), fraction (of maskable weights kept if it ended now), due
+    (share of gated weights to be open, if there is a target), above_zero (share with a positive score), penalty (mean
+    penalised gate), undecided (share of all gates), sparsity_weight."""
     config: SparsifyConfig
     """The settings it was found with."""
     stopped_because: str
@@ -158,6 +160,7 @@ def find_subnetwork(
     run_dir: Any = None,
     resume: bool = True,
     within: Subnetwork | None = None,
+    rebuild: Mapping[str, Any] | None = None,
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
 
@@ -167,6 +170,7 @@ def find_subnetwork(
         corpus: Its training part is learned from.
         config: The recipe; `SparsifyConfig()` if not given.
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
+        rebuild: How to make model, corpus and target again from names, noted in `run_dir` for the command line.
         within: Look only inside this subnetwork: weights outside it are dropped from the start.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
 
@@ -181,7 +185,8 @@ def find_subnetwork(
     folder = checkpoint = None
     attempt = 0
     if run_dir is not None:
-        folder = RunFolder.open(run_dir, run_settings(model, target, corpus, config, within), resume=resume)
+        settings = run_settings(model, target, corpus, config, within)
+        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild)
         if folder.is_finished:
             return _read_found(folder, model, config)
         checkpoint = folder.read_checkpoint()
@@ -236,16 +241,22 @@ def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
     return False
 
 
-def next_sparsity_weight(history: Sequence[Mapping[str, Any]], first: float | int, share: float | None) -> float | int:
+def share_due(step: int, share: float, max_steps: int) -> float:
+    """With a share to reach: the share open at a step, from one half down in equal factors over 30% of the steps."""
+    return 0.5 * (share / 0.5) ** min(1.0, step / (0.3 * max_steps)) if share < 0.5 else share
+
+
+def next_sparsity_weight(history: Sequence[Mapping[str, Any]], first: float | int) -> float | int:
     """The penalty's weight for the step after `history`: `first`, or, with a share to reach, steered towards it.
 
-    Proportional control of its logarithm: after each step the weight is multiplied by (penalty / share) to the power
-    0.1, and kept within 1e-3 to 1e6.
+    Gates are open above a threshold that keeps just the share that is due. The weight follows until it is 0: it is
+    multiplied by (share of scores above 0 / share due) to the power 0.1, by 0.9 to 1.1 at most.
     """
-    if not history or share is None:
+    if not history or history[-1]["due"] is None:
         return first
     last = history[-1]
-    return min(max(last["sparsity_weight"] * (last["penalty"] / share) ** 0.1, 1e-3), 1e6)
+    change = (max(last["above_zero"], 0.1 * last["due"]) / last["due"]) ** 0.1
+    return last["sparsity_weight"] * min(max(change, 0.9), 1.1)
 
 
 def make_gates(
@@ -299,8 +310,11 @@ def _attempt(
         for step in range(first_step, config.max_steps):
             tokens = batch_of(corpus.train, config.batch_size, step=step, seed=seed)
             tokens = tokens.to(gates.scores.device)
-            sparsity_weight = next_sparsity_weight(history, config.sparsity_weight, share)
+            sparsity_weight = next_sparsity_weight(history, config.sparsity_weight)
 
+            due = None if share is None else share_due(step, share, config.max_steps)
+            if due is not None:
+                gates.aim(round(due * gates.n_weights))
             penalty = gates.refresh(step)
             cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
             loss = cross_entropy + sparsity_weight * penalty
@@ -314,6 +328,8 @@ def _attempt(
                 "step": step,
                 "cross_entropy": cross_entropy.item(),
                 "fraction": (gates.n_kept() + total - gates.n_weights) / total,
+                "due": due,
+                "above_zero": gates.n_above_zero() / gates.n_weights,
                 "penalty": penalty.item(),
                 "undecided": between / gates.scores.numel(),
                 "sparsity_weight": sparsity_weight,

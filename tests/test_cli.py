@@ -154,6 +154,30 @@ def test_target_fraction_and_recipes(run, quick):
     assert bc.load_run("b").settings["recipe"]["learning_rate"] == 5e-5
 
 
+def test_methods_granularities_and_targets(run, quick):
+    mixed = ["--granularity", "attn=head,mlp=weight", "--layers", "0,1", "--method", "hard_concrete"]
+    assert run(*quick, *mixed, "--target", "model", "--out", "a")[0] == 0
+    recipe = bc.load_run("a").settings["recipe"]
+    assert recipe["granularity"] == {"attn": "head", "mlp": "weight"}
+    assert (recipe["layers"], recipe["method"]) == ([0, 1], "hard_concrete")
+    code, out, err = run("evaluate", "a", "--random-seeds", "1")
+    assert (code, err) == (0, "")
+    assert "Verdict" in out
+    assert (
+        run(*quick, "--method", "straight_through", "--target-fraction", "0.1", "--target", "induced", "--out", "b")[0]
+        == 0
+    )
+    assert run(*quick, "--granularity", "neuron", "--target", "next-token", "--out", "c")[0] == 0
+
+
+def test_a_path_of_sparsity_weights(run, quick):
+    code, out, err = run(*quick, "--sparsity-weights", "1,10,100", "--out", "path")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in Path("path").iterdir()) == ["path.json", "weight-1", "weight-10", "weight-100"]
+    assert re.search(r"CPR\) -?\d\.\d{3}", out)
+    assert run("evaluate", "path/weight-10", "--random-seeds", "1")[0] == 0
+
+
 def test_evaluate_notices_another_text(run, quick, text):
     assert run(*quick, "--out", "mine")[0] == 0
     text.write_text(text.read_text().replace("small", "large"))
@@ -190,7 +214,12 @@ def refused(run):
 def test_wrong_arguments(refused):
     refused("find", "--sparsity-weight", "-3", code=2, said="'-3' is not a number of at least 0")
     refused("find", "--sparsity-weight", "1", "--target-fraction", "0.1", code=2, said="not allowed with")
-    refused("find", "--target-fraction", "1.5", code=2, said="target_fraction must be between 0 and 1, not 1.5")
+    refused("find", "--target-fraction", "1.5", code=2, said="target_fraction must be above 0 and at most 1, not 1.5")
+    refused("find", "--granularity", "word", code=2, said="granularity must be one of weight, neuron, head, block")
+    refused("find", "--granularity", "attn=neuron", code=2, said="granularity of attn must be one of")
+    refused("find", "--sparsity-weights", "5", code=2, said="'5' is not a list of at least two different numbers")
+    refused("find", "--method", "straight_through", code=2, said="say how many with target_fraction")
+    refused("find", "--layers", "one", code=2, said="'one' is not a whole number")
     refused("find", "--steps", "0", code=2, said="'0' is not a whole number of at least 1")
     refused("find", "--order", "4", code=2, said="invalid choice: 4")
     refused("dance", code=2, said="invalid choice: 'dance'")

@@ -16,6 +16,7 @@ LAYERS = [
     {"masking"},
     {"evaluation"},
     {"training"},
+    {"paths"},
     {"cli", "reference.train"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

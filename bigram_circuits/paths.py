@@ -1,0 +1,129 @@
+"""Subnetworks of several sizes, nested, and one curve of faithfulness by size.
+
+The sizes are found from the largest to the smallest, each inside the one before (a warm start: what was dropped once is
+never considered again), so a smaller subnetwork is always a part of a larger one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigram_circuits.corpus import Corpus
+from bigram_circuits.evaluation import evaluate
+from bigram_circuits.files import write_text
+from bigram_circuits.metrics import Faithfulness, mean_over_log_size
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+
+
+@dataclass(frozen=True)
+class SubnetworkPath:
+    """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text."""
+
+    found: tuple[FoundSubnetwork, ...]
+    """What was found at each sparsity weight."""
+    measured: tuple[Faithfulness, ...]
+    """Its faithfulness."""
+    empty: Faithfulness
+    """That of the empty subnetwork: the zero of the scale."""
+    full: Faithfulness
+    """That of the whole model."""
+
+    @property
+    def faithfulness(self) -> tuple[float, ...]:
+        """1 - KL / KL of the empty subnetwork, of each: 1 when the target is reproduced, 0 when nothing is gained."""
+        return tuple(1 - one.kl / self.empty.kl for one in self.measured)
+
+    @property
+    def cpr(self) -> float:
+        """Mean faithfulness over log10(fraction), from the smallest to the largest of the path."""
+        return self._over_sizes(np.array(self.faithfulness))
+
+    @property
+    def cmd(self) -> float:
+        """Mean distance of faithfulness from 1 over log10(fraction)."""
+        return self._over_sizes(np.abs(1 - np.array(self.faithfulness)))
+
+    def _over_sizes(self, values: np.ndarray) -> float:
+        return mean_over_log_size(np.array([one.fraction for one in self.measured]), values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of `path.json`."""
+        points = [
+            {"sparsity_weight": found.config.sparsity_weight, "faithfulness": faithful, **one.to_json()}
+            for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True)
+        ]
+        ends = {"empty": self.empty.to_json(), "full": self.full.to_json()}
+        return {"points": points, "cpr": self.cpr, "cmd": self.cmd, **ends}
+
+    def to_dataframe(self) -> Any:
+        """A pandas table with a row for each size."""
+        import pandas as pd
+
+        weights = [found.config.sparsity_weight for found in self.found]
+        table = pd.DataFrame([asdict(one) for one in self.measured], index=pd.Index(weights, name="sparsity_weight"))
+        return table.assign(faithfulness=self.faithfulness)
+
+    def __str__(self) -> str:
+        lines = [f"{'sparsity weight':>15}{'kept':>12}{'share':>9}{'r':>8}{'KL':>8}{'faithfulness':>14}"]
+        for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True):
+            lines.append(
+                f"{found.config.sparsity_weight:>15g}{one.kept:>12,}{100 * one.fraction:>8.2f}%"
+                f"{one.surprisal_correlation:>8.3f}{one.kl:>8.3f}{faithful:>14.3f}"
+            )
+        lines.append("faithfulness: 1 - KL / KL of the empty subnetwork")
+        lines.append(f"mean over log size: faithfulness (CPR) {self.cpr:.3f}, distance from 1 (CMD) {self.cmd:.3f}")
+        return "\n".join(lines)
+
+
+def find_path(
+    model: Any,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig,
+    sparsity_weights: Sequence[float | int],
+    *,
+    run_dir: Any = None,
+    rebuild: Mapping[str, Any] | None = None,
+) -> SubnetworkPath:
+    """Find nested subnetworks along increasing sparsity weights, and measure each on held-out text.
+
+    Args:
+        model: From `load_model`.
+        target: A target that can tell its entropy, so that KL and faithfulness are defined.
+        corpus: Its training part is learned from, its held-out part measured on.
+        config: The recipe; its `sparsity_weight` is replaced by each in turn.
+        sparsity_weights: At least two different ones; taken from the smallest (largest subnetwork) to the largest.
+        run_dir: A folder for the path: one run folder for each sparsity weight, and `path.json`.
+        rebuild: How to make model, corpus and target again from names, for the run folders.
+
+    Raises:
+        ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
+    """
+    weights = sorted(set(sparsity_weights))
+    if len(weights) < 2:
+        raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")
+    if config.target_fraction is not None:
+        raise ValueError("a path goes along sparsity weights: leave out target_fraction")
+    found: list[FoundSubnetwork] = []
+    within = None
+    for weight in weights:
+        folder = None if run_dir is None else Path(run_dir) / f"weight-{weight:g}"
+        recipe = replace(config, sparsity_weight=weight)
+        found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, rebuild=rebuild))
+        within = found[-1].subnetwork
+    ends = [Subnetwork.empty(model), Subnetwork.full(model)]
+    measured = [
+        evaluate(model, subnetwork, target, corpus.held_out, controls=False).subnetwork
+        for subnetwork in (*ends, *(one.subnetwork for one in found))
+    ]
+    path = SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
+    if run_dir is not None:
+        write_text(Path(run_dir) / "path.json", json.dumps(path.to_json(), indent=2) + "\n")
+    return path
