@@ -274,11 +274,17 @@ def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: st
             f"the {kind} {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise OSError(f"there is no {kind} {name!r} on the hub, and no folder of that name here") from error
+        no_folder = ", and no folder of that name here" if kind == "model" else ""
+        raise OSError(f"there is no {kind} {name!r} on the hub{no_folder}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(f"cannot reach the model hub for the {kind} {name!r}, not downloaded already{or_else}") from error
     except errors.EntryNotFoundError as error:
         raise OSError(f"the {kind} {name!r} does not have the file that was wanted") from error
     except errors.OfflineModeIsEnabled as error:
         raise OSError(f"the {kind} {name!r} is not on this machine, and the hub is switched off") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no status")
+        raise OSError(f"the hub refused the {kind} {name!r} (HTTP {status}); `hf auth login` logs in") from error
     except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
             f"cannot reach the model hub for the {kind} {name!r}, which is not a folder here nor downloaded already "

@@ -30,9 +30,43 @@ MODEL_KEY = "orig_model_name"
 _ACCOUNT = "tylerachang"
 _FILE = re.compile(r"subnetwork_dict_lambda([0-9.e+-]+)\.pickle")
 _MOST_OPERATIONS = 200_000  # a mask of 48 blocks has about 10,000
-_OPERATIONS = frozenset(
-    ["PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"]
-)
+_OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "MEMOIZE",
+    "BINPUT",
+    "LONG_BINPUT",
+    "BINGET",
+    "LONG_BINGET",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "BUILD",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
 
 
 def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
@@ -154,16 +188,14 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _check_operations(file: io.BufferedReader, size: int) -> None:
     """Refuse operations that a dict of arrays does not need, and numbers that would only serve to fill the memory."""
-    count = 0
-    for operation, argument, _ in pickletools.genops(file):
-        count += 1
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if operation.name not in _OPERATIONS:
             raise ValueError(f"the pickle holds the operation {operation.name}, which masks have no use for")
-        if count > _MOST_OPERATIONS:
+        if count >= _MOST_OPERATIONS:
             raise ValueError(f"the pickle has more than {_MOST_OPERATIONS:,} operations, far more than masks need")
-        if operation.name == "LONG_BINPUT" and argument > _MOST_OPERATIONS:
+        if operation.name == "LONG_BINPUT" and int(argument or 0) > _MOST_OPERATIONS:
             raise ValueError(f"the pickle remembers a value under the number {argument}, far more than masks need")
-        if operation.name == "FRAME" and argument > size:
+        if operation.name == "FRAME" and int(argument or 0) > size:
             raise ValueError(f"the pickle promises {argument} bytes, but the file has {size}")
 
 

@@ -78,7 +78,7 @@ def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str
         else:
             with temporary.open("wb") as file:
                 arrays: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
-                np.savez_compressed(file, **arrays, **{MODEL_KEY: np.array(name)})
+                np.savez_compressed(file, **(arrays | {MODEL_KEY: np.array(name)}))
     return path
 
 
@@ -144,8 +144,8 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "---",
             f"# A subnetwork of {Path(name).name if not on_hub else name}",
             "",
-            f"{subnetwork.kept:,} of {subnetwork.total:,} attention and MLP weights ({100 * subnetwork.fraction:.3g}%); "
-            "embeddings, normalisation and biases are all kept.",
+            f"{subnetwork.kept:,} of {subnetwork.total:,} attention and MLP weights "
+            f"({100 * subnetwork.fraction:.3g}%); embeddings, normalisation and biases are all kept.",
             *(["", description] if description else []),
             "",
             "```python",
@@ -167,14 +167,20 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
     )
 
 
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless there is nothing at this path, or an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty: choose another folder")
+
+
 @contextmanager
 def _whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on a normal exit it takes that name, on an exception it is removed."""
     folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty: choose another folder")
+    check_new_folder(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -117,7 +117,7 @@ def weight_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _block_sites(model: Any, layer: int, block: nn.Module) -> list[WeightSite]:
+def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
     sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
     for component in ("attn", "mlp"):
         _check_nothing_is_left_out(f"blocks.{layer}.{component}", getattr(block, component), sites)
