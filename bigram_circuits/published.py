@@ -91,7 +91,7 @@ def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
 
 
 def load_published(
-    model_name: str, sparsity: float | str | None = None, *, model: Any = None, revision: str | None = None
+    model_name: str, sparsity: int | float | str | None = None, *, model: Any = None, revision: str | None = None
 ) -> Subnetwork:
     """The released bigram subnetwork of a model, from the hub repository `tylerachang/bigram-subnetworks-<model>`.
 
@@ -313,7 +313,7 @@ def _are_comparable(*names: str) -> bool:
     return not any(is_local(name) for name in names)
 
 
-def _number(sparsity: float | str) -> float:
+def _number(sparsity: int | float | str) -> float:
     try:
         return float(str(sparsity).removeprefix("lambda"))
     except ValueError as error:

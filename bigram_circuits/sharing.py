@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from bigram_circuits.files import default_mode, whole_file
 from bigram_circuits.layouts import huggingface_layout
-from bigram_circuits.models import fresh_huggingface, hub_errors
+from bigram_circuits.models import fresh_huggingface, hub_errors, is_local
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
@@ -72,13 +72,14 @@ def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str
         raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
     masks = subnetwork.to_huggingface(model)
     name = str(model.cfg.model_name)
+    made_for = {} if is_local(name) else {MODEL_KEY: name}  # a path says nothing to others
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(masks, temporary, {MODEL_KEY: name})
+            save_file(masks, temporary, made_for)
         else:
             with temporary.open("wb") as file:
                 arrays: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
-                np.savez_compressed(file, **(arrays | {MODEL_KEY: np.array(name)}))
+                np.savez_compressed(file, **(arrays | {key: np.array(value) for key, value in made_for.items()}))
     return path
 
 
@@ -129,7 +130,7 @@ def pull_subnetwork(repo_id: str, model: Any, *, revision: str | None = None) ->
 def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> str:
     """The page of a subnetwork on the hub."""
     name = subnetwork.model_name or "unknown"
-    on_hub = not Path(name).exists() and name != "reference" and name.count("/") == 1
+    on_hub = not is_local(name) and name not in ("reference", "unknown")
     header = ["library_name: bigram_circuits", "tags: [subnetwork, interpretability]"]
     header += [f"base_model: {name}"] if on_hub else []
     components = subnetwork.by_component()

@@ -18,10 +18,10 @@ from transformers import (
     GlmConfig,
     GPT2Config,
     GPTBigCodeConfig,
-    GptOssConfig,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
     JambaConfig,
@@ -53,13 +53,17 @@ from transformers import (
 )
 
 D_VOCAB = 257
-HEADS = dict(
-    vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-    max_position_embeddings=64,
-)  # fmt: skip
+HEADS = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}
 GROUPED = HEADS | {"num_key_value_heads": 2}
 WIDE = GROUPED | {"head_dim": 8}  # 4 heads of 8 in a residual stream of 24
-OLD = dict(vocab_size=D_VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=64)
+OLD = {"vocab_size": D_VOCAB, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FALCON = HEADS | {"ffn_hidden_size": 40}
 FALCON.pop("intermediate_size")
 
@@ -125,10 +129,12 @@ REFUSED = {  # with what is said
     "gpt_oss": (lambda: GptOssConfig(**WIDE, num_local_experts=2), r"blocks\.0\.mlp .*has no plain W_in"),
     "deepseek_v3": (lambda: DeepseekV3Config(**GROUPED), r"blocks\.0\.attn .*has no plain W_Q"),
     "mamba": (
-        lambda: MambaConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2), r"blocks\.0\.attn has no plain W_Q",
+        lambda: MambaConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
+        r"blocks\.0\.attn has no plain W_Q",
     ),
     "rwkv": (
-        lambda: RwkvConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2), r"blocks\.0\.attn has no plain W_Q",
+        lambda: RwkvConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
+        r"blocks\.0\.attn has no plain W_Q",
     ),
     "jamba": (
         lambda: JambaConfig(**GROUPED, num_experts=2, attn_layer_period=2, attn_layer_offset=1),
