@@ -79,7 +79,8 @@ def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str
         else:
             with temporary.open("wb") as file:
                 arrays: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
-                np.savez_compressed(file, **(arrays | {key: np.array(value) for key, value in made_for.items()}))
+                arrays |= {key: np.array(value) for key, value in made_for.items()}
+                np.savez_compressed(file, **arrays)
     return path
 
 
