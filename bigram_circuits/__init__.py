@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigram_circuits.corpus import Corpus, load_corpus
     from bigram_circuits.evaluation import Evaluation, evaluate
+    from bigram_circuits.layouts import Layout, huggingface_layout
     from bigram_circuits.masking import gated, masked
     from bigram_circuits.metrics import Faithfulness
-    from bigram_circuits.models import ActivationPoint, activation_points, load_model
+    from bigram_circuits.models import ActivationPoint, activation_points, checkpoints, load_model
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
     from bigram_circuits.paths import SubnetworkPath, find_path
+    from bigram_circuits.published import import_published, load_published
     from bigram_circuits.runs import Run, load_run
+    from bigram_circuits.sharing import export_huggingface, export_masks, pull_subnetwork, push_subnetwork
     from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
     from bigram_circuits.subnetwork import Count, Subnetwork
     from bigram_circuits.targets import InducedTarget, ModelTarget, NextTokenTarget, Target
@@ -35,12 +38,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "corpus": ("Corpus", "load_corpus"),
     "evaluation": ("Evaluation", "evaluate"),
+    "layouts": ("Layout", "huggingface_layout"),
     "masking": ("gated", "masked"),
     "metrics": ("Faithfulness",),
-    "models": ("ActivationPoint", "activation_points", "load_model"),
+    "models": ("ActivationPoint", "activation_points", "checkpoints", "load_model"),
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
     "paths": ("SubnetworkPath", "find_path"),
+    "published": ("import_published", "load_published"),
     "runs": ("Run", "load_run"),
+    "sharing": ("export_huggingface", "export_masks", "pull_subnetwork", "push_subnetwork"),
     "sites": ("WeightSite", "weight_hash", "weight_sites"),
     "subnetwork": ("Count", "Subnetwork"),
     "targets": ("InducedTarget", "ModelTarget", "NextTokenTarget", "Target"),

@@ -20,7 +20,10 @@ _EPILOG = """examples:
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
   bigram-circuits evaluate runs/mine
-  bigram-circuits hooks reference"""
+  bigram-circuits hooks reference
+  bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
+  bigram-circuits export runs/mine --out my_masked_model
+  bigram-circuits checkpoints EleutherAI/pythia-70m"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +121,33 @@ def _parser() -> argparse.ArgumentParser:
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
     hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
+
+    _add_exchange(commands, shared)
     return parser
+
+
+def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """The commands that take masks from elsewhere or give them away."""
+    imported = commands.add_parser(
+        "import-published", parents=[shared], help="read masks by Hugging Face name, as the paper's are published"
+    )
+    imported.set_defaults(command=_import_published)
+    imported.add_argument("file", type=Path, help="a released .pickle, or .npz or .safetensors with the same names")
+    imported.add_argument("--model", required=True, help="'reference', a hub id, or a folder")
+    imported.add_argument("--revision", metavar="R", help="revision of a hub model")
+    imported.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the subnetwork")
+
+    export = commands.add_parser("export", parents=[shared], help="write a run's masked model as a Hugging Face folder")
+    export.set_defaults(command=_export)
+    export.add_argument("run", type=Path, help="the run's folder")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER",
+        help="a new folder for the model; or a name ending in .npz or .safetensors, for the masks alone",
+    )  # fmt: skip
+
+    checkpoints = commands.add_parser("checkpoints", parents=[shared], help="list a model's training checkpoints")
+    checkpoints.set_defaults(command=_checkpoints)
+    checkpoints.add_argument("model", help="a hub id such as EleutherAI/pythia-70m, or a family such as pythia")
 
 
 # --- find ---
@@ -294,6 +323,47 @@ def _hooks(arguments: argparse.Namespace) -> int:
     print(f"\nmaskable weights ({sum(site.size for site in sites):,})")
     for site in sites:
         print(f"  {site.name:<36} {site.axes:<28} {' '.join(map(str, site.shape))}")
+    return 0
+
+
+# --- import-published, export, checkpoints ---
+
+
+def _import_published(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.models import load_model
+    from bigram_circuits.published import import_published, read_masks
+
+    read_masks(arguments.file)  # what is wrong with the file is said before a model is loaded
+    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    subnetwork = import_published(arguments.file, model)
+    subnetwork.save(arguments.out)
+    print(f"{subnetwork!r}\n\n{_where(subnetwork)}\n\nwritten to {arguments.out}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.models import load_model
+    from bigram_circuits.runs import load_run
+    from bigram_circuits.sharing import check_new_folder, export_huggingface, export_masks
+    from bigram_circuits.subnetwork import Subnetwork
+
+    run = load_run(arguments.run)
+    if run.rebuild is None:
+        raise ValueError(f"the run in {str(arguments.run)!r} was made in Python from objects: export it there")
+    masks_alone = arguments.out.suffix in (".npz", ".safetensors")
+    if not masks_alone:
+        check_new_folder(arguments.out)
+    model = load_model(**run.rebuild["model"], device=arguments.device)
+    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
+    (export_masks if masks_alone else export_huggingface)(model, subnetwork, arguments.out)
+    print(f"{subnetwork!r}\nwritten to {arguments.out}")
+    return 0
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.models import checkpoints
+
+    print("\n".join(checkpoints(arguments.model)))
     return 0
 
 

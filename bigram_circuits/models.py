@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +16,26 @@ from safetensors import SafetensorError
 
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 
-__all__ = ["ActivationPoint", "WeightSite", "activation_points", "load_model", "weight_hash", "weight_sites"]
+__all__ = [
+    "ActivationPoint",
+    "WeightSite",
+    "activation_points",
+    "checkpoints",
+    "fresh_huggingface",
+    "hooked",
+    "hub_errors",
+    "is_local",
+    "load_model",
+    "model_source",
+    "weight_hash",
+    "weight_sites",
+]
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
+_PYTHIA = re.compile(
+    r"(EleutherAI/)?pythia(-\d+(\.\d+)?[mb](-deduped)?)?(-v0|(-data|-weight)?-seed\d|-(hidden|attn|all)dropout)?"
+)
+_STANFORD = re.compile(r"stanford-crfm(/[a-z]+-gpt2-(small|medium)-x\d+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -44,7 +63,7 @@ def load_model(
     """
     folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
     precision = _precision(dtype)
-    if _is_local(folder):
+    if is_local(folder):
         _check_folder(folder)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
@@ -61,7 +80,63 @@ def load_model(
             f"{model.cfg.d_vocab}: they do not belong together"
         )
     model.cfg.model_name = str(name)
+    model.cfg.revision = revision  # so that the same weights can be found again
     return model.eval()
+
+
+def hooked(huggingface_model: Any, *, like: Any) -> Any:
+    """A Hugging Face model as a `TransformerBridge`, with the name and tokenizer of another bridge of its kind."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with _quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
+        return TransformerBridge.boot_transformers(
+            str(like.cfg.model_name),
+            hf_model=huggingface_model,
+            tokenizer=copy.deepcopy(like.tokenizer),
+            device="cpu",
+            dtype=next(huggingface_model.parameters()).dtype,
+        )
+
+
+def model_source(model: Any) -> tuple[str, str | None]:
+    """The folder or hub id that a model came from, and its revision: where its Hugging Face files are."""
+    name = str(model.cfg.model_name)
+    return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
+
+
+def fresh_huggingface(model: Any) -> tuple[Any, Any]:
+    """The plain Hugging Face model and tokenizer that a hooked model was loaded from, read again, on the CPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, revision = model_source(model)
+    if is_local(source):
+        _check_folder(source)
+    with _quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
+        plain = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=model.cfg.dtype)
+        return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def checkpoints(name: str) -> tuple[str, ...]:
+    """The training checkpoints published for a hub model, oldest first: values of `revision` for `load_model`.
+
+    Args:
+        name: A hub id such as `"EleutherAI/pythia-70m"`, or a family: `"pythia"`, `"pythia-v0"`, `"stanford-crfm"`.
+            The list is the family's schedule of publication; nothing is asked over the network.
+
+    Raises:
+        ValueError: If no checkpoints of that name are known.
+    """
+    from transformer_lens.tools.model_registry import checkpoints as registry
+
+    if _PYTHIA.fullmatch(name):
+        steps = registry.PYTHIA_V0_CHECKPOINTS if name.endswith("-v0") else registry.PYTHIA_CHECKPOINTS
+        return tuple(f"step{step}" for step in steps)
+    if _STANFORD.fullmatch(name):
+        return tuple(f"checkpoint-{step}" for step in registry.STANFORD_CRFM_CHECKPOINTS)
+    raise ValueError(
+        f"no training checkpoints of {name!r} are known; they are for 'pythia', 'pythia-v0' and 'stanford-crfm', and "
+        f"for models of these families such as 'EleutherAI/pythia-70m'"
+    )
 
 
 @dataclass(frozen=True)
@@ -149,7 +224,8 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
     return found
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Whether a model's name is a path on this machine, or meant as one."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
@@ -165,32 +241,54 @@ def _check_folder(name: str) -> None:
 
 def _check_hub(name: str, revision: str | None) -> None:
     """Ask the hub once, so that a wrong name or a missing network is said at once and not after many retries."""
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             return  # downloaded before: no network is needed
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise OSError(f"the model {name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE)")
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
     except HFValidationError as error:
         raise ValueError(
             f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'"
         ) from error
-    except RevisionNotFoundError as error:
-        raise OSError(f"the model {name!r} has no revision {revision!r}") from error
-    except GatedRepoError as error:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise OSError(f"the model {name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE)")
+    with hub_errors("model", name, revision, or_else="; without a network, use 'reference' or a local folder"):
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+
+
+@contextlib.contextmanager
+def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: str = "") -> Iterator[None]:
+    """Say in one line what went wrong with the hub; `kind` is what was wanted there, for example `model`."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} cannot be a name on the hub, which is like 'user/name'") from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"the {kind} {name!r} has no revision {revision!r}") from error
+    except errors.GatedRepoError as error:
         raise OSError(
-            f"the model {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+            f"the {kind} {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise OSError(f"there is no model {name!r} on the hub, and no folder of that name here") from error
+    except errors.RepositoryNotFoundError as error:
+        no_folder = ", and no folder of that name here" if kind == "model" else ""
+        raise OSError(f"there is no {kind} {name!r} on the hub{no_folder}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(f"cannot reach the model hub for the {kind} {name!r}, not downloaded already{or_else}") from error
+    except errors.EntryNotFoundError as error:
+        raise OSError(f"the {kind} {name!r} does not have the file that was wanted") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise OSError(f"the {kind} {name!r} is not on this machine, and the hub is switched off") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no status")
+        raise OSError(f"the hub refused the {kind} {name!r} (HTTP {status}); `hf auth login` logs in") from error
     except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
         raise OSError(
-            f"cannot reach the model hub to load {name!r}, which is not a folder here nor downloaded already "
-            f"({type(error).__name__}); without a network, use 'reference' or a local folder"
+            f"cannot reach the model hub for the {kind} {name!r}, which is not a folder here nor downloaded already "
+            f"({type(error).__name__}){or_else}"
         ) from error
 
 

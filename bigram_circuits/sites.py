@@ -9,7 +9,8 @@ bridge has split are dead and are not sites.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,12 @@ _ATTENTION = {
     "k": ("W_K", "head d_model d_head", "(head d_head) d_model"),
     "v": ("W_V", "head d_model d_head", "(head d_head) d_model"),
     "o": ("W_O", "head d_head d_model", "d_model (head d_head)"),
+}
+_CONV1D = {  # the axes of a linear layer's weight, where it is stored transposed
+    "(head d_head) d_model": "d_model (head d_head)",
+    "d_model (head d_head)": "(head d_head) d_model",
+    "d_mlp d_model": "d_model d_mlp",
+    "d_model d_mlp": "d_mlp d_model",
 }
 _MLP = {
     "in": ("W_in", "d_model d_mlp", "d_mlp d_model"),
@@ -87,9 +94,9 @@ class WeightSite:
     @property
     def original(self) -> Tensor:
         """The frozen weight as stored, [stored_axes], without any mask that is on it now."""
-        if parametrize.is_parametrized(self.leaf, "weight"):
-            return self.leaf.parametrizations["weight"].original  # type: ignore[index, return-value]
-        return self.leaf.weight  # type: ignore[return-value]
+        weight = _stored_weight(self.leaf)
+        assert weight is not None, f"the leaf of {self.name} has no weight"
+        return weight
 
     @property
     def weight(self) -> Tensor:
@@ -110,13 +117,19 @@ def weight_sites(model: Any) -> tuple[WeightSite, ...]:
     """Every maskable weight of a `TransformerBridge`, in the order of its blocks.
 
     Raises:
-        ValueError: If the model has no blocks, or a block's attention or MLP is not made of plain weight matrices
-            (mixtures of experts, state-space blocks): a model is masked whole or not at all.
+        ValueError: If the model has no blocks, a block's attention or MLP is not made of plain weight matrices that
+            fit together, or a block has other weight matrices besides (mixtures of experts, state-space and hybrid
+            blocks), or blocks share weights: a model is masked whole or not at all.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to mask: pass a model from load_model")
-    return tuple(site for layer, block in enumerate(blocks) for site in _block_sites(model, layer, block))
+    sites = tuple(site for layer, block in enumerate(blocks) for site in _block_sites(model, layer, block))
+    owners: dict[int, str] = {}
+    for site in sites:
+        if (other := owners.setdefault(id(site.original), site.name)) != site.name:
+            raise ValueError(f"this model cannot be masked: {site.name} and {other} are one shared weight")
+    return sites
 
 
 def weight_hash(model: Any) -> str:
@@ -132,46 +145,134 @@ def weight_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _block_sites(model: Any, layer: int, block: nn.Module) -> Iterator[WeightSite]:
-    for component, table in (("attn", _ATTENTION), ("mlp", _MLP)):
-        part = getattr(block, component, None)
-        for attribute, (matrix, axes, linear_axes) in table.items():
-            leaf = getattr(getattr(part, attribute, None), "original_component", None)
-            if leaf is None and attribute == "gate":
-                continue  # a plain MLP
-            name = f"blocks.{layer}.{component}.{matrix}"
-            weight = None if leaf is None else getattr(leaf, "weight", None)
-            if weight is None or weight.ndim != 2:
-                kind = type(getattr(part, "original_component", part)).__name__
+def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
+    sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
+    for component in ("attn", "mlp"):
+        _check_nothing_is_left_out(f"blocks.{layer}.{component}", getattr(block, component), sites)
+    _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=(block.attn, block.mlp))
+    return sites
+
+
+def _attention_sites(model: Any, layer: int, block: nn.Module) -> list[WeightSite]:
+    found = _leaves(layer, block, "attn", _ATTENTION)
+    sizes = {name: leaf.sizes for name, leaf in found.items()}  # (outputs, inputs)
+    over_heads, d_model = sizes["W_O"][1], sizes["W_O"][0]
+    heads = model.cfg.n_heads
+    d_head = over_heads // heads  # not cfg.d_head, which is d_model / n_heads where a config does not say
+    where = f"this model cannot be masked: blocks.{layer}.attn"
+    if over_heads != heads * d_head:
+        raise ValueError(f"{where}.W_O reads {over_heads} values, not a multiple of the {heads} heads")
+    if sizes["W_Q"] != (over_heads, d_model):
+        raise ValueError(
+            f"{where}.W_Q is {_by(sizes['W_Q'])} (outputs by inputs), but {heads} heads of {d_head} "
+            f"need {_by((over_heads, d_model))}"
+        )
+    groups, rest = divmod(sizes["W_K"][0], d_head)
+    if sizes["W_V"] != sizes["W_K"] or sizes["W_K"][1] != d_model or rest or groups == 0 or heads % groups:
+        raise ValueError(
+            f"{where}.W_K is {_by(sizes['W_K'])} and W_V {_by(sizes['W_V'])} (outputs by inputs), which are not whole "
+            f"heads of {d_head} shared evenly by {heads} query heads"
+        )
+    shapes = {
+        "W_Q": (heads, d_model, d_head),
+        "W_K": (groups, d_model, d_head),
+        "W_V": (groups, d_model, d_head),
+        "W_O": (heads, d_head, d_model),
+    }
+    return [leaf.site(shapes[name], layer, "attn") for name, leaf in found.items()]
+
+
+def _mlp_sites(layer: int, block: nn.Module) -> list[WeightSite]:
+    found = _leaves(layer, block, "mlp", _MLP)
+    sizes = {name: leaf.sizes for name, leaf in found.items()}
+    d_mlp, d_model = sizes["W_in"]
+    if sizes["W_out"] != (d_model, d_mlp) or sizes.get("W_gate", sizes["W_in"]) != sizes["W_in"]:
+        shown = ", ".join(f"{name} {_by(size)}" for name, size in sizes.items())
+        raise ValueError(
+            f"this model cannot be masked: the matrices of blocks.{layer}.mlp do not fit together as neurons: "
+            f"{shown} (outputs by inputs)"
+        )
+    return [
+        leaf.site((d_mlp, d_model) if name == "W_out" else (d_model, d_mlp), layer, "mlp")
+        for name, leaf in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf module under its canonical name, before the canonical shape is known."""
+
+    name: str
+    axes: str
+    module: nn.Module
+    stored_axes: str
+    sizes: tuple[int, int]  # outputs, inputs
+
+    def site(self, shape: tuple[int, ...], layer: int, component: str) -> WeightSite:
+        return WeightSite(self.name, shape, self.axes, layer, component, self.module, self.stored_axes)
+
+
+def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple[str, str, str]]) -> dict[str, _Leaf]:
+    """The leaf modules of a block's attention or MLP, by canonical matrix."""
+    part = getattr(block, component, None)
+    found: dict[str, _Leaf] = {}
+    for attribute, (matrix, axes, linear_axes) in table.items():
+        module = getattr(getattr(part, attribute, None), "original_component", None)
+        if module is None and attribute == "gate":
+            continue  # a plain MLP
+        weight = None if module is None else _stored_weight(module)
+        if weight is None or weight.ndim != 2:
+            kind = type(getattr(part, "original_component", part)).__name__
+            what = f"blocks.{layer}.{component}" + ("" if part is None else f" ({kind})")
+            raise ValueError(f"this model cannot be masked: {what} has no plain {matrix}")
+        outputs, inputs = weight.shape
+        stored_axes = linear_axes
+        name = f"blocks.{layer}.{component}.{matrix}"
+        if not isinstance(module, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
+            if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
                 raise ValueError(
-                    f"this model cannot be masked: blocks.{layer}.{component} ({kind}) has no plain {matrix}"
+                    f"this model cannot be masked: {name} is in a {type(module).__name__}, not a linear layer"
                 )
-            yield _site(model, name, layer, component, axes, leaf, linear_axes)
+            outputs, inputs = inputs, outputs
+            stored_axes = _CONV1D[linear_axes]
+        assert module is not None
+        found[matrix] = _Leaf(name, axes, module, stored_axes, (outputs, inputs))
+    return found
 
 
-def _site(model: Any, name: str, layer: int, component: str, axes: str, leaf: Any, linear_axes: str) -> WeightSite:
-    outputs, inputs = leaf.weight.shape
-    stored_axes = linear_axes
-    if not isinstance(leaf, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
-        if not any(kind.__name__ == "Conv1D" for kind in type(leaf).__mro__):
-            raise ValueError(f"this model cannot be masked: {name} is in a {type(leaf).__name__}, not a linear layer")
-        outputs, inputs = inputs, outputs
-        stored_axes = {
-            "(head d_head) d_model": "d_model (head d_head)",
-            "d_model (head d_head)": "(head d_head) d_model",
-            "d_mlp d_model": "d_model d_mlp",
-            "d_model d_mlp": "d_mlp d_model",
-        }[linear_axes]
-    if component == "mlp":
-        shape = (inputs, outputs)
-    else:
-        over_heads, d_model = (inputs, outputs) if name.endswith("W_O") else (outputs, inputs)
-        heads, remainder = divmod(over_heads, model.cfg.d_head)
-        if remainder:
+def _stored_weight(module: nn.Module) -> Tensor | None:
+    if parametrize.is_parametrized(module, "weight"):
+        return module.parametrizations["weight"].original  # type: ignore[index, return-value]
+    return getattr(module, "weight", None)
+
+
+def _check_nothing_is_left_out(
+    where: str, part: nn.Module, sites: list[WeightSite], but: tuple[nn.Module, ...] = ()
+) -> None:
+    """Raise ValueError if a part of a block has a weight matrix that is neither a site, nor a norm's or embedding's.
+
+    A fused matrix stays listed beside the parts it was split into (query-key-value, or gate and up): it is dead.
+    """
+    known = {id(site.original) for site in sites} | {id(weight) for other in but for weight in other.parameters()}
+    mine = {site.name.rsplit(".", 1)[1]: site.size for site in sites if site.name.startswith(where + ".")}
+    together = (("W_Q", "W_K", "W_V"), ("W_in", "W_gate"))
+    fused = [sum(mine[name] for name in names) for names in together if mine.keys() >= set(names)]
+    for owner, module in part.named_modules():
+        if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim < 2 or id(weight) in known:
+                continue
+            if not but and weight.ndim == 2 and weight.numel() in fused:
+                fused.remove(weight.numel())  # at most one of each kind
+                known.add(id(weight))
+                continue
+            path = re.sub(r"_?original_component\.?", "", f"{owner}.{name}").replace("..", ".")
             raise ValueError(
-                f"this model cannot be masked: {name} has {over_heads} rows, "
-                f"not a multiple of d_head {model.cfg.d_head}"
+                f"this model cannot be masked: {where} has the weight {path} {_by(weight.shape)}, which is not one of "
+                f"the query, key, value, output and MLP matrices"
             )
-        d_head = model.cfg.d_head
-        shape = (heads, d_head, d_model) if name.endswith("W_O") else (heads, d_model, d_head)
-    return WeightSite(name, shape, axes, layer, component, leaf, stored_axes)
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))

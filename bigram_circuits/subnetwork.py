@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from bigram_circuits.files import whole_file
+from bigram_circuits.layouts import huggingface_layout
 from bigram_circuits.sites import weight_hash, weight_sites
 
 _FORMAT = "bigram_circuits.subnetwork/1"
@@ -353,6 +354,28 @@ class Subnetwork(Mapping[str, Tensor]):
         """Raise ValueError unless every name and shape is the model's."""
         _check_same_shapes(self._shapes, {site.name: site.shape for site in weight_sites(model)}, "the model")
 
+    def to_huggingface(self, model: Any) -> dict[str, Tensor]:
+        """Boolean masks by Hugging Face parameter name, in the shapes of the model's checkpoint.
+
+        Every parameter that holds maskable weights is there; embeddings, norms and biases are not (all kept).
+        """
+        self.check_fits(model)
+        return huggingface_layout(model).to_huggingface(self)
+
+    @classmethod
+    def from_huggingface(cls, masks: Mapping[str, Any], model: Any) -> Subnetwork:
+        """A subnetwork of `model` from boolean masks (torch or numpy) by Hugging Face parameter name.
+
+        Masks of embeddings, norms and biases may be given if they keep everything.
+
+        Raises:
+            ValueError: If a parameter with maskable weights is missing, a name is unknown, a shape or type is wrong,
+                or the mask of a parameter that is never masked drops something.
+        """
+        tensors = {name: _as_bool_tensor(name, mask) for name, mask in masks.items()}
+        canonical = huggingface_layout(model).from_huggingface(tensors)
+        return cls(canonical, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: a bit-packed uint8 tensor for each weight, the rest in its metadata."""
         metadata = {
@@ -436,6 +459,15 @@ def _operand(lineage: str, sign: str = "") -> str:
         pass  # what stands in brackets holds together already
     signs = {part for part in outside.split() if part in ("&", "|", "-")}
     return lineage if signs <= {sign} else f"({lineage})"
+
+
+def _as_bool_tensor(name: str, mask: Any) -> Tensor:
+    if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
+        return torch.from_numpy(np.require(mask, requirements=["C", "W"]))
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return mask.detach().cpu()
+    kind = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray | Tensor) else f"type {type(mask).__name__}"
+    raise ValueError(f"the mask of {name!r} has {kind} but should be a boolean array or tensor")
 
 
 def _checksum(packed: Mapping[str, np.ndarray]) -> str:

@@ -11,9 +11,11 @@ import bigram_circuits as bc
 PACKAGE = Path(bc.__file__).parent
 LAYERS = [
     {"reference.documents", "files"},
-    {"corpus", "ngrams", "sites", "subnetwork", "gates", "metrics"},
-    {"models", "runs", "targets"},
-    {"masking"},
+    {"corpus", "ngrams", "sites", "gates", "metrics"},
+    {"models", "targets"},
+    {"layouts"},
+    {"subnetwork"},
+    {"runs", "masking", "published", "sharing"},
     {"evaluation"},
     {"training"},
     {"paths"},

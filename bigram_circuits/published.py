@@ -1,0 +1,320 @@
+"""Masks from elsewhere: the released ones of Chang and Bergen (2025, arXiv 2504.15471), and others in the same form.
+
+The released files are pickles of a dict from Hugging Face parameter name to boolean numpy array, with one more key,
+`orig_model_name`. Loading a pickle can run any code, so these are never given to numpy or to the pickle module as they
+are. `read_masks` first goes through the operations of the file, and refuses any that such a dict does not need. Then
+the file is loaded with stand-ins of our own for the handful of names that a boolean array refers to (in numpy before
+and after 2.0, pickle protocols 2 to 5); they check what they are given, and no function outside this module is called.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from bigram_circuits.models import hub_errors, is_local, load_model
+from bigram_circuits.subnetwork import Subnetwork
+
+MODEL_KEY = "orig_model_name"
+_ACCOUNT = "tylerachang"
+_FILE = re.compile(r"subnetwork_dict_lambda([0-9.e+-]+)\.pickle")
+_MOST_OPERATIONS = 200_000  # a mask of 48 blocks has about 10,000
+_OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "MEMOIZE",
+    "BINPUT",
+    "LONG_BINPUT",
+    "BINGET",
+    "LONG_BINGET",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "BUILD",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
+
+
+def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
+    """A subnetwork of `model` from a file of boolean masks by Hugging Face parameter name.
+
+    Args:
+        path: A released `.pickle` (also `.pkl`), or an `.npz` or `.safetensors` file with the same names.
+        model: From `load_model`: the model the masks were made for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds anything but boolean masks, or was made for another model.
+    """
+    masks, made_for = read_masks(path)
+    ours = str(model.cfg.model_name)
+    if made_for is not None and _are_comparable(made_for, ours) and _short(made_for) != _short(ours):
+        raise ValueError(f"{str(path)!r} was made for the model {made_for!r}, but this model is {ours!r}")
+    try:
+        return Subnetwork.from_huggingface(masks, model)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def load_published(
+    model_name: str, sparsity: int | float | str | None = None, *, model: Any = None, revision: str | None = None
+) -> Subnetwork:
+    """The released bigram subnetwork of a model, from the hub repository `tylerachang/bigram-subnetworks-<model>`.
+
+    Args:
+        model_name: A hub id, for example `"EleutherAI/pythia-70m"` or `"gpt2"`.
+        sparsity: The lambda it was found with, for example `10` or `"1e1"`; the largest one released (the sparsest
+            subnetwork, which is the authors' own default) if not given.
+        model: The model, if it is loaded already; else it is loaded with `load_model`.
+        revision: Of the repository of masks.
+
+    Raises:
+        OSError: If the hub cannot be reached or has no masks of that model.
+        ValueError: If there is none with this lambda, or what there is does not fit the model.
+    """
+    import huggingface_hub
+
+    repository = f"{_ACCOUNT}/bigram-subnetworks-{_short(model_name)}"
+    wanted = None if sparsity is None else _number(sparsity)
+    with hub_errors("repository", repository, revision):
+        names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+        released = {float(found[1]): name for name in names if (found := _FILE.fullmatch(name))}
+        if not released:
+            raise ValueError(f"the repository {repository!r} holds no masks (subnetwork_dict_lambda<number>.pickle)")
+        chosen = max(released) if wanted is None else wanted
+        if chosen not in released:
+            there = ", ".join(f"{value:g}" for value in sorted(released))
+            raise ValueError(f"{repository!r} has no mask of lambda {chosen:g}: it has {there}")
+        path = huggingface_hub.hf_hub_download(repository, released[chosen], revision=revision)
+    return import_published(path, load_model(model_name) if model is None else model)
+
+
+def read_masks(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str | None]:
+    """Boolean masks by name, and the name of the model they were made for if the file says; runs nothing in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, damaged, or holds anything but boolean masks and that name.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        ".pickle": _read_pickle,
+        ".pkl": _read_pickle,
+        ".npz": _read_npz,
+        ".safetensors": _read_safetensors,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{str(path)!r} should be a .pickle, .npz or .safetensors file of masks")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    try:
+        masks = readers[path.suffix](path)
+        made_for = masks.pop(MODEL_KEY, None)
+        if isinstance(made_for, np.ndarray) and made_for.dtype.kind == "U" and made_for.ndim == 0:
+            made_for = str(made_for)  # as .npz holds it
+        if made_for is not None and not isinstance(made_for, str):
+            raise ValueError(f"its {MODEL_KEY} is a {type(made_for).__name__}, not a name")
+        for name, mask in masks.items():
+            if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+                kind = f"array of {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
+                raise ValueError(f"{name!r} is a {kind}, not a boolean array")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{str(path)!r} is not a file of masks: {reason}") from error
+    return masks, made_for
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="np") as file:
+        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        made_for = (file.metadata() or {}).get(MODEL_KEY)
+    return masks | ({} if made_for is None else {MODEL_KEY: made_for})
+
+
+# --- the restricted reader of pickles ---
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        _check_operations(file, path.stat().st_size)
+        file.seek(0)
+        try:
+            found = _MaskUnpickler(file).load()
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+    if type(found) is not dict or any(type(name) is not str for name in found):
+        raise ValueError("it is not a dict with names as keys")
+    return {name: value.array if isinstance(value, _Array) else value for name, value in found.items()}
+
+
+def _check_operations(file: io.BufferedReader, size: int) -> None:
+    """Refuse operations that a dict of arrays does not need, and numbers that would only serve to fill the memory."""
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name not in _OPERATIONS:
+            raise ValueError(f"the pickle holds the operation {operation.name}, which masks have no use for")
+        if count >= _MOST_OPERATIONS:
+            raise ValueError(f"the pickle has more than {_MOST_OPERATIONS:,} operations, far more than masks need")
+        if operation.name == "LONG_BINPUT" and int(argument or 0) > _MOST_OPERATIONS:
+            raise ValueError(f"the pickle remembers a value under the number {argument}, far more than masks need")
+        if operation.name == "FRAME" and int(argument or 0) > size:
+            raise ValueError(f"the pickle promises {argument} bytes, but the file has {size}")
+
+
+class _MaskUnpickler(pickle.Unpickler):
+    """Knows the names that boolean arrays are pickled with, as stand-ins that only make boolean arrays."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
+        return _STAND_INS[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside the file, which is not allowed")
+
+
+class _Array:
+    """A boolean array that is being read."""
+
+    __slots__ = ("array",)
+
+    def __init__(self) -> None:
+        self.array = np.zeros(0, dtype=bool)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.array = _boolean(data, dtype, shape, "F" if is_fortran else "C")
+
+
+class _DType:
+    """The boolean dtype."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Its state says nothing that its name has not said."""
+
+
+class _StandIn:
+    """A function that a pickle may call; nothing about it can be changed from there."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it tries to change a function, which is not allowed")
+
+
+def _boolean(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    if not isinstance(dtype, _DType) or type(data) not in (bytes, bytearray) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("it holds an array that is not boolean")
+    if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
+        raise pickle.UnpicklingError("it holds an array whose shape is not one")
+    if math.prod(shape) != len(data):
+        raise pickle.UnpicklingError(f"it holds an array of shape {shape} with {len(data)} elements")
+    elements = np.frombuffer(data, dtype=np.uint8)
+    if elements.size and elements.max() > 1:
+        raise pickle.UnpicklingError("it holds a boolean array with values other than 0 and 1")
+    return elements.view(np.bool_).reshape(shape, order=order)
+
+
+def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
+    if kind is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError("it holds an array of another kind")
+    return _Array()
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    found = _Array()
+    found.array = _boolean(data, dtype, shape, order)
+    return found
+
+
+def _dtype(code: Any, *_: Any) -> _DType:
+    if code not in ("b1", "?", "bool"):
+        raise pickle.UnpicklingError(f"it holds an array of type {str(code)[:20]!r}, not boolean")
+    return _DType()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding != "latin1":
+        raise pickle.UnpicklingError("it holds bytes in an unexpected form")
+    return text.encode("latin1")
+
+
+def _not_callable(*_: Any) -> Any:
+    raise pickle.UnpicklingError("it makes an array in an unexpected way")
+
+
+_NDARRAY = _StandIn(_not_callable)
+_STAND_INS = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _StandIn(_dtype),
+    ("_codecs", "encode"): _StandIn(_encode),  # bytes, in protocol 2
+    **{(f"{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.numeric", "_frombuffer"): _StandIn(_from_buffer) for core in ("numpy.core", "numpy._core")},
+}
+
+
+# --- names ---
+
+
+def _short(name: str) -> str:
+    """The last part of a model's name, as the released repositories have it."""
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return "gpt2-small" if last == "gpt2" else last
+
+
+def _are_comparable(*names: str) -> bool:
+    """Whether both are names on the hub: a folder may hold any model."""
+    return not any(is_local(name) for name in names)
+
+
+def _number(sparsity: int | float | str) -> float:
+    try:
+        return float(str(sparsity).removeprefix("lambda"))
+    except ValueError as error:
+        raise ValueError(f"sparsity should be a lambda such as 10 or '1e1', not {sparsity!r}") from error

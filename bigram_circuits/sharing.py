@@ -1,0 +1,198 @@
+"""A subnetwork for others: as a plain Hugging Face model, as masks in Hugging Face names, as a repository on the hub.
+
+A folder appears whole or not at all: it is built beside its place under another name, then renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from bigram_circuits.files import default_mode, whole_file
+from bigram_circuits.layouts import huggingface_layout
+from bigram_circuits.models import fresh_huggingface, hub_errors, is_local
+from bigram_circuits.published import MODEL_KEY
+from bigram_circuits.sites import weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+
+_HUB_FILE = "subnetwork.safetensors"
+
+
+def export_huggingface(model: Any, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: the model with every other weight 0.
+
+    The maskable weights are those of `model` as it is now; all else, and the tokenizer, is read again from where
+    `load_model` found it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the subnetwork does not fit the model, or the folder is not empty.
+        OSError: If the folder cannot be written, or the model's files are gone.
+    """
+    subnetwork.check_fits(model)
+    with _whole_folder(folder) as temporary:
+        layout = huggingface_layout(model)
+        plain, tokenizer = fresh_huggingface(model)
+        parameters = dict(plain.named_parameters())
+        with torch.no_grad():
+            for site in weight_sites(model):
+                place = layout.places[site.name]
+                weight = torch.where(subnetwork[site.name], site.weight.cpu(), 0)
+                place.view(parameters[place.parameter]).copy_(weight.view(place.sizes))
+        plain.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return Path(folder)
+
+
+def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
+    """Write boolean masks by Hugging Face parameter name; `import_published` reads them.
+
+    Args:
+        model: The model.
+        subnetwork: Of that model.
+        path: An `.npz` or a `.safetensors` file.
+
+    Raises:
+        ValueError: If the subnetwork does not fit the model, or the file's name ends otherwise.
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
+    masks = subnetwork.to_huggingface(model)
+    name = str(model.cfg.model_name)
+    made_for = {} if is_local(name) else {MODEL_KEY: name}  # a path says nothing to others
+    with whole_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(masks, temporary, made_for)
+        else:
+            with temporary.open("wb") as file:
+                arrays: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
+                arrays |= {key: np.array(value) for key, value in made_for.items()}
+                np.savez_compressed(file, **arrays)
+    return path
+
+
+def push_subnetwork(
+    subnetwork: Subnetwork, repo_id: str, *, private: bool = False, description: str = "", message: str | None = None
+) -> str:
+    """Put a subnetwork on the hub, with a page that says what it is; makes the repository if there is none.
+
+    Args:
+        subnetwork: What to publish: its bit-packed file, about a bit for each maskable weight.
+        repo_id: `user/name`.
+        private: Whether a new repository is private.
+        description: More for the page, in Markdown.
+        message: Of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        OSError: If the hub cannot be reached, or refuses.
+        ValueError: If `repo_id` cannot be a repository's name.
+    """
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as folder, hub_errors("repository", repo_id):
+        subnetwork.save(Path(folder) / _HUB_FILE)
+        (Path(folder) / "README.md").write_text(model_card(subnetwork, repo_id, description), encoding="utf-8")
+        hub = huggingface_hub.HfApi()
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message or f"Upload {subnetwork!r}")
+    return str(address)
+
+
+def pull_subnetwork(repo_id: str, model: Any, *, revision: str | None = None) -> Subnetwork:
+    """A subnetwork that `push_subnetwork` put on the hub, checked against the model's weights.
+
+    Raises:
+        OSError: If the hub cannot be reached, or has no such repository or file.
+        ValueError: If the file is damaged, or was made for other weights.
+    """
+    import huggingface_hub
+
+    with hub_errors("repository", repo_id):
+        path = huggingface_hub.hf_hub_download(repo_id, _HUB_FILE, revision=revision)
+    return Subnetwork.load(path, model)
+
+
+def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> str:
+    """The page of a subnetwork on the hub."""
+    name = subnetwork.model_name or "unknown"
+    on_hub = not is_local(name) and name not in ("reference", "unknown")
+    header = ["library_name: bigram_circuits", "tags: [subnetwork, interpretability]"]
+    header += [f"base_model: {name}"] if on_hub else []
+    components = subnetwork.by_component()
+    rows = [
+        f"| {layer} | {component} | {count.kept:,} | {100 * count.fraction:.3g}% |"
+        for (layer, component), count in components.items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            f"# A subnetwork of {Path(name).name if not on_hub else name}",
+            "",
+            f"{subnetwork.kept:,} of {subnetwork.total:,} attention and MLP weights "
+            f"({100 * subnetwork.fraction:.3g}%); embeddings, normalisation and biases are all kept.",
+            *(["", description] if description else []),
+            "",
+            "```python",
+            "import bigram_circuits as bc",
+            "",
+            f'model = bc.load_model("{name if on_hub or name == "reference" else "path/to/the/model"}")',
+            f'subnetwork = bc.pull_subnetwork("{repo_id}", model)',
+            "with bc.masked(model, subnetwork):",
+            '    logits = model("The value of")',
+            "```",
+            "",
+            "| layer | component | weights kept | of the component |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"Hash of the weights it was made for: `{subnetwork.weight_hash or 'not recorded'}`.",
+            "",
+        ]
+    )
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless there is nothing at this path, or an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty: choose another folder")
+
+
+@contextmanager
+def _whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on a normal exit it takes that name, on an exception it is removed."""
+    folder = Path(folder)
+    check_new_folder(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {str(folder)!r}: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(default_mode(0o777))
+        if folder.is_dir():
+            folder.rmdir()  # empty; renaming onto a folder does not work everywhere
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
