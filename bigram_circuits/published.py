@@ -28,7 +28,7 @@ from bigram_circuits.subnetwork import Subnetwork
 
 MODEL_KEY = "orig_model_name"
 _ACCOUNT = "tylerachang"
-_FILE = re.compile(r"subnetwork_dict_lambda([0-9.e+-]+)\.pickle")
+_FILE = re.compile(r"subnetwork_dict_(?:lambda)?([0-9.e+-]+)\.pickle")
 _MOST_OPERATIONS = 200_000  # a mask of 48 blocks has about 10,000
 _OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
     "PROTO",
@@ -114,7 +114,7 @@ def load_published(
         names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
         released = {float(found[1]): name for name in names if (found := _FILE.fullmatch(name))}
         if not released:
-            raise ValueError(f"the repository {repository!r} holds no masks (subnetwork_dict_lambda<number>.pickle)")
+            raise ValueError(f"the repository {repository!r} holds no masks (subnetwork_dict_<lambda>.pickle)")
         chosen = max(released) if wanted is None else wanted
         if chosen not in released:
             there = ", ".join(f"{value:g}" for value in sorted(released))

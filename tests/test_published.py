@@ -285,7 +285,8 @@ def hub(monkeypatch, neox, tmp_path):
 
     half = half_of(neox)
     kept = {"1": bc.Subnetwork.full(neox), "1e1": half, "1e2": bc.Subnetwork.empty(neox)}
-    files = {f"subnetwork_dict_lambda{key}.pickle": value for key, value in kept.items()}
+    spelled = {"1": "1", "1e1": "lambda1e1", "1e2": "lambda1e2"}  # with and without the word
+    files = {f"subnetwork_dict_{spelled[key]}.pickle": value for key, value in kept.items()}
     asked = []
 
     def list_repo_files(self, repo_id, *, revision=None):
