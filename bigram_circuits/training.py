@@ -32,7 +32,7 @@ from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
 
-METHODS = {"continuous_sparsification": 1e-2, "hard_concrete": 5e-2, "straight_through": 1e-2}
+METHODS = {"continuous_sparsification": 1e-2, "hard_concrete": 0.5, "straight_through": 1e-2}
 """The masking methods, and the learning rate of each if none is given."""
 
 
@@ -55,7 +55,7 @@ class SparsifyConfig:
     for single weights; for larger units, the most units of highest score that do not exceed it. `straight_through`
     needs it."""
     learning_rate: float | int | None = None
-    """AdamW's, for the scores; None: 1e-2, for hard concrete 5e-2."""
+    """AdamW's, for the scores; None: 1e-2, for hard concrete 0.5."""
     weight_decay: float | int = 0.0
     """AdamW's, for the scores."""
     first_score: float | int = 0.0
