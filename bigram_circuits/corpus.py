@@ -207,9 +207,11 @@ def _shortened(text: str) -> str:
 
 def _load_dataset(name: str) -> Iterable[Any]:
     import datasets
+    import huggingface_hub
 
     path, _, configuration = name.partition(":")
     try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)  # says at once what loading would retry for long
         return datasets.load_dataset(path, configuration or None, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds: no such name, no network, no such split
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,6 @@ def _check_hub(name: str, revision: str | None) -> None:
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: str = "") -> Iterator[None]:
     """Say in one line what went wrong with the hub; `kind` is what was wanted there, for example `model`."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -285,11 +285,18 @@ def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: st
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no status")
         raise OSError(f"the hub refused the {kind} {name!r} (HTTP {status}); `hf auth login` logs in") from error
-    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:
+    except (_http_error(), ConnectionError, TimeoutError) as error:
         raise OSError(
             f"cannot reach the model hub for the {kind} {name!r}, which is not a folder here nor downloaded already "
             f"({type(error).__name__}){or_else}"
         ) from error
+
+
+def _http_error() -> type[Exception]:
+    """The base of all errors of the HTTP library that huggingface_hub uses; which one depends on its version."""
+    from huggingface_hub.utils import get_session
+
+    return import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Models for the tests: tiny random ones in Hugging Face folders, and the reference model."""
 
+from importlib import import_module
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import get_session
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -57,6 +60,19 @@ def save_tiny(folder: Path, config) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A hub that refuses every connection: really, on this machine, through whatever library is used for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+def hub_response(status: int):
+    """An answer of the hub, of the library that huggingface_hub uses."""
+    http = import_module(type(get_session()).__module__.partition(".")[0])
+    return http.Response(status, request=http.Request("GET", "https://hub.invalid"))
 
 
 @pytest.fixture(scope="session")

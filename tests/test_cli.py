@@ -233,19 +233,15 @@ def test_things_that_are_not_there(refused, tiny_folders, tmp_path):
     refused("hooks", tmp_path, code=1, said="has no config.json")
 
 
-def test_no_network(run, monkeypatch):
-    import httpx
-    import huggingface_hub
-
-    def refuse(*_, **__):
-        raise httpx.ConnectError("Name or service not known")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+def test_no_network(run, no_network, tiny_folders):
     code, _, err = run("find", "EleutherAI/pythia-70m")
     assert code == 1
     assert err.count("\n") == 1
     assert "cannot reach the model hub" in err
+    code, _, err = run("find", tiny_folders["gpt2"], "--corpus", "some:dataset")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "'some:dataset' is neither a file or folder here nor a dataset that could be loaded" in err
 
 
 def test_text_that_cannot_be_used(refused, tiny_folders, tmp_path):

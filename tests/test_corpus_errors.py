@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,7 +113,18 @@ def test_an_option_out_of_range_is_answered_in_one_line(tokenizer, options, word
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tokenizer, no_network, capfd):
+    with pytest.raises(
+        ValueError, match=r"neither a file or folder here nor a dataset that could be loaded \("
+    ) as caught:
+        bc.load_corpus("nobody/nothing", tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # no talk of retries
+
+
 def test_a_name_that_is_neither_here_nor_a_dataset_is_answered_in_one_line(tokenizer, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\nand much more")
 
@@ -128,6 +140,7 @@ def test_a_dataset_is_streamed_by_its_name_and_configuration(tokenizer, monkeypa
         asked.append((path, configuration, split, streaming))
         return datasets.Dataset.from_dict({"text": STORIES}).to_iterable_dataset()
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", stream)
     corpus = bc.load_corpus("some/name:small", tokenizer=tokenizer, context_length=16)
     assert asked == [("some/name", "small", "train", True)]

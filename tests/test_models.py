@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
 import bigram_circuits as bc
 from bigram_circuits import models
 
-from .conftest import save_tiny
+from .conftest import hub_response, save_tiny
 
 
 def test_a_local_folder_loads_in_eval_mode_on_raw_weights(any_model, random_tokens):
@@ -145,24 +145,25 @@ def test_a_dtype_that_is_none(dtype):
         ("RepositoryNotFoundError", "there is no model 'some/model' on the hub"),
         ("GatedRepoError", "is gated"),
         ("RevisionNotFoundError", "has no revision 'step7'"),
-        ("ConnectError", "cannot reach the model hub"),
     ],
 )
 def test_what_the_hub_says_is_said_in_one_line(monkeypatch, raised, said):
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
     def refuse(*_, **__):
-        request = httpx.Request("GET", "https://hub.invalid")
-        if raised == "ConnectError":
-            raise httpx.ConnectError("no route", request=request)
-        raise getattr(errors, raised)("long\ntext", response=httpx.Response(404, request=request))
+        raise getattr(errors, raised)("long\ntext", response=hub_response(404))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match=said) as error:
         bc.load_model("some/model", revision="step7")
+    one_line(error)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once_and_in_one_line(no_network):
+    with pytest.raises(OSError, match="cannot reach the model hub for the model 'some/model'") as error:
+        bc.load_model("some/model")
     one_line(error)
 
 

@@ -11,6 +11,8 @@ import bigram_circuits as bc
 from bigram_circuits import published
 from bigram_circuits.published import import_published, load_published, read_masks
 
+from .conftest import hub_response
+
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt_neox"])
 def model(request, tiny_folders):
@@ -329,21 +331,22 @@ def test_the_model_is_loaded_if_it_is_not_given(hub, neox, monkeypatch):
     [
         ("RepositoryNotFoundError", "there is no repository 'tylerachang/bigram-subnetworks-none' on the hub$"),
         ("HfHubHTTPError", r"the hub refused the repository .* \(HTTP 404\)"),
-        ("ConnectError", "cannot reach the model hub for the repository"),
     ],
 )
 def test_what_the_hub_says_is_said_in_one_line(monkeypatch, neox, raised, said):
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
     def refuse(*_, **__):
-        request = httpx.Request("GET", "https://hub.invalid")
-        if raised == "ConnectError":
-            raise httpx.ConnectError("no route", request=request)
-        raise getattr(errors, raised)("long\ntext", response=httpx.Response(404, request=request))
+        raise getattr(errors, raised)("long\ntext", response=hub_response(404))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     with pytest.raises(OSError, match=said) as error:
+        load_published("someone/none", model=neox)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(no_network, neox):
+    with pytest.raises(OSError, match="cannot reach the model hub for the repository") as error:
         load_published("someone/none", model=neox)
     assert "\n" not in str(error.value)
