@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ _MLP = {
 }
 
 
-class WeightGate(nn.Module):
+class WeightGate(nn.Module, ABC):
     """What masks put on a leaf module's weight, as a torch parametrization; `full_weights` switches it off."""
 
     active = True
@@ -49,9 +50,9 @@ class WeightGate(nn.Module):
         """The weight as the forward pass sees it."""
         return self.gate(weight) if self.active else weight
 
+    @abstractmethod
     def gate(self, weight: Tensor) -> Tensor:
         """The masked weight."""
-        raise NotImplementedError
 
 
 @contextmanager

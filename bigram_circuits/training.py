@@ -138,7 +138,7 @@ class FoundSubnetwork:
     """What `find_subnetwork` returns."""
 
     subnetwork: Subnetwork
-    """The hard gates: score > 0."""
+    """The weights whose hard gate is open."""
     history: list[dict[str, Any]] = field(repr=False)
     """One record a step: attempt, step, cross_entropy (nats), fraction (of maskable weights kept if it ended now), due
     (share of gated weights to be open, if there is a target), above_zero (share with a positive score), penalty (mean

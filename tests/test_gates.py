@@ -204,6 +204,24 @@ def test_the_penalty_is_the_mean_over_weights_whatever_they_are_tied_by(any_mode
     assert gates.n_kept() == sum(int(mask.sum()) for mask in gates.masks().values())
 
 
+@pytest.mark.parametrize("unit_of", [{"attn": "weight", "mlp": "weight"}, {"attn": "head", "mlp": "neuron"}], ids=str)
+def test_the_threshold_opens_what_is_wanted_or_all_there_is(tiny_model, unit_of):
+    sites = bc.weight_sites(tiny_model)
+    within = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    stored = {site.name: site.to_stored(within[site.name]) for site in sites}
+    gates = ContinuousSparsification(tie_gates(sites, unit_of), within=stored)
+    noise = torch.randn(gates.scores.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gates.scores.add_(noise)  # what is outside stays at minus infinity
+    for wanted in (0, 1000, within.kept, within.total):
+        gates.aim(wanted)
+        expected = min(wanted, within.kept)
+        if "weight" in unit_of.values():
+            assert gates.n_kept() == expected
+        else:
+            assert expected - 200 < gates.n_kept() <= expected
+
+
 def test_straight_through_ends_with_its_number(tiny_model):
     gates = StraightThrough(tie_gates(bc.weight_sites(tiny_model), {"mlp": "weight"}), target=100, steps=10)
     kept = []
