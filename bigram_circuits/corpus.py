@@ -157,6 +157,20 @@ def in_order(
         yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
 
 
+def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
+    """Held-out token ids as an array: of a `Corpus` its held-out part; else an array or tensor, checked.
+
+    Raises:
+        ValueError: If it is not [sequence, position] with at least one sequence of two tokens.
+    """
+    array = tokens.held_out if isinstance(tokens, Corpus) else tokens
+    array = array.numpy(force=True) if isinstance(array, Tensor) else array
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
+        what = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"type {type(tokens).__name__}"
+        raise ValueError(f"held-out tokens have {what} but should be [sequence, position], at least [1, 2]")
+    return array
+
+
 def document_position(key: str, salt: str = "reference") -> float:
     """A fixed pseudo-random number in [0, 1) for a document; the held-out ones are those below the held-out share.
 

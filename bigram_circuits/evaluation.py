@@ -20,15 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits import metrics
-from bigram_circuits.corpus import in_order
+from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
+from bigram_circuits.models import batch_size_for
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, entropy, top1_agreement
 
 Interval = tuple[float, float]
-_TOKENS_AT_ONCE = 1 << 12  # in one forward pass,
-_LOGITS_AT_ONCE = 1 << 26  # if that is at most so many logits: 256 MiB of float32
 
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
 
@@ -161,11 +160,7 @@ def evaluate(
         ValueError: If shapes or vocabularies do not agree, there is no held-out text, or a model's surprisal is not
             finite.
     """
-    array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
-    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
-        raise ValueError(
-            f"held-out tokens have shape {array.shape} but should be [sequence, position], at least [1, 2]"
-        )
+    array = token_array(tokens)
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     check_target(target, model.cfg.d_vocab)
@@ -217,8 +212,7 @@ def _sums(
     model: Any, subnetwork: Subnetwork, target: Any, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """One row of sums for each sequence (`metrics.COLUMNS`), from one pass over the text."""
-    at_once = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // model.cfg.d_vocab)
-    batch_size = max(1, at_once // tokens.shape[1])
+    batch_size = batch_size_for(model, tokens.shape[1])
     whole = subnetwork.kept == subnetwork.total
     rows = []
     with torch.inference_mode(), nullcontext() if whole else masked(model, subnetwork):
@@ -235,18 +229,13 @@ def _batch_sums(
     x = metrics.surprisals(logits, tokens).double()
     if not torch.isfinite(x).all():
         raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
-    y = target.surprisal(tokens).to(x)
-    used = torch.isfinite(y)
-    x_used, y_used = x * used, torch.where(used, y, 0.0)
+    pairs = metrics.correlation_sums(x, target.surprisal(tokens).to(x))
     cross_entropy = target.cross_entropy(logits, tokens).double()
     n = cross_entropy.shape[1]
     kl = cross_entropy - entropy(target, tokens, n).to(cross_entropy)
     agree = top1_agreement(target, logits, tokens, n).to(cross_entropy)
-    columns = (
-        used.double(), x_used, y_used, x_used**2, y_used**2, x_used * y_used, torch.ones_like(x), x,
-        torch.ones_like(kl), cross_entropy, kl, agree,
-    )  # fmt: skip
-    return torch.stack([column.sum(1) for column in columns], 1).cpu().numpy()
+    columns = (torch.ones_like(x), x, torch.ones_like(kl), cross_entropy, kl, agree)
+    return torch.cat([pairs, torch.stack([column.sum(1) for column in columns], 1)], 1).cpu().numpy()
 
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:

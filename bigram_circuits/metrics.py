@@ -65,6 +65,14 @@ def surprisals(
     return (lse - flat.gather(1, following[:, None]).squeeze(1).float()).view(tokens[:, 1:].shape)
 
 
+def correlation_sums(x: Float[Tensor, "batch n"], y: Float[Tensor, "batch n"]) -> Float[Tensor, "batch six"]:
+    """The first six `COLUMNS` for every sequence, from surprisals; where y is not finite, the pair is left out."""
+    used = torch.isfinite(y)
+    x_used, y_used = x * used, torch.where(used, y, 0.0)
+    columns = (used.to(x), x_used, y_used, x_used**2, y_used**2, x_used * y_used)
+    return torch.stack([column.sum(1) for column in columns], 1)
+
+
 def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
     """Pearson r from (added-up) rows of sums; nan where it is undefined (fewer than 2 positions, or a constant)."""
     n, x, y, xx, yy, xy = (sums[..., COLUMNS.index(name)] for name in ("used", "x", "y", "xx", "yy", "xy"))

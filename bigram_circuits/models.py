@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer
 from safetensors import SafetensorError
+from torch import Tensor
 
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 
@@ -21,6 +23,7 @@ __all__ = [
     "ActivationPoint",
     "WeightSite",
     "activation_points",
+    "batch_size_for",
     "checkpoints",
     "fresh_huggingface",
     "hooked",
@@ -28,9 +31,14 @@ __all__ = [
     "is_local",
     "load_model",
     "model_source",
+    "readout",
+    "residual_streams",
     "weight_hash",
     "weight_sites",
 ]
+
+_TOKENS_AT_ONCE = 1 << 12  # in one forward pass,
+_NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 _PYTHIA = re.compile(
@@ -211,6 +219,36 @@ def _hook_at(model: Any, path: str) -> Any:
     for name in path.split("."):
         part = part[int(name)] if name.isdigit() else getattr(part, name)
     return part
+
+
+def batch_size_for(model: Any, length: int, *, streams: bool = False) -> int:
+    """How many sequences of `length` tokens to run at once: what keeps the logits, and all streams if kept, small."""
+    per_token = max(model.cfg.d_vocab, (model.cfg.n_layers + 1) * model.cfg.d_model if streams else 0)
+    return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
+
+
+def residual_streams(
+    model: Any, tokens: Integer[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "layer batch pos d_model"], Float[Tensor, "batch pos d_vocab"]]:
+    """The residual stream before every block and after the last, and the logits, from one forward pass.
+
+    There are n_layers + 1 entries: the first is the embedding, the last is what the final norm and unembedding read.
+    """
+    last = model.cfg.n_layers - 1
+    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
+    streams: list[Tensor] = []
+    hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
+    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return torch.stack([stream.detach() for stream in streams]), logits
+
+
+def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it."""
+    rows = residual.reshape(1, -1, residual.shape[-1])
+    logits = model.unembed(model.ln_final(rows))
+    transform = getattr(model.adapter, "apply_output_logits_transform", None)  # soft caps and scales
+    logits = logits if transform is None else transform(logits)
+    return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
 # --- what can go wrong, in one line each ---

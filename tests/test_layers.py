@@ -11,12 +11,12 @@ import bigram_circuits as bc
 PACKAGE = Path(bc.__file__).parent
 LAYERS = [
     {"reference.documents", "files"},
-    {"corpus", "ngrams", "sites", "gates", "metrics"},
+    {"corpus", "ngrams", "sites", "gates", "metrics", "analysis.results"},
     {"models", "targets"},
     {"layouts"},
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
-    {"evaluation"},
+    {"evaluation", "analysis.conditions"},
     {"training"},
     {"paths"},
     {"cli", "reference.train"},

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Integer
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -54,7 +54,11 @@ def train_tokenizer(texts: list[str], d_vocab: int) -> PreTrainedTokenizerFast:
 
 
 def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """Minimise the next-token loss with AdamW on windows at random places, with a warm-up and a cosine decay."""
+    """Minimise the next-token loss with AdamW on windows at random places, with a warm-up and a cosine decay.
+
+    In every batch some rows are random tokens that repeat (`_repeated`); their loss counts where a token can be known
+    from the repetition, so that the model learns to look back for it (induction) and nothing else.
+    """
     torch.manual_seed(args.seed)
     config = GPTNeoXConfig(
         vocab_size=args.d_vocab,
@@ -75,26 +79,43 @@ def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
     stream = corpus.train.reshape(-1)
-    steps = math.ceil(args.epochs * stream.size / (args.batch * args.context_length))
+    n_text = args.batch - args.repeats
+    steps = math.ceil(args.epochs * stream.size / (n_text * args.context_length))
     rng = np.random.default_rng(args.seed)
     window = np.arange(args.context_length)
     for step in (bar := trange(steps, desc="training")):
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100) * decay
-        starts = rng.integers(0, stream.size - args.context_length + 1, size=args.batch)
-        tokens = torch.from_numpy(stream[starts[:, None] + window].astype(np.int64))
+        starts = rng.integers(0, stream.size - args.context_length + 1, size=n_text)
+        repeated, counts = _repeated(rng, args.repeats, args.context_length, args.d_vocab)
+        tokens = torch.from_numpy(np.concatenate([stream[starts[:, None] + window], repeated]).astype(np.int64))
+        weight = torch.from_numpy(np.concatenate([np.ones((n_text, args.context_length - 1)), counts])).float()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bfloat16):
             logits = model(tokens).logits
-        loss = surprisals(logits, tokens).mean()
+        losses = surprisals(logits, tokens)
+        loss = (losses * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            seen = weight[n_text:].bool()
+            bar.set_postfix(
+                text=f"{losses[:n_text].mean().item():.3f}", repeats=f"{losses[n_text:][seen].mean().item():.3f}"
+            )
     model.config.hidden_dropout = 0.0
     return model.eval()
+
+
+def _repeated(
+    rng: np.random.Generator, rows: int, length: int, d_vocab: int
+) -> tuple[Integer[np.ndarray, "row position"], Bool[np.ndarray, "row position_minus_1"]]:
+    """Random tokens repeated at a random period, and where the next one is known from the repetition."""
+    period = int(rng.integers(4, length // 2 + 1))
+    tokens = np.tile(rng.integers(1, d_vocab, size=(rows, period)), (1, -(-length // period)))[:, :length]
+    known = np.broadcast_to(np.arange(1, length) > period, (rows, length - 1))
+    return tokens, known
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,7 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=4, help="rows of a batch that are repeated random tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)

@@ -1,0 +1,86 @@
+"""What is measured side by side: the full model, a subnetwork, its complement, a matched random subnetwork.
+
+`observe` is the one loop of the analyses: for every condition it streams the text through the model once and shows
+each batch's residual streams and logits to observers, which add up what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.corpus import in_order
+from bigram_circuits.masking import masked
+from bigram_circuits.models import batch_size_for, residual_streams
+from bigram_circuits.subnetwork import Subnetwork
+
+Conditions = Mapping[str, Subnetwork | None]
+"""By name: the weights that are kept, or None for all of them."""
+
+
+def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
+    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
+    if subnetwork is None:
+        return {"full": None}
+    return {
+        "full": None,
+        "subnetwork": subnetwork,
+        "complement": ~subnetwork,
+        "random": subnetwork.random_like(seed=seed),
+    }
+
+
+def reduced_to(model: Any, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
+    """`masked`, or nothing where all weights are kept."""
+    return nullcontext(model) if subnetwork is None else masked(model, subnetwork)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass shows."""
+
+    tokens: Integer[Tensor, "batch pos"]
+    """Token ids."""
+    residual: Float[Tensor, "layer batch pos d_model"]
+    """The residual stream before every block and after the last (n_layers + 1 entries)."""
+    logits: Float[Tensor, "batch pos d_vocab"]
+    """The model's own."""
+
+
+class Observer(Protocol):
+    """Something that adds up what it needs over a text."""
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch, under `torch.inference_mode`."""
+        ...
+
+
+def observe(
+    model: Any,
+    tokens: Integer[np.ndarray, "sequence position"],
+    subnetworks: Conditions,
+    observers: Callable[[str], Sequence[Observer]],
+    *,
+    what: str = "analysing",
+) -> None:
+    """Stream a text through the model under each condition; `observers(condition)` makes who looks on."""
+    batch_size = batch_size_for(model, tokens.shape[1], streams=True)
+    with tqdm(total=len(subnetworks) * len(tokens), desc=what, unit="sequence", delay=2, leave=False) as bar:
+        for name, subnetwork in subnetworks.items():
+            bar.set_postfix_str(name, refresh=False)
+            watching = observers(name)
+            with torch.inference_mode(), reduced_to(model, subnetwork):
+                for cpu_batch in in_order(tokens, batch_size):
+                    batch = cpu_batch.to(model.cfg.device)
+                    seen = Batch(batch, *residual_streams(model, batch))
+                    for observer in watching:
+                        observer.add(seen)
+                    bar.update(len(batch))

@@ -1,0 +1,343 @@
+"""What an analysis returns: numbers with named axes, frozen, that can be tabulated, drawn, and written as JSON.
+
+Three shapes are enough. `Curves`: quantities along an axis (by layer, by size, by checkpoint), a line for every
+condition. `Maps`: a matrix for every condition (layer by position, layer by layer). `Effects`: a list of things that
+were done or looked at, with numbers for each. A condition is what the model was reduced to: `full`, `subnetwork`,
+`complement`, `random`. All of them come back from JSON as they were, so a page can be made without a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from bigram_circuits.files import write_text
+
+_FORMAT = "bigram_circuits.result/1"
+_COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
+    "full": "#222222",
+    "subnetwork": "#0072B2",
+    "complement": "#D55E00",
+    "random": "#999999",
+    "empty": "#CC79A7",
+}
+_OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number means."""
+
+    name: str
+    """Its key, for example `kl`."""
+    unit: str
+    """`nats`, `degrees`, `share`, or empty for a pure number."""
+    meaning: str
+    """One sentence."""
+
+    @property
+    def label(self) -> str:
+        """Its name in words, with the unit."""
+        words = self.name.replace("_", " ")
+        return f"{words} ({self.unit})" if self.unit else words
+
+
+@dataclass(frozen=True)
+class Result:
+    """What all results share."""
+
+    title: str
+    """What was measured, in a few words."""
+    quantities: tuple[Quantity, ...]
+    """The first axis of the numbers."""
+    notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """How it was measured: numbers of tokens, seeds, settings, as JSON values."""
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Result.kinds[cls.__name__] = cls
+
+    def quantity(self, name: str) -> Quantity:
+        """A quantity by its name. Raises ValueError if it was not measured."""
+        return self.quantities[_place("quantity", name, [quantity.name for quantity in self.quantities])]
+
+    def to_dataframe(self) -> Any:
+        """A pandas table."""
+        raise NotImplementedError
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """A plotly figure of one quantity; of the first, if none is named."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a number that is undefined is None."""
+        values = {one.name: _to_json(getattr(self, one.name)) for one in fields(self)}
+        return {"format": _FORMAT, "kind": type(self).__name__, **values}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a JSON file."""
+        write_text(Path(path), json.dumps(self.to_json()) + "\n")
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{self.to_dataframe().to_string(index=False, float_format=lambda x: f'{x:.3f}')}"
+
+
+@dataclass(frozen=True)
+class Curves(Result):
+    """Quantities along an axis, a line for every condition."""
+
+    axis: str
+    """What the points are: `layer`, `fraction`, `checkpoint`."""
+    points: tuple[str | float | int, ...]
+    """The points: names, or numbers."""
+    conditions: tuple[str, ...]
+    """The lines."""
+    values: Float[np.ndarray, "quantity condition point"]
+    """The numbers; nan where undefined."""
+    low: Float[np.ndarray, "quantity condition point"]
+    """Lower end of a 95% interval; nan where there is none."""
+    high: Float[np.ndarray, "quantity condition point"]
+    """Upper end."""
+
+    def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, " point"]:
+        """One line."""
+        return self.values[self._at(quantity, condition)]
+
+    def interval(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "low_high point"]:
+        """The interval around a line."""
+        at = self._at(quantity, condition)
+        return np.stack([self.low[at], self.high[at]])
+
+    def _at(self, quantity: str, condition: str) -> tuple[int, int]:
+        names = [one.name for one in self.quantities]
+        return _place("quantity", quantity, names), _place("condition", condition, self.conditions)
+
+    def to_dataframe(self) -> Any:
+        """A row for every condition and point; columns for every quantity, with `_low` and `_high` if it has any."""
+        import pandas as pd
+
+        rows = []
+        for c, condition in enumerate(self.conditions):
+            for p, point in enumerate(self.points):
+                row: dict[str, Any] = {"condition": condition, self.axis: point}
+                for q, quantity in enumerate(self.quantities):
+                    row[quantity.name] = self.values[q, c, p]
+                    if not np.isnan(self.low[q]).all():
+                        row[f"{quantity.name}_low"], row[f"{quantity.name}_high"] = (
+                            self.low[q, c, p],
+                            self.high[q, c, p],
+                        )
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Lines with their intervals as bands; of the first quantity, if none is named."""
+        import plotly.graph_objects as go
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        figure = go.Figure()
+        for index, condition in enumerate(self.conditions):
+            colour, at = _colour(condition, index), self._at(chosen.name, condition)
+            if not np.isnan(self.low[at]).all():
+                points = [*self.points, *reversed(self.points)]
+                edge = np.concatenate([self.high[at], self.low[at][::-1]])
+                band = {"fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
+                figure.add_scatter(x=points, y=edge, **band, hoverinfo="skip", legendgroup=condition, showlegend=False)
+            line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
+            figure.add_scatter(
+                x=list(self.points), y=self.values[at], name=condition, legendgroup=condition, line=line,
+                mode="lines+markers",
+            )  # fmt: skip
+        figure.update_xaxes(title=self.axis)
+        figure.update_yaxes(title=chosen.label)
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+@dataclass(frozen=True)
+class Maps(Result):
+    """A matrix for every quantity and condition."""
+
+    row_axis: str
+    """What the rows are, for example `layer`."""
+    rows: tuple[str, ...]
+    """Their names."""
+    column_axis: str
+    """What the columns are, for example `position`."""
+    columns: tuple[str, ...]
+    """Their names."""
+    conditions: tuple[str, ...]
+    """The panels."""
+    values: Float[np.ndarray, "quantity condition row column"]
+    """The numbers; nan where undefined."""
+    text: tuple[tuple[tuple[str, ...], ...], ...] | None = None
+    """Words for every cell, [condition][row][column], for example the most likely token."""
+
+    def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "row column"]:
+        """One matrix."""
+        names = [one.name for one in self.quantities]
+        return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
+
+    def to_dataframe(self) -> Any:
+        """A row for every condition and cell, with a column for every quantity, and `text` if there are words."""
+        import pandas as pd
+
+        table = []
+        for c, condition in enumerate(self.conditions):
+            for r, row in enumerate(self.rows):
+                for k, column in enumerate(self.columns):
+                    cell: dict[str, Any] = {"condition": condition, self.row_axis: row, self.column_axis: column}
+                    if self.row_axis == self.column_axis:
+                        cell = {"condition": condition, f"{self.row_axis}_1": row, f"{self.row_axis}_2": column}
+                    cell |= {one.name: self.values[q, c, r, k] for q, one in enumerate(self.quantities)}
+                    if self.text is not None:
+                        cell["text"] = self.text[c][r][k]
+                    table.append(cell)
+        return pd.DataFrame(table)
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Heat maps side by side on one colour scale; of the first quantity, if none is named."""
+        from plotly.subplots import make_subplots
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        figure = make_subplots(rows=1, cols=len(self.conditions), subplot_titles=self.conditions, shared_yaxes=True)
+        for index, condition in enumerate(self.conditions):
+            words = None if self.text is None else self.text[index]
+            figure.add_heatmap(
+                z=self.get(chosen.name, condition), x=list(range(len(self.columns))), y=list(range(len(self.rows))),
+                coloraxis="coloraxis", text=words, texttemplate="%{text}" if words else None,
+                row=1, col=index + 1,
+            )  # fmt: skip
+        for axes, names in ((figure.update_xaxes, self.columns), (figure.update_yaxes, self.rows)):
+            axes(tickmode="array", tickvals=list(range(len(names))), ticktext=list(names))
+        figure.update_xaxes(title=self.column_axis)
+        figure.update_yaxes(title=self.row_axis, col=1)
+        signed = bool((self.values < 0).any())
+        scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
+        figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+@dataclass(frozen=True)
+class Effects(Result):
+    """A list of things, with numbers for each."""
+
+    subject: str
+    """What the things are, for example `ablation`, `head`, `component`."""
+    names: tuple[str, ...]
+    """The things."""
+    values: Float[np.ndarray, "quantity thing"]
+    """The numbers; nan where undefined."""
+    low: Float[np.ndarray, "quantity thing"]
+    """Lower end of a 95% interval; nan where there is none."""
+    high: Float[np.ndarray, "quantity thing"]
+    """Upper end."""
+
+    def get(self, quantity: str) -> dict[str, float]:
+        """One quantity, by the names of the things."""
+        at = _place("quantity", quantity, [one.name for one in self.quantities])
+        return dict(zip(self.names, self.values[at].tolist(), strict=True))
+
+    def top(self, k: int = 5, quantity: str | None = None) -> list[tuple[str, float]]:
+        """The k things with the largest numbers, of the first quantity if none is named."""
+        numbers = self.get(quantity or self.quantities[0].name)
+        known = [item for item in numbers.items() if not math.isnan(item[1])]
+        return sorted(known, key=lambda item: -item[1])[:k]
+
+    def to_dataframe(self) -> Any:
+        """A row for every thing; columns for every quantity, with `_low` and `_high` if it has any."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {self.subject: list(self.names)}
+        for q, quantity in enumerate(self.quantities):
+            columns[quantity.name] = self.values[q]
+            if not np.isnan(self.low[q]).all():
+                columns[f"{quantity.name}_low"], columns[f"{quantity.name}_high"] = self.low[q], self.high[q]
+        return pd.DataFrame(columns)
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Bars with their intervals; of the first quantity, if none is named."""
+        import plotly.graph_objects as go
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        at = self.quantities.index(chosen)
+        figure = go.Figure()
+        bars: dict[str, Any] = {}
+        if not np.isnan(self.low[at]).all():
+            above, below = self.high[at] - self.values[at], self.values[at] - self.low[at]
+            bars["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": _COLOURS["subnetwork"]}, **bars)
+        figure.update_xaxes(title=self.subject, type="category")
+        figure.update_yaxes(title=chosen.label)
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+def load_result(path: str | os.PathLike[str]) -> Result:
+    """Read a result from its JSON file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a result, or of another format.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        record = json.loads(text)
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"its format is {record.get('format')!r}, but {_FORMAT!r} is needed")
+        return result_from_json(record)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is not a result that can be read: {error}") from error
+
+
+def result_from_json(record: Mapping[str, Any]) -> Result:
+    """A result from the values that `to_json` gave."""
+    kind = Result.kinds[record["kind"]]
+    values = {one.name: _from_json(one.name, record[one.name]) for one in fields(kind)}
+    return kind(**values)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _to_json(value.tolist())
+    if isinstance(value, Quantity):
+        return {"name": value.name, "unit": value.unit, "meaning": value.meaning}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if name in ("values", "low", "high"):
+        return np.array(value, dtype=float)
+    if name == "quantities":
+        return tuple(Quantity(**one) for one in value)
+    return _tuples(value) if isinstance(value, list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def _place(kind: str, name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise ValueError(f"there is no {kind} {name!r}: there are {', '.join(names)}")
+    return list(names).index(name)
+
+
+def _colour(condition: str, index: int) -> str:
+    return _COLOURS.get(condition.split()[0], _OTHERS[index % len(_OTHERS)])
+
+
+def _dressed(figure: Any, title: str) -> Any:
+    figure.update_layout(template="plotly_white", title=title, legend={"orientation": "h", "y": -0.2})
+    return figure
