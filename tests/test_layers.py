@@ -17,6 +17,7 @@ LAYERS = [
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions"},
+    {"analysis.lens", "analysis.geometry"},
     {"training"},
     {"paths"},
     {"cli", "reference.train"},

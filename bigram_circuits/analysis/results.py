@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
+from bigram_circuits import metrics
 from bigram_circuits.files import write_text
 
 _FORMAT = "bigram_circuits.result/1"
@@ -278,6 +279,30 @@ class Effects(Result):
         figure.update_xaxes(title=self.subject, type="category")
         figure.update_yaxes(title=chosen.label)
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+def curves_from_sums(
+    title: str,
+    quantities: Sequence[Quantity],
+    axis: str,
+    points: Sequence[str],
+    sums: Mapping[str, Float[np.ndarray, "sequence point column"]],
+    statistic: Callable[[Float[np.ndarray, "... point column"]], Float[np.ndarray, "... quantity point"]],
+    notes: Mapping[str, Any],
+) -> Curves:
+    """Curves of a statistic of sums over sequences, with 95% intervals from a bootstrap over the sequences.
+
+    `sums` has a row for every sequence, so that no further forward pass is needed; `statistic` takes added-up rows.
+    """
+    values, low, high = [], [], []
+    for rows in sums.values():
+        values.append(statistic(rows.sum(0)))
+        draws = metrics.bootstrap(rows.reshape(len(rows), -1)).reshape(-1, *rows.shape[1:])
+        ends = np.quantile(statistic(draws), [0.025, 0.975], axis=0)
+        low.append(ends[0])
+        high.append(ends[1])
+    stacked = [np.stack(part, axis=1) for part in (values, low, high)]
+    return Curves(title, tuple(quantities), axis, tuple(points), tuple(sums), *stacked, notes=notes)
 
 
 def load_result(path: str | os.PathLike[str]) -> Result:

@@ -56,7 +56,7 @@ def train_tokenizer(texts: list[str], d_vocab: int) -> PreTrainedTokenizerFast:
 def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
     """Minimise the next-token loss with AdamW on windows at random places, with a warm-up and a cosine decay.
 
-    In every batch some rows are random tokens that repeat (`_repeated`); their loss counts where a token can be known
+    In every batch some rows are sequences that repeat (`_repeated`); their loss counts where a token can be known
     from the repetition, so that the model learns to look back for it (induction) and nothing else.
     """
     torch.manual_seed(args.seed)
@@ -88,7 +88,7 @@ def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / 100) * decay
         starts = rng.integers(0, stream.size - args.context_length + 1, size=n_text)
-        repeated, counts = _repeated(rng, args.repeats, args.context_length, args.d_vocab)
+        repeated, counts = _repeated(rng, stream, args.repeats, args.context_length, args.d_vocab)
         tokens = torch.from_numpy(np.concatenate([stream[starts[:, None] + window], repeated]).astype(np.int64))
         weight = torch.from_numpy(np.concatenate([np.ones((n_text, args.context_length - 1)), counts])).float()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bfloat16):
@@ -109,11 +109,20 @@ def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
 
 
 def _repeated(
-    rng: np.random.Generator, rows: int, length: int, d_vocab: int
+    rng: np.random.Generator, stream: Integer[np.ndarray, " token"], rows: int, length: int, d_vocab: int
 ) -> tuple[Integer[np.ndarray, "row position"], Bool[np.ndarray, "row position_minus_1"]]:
-    """Random tokens repeated at a random period, and where the next one is known from the repetition."""
+    """Sequences that repeat at a random period, and where the next token is known from the repetition.
+
+    In turn a passage of the text, tokens of the text in random order, and any tokens: with the last alone, which are
+    what is wanted, the model does not find out how in this many steps.
+    """
     period = int(rng.integers(4, length // 2 + 1))
-    tokens = np.tile(rng.integers(1, d_vocab, size=(rows, period)), (1, -(-length // period)))[:, :length]
+    passages = stream[rng.integers(0, stream.size - period, size=rows)[:, None] + np.arange(period)]
+    jumbled = stream[rng.integers(0, stream.size, size=(rows, period))]
+    uniform = rng.integers(1, d_vocab, size=(rows, period))
+    kind = np.arange(rows)[:, None] % 3
+    once = np.where(kind == 0, passages, np.where(kind == 1, jumbled, uniform))
+    tokens = np.tile(once, (1, -(-length // period)))[:, :length]
     known = np.broadcast_to(np.arange(1, length) > period, (rows, length - 1))
     return tokens, known
 
@@ -240,7 +249,7 @@ def main() -> None:
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=4, help="rows of a batch that are repeated random tokens")
+    parser.add_argument("--repeats", type=int, default=6, help="rows of a batch that are sequences which repeat")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)

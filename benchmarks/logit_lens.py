@@ -1,0 +1,64 @@
+"""What a logit lens over a corpus costs beside the forward pass and its unembedding products.
+
+`python benchmarks/logit_lens.py`: the reference model, and a random model of GPT-2 small's shape. Medians of
+interleaved repetitions; ratios are of times taken side by side.
+"""
+
+import statistics
+import tempfile
+import time
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bigram_circuits as bc
+from bigram_circuits.analysis import conditions, lens
+from bigram_circuits.models import REFERENCE_FOLDER, readout, residual_streams
+
+
+def passes(model, tokens: torch.Tensor) -> None:
+    """The forward pass, and one product with the unembedding for every layer."""
+    streams, _ = residual_streams(model, tokens)
+    for layer in streams:
+        for rows in layer.flatten(0, 1).split(4096):
+            readout(model, rows)
+
+
+def whole(model, tokens: torch.Tensor, sums) -> None:
+    """The same, with all that the lens adds up."""
+    sums.add(conditions.Batch(tokens, *residual_streams(model, tokens)))
+
+
+def compare(name: str, model, tokens: torch.Tensor, repetitions: int) -> None:
+    """Print the two times and their ratio."""
+    target = bc.count_ngrams(tokens.numpy(), 2, d_vocab=model.cfg.d_vocab)
+    times: dict[str, list[float]] = {"passes": [], "lens": []}
+    with torch.inference_mode():
+        for _ in range(repetitions + 1):  # the first warms up
+            for kind in times:
+                started = time.perf_counter()
+                if kind == "passes":
+                    passes(model, tokens)
+                else:
+                    whole(model, tokens, lens.LensSums(model, target))
+                times[kind].append(time.perf_counter() - started)
+    plain, full = (statistics.median(one[1:]) for one in times.values())
+    print(f"{name}: forward and unembedding {plain:.3f} s, logit lens {full:.3f} s: {full / plain:.2f} times")
+
+
+def main() -> None:
+    """Both models."""
+    rng = np.random.default_rng(0)
+    model = bc.load_model("reference", device="cpu")
+    compare("reference model, 32 x 128", model, torch.from_numpy(rng.integers(0, 1024, (32, 128))), 9)
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+        for file in REFERENCE_FOLDER.glob("tokenizer*"):
+            (type(file)(folder) / file.name).write_bytes(file.read_bytes())
+        model = bc.load_model(folder, device="cpu")
+    compare("GPT-2 small's shape, 4 x 128", model, torch.from_numpy(rng.integers(0, 50257, (4, 128))), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""The geometry of the residual stream: what it points at, how layers turn it, and how alike layers are.
+
+*Cosine*: of the residual stream with the embedding of the current token, and with the unembedding vectors of the actual
+next token, the target's most likely one, and the model's own prediction. Each has a baseline: the same cosines with
+the tokens of other positions (a shift within the batch), so that a direction which all residual streams share shows.
+
+*Rotation*: a real matrix turns the plane of a pair of complex eigenvalues r exp(+-i a) by the angle a. Of the affine
+maps from each layer to the output and to the input (see `lens`), the median of |a| over all eigenvalues is reported; a
+positive real eigenvalue has angle 0, a negative one 180 degrees.
+
+*Covariance similarity*: linear centred kernel alignment (CKA; Kornblith et al. 2019, arXiv 1905.00414),
+
+    CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY')),
+
+which for centred X, Y is |X'Y|^2 / (|X'X| |Y'Y|), the norm of their cross-covariance. HSIC is estimated without bias
+(Song et al. 2012) on batches of tokens and averaged over them (Nguyen et al. 2021, arXiv 2010.15327): the biased
+estimate for independent activations grows with d_model / tokens, this one is 0 in the mean, and no covariance matrix
+is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
+from bigram_circuits.analysis.lens import (
+    AffineMaps,
+    fit_affine_lens,
+    layer_names,
+    prompt_tokens,
+    spread,
+    token_words,
+)
+from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.corpus import in_order, token_array
+from bigram_circuits.models import residual_streams
+from bigram_circuits.sites import full_weights
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets import check_target
+
+_DIRECTIONS = (
+    Quantity("current_embedding", "", "mean cosine with the embedding of the current token"),
+    Quantity("next_unembedding", "", "mean cosine with the unembedding vector of the actual next token"),
+    Quantity("predicted_unembedding", "", "mean cosine with the unembedding vector of the model's most likely token"),
+    Quantity("target_unembedding", "", "mean cosine with the unembedding vector of the target's most likely token"),
+)
+_BASELINES = tuple(
+    Quantity(f"{one.name}_baseline", "", f"{one.meaning}, but of another position's token") for one in _DIRECTIONS
+)
+COSINE_QUANTITIES = _DIRECTIONS + _BASELINES
+
+ROTATION_QUANTITIES = (
+    Quantity("output_angle", "degrees", "median absolute angle of the eigenvalues of the map to the last layer"),
+    Quantity("input_angle", "degrees", "median absolute angle of the eigenvalues of the map to the embedding"),
+    Quantity("output_complex", "share", "eigenvalues of the map to the last layer that are not real"),
+    Quantity("input_complex", "share", "eigenvalues of the map to the embedding that are not real"),
+)
+
+_CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 for none in common"),)
+
+
+# --- cosine ---
+
+
+def cosine_to_unembedding(
+    model: Any, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
+) -> Curves | Maps:
+    """Cosine of the residual stream with (un)embedding vectors, by layer; for a prompt, by layer and position.
+
+    Args:
+        model: From `load_model`.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position]; or a prompt (`str`, token ids
+            [position]), then a matrix [layer, position] for each direction.
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        target: Something with `top1(tokens)`, for example an `NGramTable`: also the direction of its prediction.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `Curves` [quantity, condition, layer] with 95% intervals over sequences, and baselines: the same with the tokens
+        of other positions. Or, for a prompt, `Maps` [quantity, condition, layer, position] without baselines.
+        What needs a next token is nan at a prompt's last position; without a target its direction is nan.
+
+    Raises:
+        ValueError: If the text is empty or of another shape, or the target has another vocabulary.
+    """
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
+    named = conditions(subnetwork, seed=seed)
+    if isinstance(text, str) or (hasattr(text, "ndim") and text.ndim == 1):
+        return _prompt_cosines(model, prompt_tokens(model, text), named, target)
+    tokens = token_array(text)
+    watching = {name: CosineSums(model, target) for name in named}
+    observe(model, tokens, named, lambda name: [watching[name]], what="cosines")
+    return cosine_curves(model, watching, {"tokens": int(tokens.size), "random_seed": seed})
+
+
+def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
+    """The curves of what `CosineSums` added up, by condition."""
+    rows = {name: one.rows() for name, one in sums.items()}
+
+    def statistic(added: Float[np.ndarray, "... layer column"]) -> Float[np.ndarray, "... quantity layer"]:
+        return np.moveaxis(added[..., :-1] / added[..., -1:], -1, -2)
+
+    return curves_from_sums(
+        "Cosine of the residual stream with (un)embeddings", COSINE_QUANTITIES, "layer", layer_names(model), rows,
+        statistic, notes,
+    )  # fmt: skip
+
+
+class CosineSums:
+    """Adds up cosines and their baselines for every sequence and layer; an observer."""
+
+    def __init__(self, model: Any, target: Any = None) -> None:
+        self._directions = _Directions(model, target)
+        self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
+
+    def rows(self) -> Float[np.ndarray, "sequence layer column"]:
+        """Sums of every sequence: four cosines, their four baselines, and how many positions."""
+        return np.concatenate(self._rows)
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch; all positions but the last of a sequence count."""
+        residual = _unit(batch.residual[:, :, :-1].float())
+        directions = self._directions.of(batch.tokens, batch.logits)[:, :, :-1]
+        # every position against the token of another place, as far away as can be, in the whole batch
+        rows = directions.flatten(1, 2)
+        others = rows.roll(rows.shape[1] // 2, 1).view(directions.shape)
+        cosines = [
+            torch.einsum("lbpd,bpd->lb", residual, direction)
+            for group in (directions, others)
+            for direction in group
+        ]  # fmt: skip
+        count = torch.full_like(cosines[0], residual.shape[2])
+        self._rows.append(torch.stack([*cosines, count], -1).transpose(0, 1).double().cpu().numpy())
+
+
+class _Directions:
+    """The unit vectors that a batch's residual streams are compared with."""
+
+    def __init__(self, model: Any, target: Any) -> None:
+        self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
+        self._target = target if hasattr(target, "top1") else None
+
+    def of(
+        self, tokens: Integer[Tensor, "batch pos"], logits: Float[Tensor, "batch pos d_vocab"]
+    ) -> Float[Tensor, "direction batch pos d_model"]:
+        """In the order of `_DIRECTIONS`; the last position's next token is its own, to be left out."""
+        following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
+        found = [
+            self._embedding[tokens],
+            self._unembedding[following],
+            self._unembedding[logits.argmax(-1)],
+        ]
+        if self._target is None:
+            found.append(torch.full_like(found[0], torch.nan))
+        else:
+            top = self._target.top1(tokens)
+            if top.shape != tokens.shape:  # a target that says nothing about the last position
+                top = torch.cat([top, tokens[:, top.shape[1] :]], 1)
+            found.append(self._unembedding[top])
+        return torch.stack([_unit(one.float()) for one in found])
+
+
+def _unit(vectors: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
+def _prompt_cosines(model: Any, tokens: Integer[Tensor, "one position"], named: Any, target: Any) -> Maps:
+    directions, values = _Directions(model, target), []
+    for subnetwork in named.values():
+        with torch.no_grad(), reduced_to(model, subnetwork):
+            residual, logits = residual_streams(model, tokens)
+        cosines = torch.einsum("lpd,qpd->qlp", _unit(residual[:, 0].float()), directions.of(tokens, logits)[:, 0])
+        cosines[1, :, -1] = torch.nan  # there is no next token
+        values.append(cosines.double().cpu().numpy())
+    columns = tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))
+    return Maps(
+        "Cosine of the residual stream with (un)embeddings", _DIRECTIONS, "layer", layer_names(model), "position",
+        columns, tuple(named), np.stack(values, 1),
+    )  # fmt: skip
+
+
+# --- rotation ---
+
+
+def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*layer d"]:
+    """Absolute angles of all eigenvalues, degrees, 0 to 180."""
+    return torch.linalg.eigvals(matrix.double()).angle().abs().rad2deg()
+
+
+def layer_rotations(
+    model: Any,
+    text: Any = None,
+    subnetwork: Subnetwork | None = None,
+    *,
+    maps: Mapping[str, AffineMaps] | None = None,
+    alpha: float = 1.0,
+    seed: int = 0,
+) -> Curves:
+    """How far each layer's affine maps turn: median eigenvalue angles, by layer.
+
+    Args:
+        model: From `load_model`.
+        text: What to fit maps on: a `Corpus` (its training part), or token ids [sequence, position].
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        maps: Maps by condition that were fitted before, instead of text.
+        alpha: Ridge penalty of the maps.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `Curves` [quantity, condition, layer] (`ROTATION_QUANTITIES`), without intervals. The last layer's map to the
+        output is the identity, up to the penalty. Where the embedding has another width than the residual stream, the
+        map to it has no eigenvalues, and its numbers are nan.
+
+    Raises:
+        ValueError: If there is neither text nor maps.
+    """
+    if maps is None:
+        if text is None:
+            raise ValueError("rotations need a text to fit affine maps on, or maps=")
+        maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
+    values = np.stack([_rotations(one) for one in maps.values()], 1)
+    nothing = np.full_like(values, np.nan)
+    notes = {"fitted_on": next(iter(maps.values())).tokens, "alpha": next(iter(maps.values())).alpha}
+    return Curves(
+        "Rotation of the affine maps", ROTATION_QUANTITIES, "layer", layer_names(model), tuple(maps), values, nothing,
+        nothing, notes=notes,
+    )  # fmt: skip
+
+
+def _rotations(maps: AffineMaps) -> Float[np.ndarray, "quantity layer"]:
+    angles, shares = [], []
+    for matrices in (maps.output_weight, maps.input_weight):
+        if matrices.shape[1] != matrices.shape[2]:
+            angles.append(torch.full((len(matrices),), torch.nan))
+            shares.append(angles[-1])
+            continue
+        angle = rotation_angles(matrices)
+        angles.append(angle.quantile(0.5, dim=-1))
+        shares.append(((angle > 0) & (angle < 180)).double().mean(-1))
+    return torch.stack([*angles, *shares]).double().cpu().numpy()
+
+
+# --- covariance similarity ---
+
+
+def unbiased_hsic(
+    grams: Float[Tensor, "a token token"], others: Float[Tensor, "b token token"]
+) -> Float[Tensor, "a b"]:
+    """The unbiased estimate of HSIC between every two Gram matrices (Song et al. 2012, equation 5)."""
+    n = grams.shape[-1]
+    ours, theirs = (one * (1 - torch.eye(n).to(one)) for one in (grams, others))
+    product = torch.einsum("aij,bij->ab", ours, theirs)
+    rows, other_rows = ours.sum(2), theirs.sum(2)
+    means = torch.outer(rows.sum(1), other_rows.sum(1)) / ((n - 1) * (n - 2))
+    return (product + means - 2 / (n - 2) * rows @ other_rows.T) / (n * (n - 3))
+
+
+def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> float:
+    """Linear CKA of two sets of activations over the same tokens, unbiased; nan if one of them is constant.
+
+    Raises:
+        ValueError: If there are fewer than 4 tokens.
+    """
+    if len(x) < 4:
+        raise ValueError(f"CKA needs at least 4 tokens, not {len(x)}")
+    gram_x, gram_y = (_gram(one[None]) for one in (x, y))
+    both = torch.cat([gram_x, gram_y])
+    return float(_ratio(unbiased_hsic(both, both))[0, 1])
+
+
+def covariance_similarity(
+    model: Any,
+    text: Any,
+    subnetwork: Subnetwork | None = None,
+    *,
+    max_tokens: int = 1 << 13,
+    tokens_at_once: int = 512,
+) -> Maps:
+    """Linear CKA between layers: within the full model, within the subnetwork, and between the two.
+
+    Args:
+        model: From `load_model`.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position].
+        subnetwork: Also measure it, and the full model against it.
+        max_tokens: Use at most so many tokens, evenly spread over the text.
+        tokens_at_once: Tokens in one estimate; the more, the less noise, at a cost of its square for each layer.
+
+    Returns:
+        `Maps` [1, condition, layer, layer]. Conditions: `full`; with a subnetwork also `subnetwork`, and
+        `full (rows) and subnetwork`. A layer whose activations are the same for all tokens has nan.
+
+    Raises:
+        ValueError: If there are fewer than 4 tokens.
+    """
+    tokens = spread(token_array(text), max_tokens)
+    if tokens.size < 4:
+        raise ValueError(f"CKA needs at least 4 tokens, not {tokens.size}")
+    batch_size = max(1, tokens_at_once // tokens.shape[1])
+    n_layers = model.cfg.n_layers + 1
+    n_streams = n_layers if subnetwork is None else 2 * n_layers
+    hsic = torch.zeros(n_streams, n_streams, dtype=torch.float64, device=model.cfg.device)
+    batches = tqdm(in_order(tokens, batch_size), total=-(-len(tokens) // batch_size), delay=2, leave=False)
+    batches.set_description("covariances", refresh=False)
+    with torch.inference_mode(), reduced_to(model, subnetwork):
+        for cpu_batch in batches:
+            batch = cpu_batch.to(model.cfg.device)
+            if batch.numel() < 4:
+                continue
+            with full_weights(model):
+                streams = residual_streams(model, batch)[0]
+            if subnetwork is not None:
+                streams = torch.cat([streams, residual_streams(model, batch)[0]])
+            grams = _gram(streams.flatten(1, 2).float())
+            hsic += unbiased_hsic(grams, grams).double() * batch.numel()
+    similarity = _ratio(hsic).cpu().numpy()
+    panels = {"full": similarity[:n_layers, :n_layers]}
+    if subnetwork is not None:
+        panels["subnetwork"] = similarity[n_layers:, n_layers:]
+        panels["full (rows) and subnetwork"] = similarity[:n_layers, n_layers:]
+    names = layer_names(model)
+    notes = {"tokens": int(tokens.size), "tokens_at_once": tokens_at_once, "formula": "linear CKA, unbiased HSIC"}
+    return Maps(
+        "Covariance similarity (linear CKA)", _CKA, "layer", names, "layer", names, tuple(panels),
+        np.stack(list(panels.values()))[None], notes=notes,
+    )  # fmt: skip
+
+
+def _gram(x: Float[Tensor, "layer token d"]) -> Float[Tensor, "layer token token"]:
+    """Of centred rows; scaled, so that no product of them overflows or loses digits."""
+    centred = x - x.mean(1, keepdim=True)
+    scale = centred.square().mean((1, 2), keepdim=True).sqrt()
+    constant = scale <= 1e-6 * x.square().mean((1, 2), keepdim=True).sqrt()
+    unit = torch.where(constant, 0, centred / torch.where(constant, 1, scale))
+    return unit @ unit.transpose(1, 2) / x.shape[2]
+
+
+def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
+    own = hsic.diagonal()
+    known = torch.where(own > 0, own, torch.nan)
+    return hsic / torch.outer(known, known).sqrt()
