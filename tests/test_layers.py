@@ -16,8 +16,8 @@ LAYERS = [
     {"layouts"},
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
-    {"evaluation", "analysis.conditions"},
-    {"training"},
+    {"evaluation", "analysis.conditions", "analysis.tasks"},
+    {"training", "analysis.ablation", "analysis.sufficiency"},
     {"paths"},
     {"cli", "reference.train"},
 ]
