@@ -17,7 +17,8 @@ LAYERS = [
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions", "analysis.tasks"},
-    {"training", "analysis.ablation", "analysis.sufficiency"},
+    {"analysis.ablation", "analysis.sufficiency"},
+    {"training"},
     {"paths"},
     {"cli", "reference.train"},
 ]

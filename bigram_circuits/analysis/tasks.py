@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,11 @@ _NOUNS = (
     "war", "siege", "journey", "famine", "reign", "trial", "revolt", "drought", "project", "voyage", "dispute", "truce",
 )  # fmt: skip
 _NAMES = (
-    "Mary", "John", "James", "Robert", "Michael", "William", "David", "Richard", "Joseph", "Thomas", "Charles", "Daniel",
-    "Matthew", "Mark", "Paul", "Steven", "Andrew", "Kevin", "Brian", "George", "Edward", "Ronald", "Jason", "Jeff",
-    "Ryan", "Jacob", "Gary", "Eric", "Peter", "Scott", "Simon", "Frank", "Jack", "Adam", "Henry", "Alice", "Anna",
-    "Emma", "Sarah", "Laura", "Lisa", "Jane", "Kate", "Susan", "Linda", "Julie", "Rachel", "Maria", "Helen", "Ruth",
-    "Amy", "Tom", "Sam", "Max", "Dan", "Ben",
+    "Mary", "John", "James", "Robert", "Michael", "William", "David", "Richard", "Joseph", "Thomas",
+    "Charles", "Daniel", "Matthew", "Mark", "Paul", "Steven", "Andrew", "Kevin", "Brian", "George", "Edward",
+    "Ronald", "Jason", "Jeff", "Ryan", "Jacob", "Gary", "Eric", "Peter", "Scott", "Simon", "Frank", "Jack",
+    "Adam", "Henry", "Alice", "Anna", "Emma", "Sarah", "Laura", "Lisa", "Jane", "Kate", "Susan", "Linda",
+    "Julie", "Rachel", "Maria", "Helen", "Ruth", "Amy", "Tom", "Sam", "Max", "Dan", "Ben",
 )  # fmt: skip
 _PLACES = ("store", "park", "school", "station", "garden", "library", "office", "beach")
 _OBJECTS = ("drink", "ball", "book", "ticket", "flower", "letter", "map", "coat")
@@ -224,11 +225,15 @@ def batches(n: int, size: int, smallest: int = 1) -> Iterator[slice]:
     """Slices of n rows, of at most `size` each and nearly equal, none smaller than `smallest` (unless n is)."""
     pieces = max(1, min(math.ceil(n / size), n // smallest))
     edges = [n * piece // pieces for piece in range(pieces + 1)]
-    return (slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
+    return (slice(start, stop) for start, stop in pairwise(edges))
 
 
 def _batch_sums(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"], task: Task, part: slice, target: Any
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Integer[Tensor, "batch pos"],
+    task: Task,
+    part: slice,
+    target: Any,
 ) -> Float[np.ndarray, "batch column"]:
     scored = torch.from_numpy(task.scored[part, 1:]).to(tokens.device)
     x = metrics.surprisals(logits, tokens).double()
@@ -384,7 +389,9 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
         if 2 <= pair <= 97 and sum(c == century and p > pair for c, p in years) >= 2
     ]
     if not usable:
-        raise ValueError(f"no prompts for {name!r}: this tokenizer does not split years (1732) into two tokens (17, 32)")
+        raise ValueError(
+            f"no prompts for {name!r}: this tokenizer does not split years (1732) into two tokens (17, 32)"
+        )
     rows, right, wrong, chances = [], [], [], []
     for _ in range(prompts):
         century, pair = usable[int(rng.integers(len(usable)))]
