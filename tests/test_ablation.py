@@ -27,7 +27,7 @@ from tests.conftest import D_VOCAB
 
 @pytest.fixture(scope="module")
 def half(tiny_model):
-    return ~random_within(Subnetwork.full(tiny_model), {n: 300 for n in Subnetwork.full(tiny_model)}, 5)
+    return ~random_within(Subnetwork.full(tiny_model), dict.fromkeys(Subnetwork.full(tiny_model), 300), 5)
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +152,20 @@ def test_weights_of_a_head_are_those_that_drop_head_drops(any_model):
     assert ~layer.weights(any_model) == full.drop_layer(1)
 
 
-def test_mean_ablation_of_a_constant_changes_nothing(any_model):
-    tokens = np.full((3, 8), 5)  # no position is told apart at the first layer's MLP, but where positions are embedded
-    found = ablate(any_model, ["head 0.1", "mlp 0"], tokens[:, :2] * 0 + 5, by="mean", seeds=0)
-    constant = as_task(np.full((3, 2), 5), D_VOCAB)
-    means = mean_activations(any_model, constant, ["blocks.0.mlp.hook_post"])["blocks.0.mlp.hook_post"]
+def test_mean_ablation_of_a_constant_changes_nothing(tiny_model):
+    tokens = np.full((3, 8), 5)  # rotary positions: equal tokens have equal activations everywhere
+    found = ablate(tiny_model, ["head 0.1", "neurons 1.[2,3]", "mlp 0", "layer 1"], tokens, by="mean", seeds=1)
+    assert max(abs(rise) for rise in found.get("rise_in_loss").values()) < 1e-5
+    zeroed = ablate(tiny_model, ["mlp 0"], tokens, by="zero", seeds=0)
+    assert abs(zeroed.get("rise_in_loss")["mlp 0"]) > 1e-3
+
+
+def test_means_are_over_sequences_and_positions(any_model, random_tokens):
+    name = "blocks.1.attn.hook_z"
+    means = mean_activations(any_model, as_task(random_tokens, D_VOCAB), [name])[name]
     with torch.no_grad():
-        _, cache = any_model.run_with_cache(torch.full((3, 2), 5))
-    expected = cache["blocks.0.mlp.hook_post"].double().mean((0, 1))
-    torch.testing.assert_close(means, expected, atol=1e-6, rtol=1e-5)
-    if "wpe" not in str(any_model.original_model):  # rotary: equal tokens are equal everywhere
-        assert max(abs(rise) for rise in found.get("rise_in_loss").values()) < 1e-5
+        _, cache = any_model.run_with_cache(torch.from_numpy(random_tokens))
+    torch.testing.assert_close(means, cache[name].double().mean((0, 1)).flatten(), atol=1e-6, rtol=1e-5)
 
 
 def test_means_leave_out_what_comes_after_the_last_answer(tiny_model):

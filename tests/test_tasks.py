@@ -29,7 +29,8 @@ def word_model():
     words = [*tasks._NAMES, *tasks._OWNERS, *tasks._THINGS, *tasks._PLACES, *tasks._OBJECTS, *tasks._NOUNS]
     words += [word for listed in tasks._WORDS_IN_ORDER.values() for word in listed]
     words += [f"{number:02d}" for number in range(100)] + list(",.")
-    words += "When and went to the gave a it After came handed While were at passed The lasted from year has".split()
+    sentence = "When and went to the gave a it After came handed While were at passed The lasted from year has"
+    words += sentence.split()
     vocabulary = {"<|endoftext|>": 0, "<unk>": 1}
     for word in words:
         vocabulary.setdefault(word, len(vocabulary))

@@ -341,7 +341,7 @@ def mean_activations(model: Any, task: Task, names: Iterable[str]) -> dict[str, 
 
 # --- several conditions on the same prompts ---
 
-_Statistic = Callable[[Float[np.ndarray, "... column"]], Float[np.ndarray, "..."]]
+Statistic = Callable[[Float[np.ndarray, "... column"]], Float[np.ndarray, "..."]]
 
 
 class Table:
@@ -358,31 +358,35 @@ class Table:
         self._draws = metrics.bootstrap(together, draws=_DRAWS).reshape(_DRAWS, len(sums), columns)
         self._whole = sums.sum(1)
 
+    def prompts(self, base: str, name: str) -> Float[np.ndarray, "prompt column"]:
+        """The sums of every prompt."""
+        return self.sums[self.places[base, name, None]]
+
     def randoms(self, base: str, name: str) -> list[int]:
         """The random draws there are for a part."""
         return [r for b, n, r in self.places if b == base and n == name and r is not None]
 
-    def point(self, base: str, name: str, statistic: _Statistic, random: int | None = None) -> float:
+    def point(self, base: str, name: str, statistic: Statistic, random: int | None = None) -> float:
         """A statistic over all prompts."""
         return float(statistic(self._whole[self.places[base, name, random]]))
 
     def draws(
-        self, base: str, name: str, statistic: _Statistic, random: int | None = None
+        self, base: str, name: str, statistic: Statistic, random: int | None = None
     ) -> Float[np.ndarray, " draw"]:
         """A statistic in every bootstrap draw."""
         return np.asarray(statistic(self._draws[:, self.places[base, name, random]]))
 
-    def change(self, base: str, name: str, statistic: _Statistic) -> tuple[float, float, float]:
+    def change(self, base: str, name: str, statistic: Statistic) -> tuple[float, float, float]:
         """How much higher a statistic is with the part changed than in the base, and its 95% interval."""
         draws = self.draws(base, name, statistic) - self.draws(base, "", statistic)
         return (self.point(base, name, statistic) - self.point(base, "", statistic), *metrics.interval(draws))
 
-    def random_change(self, base: str, name: str, statistic: _Statistic) -> float:
+    def random_change(self, base: str, name: str, statistic: Statistic) -> float:
         """The mean of that over the matched random ones; nan if there are none."""
         points = [self.point(base, name, statistic, random) for random in self.randoms(base, name)]
         return float(np.mean(points)) - self.point(base, "", statistic) if points else math.nan
 
-    def excess(self, base: str, name: str, statistic: _Statistic) -> tuple[float, float, float]:
+    def excess(self, base: str, name: str, statistic: Statistic) -> tuple[float, float, float]:
         """How much higher a statistic is than the mean of the matched random ones, and its 95% interval."""
         randoms = self.randoms(base, name)
         if not randoms:
@@ -392,12 +396,58 @@ class Table:
         return (float(point), *metrics.interval(self.draws(base, name, statistic) - others))
 
 
-def _loss(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+def mean_loss(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+    """Loss per scored place, nats."""
     return per_place(sums, "surprisal")
 
 
-def _odds(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+def mean_log_odds(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+    """Log odds of right against wrong per scored place, nats."""
     return per_place(sums, "log_odds")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass over the text: a base, a base with a part changed, or with a matched random one in its place."""
+
+    base: str
+    """Its name, for example `full`."""
+    name: str
+    """The part's name; empty for the base itself."""
+    kept: Kept
+    """The weights that the model is reduced to."""
+    hooks: Callable[[], Hooks | None] = lambda: None
+    """Makes the forward hooks, when it is time."""
+    key: Any = None
+    """Equal keys give equal sums, so they are measured once; None: the base's own."""
+    random: int | None = None
+    """Which random draw; None for the part itself."""
+
+
+class Runs:
+    """Sums of every job, measured once for every key."""
+
+    def __init__(self, model: Any, task: Task, target: Any = None) -> None:
+        self.model, self.task, self.target = model, task, target
+        self._by_key: dict[Any, int] = {}
+        self._sums: list[Float[np.ndarray, "prompt column"]] = []
+        self._places: dict[tuple[str, str, int | None], int] = {}
+
+    def run(self, job: Job, bar: Any) -> None:
+        """Measure a job, unless an equal one has been; move the bar on."""
+        key = (job.base, "") if job.key is None else job.key
+        if key not in self._by_key:
+            hooks = job.hooks()
+            with reduced_to(self.model, job.kept):
+                sums = measure(self.model, self.task, target=self.target, hooks=hooks, smallest=2)
+            self._by_key[key] = len(self._sums)
+            self._sums.append(sums)
+        bar.update(len(self.task))
+        self._places[job.base, job.name, job.random] = self._by_key[key]
+
+    def table(self) -> Table:
+        """All that was measured."""
+        return Table(np.stack(self._sums), self._places)
 
 
 # --- ablate ---
@@ -450,11 +500,11 @@ def ablate(
     chosen = {part.name: coordinates(model, part) for part in parts if ways[part.name] != "weights"}
     dropped = {part.name: part.weights(model) for part in parts if ways[part.name] == "weights"}
     bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
-    runs = _Runs(model, task, target)
-    jobs: list[_Job] = []
+    runs = Runs(model, task, target)
+    jobs: list[Job] = []
     for base, kept in bases.items():
-        jobs.append(_Job(base, "", kept, lambda: None))
-        means = _Means(model, task, kept, {name for masks in chosen.values() for name in masks})
+        jobs.append(Job(base, "", kept))
+        means = _BaseMeans(model, task, kept, {name for masks in chosen.values() for name in masks})
         for part in parts:
             if part.name in chosen:
                 jobs += _activation_jobs(part.name, base, kept, chosen[part.name], ways, means, task, seeds, seed)
@@ -476,26 +526,14 @@ def ablate(
             "prompts": len(task),
             "scored_places": int(task.scored.sum()),
             "random_ablations": seeds,
-            "loss_before": {base: _number(table.point(base, "", _loss)) for base in bases},
+            "loss_before": {base: _number(table.point(base, "", mean_loss)) for base in bases},
             "interval": "95%, paired bootstrap over sequences",
         }
         | ({"correlations": "scored places where the target's probability is above 0"} if target is not None else {}),
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One pass over the text: of a base (`full`, `subnetwork`), without a part, or a random one in its place."""
-
-    base: str
-    name: str  # the part's, or "" for the base itself
-    kept: Kept
-    hooks: Callable[[], Hooks | None]
-    key: Any = None  # equal keys give equal sums, so they are measured once
-    random: int | None = None
-
-
-class _Means:
+class _BaseMeans:
     """Mean activations of a base, taken when they are first needed."""
 
     def __init__(self, model: Any, task: Task, kept: Kept, names: set[str]) -> None:
@@ -516,16 +554,16 @@ def _activation_jobs(
     kept: Kept,
     chosen: Coordinates,
     ways: Mapping[str, str],
-    means: _Means,
+    means: _BaseMeans,
     task: Task,
     seeds: int,
     seed: int,
-) -> Iterable[_Job]:
+) -> Iterable[Job]:
     by = ways[name]
 
-    def job(masks: Coordinates, random: int | None) -> _Job:
+    def job(masks: Coordinates, random: int | None) -> Job:
         key = (base, by, *((point, mask.numpy().tobytes()) for point, mask in sorted(masks.items())))
-        return _Job(
+        return Job(
             base, name, kept, lambda: _Replace(masks, by, means() if by == "mean" else {}, task, seed), key, random
         )
 
@@ -536,41 +574,16 @@ def _activation_jobs(
             yield job(masks, random)
 
 
-def _weight_jobs(part: Part, base: str, kept: Kept, dropped: Subnetwork, seeds: int) -> Iterable[_Job]:
+def _weight_jobs(part: Part, base: str, kept: Kept, dropped: Subnetwork, seeds: int) -> Iterable[Job]:
     pool = ~(dropped - dropped) if kept is None else kept
     here = dropped & pool
-    yield _Job(base, part.name, pool - here, lambda: None, (base, "weights", (pool - here).checksum))
+    yield Job(base, part.name, pool - here, key=(base, "weights", (pool - here).checksum))
     counts = matched_counts(here, pool)
     if counts is None or part.name == "random":
         return
     for random in range(seeds):
         rest = pool - random_within(pool, counts, random)
-        yield _Job(base, part.name, rest, lambda: None, (base, "weights", rest.checksum), random)
-
-
-class _Runs:
-    """Sums of every job, measured once for every key."""
-
-    def __init__(self, model: Any, task: Task, target: Any) -> None:
-        self.model, self.task, self.target = model, task, target
-        self._by_key: dict[Any, int] = {}
-        self._sums: list[Float[np.ndarray, "prompt column"]] = []
-        self._places: dict[tuple[str, str, int | None], int] = {}
-
-    def run(self, job: _Job, bar: Any = None) -> None:
-        key = (job.base, "") if job.key is None else job.key
-        if key not in self._by_key:
-            hooks = job.hooks()
-            with reduced_to(self.model, job.kept):
-                sums = measure(self.model, self.task, target=self.target, hooks=hooks, smallest=2)
-            self._by_key[key] = len(self._sums)
-            self._sums.append(sums)
-        if bar is not None:
-            bar.update(len(self.task))
-        self._places[job.base, job.name, job.random] = self._by_key[key]
-
-    def table(self) -> Table:
-        return Table(np.stack(self._sums), self._places)
+        yield Job(base, part.name, rest, key=(base, "weights", rest.checksum), random=random)
 
 
 def _quantities(bases: Sequence[str], with_target: bool, with_odds: bool) -> tuple[Quantity, ...]:
@@ -600,14 +613,14 @@ def _effects(
     nan = math.nan
     rows: list[list[tuple[float, float, float]]] = []
     for base in bases:
-        rows.append([table.change(base, name, _loss) for name in names])
-        rows.append([table.excess(base, name, _loss) for name in names])
-        rows.append([(table.random_change(base, name, _loss), nan, nan) for name in names])
-        rows.append([(table.point(base, name, _loss), nan, nan) for name in names])
+        rows.append([table.change(base, name, mean_loss) for name in names])
+        rows.append([table.excess(base, name, mean_loss) for name in names])
+        rows.append([(table.random_change(base, name, mean_loss), nan, nan) for name in names])
+        rows.append([(table.point(base, name, mean_loss), nan, nan) for name in names])
         if with_target:
             rows.append([table.change(base, name, metrics.correlation) for name in names])
         if task.wrong is not None:
-            rows.append([table.change(base, name, _odds) for name in names])
+            rows.append([table.change(base, name, mean_log_odds) for name in names])
     numbers = np.array(rows, dtype=float)
     return {"values": numbers[:, :, 0], "low": numbers[:, :, 1], "high": numbers[:, :, 2]}
 
@@ -670,7 +683,7 @@ def stochastic_ablation(
                     if (key := kept.checksum) not in seen:
                         with reduced_to(model, kept):
                             whole = measure(model, task, target=target).sum(0)
-                        seen[key] = (float(metrics.correlation(whole)), float(_loss(whole)))
+                        seen[key] = (float(metrics.correlation(whole)), float(mean_loss(whole)))
                     numbers[:, row, point, draw] = seen[key]
                     bar.update(len(task))
     return Curves(
