@@ -14,7 +14,8 @@ or is a `Subnetwork`, whose weights are taken away. How: activations are replace
 
 - `zero`: the activation is 0.
 - `mean`: it is its own mean over all sequences and positions of the text, in the model as it was before.
-- `resample`: it is that of another sequence of the same batch at the same position (a random derangement, seeded).
+- `resample`: it is that of another sequence of the same batch at the same position (paired at random, seeded; where a task's
+  prompts differ in length, the other one may have ended by then).
 - `weights`: all weights of the part are 0: those of `Subnetwork.drop_head`, `drop_neurons` and so on.
 
 A head's activation is its mixed values before W_O, a neuron's is what W_out reads, attention's and the MLP's are what
@@ -526,7 +527,7 @@ def ablate(
             "prompts": len(task),
             "scored_places": int(task.scored.sum()),
             "random_ablations": seeds,
-            "loss_before": {base: _number(table.point(base, "", mean_loss)) for base in bases},
+            "loss_before": {base: table.point(base, "", mean_loss) for base in bases},
             "interval": "95%, paired bootstrap over sequences",
         }
         | ({"correlations": "scored places where the target's probability is above 0"} if target is not None else {}),
@@ -575,7 +576,7 @@ def _activation_jobs(
 
 
 def _weight_jobs(part: Part, base: str, kept: Kept, dropped: Subnetwork, seeds: int) -> Iterable[Job]:
-    pool = ~(dropped - dropped) if kept is None else kept
+    pool = ~(dropped - dropped) if kept is None else kept  # all weights, or the base's
     here = dropped & pool
     yield Job(base, part.name, pool - here, key=(base, "weights", (pool - here).checksum))
     counts = matched_counts(here, pool)
@@ -623,10 +624,6 @@ def _effects(
             rows.append([table.change(base, name, mean_log_odds) for name in names])
     numbers = np.array(rows, dtype=float)
     return {"values": numbers[:, :, 0], "low": numbers[:, :, 1], "high": numbers[:, :, 2]}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 # --- removing the rest at random ---

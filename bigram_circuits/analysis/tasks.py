@@ -381,13 +381,9 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
     name, tokenizer = "greater-than", _tokenizer(model)
     _check_prompts(prompts)
     years = _split_years(tokenizer)
-    digits = {pair: ids[1] for pair, ids in years.items()}  # (century, two digits) -> id of the digits
+    digits = {pair: last for (_, pair), last in years.items()}
     rng = np.random.default_rng(seed)
-    usable = [
-        (century, pair)
-        for century, pair in years
-        if 2 <= pair <= 97 and sum(c == century and p > pair for c, p in years) >= 2
-    ]
+    usable = [(century, pair) for century, pair in years if min(digits) < pair < max(digits)]
     if not usable:
         raise ValueError(
             f"no prompts for {name!r}: this tokenizer does not split years (1732) into two tokens (17, 32)"
@@ -396,8 +392,8 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
     for _ in range(prompts):
         century, pair = usable[int(rng.integers(len(usable)))]
         noun = _NOUNS[int(rng.integers(len(_NOUNS)))]
-        above = [digits[key] for key in years if key[0] == century and key[1] > pair]
-        below = [digits[key] for key in years if key[0] == century and key[1] <= pair]
+        above = [last for other, last in digits.items() if other > pair]
+        below = [last for other, last in digits.items() if other <= pair]
         text = f"The {noun} lasted from the year {century}{pair:02d} to the year {century}"
         rows.append(([*_encode(tokenizer, text), above[int(rng.integers(len(above)))]], 1))
         right.append(above)
@@ -469,8 +465,8 @@ def _check_prompts(prompts: int) -> None:
         raise ValueError(f"a task needs at least 1 prompt, not {prompts}")
 
 
-def _split_years(tokenizer: Any) -> dict[tuple[int, int], tuple[int, int]]:
-    """(century, two digits) -> ids of their two tokens, where ` CCYY` after `the year` is ` CC` and one more token."""
+def _split_years(tokenizer: Any) -> dict[tuple[int, int], int]:
+    """(century, two digits) -> id of the digits, for every year that is the century's token and one more."""
     start = _encode(tokenizer, "the year")
     found = {}
     for century in range(11, 20):
@@ -480,7 +476,7 @@ def _split_years(tokenizer: Any) -> dict[tuple[int, int], tuple[int, int]]:
         for pair in range(100):
             ids = _encode(tokenizer, f"the year {century}{pair:02d}")
             if len(ids) == len(head) + 1 and ids[:-1] == head:
-                found[century, pair] = (head[-1], ids[-1])
+                found[century, pair] = ids[-1]
     return found
 
 
