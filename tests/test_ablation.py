@@ -130,6 +130,12 @@ def test_zeroing_neurons_is_masking_their_rows(any_model, random_tokens):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_head_or_neuron_without_its_activation_is_one_without_its_weights(any_model, random_tokens):
+    parts = ["head 0.1 + head 1.3", "neurons 0.[1,5]"]
+    losses = [ablate(any_model, parts, random_tokens, by=by, seeds=0).get("loss") for by in ("zero", "weights")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_zeroing_everything_leaves_the_embedding(any_model, random_tokens):
     hooks = hooks_for(any_model, "layer 0 + layer 1", tokens=random_tokens)
     streams = []

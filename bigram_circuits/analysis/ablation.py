@@ -14,8 +14,8 @@ or is a `Subnetwork`, whose weights are taken away. How: activations are replace
 
 - `zero`: the activation is 0.
 - `mean`: it is its own mean over all sequences and positions of the text, in the model as it was before.
-- `resample`: it is that of another sequence of the same batch at the same position (paired at random, seeded; where a task's
-  prompts differ in length, the other one may have ended by then).
+- `resample`: it is that of another sequence of the same batch at the same position, paired at random with a seed
+  (where a task's prompts differ in length, the other one may have ended by then).
 - `weights`: all weights of the part are 0: those of `Subnetwork.drop_head`, `drop_neurons` and so on.
 
 A head's activation is its mixed values before W_O, a neuron's is what W_out reads, attention's and the MLP's are what
