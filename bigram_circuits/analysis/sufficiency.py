@@ -1,0 +1,166 @@
+"""Add something to a subnetwork, and see whether it can do a task that it could not do before.
+
+A subnetwork that predicts from the current token alone cannot continue a repeated sequence. With the right attention
+head added it may: then the two together are enough, and the subnetwork is what the head builds on. Each addition is
+held against random ones: as many weights in every matrix, drawn from those that are not in the subnetwork yet.
+
+Intervals are paired bootstraps over prompts (Efron 1979). The p-value of an addition is one-sided, that the loss does
+not fall: the mean of the paired differences of the prompts' losses over its standard error, as a normal variate;
+over all additions it is corrected as Holm (1979) does, so the chance of one false finding among them stays below p.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import ndtr
+from tqdm.auto import tqdm
+
+from bigram_circuits.analysis.ablation import (
+    Job,
+    Runs,
+    Table,
+    matched_counts,
+    mean_log_odds,
+    mean_loss,
+    parse,
+    random_within,
+)
+from bigram_circuits.analysis.results import Effects, Quantity
+from bigram_circuits.analysis.tasks import COLUMNS, as_task
+from bigram_circuits.subnetwork import Subnetwork
+
+
+def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
+    """Measure how much a subnetwork's loss on a task falls with each of several additions.
+
+    Args:
+        model: From `load_model`.
+        base: The subnetwork that is added to.
+        added: What is added, one after the other: `heads` for every single head (all its weights, also W_K and W_V
+            that it shares with its group), any other part in the language of `ablation.ablate`, a `Subnetwork`, a list
+            of these, or a mapping of names to them.
+        task: A `Task`, or text (an array, or a corpus: its held-out part).
+        seeds: Number of random additions beside each, of which the mean is taken; 0 for none.
+
+    Returns:
+        For every addition `fall_in_loss`, its `excess` over the `random_fall` of random additions (both with 95% paired
+        intervals), the `loss` with it, `weights_added` and `p`; for a task with wrong tokens `rise_in_log_odds`.
+        All losses in nats per scored place. What is random is nan where all that could be added is added.
+
+    Raises:
+        ValueError: If an argument is wrong, or a surprisal is not finite.
+    """
+    if seeds < 0:
+        raise ValueError(f"seeds must be 0 or more, not {seeds}")
+    base.check_fits(model)
+    scored = as_task(task, model.cfg.d_vocab)
+    parts = {part.name: part.weights(model, shared=True) for part in parse(added, model, base)}
+    jobs = [Job("full", "", None, key="full"), Job("base", "", base)]
+    for name, weights in parts.items():
+        jobs.append(Job("base", name, base | weights, key=(base | weights).checksum))
+        for seed, random in enumerate(random_additions(base, weights, seeds)):
+            jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
+    runs = Runs(model, scored)
+    with tqdm(total=len(jobs) * len(scored), desc="adding", unit="sequence", delay=2, leave=False) as bar:
+        for job in jobs:
+            runs.run(job, bar)
+    table = runs.table()
+    names = tuple(parts)
+    new = [(weights - base).kept for weights in parts.values()]
+    rows = _rows(table, names, new, with_odds=scored.wrong is not None)
+    return Effects(
+        title=f"Sufficiency on {scored.name}",
+        quantities=tuple(rows),
+        subject="added",
+        names=names,
+        values=np.array([[point for point, _, _ in row] for row in rows.values()], dtype=float),
+        low=np.array([[low for _, low, _ in row] for row in rows.values()], dtype=float),
+        high=np.array([[high for _, _, high in row] for row in rows.values()], dtype=float),
+        notes={
+            "base": base.lineage,
+            "base_weights": base.kept,
+            "loss_of_base": table.point("base", "", mean_loss),
+            "loss_of_full": table.point("full", "", mean_loss),
+            "loss_of_guessing": scored.chance,
+            "prompts": len(scored),
+            "scored_places": int(scored.scored.sum()),
+            "random_additions": seeds,
+            "interval": "95%, paired bootstrap over prompts",
+            "p": f"one-sided, normal approximation, Holm's correction over {len(names)} additions",
+        },
+    )
+
+
+def random_additions(base: Subnetwork, added: Subnetwork, seeds: int) -> list[Subnetwork]:
+    """Random sets of weights outside `base`, as many in every matrix as `added` has there.
+
+    There are none where that could only be the same ones: `added` has all or none of what is left in each matrix.
+    """
+    rest = ~base
+    counts = matched_counts(added - base, rest)
+    return [] if counts is None else [random_within(rest, counts, seed) for seed in range(seeds)]
+
+
+def p_of_fall(differences: Float[np.ndarray, " prompt"]) -> float:
+    """One-sided p-value that the mean of paired differences is not above 0; nan for fewer than two prompts."""
+    if len(differences) < 2:
+        return math.nan
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    if error == 0:
+        return 0.0 if mean > 0 else 1.0
+    return float(ndtr(-mean / error))
+
+
+def holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """P-values corrected for their number, step by step from the smallest (Holm 1979)."""
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return corrected
+
+
+_Row = list[tuple[float, float, float]]  # value, low, high for every addition
+
+
+def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bool) -> dict[Quantity, _Row]:
+    nan = math.nan
+    before = table.prompts("base", "")
+    differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
+    p = holm(np.array([p_of_fall(differences[name]) for name in names]))
+    rows = {
+        Quantity("fall_in_loss", "nats", "How much the subnetwork's loss falls with the addition."): [
+            _negated(table.change("base", name, mean_loss)) for name in names
+        ],
+        Quantity("excess", "nats", "That, less what random additions of as many weights lower it by."): [
+            _negated(table.excess("base", name, mean_loss)) for name in names
+        ],
+        Quantity("random_fall", "nats", "What random additions lower it by, mean over draws."): [
+            (-table.random_change("base", name, mean_loss), nan, nan) for name in names
+        ],
+        Quantity("loss", "nats", "The loss of the subnetwork with the addition."): [
+            (table.point("base", name, mean_loss), nan, nan) for name in names
+        ],
+        Quantity("weights_added", "", "Weights of the addition that the subnetwork did not have."): [
+            (count, nan, nan) for count in new
+        ],
+        Quantity("p", "", "Chance of such a fall if there were none, one-sided, corrected for all additions."): [
+            (value, nan, nan) for value in p.tolist()
+        ],
+    }
+    if with_odds:
+        odds = Quantity("rise_in_log_odds", "nats", "How much the log odds of right against wrong rise.")
+        rows[odds] = [table.change("base", name, mean_log_odds) for name in names]
+    return rows
+
+
+def _surprisal(sums: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, " prompt"]:
+    return sums[:, COLUMNS.index("surprisal")]
+
+
+def _negated(change: tuple[float, float, float]) -> tuple[float, float, float]:
+    point, low, high = change
+    return (0.0 - point, 0.0 - high, 0.0 - low)

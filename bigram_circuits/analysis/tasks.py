@@ -1,0 +1,531 @@
+"""Small tasks that make their own prompts for any tokenizer, and how well a model does them.
+
+A task is token ids and the places where a prediction counts. Five are here, each with a known mechanism behind it:
+repeated random tokens (induction heads: Olsson et al. 2022, arXiv 2209.11895), ordered sequences (successor heads:
+Gould et al. 2023, arXiv 2312.09230), a value listed earlier (retrieval), greater-than (Hanna et al. 2023, arXiv
+2305.00586) and indirect object identification (Wang et al. 2022, arXiv 2211.00593).
+
+Prompts start with the token that stands between documents (end of text), as in a corpus, if the tokenizer has one.
+Shorter prompts are filled up on the right with it; no prediction is scored there, and a causal model's predictions
+before it do not see it. Answers of several tokens are scored token by token, so most tasks work with any tokenizer;
+one that cannot express a task is told so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from bigram_circuits import metrics
+from bigram_circuits.corpus import token_array
+from bigram_circuits.models import batch_size_for
+
+COLUMNS = (*metrics.COLUMNS[:6], "places", "surprisal", "log_odds")
+"""Sums over one prompt. The first six are `metrics.correlation_sums` with a target's surprisals (0 without a target);
+`places` scored predictions, their `surprisal`, and `log_odds` of right against wrong (0 if a task has no wrong)."""
+
+Hooks = Callable[[int, slice], Sequence[tuple[str, Callable[..., Any]]]]
+"""(batch index, rows of the task) -> forward hooks for this batch, as `run_with_hooks` takes them."""
+
+_WORDS_IN_ORDER = {
+    "days": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "months": (
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "December",
+    ),
+    "numbers": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+}  # fmt: skip
+_CYCLES = ("days", "months")  # after the last comes the first
+_OWNERS = (
+    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Maria", "Nick",
+    "Olivia", "Paul", "Rose", "Sam", "Tom", "Victor",
+)  # fmt: skip
+_THINGS = (
+    "lamp", "spoon", "kite", "book", "chair", "drum", "clock", "hat", "boat", "ring", "cup", "map", "bell", "coat",
+    "shoe", "key", "rope", "flag", "box", "pen",
+)  # fmt: skip
+_NOUNS = (
+    "war", "siege", "journey", "famine", "reign", "trial", "revolt", "drought", "project", "voyage", "dispute", "truce",
+)  # fmt: skip
+_NAMES = (
+    "Mary", "John", "James", "Robert", "Michael", "William", "David", "Richard", "Joseph", "Thomas",
+    "Charles", "Daniel", "Matthew", "Mark", "Paul", "Steven", "Andrew", "Kevin", "Brian", "George", "Edward",
+    "Ronald", "Jason", "Jeff", "Ryan", "Jacob", "Gary", "Eric", "Peter", "Scott", "Simon", "Frank", "Jack",
+    "Adam", "Henry", "Alice", "Anna", "Emma", "Sarah", "Laura", "Lisa", "Jane", "Kate", "Susan", "Linda",
+    "Julie", "Rachel", "Maria", "Helen", "Ruth", "Amy", "Tom", "Sam", "Max", "Dan", "Ben",
+)  # fmt: skip
+_PLACES = ("store", "park", "school", "station", "garden", "library", "office", "beach")
+_OBJECTS = ("drink", "ball", "book", "ticket", "flower", "letter", "map", "coat")
+_IOI_TEMPLATES = (
+    "When {a} and {b} went to the {place}, {s} gave a {thing} to",
+    "After {a} and {b} came to the {place}, {s} handed a {thing} to",
+    "While {a} and {b} were at the {place}, {s} passed a {thing} to",
+)
+_FEWEST_NAMES = 6
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts, and which predictions in them count.
+
+    What is measured: the loss, the mean surprisal (nats) of the correct tokens at scored places; and where wrong
+    tokens are given also the log odds, log P(right) - log P(wrong), which for one right and one wrong token is the
+    logit difference.
+    """
+
+    name: str
+    """For example `repeated random tokens`."""
+    tokens: Integer[np.ndarray, "prompt position"]
+    """Token ids, the answers included."""
+    scored: Bool[np.ndarray, "prompt position"]
+    """True where the prediction of this token, made at the position before it, counts; never at position 0."""
+    chance: float
+    """Loss of guessing among the candidates, nats per scored place."""
+    right: Integer[np.ndarray, "prompt right"] | None = None
+    """Token ids that all count as correct at a prompt's one scored place, filled up with -1; None: only the token that
+    stands there. The surprisal is then that of the set."""
+    wrong: Integer[np.ndarray, "prompt wrong"] | None = None
+    """Token ids that the right ones are held against, filled up with -1; None if there is no contrast."""
+
+    def __post_init__(self) -> None:
+        if self.tokens.size == 0 or self.tokens.shape != self.scored.shape:
+            raise ValueError(
+                f"the tokens of the task {self.name!r} have shape {self.tokens.shape} and scored has "
+                f"{self.scored.shape}: both should be [prompt, position], with at least one prompt"
+            )
+        places = self.scored.sum(1)
+        if self.scored[:, 0].any() or not places.all():
+            raise ValueError(
+                f"every prompt of the task {self.name!r} needs a scored place, and none at position 0, "
+                f"which nothing comes before"
+            )
+        contrast = [ids for ids in (self.right, self.wrong) if ids is not None]
+        if contrast and (places != 1).any():
+            raise ValueError(f"right and wrong tokens in the task {self.name!r} need exactly one scored place a prompt")
+        if any(len(ids) != len(self.tokens) or (ids < 0).all(1).any() for ids in contrast):
+            raise ValueError(f"right and wrong in the task {self.name!r} need at least one token id for every prompt")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def ends(self) -> Integer[np.ndarray, " prompt"]:
+        """The last scored position of every prompt: what comes after it plays no part."""
+        return self.scored.shape[1] - 1 - self.scored[:, ::-1].argmax(1)
+
+    def __repr__(self) -> str:
+        return (
+            f"Task({self.name!r}: {len(self)} prompts of {self.tokens.shape[1]} tokens, {int(self.scored.sum()):,} "
+            f"scored places, chance {self.chance:.3f} nats)"
+        )
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether a model can do a task at all."""
+
+    task: str
+    """Its name."""
+    loss: float
+    """Mean surprisal of the correct tokens, nats per scored place."""
+    interval: tuple[float, float]
+    """95% interval of the loss, from a bootstrap over prompts."""
+    chance: float
+    """Loss of guessing among the candidates, nats per scored place."""
+    log_odds: float
+    """Mean log odds of right against wrong, nats; nan if the task has no wrong tokens."""
+
+    @property
+    def able(self) -> bool:
+        """The whole interval of the loss lies below chance."""
+        return self.interval[1] < self.chance
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        verdict = "the model can do it" if self.able else "the model is NOT shown to do it"
+        odds = "" if math.isnan(self.log_odds) else f", log odds of right against wrong {self.log_odds:.2f}"
+        return f"{self.task}: loss {self.loss:.2f} ({low:.2f} to {high:.2f}), chance {self.chance:.2f}{odds}: {verdict}"
+
+
+def as_task(tokens: Any, d_vocab: int) -> Task:
+    """A task as it is; plain text (an array, a tensor, or a corpus: its held-out part) with every prediction scored.
+
+    Raises:
+        ValueError: If it is neither, or too short.
+    """
+    if isinstance(tokens, Task):
+        return tokens
+    array = token_array(tokens)
+    scored = np.ones(array.shape, dtype=bool)
+    scored[:, 0] = False
+    return Task("text", array, scored, math.log(d_vocab))
+
+
+def ability(model: Any, task: Task) -> Ability:
+    """Measure a model on a task, against guessing. Raises ValueError if a surprisal is not finite."""
+    sums = measure(model, task)
+    whole = sums.sum(0)
+    odds = float(per_place(whole, "log_odds")) if task.wrong is not None else math.nan
+    interval = metrics.interval(per_place(metrics.bootstrap(sums), "surprisal"))
+    return Ability(task.name, float(per_place(whole, "surprisal")), interval, task.chance, odds)
+
+
+def per_place(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
+    """A mean per scored place from (added-up) rows of `COLUMNS`, by its column name."""
+    return np.asarray(sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index("places")])
+
+
+def measure(
+    model: Any,
+    task: Task,
+    *,
+    target: Any = None,
+    hooks: Hooks | None = None,
+    smallest: int = 1,
+    bar: Any = None,
+) -> Float[np.ndarray, "prompt column"]:
+    """One row of sums (`COLUMNS`) for every prompt, from one pass, batch by batch.
+
+    Args:
+        model: From `load_model`, as it is now: masked or not.
+        task: What is scored.
+        target: Something with `surprisal`, whose surprisals at scored places are correlated with the model's
+            (zero-probability rule: where they are finite).
+        hooks: Forward hooks for every batch; none are left behind.
+        smallest: Fewest prompts in a batch, if there are so many.
+        bar: A progress bar to move on by the prompts done.
+
+    Raises:
+        ValueError: If a token id is outside the vocabulary, or a surprisal is not finite.
+    """
+    largest, least = int(task.tokens.max()), int(task.tokens.min())
+    if least < 0 or largest >= model.cfg.d_vocab:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}")
+    rows = []
+    with torch.inference_mode():
+        for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
+            tokens = torch.from_numpy(np.asarray(task.tokens[part]).astype(np.int64)).to(model.cfg.device)
+            logits = model(tokens) if hooks is None else model.run_with_hooks(tokens, fwd_hooks=[*hooks(index, part)])
+            rows.append(_batch_sums(logits, tokens, task, part, target))
+            if bar is not None:
+                bar.update(len(tokens))
+    return np.concatenate(rows)
+
+
+def batches(n: int, size: int, smallest: int = 1) -> Iterator[slice]:
+    """Slices of n rows, of at most `size` each and nearly equal, none smaller than `smallest` (unless n is)."""
+    pieces = max(1, min(math.ceil(n / size), n // smallest))
+    edges = [n * piece // pieces for piece in range(pieces + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def _batch_sums(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Integer[Tensor, "batch pos"],
+    task: Task,
+    part: slice,
+    target: Any,
+) -> Float[np.ndarray, "batch column"]:
+    scored = torch.from_numpy(task.scored[part, 1:]).to(tokens.device)
+    x = metrics.surprisals(logits, tokens).double()
+    if not torch.isfinite(x[scored]).all():
+        raise ValueError("the model's surprisal of a scored token is not finite (NaN or infinity in its logits)")
+    x = torch.where(scored, x, 0.0)
+    pairs = torch.zeros(len(x), 6, dtype=x.dtype, device=x.device)
+    if target is not None:
+        y = torch.where(scored, target.surprisal(tokens).to(x), torch.inf)
+        pairs = metrics.correlation_sums(x, y)
+    surprisal, log_odds = x.sum(1), torch.zeros_like(x[:, 0])
+    if task.right is not None or task.wrong is not None:
+        places = scored.double().argmax(1)
+        each = torch.arange(len(x), device=x.device)
+        log_probs = logits[each, places].double().log_softmax(-1)
+        own = tokens[each, places + 1][:, None]
+        right = own if task.right is None else torch.from_numpy(task.right[part].astype(np.int64)).to(own)
+        surprisal = -_log_total(log_probs, right)
+        if task.wrong is not None:
+            log_odds = -surprisal - _log_total(log_probs, torch.from_numpy(task.wrong[part].astype(np.int64)).to(own))
+    columns = torch.stack([scored.sum(1).double(), surprisal, log_odds], 1)
+    return torch.cat([pairs, columns], 1).cpu().numpy()
+
+
+def _log_total(
+    log_probs: Float[Tensor, "batch d_vocab"], ids: Integer[Tensor, "batch candidate"]
+) -> Float[Tensor, " batch"]:
+    """Log of the probability of a set of tokens; -1 stands for none."""
+    return log_probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(1)
+
+
+# --- the tasks ---
+
+
+def repeated_random_tokens(
+    model: Any, *, prompts: int = 64, period: int = 24, length: int | None = None, seed: int = 0
+) -> Task:
+    """A block of random tokens, over and over: what an induction head does (Olsson et al. 2022).
+
+    Scored are all tokens but the first of the second block and after: from there on the token before has been seen
+    and so has what followed it. The ids are drawn from all but the special ones, each at most once in a block.
+
+    Args:
+        model: From `load_model`.
+        prompts: How many.
+        period: Tokens in the block.
+        length: Random tokens in a prompt, without the start token; two blocks if not given.
+        seed: Of the random tokens.
+
+    Raises:
+        ValueError: If there is no tokenizer, the prompt does not fit the context, the block is longer than the
+            vocabulary or shorter than 2, or there is nothing to score.
+    """
+    name, tokenizer = "repeated random tokens", _tokenizer(model)
+    length = 2 * period if length is None else length
+    ids = np.setdiff1d(np.arange(min(len(tokenizer), model.cfg.d_vocab)), tokenizer.all_special_ids)
+    if not 2 <= period <= len(ids):
+        raise ValueError(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
+    if length < period + 2:
+        raise ValueError(f"length must be at least period + 2 = {period + 2}, so that a token is scored, not {length}")
+    _check_prompts(prompts)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(prompts):
+        block = rng.choice(ids, period, replace=False)
+        rows.append((np.resize(block, length).tolist(), length - period - 1))
+    return _task(model, name, rows, chance=math.log(len(ids)))
+
+
+def ordered_sequences(model: Any, *, prompts: int = 64, shown: Sequence[int] = (3, 4, 5), seed: int = 0) -> Task:
+    """Days, months or numbers in their order, of which the next is asked: what a successor head does (Gould et al.).
+
+    `Monday, Tuesday, Wednesday,` -> ` Thursday`; all tokens of the answer are scored. Guessing is among the words of
+    the list. There are fewer prompts than asked for if there are not so many different ones.
+
+    Args:
+        model: From `load_model`.
+        prompts: How many, at most.
+        shown: Numbers of words shown.
+        seed: Which prompts, and in what order.
+
+    Raises:
+        ValueError: If there is no tokenizer, the prompts do not fit the context, or `shown` is not 1 to 11.
+    """
+    _check_prompts(prompts)
+    if not shown or min(shown) < 1 or max(shown) > 11:
+        raise ValueError(f"shown must be numbers of words from 1 to 11, not {tuple(shown)}")
+    texts = []
+    for name, words in _WORDS_IN_ORDER.items():
+        for count in shown:
+            starts = len(words) if name in _CYCLES else len(words) - count
+            for start in range(starts):
+                run = [words[(start + k) % len(words)] for k in range(count + 1)]
+                for between in (",", ""):
+                    texts.append((f"{between} ".join(run[:-1]) + between, f" {run[-1]}", len(words)))
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:prompts]
+    return _text_task(model, "ordered sequences", [texts[index] for index in chosen])
+
+
+def earlier_value(model: Any, *, prompts: int = 64, pairs: int = 4, seed: int = 0) -> Task:
+    """People and their things, of whom one is asked about again: retrieval from what was listed.
+
+    `Tom has a lamp. Anna has a kite. ... Tom has a` -> ` lamp`; all tokens of the answer are scored. Guessing is among
+    the things listed.
+
+    Args:
+        model: From `load_model`.
+        prompts: How many.
+        pairs: How many people and things are listed, 2 to 20.
+        seed: Of the prompts.
+
+    Raises:
+        ValueError: If there is no tokenizer, the prompts do not fit the context, or `pairs` is out of range.
+    """
+    _check_prompts(prompts)
+    if not 2 <= pairs <= len(_OWNERS):
+        raise ValueError(f"pairs must be 2 to {len(_OWNERS)}, not {pairs}")
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(prompts):
+        owners = [_OWNERS[index] for index in rng.permutation(len(_OWNERS))[:pairs]]
+        things = [_THINGS[index] for index in rng.permutation(len(_THINGS))[:pairs]]
+        listed = " ".join(f"{owner} has a {thing}." for owner, thing in zip(owners, things, strict=True))
+        asked = int(rng.integers(pairs))
+        texts.append((f"{listed} {owners[asked]} has a", f" {things[asked]}", pairs))
+    return _text_task(model, "earlier value", texts)
+
+
+def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
+    """A year, and the beginning of a later one, which must go on with two higher digits (Hanna et al. 2023).
+
+    `The war lasted from the year 1732 to the year 17` -> `33` to `99`. Right are all two-digit tokens above the year,
+    wrong all others: the loss is the surprisal of the right ones together, and the log odds are log P(above) -
+    log P(not above). (Hanna et al. take the difference of the two probabilities.)
+
+    Args:
+        model: From `load_model`.
+        prompts: How many.
+        seed: Of the prompts.
+
+    Raises:
+        ValueError: If there is no tokenizer, it does not split years into two tokens of two digits, or the prompts do
+            not fit the context.
+    """
+    name, tokenizer = "greater-than", _tokenizer(model)
+    _check_prompts(prompts)
+    years = _split_years(tokenizer)
+    digits = {pair: last for (_, pair), last in years.items()}
+    rng = np.random.default_rng(seed)
+    usable = [(century, pair) for century, pair in years if min(digits) < pair < max(digits)]
+    if not usable:
+        raise ValueError(
+            f"no prompts for {name!r}: this tokenizer does not split years (1732) into two tokens (17, 32)"
+        )
+    rows, right, wrong, chances = [], [], [], []
+    for _ in range(prompts):
+        century, pair = usable[int(rng.integers(len(usable)))]
+        noun = _NOUNS[int(rng.integers(len(_NOUNS)))]
+        above = [last for other, last in digits.items() if other > pair]
+        below = [last for other, last in digits.items() if other <= pair]
+        text = f"The {noun} lasted from the year {century}{pair:02d} to the year {century}"
+        rows.append(([*_encode(tokenizer, text), above[int(rng.integers(len(above)))]], 1))
+        right.append(above)
+        wrong.append(below)
+        chances.append(math.log((len(above) + len(below)) / len(above)))
+    return _task(model, name, rows, chance=float(np.mean(chances)), right=_filled(right), wrong=_filled(wrong))
+
+
+def indirect_object(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
+    """Two people, of whom one gives something to the other (Wang et al. 2022).
+
+    `When Mary and John went to the store, John gave a drink to` -> ` Mary`, against ` John`. In half of the prompts
+    the one who gives is named first. Guessing is between the two.
+
+    Args:
+        model: From `load_model`.
+        prompts: How many.
+        seed: Of the prompts.
+
+    Raises:
+        ValueError: If there is no tokenizer, fewer than 6 of the names known here are single tokens, or the prompts do
+            not fit the context.
+    """
+    name, tokenizer = "indirect object", _tokenizer(model)
+    _check_prompts(prompts)
+    before = len(_encode(tokenizer, "gave it to"))
+    names = [one for one in _NAMES if len(_encode(tokenizer, f"gave it to {one}")) == before + 1]
+    if len(names) < _FEWEST_NAMES:
+        raise ValueError(
+            f"no prompts for {name!r}: only {len(names)} of {len(_NAMES)} names are single tokens of this tokenizer, "
+            f"and {_FEWEST_NAMES} are needed"
+        )
+    rng = np.random.default_rng(seed)
+    texts, wrong = [], []
+    for index in range(prompts):
+        receiver, giver = (names[k] for k in rng.choice(len(names), 2, replace=False))
+        first, second = (receiver, giver) if index % 2 == 0 else (giver, receiver)
+        words = {"place": _PLACES[rng.integers(len(_PLACES))], "thing": _OBJECTS[rng.integers(len(_OBJECTS))]}
+        template = _IOI_TEMPLATES[rng.integers(len(_IOI_TEMPLATES))]
+        text = template.format(a=first, b=second, s=giver, **words)
+        texts.append((text, f" {receiver}", 2))
+        wrong.append([_encode(tokenizer, f"{text} {giver}")[-1]])
+    return _text_task(model, name, texts, wrong=_filled(wrong))
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "repeated_random_tokens": repeated_random_tokens,
+    "ordered_sequences": ordered_sequences,
+    "earlier_value": earlier_value,
+    "greater_than": greater_than,
+    "indirect_object": indirect_object,
+}
+"""The tasks by name."""
+
+
+def _tokenizer(model: Any) -> Any:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer, but a task makes its prompts with one")
+    return tokenizer
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _check_prompts(prompts: int) -> None:
+    if prompts < 1:
+        raise ValueError(f"a task needs at least 1 prompt, not {prompts}")
+
+
+def _split_years(tokenizer: Any) -> dict[tuple[int, int], int]:
+    """(century, two digits) -> id of the digits, for every year that is the century's token and one more."""
+    start = _encode(tokenizer, "the year")
+    found = {}
+    for century in range(11, 20):
+        head = _encode(tokenizer, f"the year {century}")
+        if len(head) != len(start) + 1:
+            continue
+        for pair in range(100):
+            ids = _encode(tokenizer, f"the year {century}{pair:02d}")
+            if len(ids) == len(head) + 1 and ids[:-1] == head:
+                found[century, pair] = ids[-1]
+    return found
+
+
+def _text_task(
+    model: Any,
+    name: str,
+    texts: Sequence[tuple[str, str, int]],
+    wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
+) -> Task:
+    """From (prompt, answer, how many candidates a guess has): chance spends log(candidates) on an answer."""
+    tokenizer = _tokenizer(model)
+    rows = []
+    for text, answer, _ in texts:
+        prompt, whole = _encode(tokenizer, text), _encode(tokenizer, text + answer)
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ValueError(f"no prompts for {name!r}: this tokenizer does not split {answer!r} off {text!r}")
+        rows.append((whole, len(whole) - len(prompt)))
+    chance = sum(math.log(candidates) for _, _, candidates in texts) / sum(count for _, count in rows)
+    return _task(model, name, rows, chance=chance, wrong=wrong)
+
+
+def _task(
+    model: Any,
+    name: str,
+    rows: Sequence[tuple[list[int], int]],
+    *,
+    chance: float,
+    right: Integer[np.ndarray, "prompt right"] | None = None,
+    wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
+) -> Task:
+    """From (token ids, how many of the last are scored), with the start token put before them."""
+    tokenizer = _tokenizer(model)
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    start = [] if separator is None else [separator]
+    length = len(start) + max(len(ids) for ids, _ in rows)
+    if length > model.cfg.n_ctx:
+        raise ValueError(f"the prompts of {name!r} take {length} tokens, more than the model's {model.cfg.n_ctx}")
+    tokens = np.full((len(rows), length), separator or 0, dtype=np.int32)
+    scored = np.zeros((len(rows), length), dtype=bool)
+    for row, (ids, count) in enumerate(rows):
+        end = len(start) + len(ids)
+        tokens[row, len(start) : end] = ids
+        scored[row, end - count : end] = True
+    return Task(name, tokens, scored, chance, right, wrong)
+
+
+def _filled(rows: Sequence[Sequence[int]]) -> Integer[np.ndarray, "row longest"]:
+    """Rows of ids as an array, filled up with -1."""
+    filled = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
+    for row, ids in enumerate(rows):
+        filled[row, : len(ids)] = ids
+    return filled
