@@ -17,7 +17,9 @@ LAYERS = [
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions"},
+    {"analysis.overlap", "analysis.location", "analysis.attribution"},
     {"training"},
+    {"analysis.trajectories"},
     {"paths"},
     {"cli", "reference.train"},
 ]
