@@ -52,7 +52,9 @@ def test_it_agrees_with_transformer_lens_on_folded_weights(any_model, tiny_folde
     difference = dict(zip(ours.rows, ours.get("contribution")[:, 2], strict=True))
     expected = dict(zip(theirs.labels, theirs.attribution.flatten().tolist(), strict=True))
     shared = [name for name in difference if name in expected]
-    assert [name for name in shared if name.endswith("_out")] == [f"{i}_{k}_out" for i in (0, 1) for k in ("attn", "mlp")]
+    assert [name for name in shared if name.endswith("_out")] == [
+        f"{i}_{k}_out" for i in (0, 1) for k in ("attn", "mlp")
+    ]
     assert "embed" in shared
     # folding moves biases of W_V and of norms within a component, and constants of the logits into b_U
     for name in shared:
@@ -97,6 +99,15 @@ def test_a_model_that_is_no_such_sum_is_refused(tiny_folders):
     model.blocks[1].hook_in.add_hook(lambda value, hook: value * 2, is_permanent=True)
     with pytest.raises(ValueError, match="not the sum of its components' contributions"):
         logit_attribution(model, PROMPT)
+
+
+@pytest.mark.parametrize("name", ["opt", "openai_gpt"])
+def test_models_of_another_build_are_refused_in_one_line(tmp_path, name):
+    """OPT with a narrower embedding, and norms that act on the residual stream itself."""
+    model = bc.load_model(save_tiny(tmp_path, CONFIGS[name]()), device="cpu")
+    with pytest.raises(ValueError, match="this model does not") as refused:
+        logit_attribution(model, model.tokenizer(PROMPT)["input_ids"])
+    assert "\n" not in str(refused.value)
 
 
 def test_the_answer_is_the_full_models_own_prediction(tiny_model):

@@ -85,7 +85,9 @@ def test_tails_are_right_far_out(both):
     x = np.arange(both, 10_001)
     log_pmf = stats.hypergeom.logpmf(x, 1_000_000, 10_000, 20_000)
     peak = log_pmf.max()
-    assert log_p_value([cell]) == pytest.approx(min(0.0, peak + math.log(np.exp(log_pmf - peak).sum())), rel=1e-7, abs=1e-7)
+    assert log_p_value([cell]) == pytest.approx(
+        min(0.0, peak + math.log(np.exp(log_pmf - peak).sum())), rel=1e-7, abs=1e-7
+    )
 
 
 def test_a_billion_weights_take_no_time():
@@ -125,7 +127,7 @@ def test_a_subnetwork_and_its_complement():
 @pytest.mark.parametrize("by", ["matrix", "head"])
 def test_the_null_is_what_random_draws_do(by):
     """Draws of `random_like`: mean, spread and the level of the test."""
-    draws = 2000 if by == "matrix" else 500
+    draws = 1000 if by == "matrix" else 500
     shapes = {"blocks.0.attn.W_Q": (1, 12, 10), "blocks.0.attn.W_O": (1, 10, 12), "blocks.0.mlp.W_in": (12, 20)}
     a, b = random_masks(3, shapes=shapes), random_masks(4, 0.5, shapes)
     results_of = [overlap(a.random_like(seed), b, by=by) for seed in range(draws)]

@@ -68,7 +68,8 @@ def test_faithfulness_of_given_weights_at_every_checkpoint(folders, corpus, targ
 
 
 def test_subnetworks_over_training(folders, corpus, target, tmp_path):
-    config = bc.SparsifyConfig(max_steps=6, batch_size=8, learning_rate=0.1, beta_growth=1.3, retries=0)
+    recipe = {"max_steps": 6, "batch_size": 8, "learning_rate": 0.1, "beta_growth": 1.3, "retries": 0}
+    config = bc.SparsifyConfig(**recipe, target_fraction=0.2)
     runs = tmp_path / "runs"
     result = subnetworks_over_training(folders, target, corpus, config, run_dir=runs, device="cpu")
     curves = result.curves

@@ -231,6 +231,8 @@ def _contributions(
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """What every component adds to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
+    if getattr(model, "ln_final", None) is None or model.W_U.shape[0] != len(final):
+        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
     directions = model.W_U[:, ids].float()
     terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
     norm_bias = getattr(model.ln_final.original_component, "bias", None)
@@ -262,12 +264,13 @@ def _components(
     if by == "head":
         names += [f"blocks.{layer}.attn.hook_z" for layer in blocks]
         names += [f"blocks.{layer}.ln1_post.hook_in" for layer in post_norms]
-    embeddings = [name for name in ("embed.hook_out", "pos_embed.hook_out") if _has_module(model, name)]
+    embeddings = [name for name in ("embed.hook_out", "pos_embed.hook_out") if name in model.hook_dict]
     seen, logits = record(model, tokens, [*names, *embeddings])
     at = {name: value[0, place].float() for name, value in seen.items()}
     start = at["blocks.0.hook_resid_pre"]
     parts = {"embed": start}
-    if len(embeddings) == 2 and torch.allclose(sum(at[name] for name in embeddings), start, atol=1e-5):  # type: ignore[arg-type]
+    both = [at[name] for name in embeddings if at[name].shape == start.shape]
+    if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=1e-5):
         parts = {name.partition(".")[0]: at[name] for name in embeddings}
     for layer in blocks:
         attention = at[f"blocks.{layer}.hook_attn_out"]
@@ -285,7 +288,7 @@ def _heads(
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """What every head of a block adds to the residual stream, and the bias of its output."""
     site = next(site for site in weight_sites(model) if site.name == f"blocks.{layer}.attn.W_O")
-    W_O = site.from_stored(site.leaf.weight).float()  # through the mask, if there is one
+    W_O = site.from_stored(site.leaf.weight).float()  # type: ignore[arg-type] # through the mask, if there is one
     heads = torch.einsum("hd,hdm->hm", z.reshape(W_O.shape[:2]), W_O)
     parts = {f"L{layer}H{head}": out for head, out in enumerate(heads)}
     if (bias := getattr(site.leaf, "bias", None)) is not None:
@@ -316,10 +319,6 @@ def _through_norm(
     if weight is None:
         return part / scale
     return part * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)) / scale
-
-
-def _has_module(model: Any, hook: str) -> bool:
-    return hook in model.hook_dict
 
 
 def _position(position: int, length: int) -> int:

@@ -148,9 +148,7 @@ def concentration(
     )
 
 
-def whole_neurons(
-    subnetwork: Subnetwork, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0
-) -> Effects:
+def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0) -> Effects:
     """The MLP neurons that are kept whole, or nearly: the densest ones, densest first.
 
     Args:
@@ -183,7 +181,9 @@ def whole_neurons(
     listed = sorted(listed, key=lambda item: -item[1][0])[:most]
     matrices = list(_widths(subnetwork, next(iter(counts))))
     values = np.array([numbers for _, numbers in listed]).T.reshape(1 + len(matrices), len(listed))
-    in_each = (Quantity(f"density_{one}", "share", f"Of its weights in {one}, those that are kept.") for one in matrices)
+    in_each = (
+        Quantity(f"density_{one}", "share", f"Of its weights in {one}, those that are kept.") for one in matrices
+    )
     return Effects(
         title=f"Neurons with at least {threshold:g} of their weights",
         quantities=(Quantity("density", "share", "Of the neuron's weights, those that are kept."), *in_each),

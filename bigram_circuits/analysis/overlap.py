@@ -33,7 +33,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from scipy.signal import convolve
-from scipy.special import logsumexp
 
 from bigram_circuits.analysis.results import Effects, Maps, Quantity
 from bigram_circuits.subnetwork import Subnetwork
@@ -138,7 +137,10 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
     adjusted = dict.fromkeys(strata, 0.0) | dict(zip(open_ones, holm([logs[name] for name in open_ones]), strict=True))
     everything = list(matrices.values())
     log_p = log_p_value(everything, alternative)
-    rows = [_row(everything, log_p, log_p), *(_row(cells, logs[name], adjusted[name]) for name, cells in strata.items())]
+    rows = [
+        _row(everything, log_p, log_p),
+        *(_row(cells, logs[name], adjusted[name]) for name, cells in strata.items()),
+    ]
     values = np.array(rows).T
     null = "as many weights in every weight matrix"
     if by == "head":
@@ -335,18 +337,23 @@ def _log_upper_tail(cells: Sequence[Cell]) -> float:
     x = start + np.arange(len(probabilities))
     upper = x >= observed
     with np.errstate(divide="ignore"):
-        log_sum = float(logsumexp(np.log(probabilities[upper]) - tilt * (x[upper] - observed)))
+        log_sum = _log_sum_exp(np.log(probabilities[upper]) - tilt * (x[upper] - observed))
     return min(0.0, cumulant - tilt * observed + log_sum)
 
 
 def _log_weight(cell: Cell, x: int) -> float:
-    """log P(X = x), hypergeometric."""
+    """Log of P(X = x), hypergeometric."""
     first, second = _log_choose(cell.a, x), _log_choose(cell.total - cell.a, cell.b - x)
     return first + second - _log_choose(cell.total, cell.b)
 
 
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_sum_exp(logs: Float[np.ndarray, " x"]) -> float:
+    peak = float(logs.max())
+    return peak + math.log(float(np.exp(logs - peak).sum()))
 
 
 def _tilted(cell: Cell, tilt: float) -> tuple[int, Float[np.ndarray, " x"], float]:
@@ -360,7 +367,7 @@ def _tilted(cell: Cell, tilt: float) -> tuple[int, Float[np.ndarray, " x"], floa
     up = (cell.a - before) * (cell.b - before) / ((before + 1) * (cell.total - cell.a - cell.b + before + 1))
     logs = np.concatenate([[0.0], np.cumsum(np.log(up) + tilt)])
     logs -= logs[mode - x[0]]
-    normaliser = float(logsumexp(logs))
+    normaliser = _log_sum_exp(logs)
     if tilt == 0:
         return int(x[0]), np.exp(logs - normaliser), 0.0
     at_mode = _log_weight(cell, mode) + tilt * mode

@@ -183,7 +183,7 @@ def _each(
 ) -> Iterator[tuple[str, Any]]:
     """(name, model) of every checkpoint, each freed before the next is loaded."""
     first: dict[str, tuple[int, ...]] = {}
-    with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", leave=False) as bar:
+    with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
             bar.set_postfix_str(name)
             source, revision = (str(checkpoint), None) if model is None else (model, str(checkpoint))
@@ -192,7 +192,8 @@ def _each(
             first = first or shapes
             if shapes != first:
                 raise ValueError(
-                    f"checkpoint {name!r} has weight matrices of other shapes than {names[0]!r}: {_differ(first, shapes)}"
+                    f"checkpoint {name!r} has weight matrices of other shapes than {names[0]!r}: "
+                    f"{_differ(first, shapes)}"
                 )
             yield name, loaded
             del loaded
@@ -217,7 +218,8 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _target_of(target: Any, model: Any) -> Any:
-    return target if hasattr(target, "cross_entropy") else target(model)
+    is_one = hasattr(target, "cross_entropy") and not isinstance(target, type)  # a class makes one of a model
+    return target if is_one else target(model)
 
 
 def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
@@ -241,7 +243,9 @@ def _by_condition(measured: Any, name: str) -> dict[str, dict[str, Any]]:
     if all(nested):
         return {condition: dict(numbers) for condition, numbers in measured.items()}
     if any(nested):
-        raise ValueError(f"a measure must give numbers by name, or by condition and name, not both (checkpoint {name!r})")
+        raise ValueError(
+            f"a measure must give numbers by name, or by condition and name, not both (checkpoint {name!r})"
+        )
     return {"full": dict(measured)}
 
 
