@@ -17,8 +17,17 @@ LAYERS = [
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions", "analysis.tasks"},
-    {"analysis.lens", "analysis.geometry", "analysis.ablation", "analysis.sufficiency"},
+    {
+        "analysis.lens",
+        "analysis.geometry",
+        "analysis.ablation",
+        "analysis.sufficiency",
+        "analysis.overlap",
+        "analysis.location",
+        "analysis.attribution",
+    },
     {"training"},
+    {"analysis.trajectories"},
     {"paths"},
     {"cli", "reference.train"},
 ]

@@ -1,0 +1,331 @@
+"""Which components write a prediction, and where heads look: the full and the masked model side by side.
+
+Direct logit attribution (Elhage et al. 2021, Wang et al. 2022, arXiv 2211.00593): the residual stream is the sum of
+the embedding and of what every attention and MLP adds to it, and the final norm is linear once its scale is frozen at
+the value it takes on this prompt. So a logit is a sum of contributions, one for each component c,
+
+    norm'(c) . W_U[:, answer],   norm'(c) = (c - mean(c)) w / scale  (LayerNorm),   c w / scale  (RMSNorm),
+
+and a constant, `bias` (the norm's bias through W_U, and b_U). It is computed on the raw weights that masks belong to,
+not on folded ones, and the sum is checked against the logit: a model that does not decompose so is refused. Logits are
+those of the unembedding, before any soft cap or scale the model puts on them. Contributions to a single logit depend on
+a constant that softmax does not see; differences of two logits do not.
+
+By head, an attention's output is cut into every head's z times its slice of W_O as the forward pass sees it (masked),
+and the output's bias, `0_attn_bias`. Where a norm follows the attention (Gemma 2, OLMo 2), its scale is frozen too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.results import Maps, Quantity
+from bigram_circuits.models import readout
+from bigram_circuits.sites import weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+
+_TOLERANCE = 1e-3  # of the largest term in the sum, in float32
+
+Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
+"""Text, or the token ids of one sequence."""
+
+
+def logit_attribution(
+    model: Any,
+    prompt: Prompt,
+    subnetwork: Subnetwork | None = None,
+    *,
+    answer: str | int | None = None,
+    wrong: str | int | None = None,
+    by: str = "component",
+    position: int = -1,
+    seed: int = 0,
+) -> Maps:
+    """What every component adds to the logit of an answer, on the full model and on the masked ones.
+
+    Args:
+        model: From `load_model`, on its raw weights (not in compatibility mode).
+        prompt: One text, or token ids [pos] or [1, pos]. Text becomes tokens as `model.to_tokens` makes them.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        answer: The token whose logit is taken apart, as text or id; the full model's own prediction if not given.
+        wrong: A token to compare with: adds columns for its logit and for the difference.
+        by: `component` (every attention and MLP), or `head` (every attention head instead of every attention).
+        position: The position that predicts, negative from the end.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        Rows are components by TransformerLens' names (`embed`, `0_attn_out`, `0_mlp_out`, `L0H1`), then `bias`;
+        columns are tokens. `notes` has the logits themselves, which the columns add up to.
+
+    Raises:
+        ValueError: If a token or position does not exist, the model is in compatibility mode, or its logit is not the
+            sum of its components' contributions.
+    """
+    if by not in ("component", "head"):
+        raise ValueError(f"by must be one of component, head, not {by!r}")
+    if getattr(model, "compatibility_mode", False):
+        raise ValueError("masks belong to raw weights: load the model again, without compatibility mode")
+    tokens = prompt_tokens(model, prompt)
+    place = _position(position, tokens.shape[1])
+    with torch.inference_mode():
+        best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
+    named = {_word(model, best): best}
+    if wrong is not None:
+        other = token_id(model, wrong)
+        if other == best:
+            raise ValueError(f"answer and wrong are the same token, {_word(model, best)!r}")
+        named[_word(model, other)] = other
+    terms: dict[str, dict[str, Tensor]] = {}
+    logits: dict[str, list[float]] = {}
+    for name, condition in conditions(subnetwork, seed=seed).items():
+        with torch.inference_mode(), reduced_to(model, condition):
+            terms[name], logits[name] = _contributions(model, tokens, place, list(named.values()), by)
+    rows = list(terms["full"])
+    values = np.array([[condition[row].tolist() for row in rows] for condition in terms.values()])
+    columns = list(named)
+    if wrong is not None:
+        values = np.concatenate([values, values[:, :, :1] - values[:, :, 1:]], axis=2)
+        columns.append(f"{columns[0]} less {columns[1]}")
+    words = [_word(model, token) for token in tokens[0].tolist()]
+    return Maps(
+        title=f"Direct logit attribution after {words[place]!r}",
+        quantities=(Quantity("contribution", "logits", "What a component adds to the logit of the token."),),
+        row_axis="component",
+        rows=tuple(rows),
+        column_axis="token",
+        columns=tuple(columns),
+        conditions=tuple(terms),
+        values=values[None],
+        notes={
+            "prompt": words,
+            "position": place,
+            "logits": {name: dict(zip(named, of, strict=True)) for name, of in logits.items()},
+            "seed": seed,
+        },
+    )
+
+
+def attention_patterns(
+    model: Any,
+    prompt: Prompt,
+    subnetwork: Subnetwork | None = None,
+    *,
+    heads: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> Maps:
+    """Where attention heads look on a prompt: attention from every position (rows) to every one before it (columns).
+
+    Args:
+        model: From `load_model`.
+        prompt: One text, or token ids [pos] or [1, pos].
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        heads: (layer, head) pairs; all heads of the model if not given.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        A panel for every condition and head, `full L0H1`, heads next to their own under other conditions.
+
+    Raises:
+        ValueError: If there is no such head, or the model does not show its attention patterns.
+    """
+    tokens = prompt_tokens(model, prompt)
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    chosen = [(layer, head) for layer in range(n_layers) for head in range(n_heads)] if heads is None else list(heads)
+    for layer, head in chosen:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(
+                f"there is no head {layer}.{head}: layers are 0 to {n_layers - 1}, heads 0 to {n_heads - 1}"
+            )
+    if not chosen:
+        raise ValueError("attention patterns need at least one head")
+    layers = sorted({layer for layer, _ in chosen})
+    patterns: dict[str, dict[int, Tensor]] = {}
+    for name, condition in conditions(subnetwork, seed=seed).items():
+        with torch.inference_mode(), reduced_to(model, condition):
+            seen, _ = record(model, tokens, [f"blocks.{layer}.attn.hook_pattern" for layer in layers])
+        patterns[name] = {layer: seen[f"blocks.{layer}.attn.hook_pattern"][0].float().cpu() for layer in layers}
+        for layer, pattern in patterns[name].items():
+            if pattern.shape != (n_heads, tokens.shape[1], tokens.shape[1]):
+                raise ValueError(f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence")
+    panels = {
+        f"{name} L{layer}H{head}": of[layer][head].numpy() for layer, head in chosen for name, of in patterns.items()
+    }
+    names = tuple(f"{i} {_word(model, token)}" for i, token in enumerate(tokens[0].tolist()))
+    return Maps(
+        title="Attention patterns",
+        quantities=(Quantity("attention", "share", "Share of a position's attention that goes to a position."),),
+        row_axis="from",
+        rows=names,
+        column_axis="to",
+        columns=names,
+        conditions=tuple(panels),
+        values=np.stack(list(panels.values()))[None].astype(float),
+        notes={"heads": [list(pair) for pair in chosen], "seed": seed},
+    )
+
+
+def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
+    """The token ids of one prompt, on the model's device.
+
+    Raises:
+        ValueError: If it is empty, more than one sequence, or has ids outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        tokens = model.to_tokens(prompt)
+    else:
+        tokens = torch.as_tensor(prompt).long()
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+        raise ValueError(f"a prompt is one sequence of tokens, [pos] or [1, pos], not {list(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
+        raise ValueError(f"token ids must be from 0 to {model.cfg.d_vocab - 1}")
+    return tokens.to(model.cfg.device)
+
+
+def token_id(model: Any, token: str | int) -> int:
+    """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
+    if isinstance(token, str):
+        ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
+        return ids[0]
+    if not 0 <= token < model.cfg.d_vocab:
+        raise ValueError(f"there is no token {token}: ids are 0 to {model.cfg.d_vocab - 1}")
+    return token
+
+
+def record(
+    model: Any, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
+) -> tuple[dict[str, Tensor], Float[Tensor, "batch pos d_vocab"]]:
+    """Activations by hook name, and the logits, from one forward pass.
+
+    Raises:
+        ValueError: If the model has no such activation, or the forward pass does not show it.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        return lambda value, hook: seen.__setitem__(name, value.detach())
+
+    try:
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, recorder(name)) for name in names])
+    except KeyError as error:
+        raise ValueError(f"this model has no activation of that name: {error.args[0]}") from error
+    for name in names:
+        if name not in seen:
+            raise ValueError(f"this model does not show the activation {name}")
+    return seen, logits
+
+
+def _contributions(
+    model: Any, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
+) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
+    """What every component adds to the logits of some tokens at one position, and these logits."""
+    parts, final, logits = _components(model, tokens, place, by)
+    if getattr(model, "ln_final", None) is None or model.W_U.shape[0] != len(final):
+        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
+    directions = model.W_U[:, ids].float()
+    terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
+    norm_bias = getattr(model.ln_final.original_component, "bias", None)
+    constant = torch.zeros(len(ids), device=directions.device)
+    constant = constant if norm_bias is None else norm_bias.float() @ directions
+    terms["bias"] = constant + model.b_U[ids].float()
+    raw = model.unembed(model.ln_final(final[None, None].to(model.W_U.dtype)))[0, 0].float()
+    total = torch.stack(list(terms.values())).sum(0)
+    scale = float(torch.stack(list(terms.values())).abs().max())
+    tolerance = _TOLERANCE if model.W_U.dtype == torch.float32 else 64 * torch.finfo(model.W_U.dtype).eps
+    error = float((total - raw[ids]).abs().max())
+    shown = readout(model, final[None].to(model.W_U.dtype))[0].float()
+    error = max(error, float((shown - logits).abs().max()))
+    if not error <= tolerance * max(scale, 1.0):
+        raise ValueError(
+            f"the logits of this model are not the sum of its components' contributions: they differ by {error:.3g}"
+        )
+    return terms, raw[ids].tolist()
+
+
+def _components(
+    model: Any, tokens: Integer[Tensor, "1 pos"], place: int, by: str
+) -> tuple[dict[str, Float[Tensor, " d_model"]], Float[Tensor, " d_model"], Float[Tensor, " d_vocab"]]:
+    """What is added to the residual stream at one position, the stream at its end, and the model's logits there."""
+    blocks = range(model.cfg.n_layers)
+    names = ["blocks.0.hook_resid_pre", f"blocks.{blocks[-1]}.hook_resid_post"]
+    names += [f"blocks.{layer}.hook_{kind}_out" for layer in blocks for kind in ("attn", "mlp")]
+    post_norms = [layer for layer in blocks if hasattr(model.blocks[layer], "ln1_post")]
+    if by == "head":
+        names += [f"blocks.{layer}.attn.hook_z" for layer in blocks]
+        names += [f"blocks.{layer}.ln1_post.hook_in" for layer in post_norms]
+    embeddings = [name for name in ("embed.hook_out", "pos_embed.hook_out") if name in model.hook_dict]
+    seen, logits = record(model, tokens, [*names, *embeddings])
+    at = {name: value[0, place].float() for name, value in seen.items()}
+    start = at["blocks.0.hook_resid_pre"]
+    parts = {"embed": start}
+    both = [at[name] for name in embeddings if at[name].shape == start.shape]
+    if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=1e-5):
+        parts = {name.partition(".")[0]: at[name] for name in embeddings}
+    for layer in blocks:
+        attention = at[f"blocks.{layer}.hook_attn_out"]
+        if by == "head":
+            before_norm = at.get(f"blocks.{layer}.ln1_post.hook_in")
+            parts |= _heads(model, layer, at[f"blocks.{layer}.attn.hook_z"], before_norm)
+        else:
+            parts[f"{layer}_attn_out"] = attention
+        parts[f"{layer}_mlp_out"] = at[f"blocks.{layer}.hook_mlp_out"]
+    return parts, at[f"blocks.{blocks[-1]}.hook_resid_post"], logits[0, place].float()
+
+
+def _heads(
+    model: Any, layer: int, z: Float[Tensor, "..."], before_norm: Float[Tensor, " d_model"] | None
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """What every head of a block adds to the residual stream, and the bias of its output."""
+    site = next(site for site in weight_sites(model) if site.name == f"blocks.{layer}.attn.W_O")
+    W_O = site.from_stored(site.leaf.weight).float()  # type: ignore[arg-type] # through the mask, if there is one
+    heads = torch.einsum("hd,hdm->hm", z.reshape(W_O.shape[:2]), W_O)
+    parts = {f"L{layer}H{head}": out for head, out in enumerate(heads)}
+    if (bias := getattr(site.leaf, "bias", None)) is not None:
+        parts[f"{layer}_attn_bias"] = bias.float()  # type: ignore[operator]
+    if before_norm is None:
+        return parts
+    norm = model.blocks[layer].ln1_post
+    parts = {name: _through_norm(model, norm, part, before_norm) for name, part in parts.items()}
+    if (norm_bias := getattr(norm.original_component, "bias", None)) is not None:
+        name = f"{layer}_attn_bias"
+        parts[name] = parts.get(name, torch.zeros_like(before_norm)) + norm_bias.float()
+    return parts
+
+
+def _through_norm(
+    model: Any, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """A part of the residual stream through a norm whose scale is frozen at its value for the whole; no bias."""
+    kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())
+    if kind not in ("LN", "RMS"):
+        raise ValueError(f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}")
+    inner = norm.original_component
+    if kind == "LN":
+        part, whole = part - part.mean(), whole - whole.mean()
+    eps = next((getattr(inner, name) for name in ("eps", "variance_epsilon") if hasattr(inner, name)), model.cfg.eps)
+    scale = (whole.pow(2).mean() + eps).sqrt()
+    weight = getattr(inner, "weight", None)
+    if weight is None:
+        return part / scale
+    return part * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)) / scale
+
+
+def _position(position: int, length: int) -> int:
+    if not -length <= position < length:
+        raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
+    return position % length
+
+
+def _word(model: Any, token: int) -> str:
+    return model.tokenizer.decode([token])

@@ -1,0 +1,347 @@
+"""Where in a model a subnetwork sits: by layer, matrix, head and MLP neuron, and what its neurons respond to.
+
+Two numbers describe a place: its `density` (the share of its weights that is kept) and its `share_of_kept` (the share
+of all kept weights that is there). Places of other sizes differ in one and not in the other.
+
+A matched random subnetwork has as many weights in every matrix, so layers and matrices look alike in it; heads and
+neurons do not, and there it stands beside the subnetwork. How unevenly the kept MLP weights are spread over neurons is
+a Lorenz curve (Lorenz 1905): the share of them in the densest k of all neurons; its Gini coefficient is twice the area
+between the curve and the diagonal, 0 if all neurons keep alike and near 1 if one keeps all. Even a random subnetwork
+is uneven when it is small, which is why only the difference to it means anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.analysis.attribution import record
+from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.corpus import in_order, token_array
+from bigram_circuits.models import batch_size_for
+from bigram_circuits.sites import weight_sites
+from bigram_circuits.subnetwork import Count, Subnetwork
+
+_DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
+_SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")
+_MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+_MLP_MATRICES = _MATRICES[4:]
+
+
+def by_layer(subnetwork: Subnetwork) -> Maps:
+    """Density and share of the kept weights, by layer and component (attention, MLP)."""
+    counts = subnetwork.by_component()
+    return _counts_map(subnetwork, counts, "component", ("attn", "mlp"), "Kept weights by layer and component")
+
+
+def by_matrix(subnetwork: Subnetwork) -> Maps:
+    """Density and share of the kept weights, by layer and weight matrix."""
+    counts = {}
+    for name, count in subnetwork.by_weight().items():
+        _, layer, _, matrix = name.split(".")
+        counts[int(layer), matrix] = count
+    there = {matrix for _, matrix in counts}
+    matrices = tuple(matrix for matrix in _MATRICES if matrix in there)
+    return _counts_map(subnetwork, counts, "matrix", matrices, "Kept weights by layer and matrix")
+
+
+def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
+    """Density and share of the kept weights, by layer and attention head, beside a matched random subnetwork.
+
+    With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts.
+
+    Raises:
+        ValueError: If the subnetwork has no attention.
+    """
+    both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
+    maps = []
+    for one in both.values():
+        counts = one.by_head()
+        if not counts:
+            raise ValueError("this subnetwork has no attention heads")
+        heads = range(1 + max(head for _, head in counts))
+        named = {(layer, str(head)): count for (layer, head), count in counts.items()}
+        maps.append(_counts_map(one, named, "head", tuple(map(str, heads)), "Kept weights by layer and head"))
+    values = np.concatenate([one.values for one in maps], axis=1)
+    first = maps[0]
+    return Maps(
+        first.title, first.quantities, first.row_axis, first.rows, first.column_axis, first.columns,
+        tuple(both), values, notes={"seed": seed},
+    )  # fmt: skip
+
+
+def by_neuron(subnetwork: Subnetwork) -> Maps:
+    """Density and share of the kept MLP weights, by layer and neuron: its columns of W_in and W_gate, row of W_out."""
+    counts = neuron_counts(subnetwork)
+    kept = sum(int(of.sum()) for of in counts.values())
+    wide = max(len(of[0]) for of in counts.values())
+    values = np.full((2, 1, len(counts), wide), np.nan)
+    for row, (layer, of) in enumerate(counts.items()):
+        values[0, 0, row, : of.shape[1]] = of.sum(0) / _neuron_size(subnetwork, layer)
+        values[1, 0, row, : of.shape[1]] = of.sum(0) / kept if kept else np.nan
+    share = Quantity("share_of_kept", "share", "Of all kept MLP weights, those of this neuron.")
+    return Maps(
+        title="Kept MLP weights by neuron",
+        quantities=(_DENSITY, share),
+        row_axis="layer",
+        rows=tuple(map(str, counts)),
+        column_axis="neuron",
+        columns=tuple(map(str, range(wide))),
+        conditions=("subnetwork",),
+        values=values,
+    )
+
+
+def concentration(
+    subnetwork: Subnetwork, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
+) -> Curves:
+    """How few neurons hold the kept MLP weights: a Lorenz curve, beside a matched random subnetwork's.
+
+    Args:
+        subnetwork: Of any model.
+        layers: The layers whose neurons count; all if not given.
+        points: Points of the curve, from 0 to 1 of the neurons.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        The share of the kept MLP weights in the k neurons that keep most, along k / number of neurons; Gini
+        coefficients are in `notes["gini"]`.
+
+    Raises:
+        ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
+    """
+    if points < 2:
+        raise ValueError(f"a curve needs at least 2 points, not {points}")
+    x = np.linspace(0, 1, points)
+    both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
+    values, gini = np.empty((1, 2, points)), {}
+    for row, (name, one) in enumerate(both.items()):
+        counts = neuron_counts(one)
+        chosen = list(counts) if layers is None else list(layers)
+        if missing := [layer for layer in chosen if layer not in counts]:
+            raise ValueError(f"there is no layer {missing[0]}: layers are 0 to {max(counts)}")
+        kept = np.sort(np.concatenate([counts[layer].sum(0) for layer in chosen]))[::-1]
+        if kept.sum() == 0:
+            raise ValueError(f"the subnetwork ({subnetwork.lineage}) keeps no MLP weight there")
+        curve = np.concatenate([[0.0], np.cumsum(kept) / kept.sum()])
+        at = np.linspace(0, 1, len(curve))
+        values[0, row] = np.interp(x, at, curve)
+        gini[name] = 2 * float(np.trapezoid(curve, at)) - 1
+    return Curves(
+        title="Kept MLP weights in the densest neurons",
+        quantities=(Quantity("share_of_kept", "share", "Of the kept MLP weights, those in the densest neurons."),),
+        axis="share_of_neurons",
+        points=tuple(x.tolist()),
+        conditions=tuple(both),
+        values=values,
+        low=np.full(values.shape, np.nan),
+        high=np.full(values.shape, np.nan),
+        notes={"gini": gini, "layers": chosen, "seed": seed},
+    )
+
+
+def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0) -> Effects:
+    """The MLP neurons that are kept whole, or nearly: the densest ones, densest first.
+
+    Args:
+        subnetwork: Of any model.
+        threshold: The smallest density to be listed.
+        most: List at most so many. `notes` says how many reach the threshold in all, and in a matched random
+            subnetwork.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        Neurons named `L0N12`, with their density in all and in each matrix.
+
+    Raises:
+        ValueError: If the threshold is not a share, or `most` is below 1.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a share from 0 to 1, not {threshold}")
+    if most < 1:
+        raise ValueError(f"most must be at least 1, not {most}")
+    counts, random = neuron_counts(subnetwork), neuron_counts(subnetwork.random_like(seed=seed))
+    reach = {
+        name: sum(int((c.sum(0) >= threshold * _neuron_size(subnetwork, layer)).sum()) for layer, c in of.items())
+        for name, of in (("subnetwork", counts), ("random", random))
+    }
+    listed = []
+    for layer, of in counts.items():
+        widths = np.array(list(_widths(subnetwork, layer).values()))
+        densities = np.concatenate([of.sum(0, keepdims=True) / widths.sum(), of / widths[:, None]])
+        listed += [(f"L{layer}N{i}", densities[:, i]) for i in np.flatnonzero(densities[0] >= threshold)]
+    listed = sorted(listed, key=lambda item: -item[1][0])[:most]
+    matrices = list(_widths(subnetwork, next(iter(counts))))
+    values = np.array([numbers for _, numbers in listed]).T.reshape(1 + len(matrices), len(listed))
+    in_each = (
+        Quantity(f"density_{one}", "share", f"Of its weights in {one}, those that are kept.") for one in matrices
+    )
+    return Effects(
+        title=f"Neurons with at least {threshold:g} of their weights",
+        quantities=(Quantity("density", "share", "Of the neuron's weights, those that are kept."), *in_each),
+        subject="neuron",
+        names=tuple(name for name, _ in listed),
+        values=values,
+        low=np.full(values.shape, np.nan),
+        high=np.full(values.shape, np.nan),
+        notes={"threshold": threshold, "neurons_that_reach_it": reach, "seed": seed},
+    )
+
+
+def exciting_tokens(
+    model: Any,
+    neurons: Sequence[tuple[int, int]],
+    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    subnetwork: Subnetwork | None = None,
+    *,
+    k: int = 10,
+    min_count: int = 5,
+    seed: int = 0,
+) -> Maps:
+    """Which current tokens excite neurons most: the mean of a neuron's activation, by current token, over a text.
+
+    Args:
+        model: From `load_model`.
+        neurons: (layer, neuron) pairs.
+        tokens: Token ids [sequence, position].
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        k: Tokens to list for each neuron.
+        min_count: Leave out tokens that occur less often in the text.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        Rows are neurons (`L0N12`), columns ranks from 1, cells the token with its mean activation (`hook_post`: what
+        W_out reads), how often it occurs, and how many of the neuron's standard deviations over all positions the
+        mean lies above its mean there. Empty where the text has fewer such tokens.
+
+    Raises:
+        ValueError: If there is no such neuron, no text, or no token occurs often enough.
+    """
+    array = token_array(tokens)
+    d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.name.endswith(".W_out")}
+    for layer, neuron in neurons:
+        if layer not in d_mlp:
+            raise ValueError(f"there is no layer {layer}: layers are 0 to {max(d_mlp)}")
+        if not 0 <= neuron < d_mlp[layer]:
+            raise ValueError(f"there is no neuron {neuron} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
+    if not neurons or k < 1:
+        raise ValueError(f"exciting tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}")
+    counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
+    common = np.flatnonzero(counts >= min_count)
+    if len(common) == 0:
+        raise ValueError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
+    by_name = conditions(subnetwork, seed=seed)
+    values = np.full((3, len(by_name), len(neurons), k), np.nan)
+    words = [[[""] * k for _ in neurons] for _ in by_name]
+    with tqdm(total=len(by_name) * len(array), desc="exciting tokens", unit="sequence", delay=2, leave=False) as bar:
+        for c, (name, condition) in enumerate(by_name.items()):
+            bar.set_postfix_str(name, refresh=False)
+            with torch.inference_mode(), reduced_to(model, condition):
+                sums, squares = _sums_by_token(model, neurons, array, bar.update)
+            mean = sums.sum(1) / array.size
+            sd = np.sqrt(np.maximum(squares / array.size - mean**2, 0))
+            by_token = sums[:, common] / counts[common]
+            for n in range(len(neurons)):
+                best = np.argsort(-by_token[n], kind="stable")[:k]
+                chosen = common[best]
+                values[0, c, n, : len(best)] = by_token[n, best]
+                values[1, c, n, : len(best)] = counts[chosen]
+                if sd[n] > 0:
+                    values[2, c, n, : len(best)] = (by_token[n, best] - mean[n]) / sd[n]
+                words[c][n][: len(best)] = [model.tokenizer.decode([token]) for token in chosen.tolist()]
+    return Maps(
+        title="Tokens that excite neurons most",
+        quantities=(
+            Quantity("mean_activation", "", "Mean activation of the neuron where this is the current token."),
+            Quantity("count", "tokens", "How often the token occurs in the text."),
+            Quantity("deviations", "", "Mean activation less the mean over all positions, in standard deviations."),
+        ),
+        row_axis="neuron",
+        rows=tuple(f"L{layer}N{neuron}" for layer, neuron in neurons),
+        column_axis="rank",
+        columns=tuple(str(rank + 1) for rank in range(k)),
+        conditions=tuple(by_name),
+        values=values,
+        text=tuple(tuple(tuple(row) for row in of) for of in words),
+        notes={"tokens": int(array.size), "min_count": min_count, "seed": seed},
+    )
+
+
+def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matrix neuron"]]:
+    """Weights kept of every MLP neuron, by layer: rows are W_in, W_gate (if there is one) and W_out.
+
+    Raises:
+        ValueError: If the subnetwork has no MLP.
+    """
+    counts: dict[int, list[np.ndarray]] = {}
+    for layer in sorted({int(name.split(".")[1]) for name in subnetwork if name.split(".")[2] == "mlp"}):
+        for matrix in _widths(subnetwork, layer):
+            mask = subnetwork[f"blocks.{layer}.mlp.{matrix}"]
+            counts.setdefault(layer, []).append(mask.sum(1 if matrix == "W_out" else 0).numpy())
+    if not counts:
+        raise ValueError("this subnetwork has no MLP weights")
+    return {layer: np.stack(rows) for layer, rows in counts.items()}
+
+
+def _widths(subnetwork: Subnetwork, layer: int) -> dict[str, int]:
+    """Weights of one neuron in each matrix of a layer's MLP."""
+    shapes = subnetwork.shapes
+    names = {matrix: f"blocks.{layer}.mlp.{matrix}" for matrix in _MLP_MATRICES}
+    return {m: shapes[name][1 if m == "W_out" else 0] for m, name in names.items() if name in shapes}
+
+
+def _neuron_size(subnetwork: Subnetwork, layer: int) -> int:
+    return sum(_widths(subnetwork, layer).values())
+
+
+def _counts_map(
+    subnetwork: Subnetwork, counts: dict[tuple[int, str], Count], axis: str, columns: tuple[str, ...], title: str
+) -> Maps:
+    layers = sorted({layer for layer, _ in counts})
+    values = np.full((2, 1, len(layers), len(columns)), np.nan)
+    for (layer, column), count in counts.items():
+        at = (0, layers.index(layer), columns.index(column))
+        values[(0, *at)] = count.fraction
+        values[(1, *at)] = count.kept / subnetwork.kept if subnetwork.kept else math.nan
+    return Maps(
+        title=title,
+        quantities=(_DENSITY, _SHARE),
+        row_axis="layer",
+        rows=tuple(map(str, layers)),
+        column_axis=axis,
+        columns=columns,
+        conditions=("subnetwork",),
+        values=values,
+        notes={"kept": subnetwork.kept, "total": subnetwork.total},
+    )
+
+
+def _sums_by_token(
+    model: Any,
+    neurons: Sequence[tuple[int, int]],
+    tokens: Integer[np.ndarray, "sequence position"],
+    advance: Callable[[int], Any],
+) -> tuple[Float[np.ndarray, "neuron d_vocab"], Float[np.ndarray, " neuron"]]:
+    """Activations added up by current token, and their squares over all positions."""
+    layers = sorted({layer for layer, _ in neurons})
+    device = model.cfg.device
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    sums = torch.zeros(len(neurons), model.cfg.d_vocab, dtype=dtype, device=device)
+    squares = torch.zeros(len(neurons), dtype=dtype, device=device)
+    for cpu_batch in in_order(tokens, batch_size_for(model, tokens.shape[1])):
+        batch = cpu_batch.to(device)
+        seen, _ = record(model, batch, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
+        activations = torch.stack([seen[f"blocks.{layer}.mlp.hook_post"][..., n].flatten() for layer, n in neurons])
+        activations = activations.to(dtype)
+        sums.index_add_(1, batch.flatten(), activations)
+        squares += activations.pow(2).sum(1)
+        advance(len(batch))
+    return sums.cpu().double().numpy(), squares.cpu().double().numpy()

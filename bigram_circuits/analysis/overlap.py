@@ -1,0 +1,396 @@
+"""How far two subnetworks overlap, and how far two random ones of their sizes would.
+
+The null hypothesis: `b` is fixed, and `a` is drawn uniformly among all sets with as many weights in every weight
+matrix. The overlap in matrix i, of N_i weights of which `a` keeps a_i and `b` keeps b_i, is then hypergeometric,
+
+    P(X_i = x) = C(a_i, x) C(N_i - a_i, b_i - x) / C(N_i, b_i),   mean a_i b_i / N_i,
+    variance a_i b_i (N_i - a_i) (N_i - b_i) / (N_i^2 (N_i - 1)),
+
+independent between matrices, so means and variances add. That two subnetworks like the same matrices is no evidence
+under this null: it is given. By head, the null gives more: `a` is uniform among sets with as many weights in every
+head's slice of every attention matrix.
+
+Tail probabilities of the sum are exact up to rounding, however small. Every X_i is tilted exponentially, by the
+factor exp(t x), so that the mean of the sum comes to lie near the observed overlap. The tilted probabilities (Fisher's
+noncentral hypergeometric) are summed by convolution and tilted back:
+
+    P(X >= x0) = exp(K(t) - t x0) sum_{x >= x0} q(x) exp(-t (x - x0)),   K(t) = sum_i log E exp(t X_i).
+
+Each X_i enters with the values within 12 tilted standard deviations (and 40) of its mode; what lies beyond has less
+than 1e-20 of its mass. The tilt is that of the saddlepoint approximation (Daniels 1954), but nothing is approximated.
+
+Effect sizes: log2 of observed over expected, and Cole's coefficient of association (Cole 1949), here `excess`: 0 for
+the overlap that is expected, 1 for the largest and -1 for the smallest that the counts allow.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.signal import convolve
+
+from bigram_circuits.analysis.results import Effects, Maps, Quantity
+from bigram_circuits.subnetwork import Subnetwork
+
+_DEVIATIONS = 12  # half the width of a window, in standard deviations,
+_MARGIN = 40  # and this much more: the tail of a small count is longer than a normal one's
+_LARGEST_TILT = 200.0
+_HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
+_STRATA = ("matrix", "component", "head")
+_ALTERNATIVES = ("greater", "less", "two-sided")
+
+_QUANTITIES = (
+    Quantity("jaccard", "share", "Weights kept by both, of those kept by either."),
+    Quantity("intersection", "weights", "Weights kept by both."),
+    Quantity("kept_a", "weights", "Weights kept by the first."),
+    Quantity("kept_b", "weights", "Weights kept by the second."),
+    Quantity("share_of_a_in_b", "share", "Of the weights kept by the first, those the second keeps."),
+    Quantity("share_of_b_in_a", "share", "Of the weights kept by the second, those the first keeps."),
+    Quantity("expected", "weights", "Mean intersection under the null."),
+    Quantity("sd", "weights", "Standard deviation of the intersection under the null."),
+    Quantity("z", "", "Intersection less expected, in standard deviations."),
+    Quantity("log2_ratio", "bits", "log2 of intersection over expected; undefined where one of them is 0."),
+    Quantity("excess", "", "Cole's coefficient: 0 as expected, 1 the largest possible, -1 the smallest possible."),
+    Quantity("p", "", "Exact p-value under the null; where it is too small for a float, the smallest one."),
+    Quantity("log10_p", "", "log10 of the p-value, also where p is too small for a float."),
+    Quantity("p_adjusted", "", "p after Holm's correction for the number of strata; of `all`, p itself."),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A set of weights within which the null hypothesis draws uniformly, and what is kept of it."""
+
+    total: int
+    """Weights."""
+    a: int
+    """Kept by the first subnetwork."""
+    b: int
+    """Kept by the second."""
+    both: int
+    """Kept by both."""
+
+    @property
+    def least(self) -> int:
+        """The smallest overlap that the counts allow."""
+        return max(0, self.a + self.b - self.total)
+
+    @property
+    def most(self) -> int:
+        """The largest."""
+        return min(self.a, self.b)
+
+    @property
+    def mean(self) -> float:
+        """Expected overlap."""
+        return self.a * self.b / self.total
+
+    @property
+    def variance(self) -> float:
+        """Variance of the overlap."""
+        if self.total < 2:
+            return 0.0
+        return self.mean * (self.total - self.a) / self.total * (self.total - self.b) / (self.total - 1)
+
+    def mirrored(self) -> Cell:
+        """The same cell, counting what only the second keeps: its upper tail is this one's lower tail."""
+        return Cell(self.total, self.total - self.a, self.b, self.b - self.both)
+
+
+def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: str = "greater") -> Effects:
+    """Compare two subnetworks: how many weights both keep, against the exact null of independent draws.
+
+    Args:
+        a: The first subnetwork.
+        b: The second, of the same shapes.
+        by: Strata beside `all`: every weight `matrix`, every `component` (a block's attention or MLP), or every
+            attention `head`. `all` and the first two are tested given the counts in every matrix; heads given the
+            counts in the head's slice of every matrix. With grouped queries W_K and W_V belong to no single query
+            head and get strata of their own, `L0KV1`.
+        alternative: What counts as surprising: an overlap that is `greater` or `less` than chance, or `two-sided`
+            (twice the smaller tail).
+
+    Returns:
+        A row for `all` (all maskable weights) and for every stratum; p-values of the strata are adjusted by Holm's
+        method over those strata whose overlap was not settled by the counts alone.
+
+    Raises:
+        ValueError: If the shapes differ, one of them keeps nothing, or an argument is none of its choices.
+    """
+    for name, value, choices in (("by", by, _STRATA), ("alternative", alternative, _ALTERNATIVES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    matrices = _matrix_cells(a, b)
+    if by == "head":
+        strata = _head_cells(a, b)
+    else:
+        strata = {}
+        for name, cell in matrices.items():
+            strata.setdefault(name if by == "matrix" else name.rsplit(".", 1)[0], []).append(cell)
+    logs = {name: log_p_value(cells, alternative) for name, cells in strata.items()}
+    open_ones = [name for name, cells in strata.items() if any(cell.most > cell.least for cell in cells)]
+    adjusted = dict.fromkeys(strata, 0.0) | dict(zip(open_ones, holm([logs[name] for name in open_ones]), strict=True))
+    everything = list(matrices.values())
+    log_p = log_p_value(everything, alternative)
+    rows = [
+        _row(everything, log_p, log_p),
+        *(_row(cells, logs[name], adjusted[name]) for name, cells in strata.items()),
+    ]
+    values = np.array(rows).T
+    null = "as many weights in every weight matrix"
+    if by == "head":
+        null += "; for heads: as many in the head's slice of every weight matrix"
+    return Effects(
+        title=f"Overlap of {a.lineage} with {b.lineage}",
+        quantities=_QUANTITIES,
+        subject="weights" if by == "matrix" else by,
+        names=("all", *strata),
+        values=values,
+        low=np.full(values.shape, np.nan),
+        high=np.full(values.shape, np.nan),
+        notes={
+            "null": f"b fixed, a uniform among sets with {null}",
+            "alternative": alternative,
+            "adjustment": f"Holm, over {len(open_ones)} strata",
+        },
+    )
+
+
+def overlaps(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> Maps:
+    """Compare every pair of subnetworks of one model, for example those found with different seeds.
+
+    Args:
+        subnetworks: By name; or a list, named by lineage if lineages differ, else by number.
+
+    Returns:
+        A matrix for every quantity; `share_in` reads: of the row's weights, those the column keeps. p-values are
+        one-sided (greater) and not adjusted.
+
+    Raises:
+        ValueError: If there are fewer than two, shapes differ, or one keeps nothing.
+    """
+    named = _named(subnetworks)
+    values = np.full((6, 1, len(named), len(named)), np.nan)
+    for i, a in enumerate(named.values()):
+        for j, b in enumerate(named.values()):
+            if j < i:
+                continue
+            cells = list(_matrix_cells(a, b).values())
+            log_p = log_p_value(cells, "greater")
+            row = dict(zip((one.name for one in _QUANTITIES), _row(cells, log_p, log_p), strict=True))
+            symmetric = [row[name] for name in ("jaccard", "log2_ratio", "excess", "z", "log10_p")]
+            values[:, 0, i, j] = [*symmetric, row["share_of_a_in_b"]]
+            values[:, 0, j, i] = [*symmetric, row["share_of_b_in_a"]]
+    known = {one.name: one for one in _QUANTITIES}
+    share = Quantity("share_in", "share", "Of the weights kept by the row's subnetwork, those the column's keeps.")
+    return Maps(
+        title="Overlap between subnetworks",
+        quantities=(*(known[name] for name in ("jaccard", "log2_ratio", "excess", "z", "log10_p")), share),
+        row_axis="subnetwork",
+        rows=tuple(named),
+        column_axis="subnetwork",
+        columns=tuple(named),
+        conditions=("subnetwork",),
+        values=values,
+        notes={"null": "one fixed, the other uniform among sets with as many weights in every weight matrix"},
+    )
+
+
+def jaccard(a: Subnetwork, b: Subnetwork) -> float:
+    """Weights kept by both, of those kept by either; nan if neither keeps any."""
+    both = (a & b).kept
+    either = a.kept + b.kept - both
+    return both / either if either else math.nan
+
+
+def log_p_value(cells: Sequence[Cell], alternative: str = "greater") -> float:
+    """Natural log of the exact p-value of the total overlap of independent cells."""
+    greater = _log_upper_tail(cells)
+    if alternative == "greater":
+        return greater
+    less = _log_upper_tail([cell.mirrored() for cell in cells])
+    return less if alternative == "less" else min(0.0, math.log(2) + min(greater, less))
+
+
+def holm(log_ps: Sequence[float]) -> list[float]:
+    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in."""
+    order = np.argsort(log_ps, kind="stable")
+    adjusted = np.zeros(len(log_ps))
+    highest = -math.inf
+    for rank, place in enumerate(order):
+        highest = max(highest, min(0.0, log_ps[place] + math.log(len(log_ps) - rank)))
+        adjusted[place] = highest
+    return adjusted.tolist()
+
+
+# --- counts ---
+
+
+def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
+    both = a & b
+    for which, one in (("first", a), ("second", b)):
+        if one.kept == 0:
+            raise ValueError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
+    ours, theirs = a.by_weight(), b.by_weight()
+    return {
+        name: Cell(count.total, ours[name].kept, theirs[name].kept, count.kept)
+        for name, count in both.by_weight().items()
+    }
+
+
+def _head_cells(a: Subnetwork, b: Subnetwork) -> dict[str, list[Cell]]:
+    strata: dict[tuple[int, str, int], list[Cell]] = {}
+    for name, shape in a.shapes.items():
+        _, layer, _, matrix = name.split(".")
+        if matrix not in _HEAD_MATRICES:
+            continue
+        n_heads = a.shapes[f"blocks.{layer}.attn.W_Q"][0]
+        kind = "H" if shape[0] == n_heads else "KV"
+        for head, cell in enumerate(_slices(a, b, name)):
+            strata.setdefault((int(layer), kind, head), []).append(cell)
+    if not strata:
+        raise ValueError("this subnetwork has no attention heads")
+    return {f"L{layer}{kind}{head}": strata[layer, kind, head] for layer, kind, head in sorted(strata)}
+
+
+def _slices(a: Subnetwork, b: Subnetwork, name: str) -> Iterator[Cell]:
+    """A cell for every index of the first axis."""
+    ours, theirs = a[name].flatten(1), b[name].flatten(1)
+    counts = (ours.sum(1), theirs.sum(1), (ours & theirs).sum(1))
+    for kept_a, kept_b, both in zip(*(count.tolist() for count in counts), strict=True):
+        yield Cell(ours.shape[1], kept_a, kept_b, both)
+
+
+def _named(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> dict[str, Subnetwork]:
+    if isinstance(subnetworks, Subnetwork):
+        raise ValueError("comparing subnetworks needs at least two, not 1")
+    if isinstance(subnetworks, Mapping):
+        named = dict(subnetworks)
+    else:
+        items = list(subnetworks)
+        lineages = [one.lineage for one in items]
+        distinct = len(set(lineages)) == len(items)
+        named = dict(zip(lineages if distinct else map(str, range(len(items))), items, strict=True))
+    if len(named) < 2:
+        raise ValueError(f"comparing subnetworks needs at least two, not {len(named)}")
+    return named
+
+
+def _row(cells: Sequence[Cell], log_p: float, log_adjusted: float) -> list[float | int]:
+    """The numbers of a stratum, in the order of the quantities."""
+    kept_a, kept_b, both = (sum(getattr(cell, name) for cell in cells) for name in ("a", "b", "both"))
+    mean, sd = sum(cell.mean for cell in cells), math.sqrt(sum(cell.variance for cell in cells))
+    most, least = sum(cell.most for cell in cells), sum(cell.least for cell in cells)
+    room = most - mean if both >= mean else mean - least
+    either = kept_a + kept_b - both
+    return [
+        _ratio(both, either),
+        both,
+        kept_a,
+        kept_b,
+        _ratio(both, kept_a),
+        _ratio(both, kept_b),
+        mean,
+        sd,
+        _ratio(both - mean, sd),
+        math.log2(both / mean) if both and mean else math.nan,
+        _ratio(both - mean, room) if most > least else math.nan,
+        _probability(log_p),
+        log_p / math.log(10),
+        _probability(log_adjusted),
+    ]
+
+
+def _ratio(above: float | int, below: float | int) -> float | int:
+    return above / below if below else math.nan
+
+
+def _probability(log_p: float) -> float:
+    return min(1.0, max(math.exp(log_p), sys.float_info.min))
+
+
+# --- the exact tail ---
+
+
+def _log_upper_tail(cells: Sequence[Cell]) -> float:
+    """Log of P(X >= observed) for X the total overlap of independent cells."""
+    observed = sum(cell.both for cell in cells)
+    settled = sum(cell.least for cell in cells if cell.least == cell.most)
+    cells = [cell for cell in cells if cell.most > cell.least]
+    observed -= settled
+    if observed <= sum(cell.least for cell in cells):
+        return 0.0
+    if observed == sum(cell.most for cell in cells):
+        return sum(_log_weight(cell, cell.most) for cell in cells)
+    tilt = _tilt(cells, observed)
+    start, probabilities, cumulant = 0, np.ones(1), 0.0
+    for cell in cells:
+        first, tilted, log_total = _tilted(cell, tilt)
+        start += first
+        probabilities = np.maximum(convolve(probabilities, tilted), 0.0)  # a fast transform's rounding can be below 0
+        cumulant += log_total
+    x = start + np.arange(len(probabilities))
+    upper = x >= observed
+    with np.errstate(divide="ignore"):
+        log_sum = _log_sum_exp(np.log(probabilities[upper]) - tilt * (x[upper] - observed))
+    return min(0.0, cumulant - tilt * observed + log_sum)
+
+
+def _log_weight(cell: Cell, x: int) -> float:
+    """Log of P(X = x), hypergeometric."""
+    first, second = _log_choose(cell.a, x), _log_choose(cell.total - cell.a, cell.b - x)
+    return first + second - _log_choose(cell.total, cell.b)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_sum_exp(logs: Float[np.ndarray, " x"]) -> float:
+    peak = float(logs.max())
+    return peak + math.log(float(np.exp(logs - peak).sum()))
+
+
+def _tilted(cell: Cell, tilt: float) -> tuple[int, Float[np.ndarray, " x"], float]:
+    """The tilted probabilities of a cell in its window: first value, probabilities, log E exp(tilt X)."""
+    mode = min(max(round(_tilted_mean(cell, tilt)), cell.least), cell.most)
+    terms = (mode, cell.a - mode, cell.b - mode, cell.total - cell.a - cell.b + mode)
+    sd = 1 / math.sqrt(sum(1 / max(term, 0.5) for term in terms))
+    half = math.ceil(_DEVIATIONS * sd) + _MARGIN
+    x = np.arange(max(cell.least, mode - half), min(cell.most, mode + half) + 1)
+    before = x[:-1].astype(float)  # ratios of neighbours: exact where the logarithms of large factorials are not
+    up = (cell.a - before) * (cell.b - before) / ((before + 1) * (cell.total - cell.a - cell.b + before + 1))
+    logs = np.concatenate([[0.0], np.cumsum(np.log(up) + tilt)])
+    logs -= logs[mode - x[0]]
+    normaliser = _log_sum_exp(logs)
+    if tilt == 0:
+        return int(x[0]), np.exp(logs - normaliser), 0.0
+    at_mode = _log_weight(cell, mode) + tilt * mode
+    return int(x[0]), np.exp(logs - normaliser), at_mode + normaliser
+
+
+def _tilted_mean(cell: Cell, tilt: float) -> float:
+    """About the mean of a tilted cell: the root of x (N - a - b + x) = exp(tilt) (a - x) (b - x) (Cornfield 1956)."""
+    inverse = math.exp(-tilt)
+    linear = cell.a + cell.b + (cell.total - cell.a - cell.b) * inverse
+    root = math.sqrt(max(0.0, linear**2 - 4 * (1 - inverse) * cell.a * cell.b))
+    return 2 * cell.a * cell.b / (linear + root)
+
+
+def _tilt(cells: Sequence[Cell], observed: int) -> float:
+    """The tilt, at least 0, at which the mean of the sum is about what was observed."""
+    low, high = 0.0, _LARGEST_TILT
+    if observed <= sum(cell.mean for cell in cells):
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(_tilted_mean(cell, middle) for cell in cells) < observed:
+            low = middle
+        else:
+            high = middle
+    return low

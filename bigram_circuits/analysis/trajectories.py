@@ -1,0 +1,284 @@
+"""The same measures along training: a list of checkpoints, one model in memory at a time, one table of curves.
+
+A checkpoint is a revision of a hub model (`load_model(model, revision=...)`; `models.checkpoints` lists them) or a
+local folder. Chang and Bergen (2025) find that over training the bigram subnetwork first shrinks and then grows, while
+it stays about as faithful: `subnetworks_over_training` is that experiment.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from bigram_circuits.analysis.conditions import conditions
+from bigram_circuits.analysis.overlap import jaccard
+from bigram_circuits.analysis.results import Curves, Quantity
+from bigram_circuits.corpus import Corpus, token_array
+from bigram_circuits.evaluation import evaluate
+from bigram_circuits.models import load_model
+from bigram_circuits.sites import weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.training import SparsifyConfig, find_subnetwork
+
+Measure = Callable[[Any], Mapping[str, Any]]
+"""From a model to numbers by name, or to numbers by condition and name. A number may be (value, low, high)."""
+
+_KNOWN = {
+    one.name: one
+    for one in (
+        Quantity("surprisal_correlation", "", "Pearson r of the model's surprisals with the target's."),
+        Quantity("cross_entropy", "nats", "Mean cross-entropy from the target's distribution to the model's."),
+        Quantity("kl", "nats", "Mean KL from the target's distribution to the model's."),
+        Quantity("mean_surprisal", "nats", "The model's own next-token loss."),
+        Quantity("top1_agreement", "share", "Positions where the model's most likely token is the target's."),
+        Quantity("fraction", "share", "Of the maskable weights, those that are kept."),
+        Quantity("share_in_first_mlp", "share", "Of the kept weights, those in the first layer's MLP."),
+        Quantity("jaccard_with_previous", "share", "Overlap with the subnetwork of the checkpoint before."),
+        Quantity("jaccard_with_last", "share", "Overlap with the subnetwork of the last checkpoint."),
+    )
+}
+
+
+@dataclass(frozen=True)
+class SubnetworksOverTraining:
+    """What `subnetworks_over_training` returns."""
+
+    curves: Curves
+    """Size, faithfulness, place and overlap, by checkpoint; conditions are `subnetwork`, `full` and `random`."""
+    subnetworks: Mapping[str, Subnetwork]
+    """What was found, by checkpoint."""
+
+
+def trajectory(
+    checkpoints: Sequence[str | Path],
+    measure: Measure,
+    *,
+    model: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    title: str = "Over training",
+) -> Curves:
+    """Measure one model at every checkpoint of its training.
+
+    Args:
+        checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
+        measure: A function of a model that gives numbers by name, {"kl": 0.2}, or by condition and name,
+            {"full": {"kl": 0.2}, ...}; a number may come with an interval, (value, low, high). See
+            `faithfulness_to`.
+        model: The hub id that the checkpoints are revisions of.
+        device: Where to put each model.
+        dtype: Precision of the weights.
+        title: What is measured, in a few words.
+
+    Returns:
+        A curve for every quantity and condition along `checkpoint`.
+
+    Raises:
+        ValueError: If there is no checkpoint or one comes twice, the models differ in shape, or the measure's names
+            differ between checkpoints.
+    """
+    names = _names(checkpoints)
+    rows: list[dict[str, dict[str, Any]]] = []
+    for name, loaded in _each(checkpoints, names, model, device, dtype):
+        row = _by_condition(measure(loaded), name)
+        if rows and _keys(row) != _keys(rows[0]):
+            raise ValueError(
+                f"the measure gave {_listed(row)} at checkpoint {name!r}, but {_listed(rows[0])} at {names[0]!r}"
+            )
+        rows.append(row)
+    return _curves(title, names, rows, {"model": model})
+
+
+def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = None, *, seed: int = 0) -> Measure:
+    """A measure for `trajectory`: how close the model is to a target, in every condition, on the same text.
+
+    Args:
+        target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`; or a function from a model to
+            such a target.
+        tokens: Held-out token ids [sequence, position], or a corpus.
+        subnetwork: If given, also measured at every checkpoint: this set of weights, its complement, and a matched
+            random one.
+        seed: Of the matched random subnetwork.
+
+    Raises:
+        ValueError: If the tokens are no text.
+    """
+    array = token_array(tokens)
+
+    def measure(model: Any) -> dict[str, dict[str, Any]]:
+        of_model = _target_of(target, model)
+        every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
+        return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
+
+    return measure
+
+
+def subnetworks_over_training(
+    checkpoints: Sequence[str | Path],
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig | None = None,
+    *,
+    model: str | None = None,
+    run_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+) -> SubnetworksOverTraining:
+    """Find a subnetwork at every checkpoint of a model's training, and compare them.
+
+    Args:
+        checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
+        target: What they shall reproduce; or a function from a model to a target.
+        corpus: Its training part is learned from, its held-out part evaluated on.
+        config: The recipe; `SparsifyConfig()` if not given.
+        model: The hub id that the checkpoints are revisions of.
+        run_dir: If given, every checkpoint's run is written to a folder in it named like the checkpoint, and one that
+            is there already is continued or read.
+        device: Where to put each model.
+        dtype: Precision of the weights.
+        seed: Of the matched random subnetworks.
+
+    Raises:
+        ValueError: If there is no checkpoint or one comes twice, models differ in shape or do not fit the target, or
+            there is no held-out text.
+    """
+    names, array = _names(checkpoints), token_array(corpus)
+    found: dict[str, Subnetwork] = {}
+    rows: list[dict[str, dict[str, Any]]] = []
+    for name, loaded in _each(checkpoints, names, model, device, dtype):
+        folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
+        of_model = _target_of(target, loaded)
+        one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
+        compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
+        rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
+        for key in ("subnetwork", "random"):
+            rows[-1][key] |= {
+                "fraction": one.fraction,
+                "share_in_first_mlp": one.by_component()[0, "mlp"].kept / one.kept if one.kept else math.nan,
+            }
+        found[name] = one
+    last = found[names[-1]]
+    for place, (one, row) in enumerate(zip(found.values(), rows, strict=True)):
+        row["subnetwork"]["jaccard_with_previous"] = jaccard(found[names[place - 1]], one) if place else math.nan
+        row["subnetwork"]["jaccard_with_last"] = jaccard(one, last)
+    notes = {"model": model, "target": type(target).__name__, "corpus": corpus.source, "seed": seed}
+    return SubnetworksOverTraining(_curves("Subnetworks over training", names, rows, notes), found)
+
+
+def _each(
+    checkpoints: Sequence[str | Path],
+    names: tuple[str, ...],
+    model: str | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+) -> Iterator[tuple[str, Any]]:
+    """(name, model) of every checkpoint, each freed before the next is loaded."""
+    first: dict[str, tuple[int, ...]] = {}
+    with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
+        for name, checkpoint in zip(names, checkpoints, strict=True):
+            bar.set_postfix_str(name)
+            source, revision = (str(checkpoint), None) if model is None else (model, str(checkpoint))
+            loaded = load_model(source, revision=revision, device=device, dtype=dtype)
+            shapes = {site.name: site.shape for site in weight_sites(loaded)}
+            first = first or shapes
+            if shapes != first:
+                raise ValueError(
+                    f"checkpoint {name!r} has weight matrices of other shapes than {names[0]!r}: "
+                    f"{_differ(first, shapes)}"
+                )
+            yield name, loaded
+            del loaded
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            bar.update()
+
+
+def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
+    """What to call the checkpoints: local folders by their own name if that tells them apart."""
+    if isinstance(checkpoints, str):
+        raise ValueError(f"checkpoints must be a list of names, not the name {checkpoints!r}")
+    names = [str(one) for one in checkpoints]
+    if not names:
+        raise ValueError("a trajectory needs at least one checkpoint")
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"the checkpoint {twice!r} is given twice")
+    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    return tuple(short if len(set(short)) == len(short) else names)
+
+
+def _target_of(target: Any, model: Any) -> Any:
+    is_one = hasattr(target, "cross_entropy") and not isinstance(target, type)  # a class makes one of a model
+    return target if is_one else target(model)
+
+
+def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
+    """Numbers by name, with intervals where there are any."""
+    evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
+    measured = evaluation.subnetwork
+    names = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
+    intervals = evaluation.intervals["subnetwork"]
+    return {
+        name: (getattr(measured, name), *intervals[name]) if name in intervals else getattr(measured, name)
+        for name in names
+    }
+
+
+def _by_condition(measured: Any, name: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(measured, Mapping) or not measured:
+        raise ValueError(
+            f"a measure must give numbers by name, not {type(measured).__name__} {measured!r} (checkpoint {name!r})"
+        )
+    nested = [isinstance(value, Mapping) for value in measured.values()]
+    if all(nested):
+        return {condition: dict(numbers) for condition, numbers in measured.items()}
+    if any(nested):
+        raise ValueError(
+            f"a measure must give numbers by name, or by condition and name, not both (checkpoint {name!r})"
+        )
+    return {"full": dict(measured)}
+
+
+def _keys(row: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
+    return {condition: set(numbers) for condition, numbers in row.items()}
+
+
+def _listed(row: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(f"{condition}: {' '.join(sorted(numbers))}" for condition, numbers in row.items())
+
+
+def _differ(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    name = next(name for name in (*first, *other) if first.get(name) != other.get(name))
+    return f"{name} is {other.get(name)}, not {first.get(name)}"
+
+
+def _curves(title: str, names: tuple[str, ...], rows: list[dict[str, dict[str, Any]]], notes: dict[str, Any]) -> Curves:
+    keys = list(dict.fromkeys(key for numbers in rows[0].values() for key in numbers))
+    conditions_measured = tuple(rows[0])
+    ends = np.full((3, len(keys), len(conditions_measured), len(names)), np.nan)  # value, low, high
+    for p, row in enumerate(rows):
+        for c, condition in enumerate(conditions_measured):
+            for key, value in row[condition].items():
+                three = value if isinstance(value, tuple) else (value, math.nan, math.nan)
+                ends[:, keys.index(key), c, p] = three
+    return Curves(
+        title=title,
+        quantities=tuple(_KNOWN.get(key, Quantity(key, "", "A number of the given measure.")) for key in keys),
+        axis="checkpoint",
+        points=names,
+        conditions=conditions_measured,
+        values=ends[0],
+        low=ends[1],
+        high=ends[2],
+        notes=notes,
+    )
