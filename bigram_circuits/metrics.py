@@ -10,6 +10,7 @@ above 0 (elsewhere its surprisal is infinite); `used` and `positions` say how ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -122,6 +123,17 @@ def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[f
         return (math.nan, math.nan)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def holm(log_ps: Sequence[float]) -> list[float]:
+    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in."""
+    order = np.argsort(log_ps, kind="stable")
+    adjusted = np.zeros(len(log_ps))
+    highest = -math.inf
+    for rank, place in enumerate(order):
+        highest = max(highest, min(0.0, log_ps[place] + math.log(len(log_ps) - rank)))
+        adjusted[place] = highest
+    return adjusted.tolist()
 
 
 def mean_over_log_size(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:

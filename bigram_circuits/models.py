@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +32,7 @@ __all__ = [
     "load_model",
     "model_source",
     "readout",
+    "record",
     "residual_streams",
     "weight_hash",
     "weight_sites",
@@ -240,6 +241,29 @@ def residual_streams(
     hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     return torch.stack([stream.detach() for stream in streams]), logits
+
+
+def record(
+    model: Any, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
+) -> tuple[dict[str, Tensor], Float[Tensor, "batch pos d_vocab"]]:
+    """Activations by hook name, and the logits, from one forward pass.
+
+    Raises:
+        ValueError: If the model has no such activation, or the forward pass does not show it.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Any:
+        return lambda value, hook: seen.__setitem__(name, value.detach())
+
+    try:
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, recorder(name)) for name in names])
+    except KeyError as error:
+        raise ValueError(f"this model has no activation of that name: {error.args[0]}") from error
+    for name in names:
+        if name not in seen:
+            raise ValueError(f"this model does not show the activation {name}")
+    return seen, logits
 
 
 def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:

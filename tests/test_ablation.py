@@ -8,17 +8,8 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import ablation
-from bigram_circuits.analysis.ablation import (
-    WAYS,
-    ablate,
-    coordinates,
-    matched_counts,
-    mean_activations,
-    parse,
-    random_coordinates,
-    random_within,
-    stochastic_ablation,
-)
+from bigram_circuits.analysis.ablation import WAYS, ablate, mean_activations, stochastic_ablation
+from bigram_circuits.analysis.parts import coordinates, matched_counts, parse, random_coordinates, random_within
 from bigram_circuits.analysis.tasks import TASKS, Task, as_task
 from bigram_circuits.models import weight_sites
 from bigram_circuits.subnetwork import Subnetwork

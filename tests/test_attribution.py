@@ -3,8 +3,10 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution, prompt_tokens, record
+from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
+from bigram_circuits.analysis.prompts import prompt_tokens
 from bigram_circuits.masking import masked
+from bigram_circuits.models import record
 from tests.architectures import CONFIGS
 from tests.conftest import save_tiny
 

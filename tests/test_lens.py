@@ -9,6 +9,7 @@ from bigram_circuits import metrics
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.conditions import Batch
 from bigram_circuits.analysis.lens import AffineFitter, AffineMaps, affine_lens, fit_affine_lens, logit_lens
+from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.models import readout, residual_streams
 
 
@@ -34,7 +35,7 @@ def test_the_last_layer_is_the_model_itself(any_model):
     np.testing.assert_allclose(found.get("next_rank")[-1][:-1], ranks)
     assert np.isnan(found.get("next_rank")[-1][-1])
     assert found.text is not None
-    assert found.text[0][-1][0].split(" | ")[0] == lens.token_words(any_model, [int(probs[0].argmax())])[0]
+    assert found.text[0][-1][0].split(" | ")[0] == token_words(any_model, [int(probs[0].argmax())])[0]
 
 
 def test_earlier_layers_go_through_the_final_norm_and_unembedding(any_model):
@@ -222,8 +223,8 @@ def test_a_model_with_another_readout_is_refused(tiny_model, monkeypatch):
 
 
 def test_words_of_tokens_can_be_read(tiny_model):
-    assert lens.token_words(tiny_model, tiny_model.to_tokens("a")[0, -1:].tolist()) == ["a"]
-    assert lens.token_words(tiny_model, tiny_model.to_tokens("\n")[0, -1:].tolist()) == ["\u23ce"]
+    assert token_words(tiny_model, tiny_model.to_tokens("a")[0, -1:].tolist()) == ["a"]
+    assert token_words(tiny_model, tiny_model.to_tokens("\n")[0, -1:].tolist()) == ["\u23ce"]
 
 
 def test_the_weights_are_as_before(tiny_model, random_tokens, half):

@@ -114,3 +114,16 @@ def test_an_interval_is_of_the_level_asked_for_and_undefined_with_an_undefined_d
     assert interval(values) == pytest.approx((0.025, 0.975))
     assert interval(values, 0.5) == pytest.approx((0.25, 0.75))
     assert all(math.isnan(end) for end in interval(np.append(values, np.nan)))
+
+
+def test_holm_is_monotone_and_the_textbook_s():
+    logs = [math.log(p) for p in (0.01, 0.04, 0.03, 0.005)]
+    assert np.exp(metrics.holm(logs)) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([]) == []
+    rng = np.random.default_rng(0)
+    ps = np.sort(rng.random(50))
+    adjusted = np.exp(metrics.holm(np.log(ps).tolist()))
+    assert (np.diff(adjusted) >= 0).all()
+    assert (adjusted >= ps).all()
+    assert adjusted.max() <= 1
+    assert np.exp(metrics.holm([math.log(0.6), math.log(0.9)])) == pytest.approx([1, 1])

@@ -8,7 +8,7 @@ from scipy import stats
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import results
-from bigram_circuits.analysis.overlap import Cell, holm, jaccard, log_p_value, overlap, overlaps
+from bigram_circuits.analysis.overlap import Cell, jaccard, log_p_value, overlap, overlaps
 
 SHAPES = {
     "blocks.0.attn.W_Q": (2, 6, 3), "blocks.0.attn.W_K": (2, 6, 3), "blocks.0.attn.W_V": (2, 6, 3),
@@ -178,18 +178,6 @@ def test_shared_keys_and_values_get_strata_of_their_own():
     shapes = SHAPES | {"blocks.0.attn.W_K": (1, 6, 3), "blocks.0.attn.W_V": (1, 6, 3)}
     result = overlap(random_masks(0, shapes=shapes), random_masks(1, shapes=shapes), by="head")
     assert result.names == ("all", "L0H0", "L0H1", "L0KV0")
-
-
-def test_holm_is_monotone_and_the_textbook_s():
-    logs = [math.log(p) for p in (0.01, 0.04, 0.03, 0.005)]
-    assert np.exp(holm(logs)) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([]) == []
-    rng = np.random.default_rng(0)
-    ps = np.sort(rng.random(50))
-    adjusted = np.exp(holm(np.log(ps).tolist()))
-    assert (np.diff(adjusted) >= 0).all()
-    assert (adjusted >= ps).all()
-    assert adjusted.max() <= 1
 
 
 def test_pairs_of_seeds(tmp_path):

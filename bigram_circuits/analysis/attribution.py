@@ -26,15 +26,13 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.results import Maps, Quantity
-from bigram_circuits.models import readout
+from bigram_circuits.models import readout, record
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 
 _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
-
-Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
-"""Text, or the token ids of one sequence."""
 
 
 def logit_attribution(
@@ -76,12 +74,12 @@ def logit_attribution(
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
-    named = {_word(model, best): best}
+    named = {token_word(model, best): best}
     if wrong is not None:
         other = token_id(model, wrong)
         if other == best:
-            raise ValueError(f"answer and wrong are the same token, {_word(model, best)!r}")
-        named[_word(model, other)] = other
+            raise ValueError(f"answer and wrong are the same token, {token_word(model, best)!r}")
+        named[token_word(model, other)] = other
     terms: dict[str, dict[str, Tensor]] = {}
     logits: dict[str, list[float]] = {}
     for name, condition in conditions(subnetwork, seed=seed).items():
@@ -93,7 +91,7 @@ def logit_attribution(
     if wrong is not None:
         values = np.concatenate([values, values[:, :, :1] - values[:, :, 1:]], axis=2)
         columns.append(f"{columns[0]} less {columns[1]}")
-    words = [_word(model, token) for token in tokens[0].tolist()]
+    words = token_words(model, tokens[0].tolist())
     return Maps(
         title=f"Direct logit attribution after {words[place]!r}",
         quantities=(Quantity("contribution", "logits", "What a component adds to the logit of the token."),),
@@ -157,7 +155,7 @@ def attention_patterns(
     panels = {
         f"{name} L{layer}H{head}": of[layer][head].numpy() for layer, head in chosen for name, of in patterns.items()
     }
-    names = tuple(f"{i} {_word(model, token)}" for i, token in enumerate(tokens[0].tolist()))
+    names = tuple(f"{i}: {word}" for i, word in enumerate(token_words(model, tokens[0].tolist())))
     return Maps(
         title="Attention patterns",
         quantities=(Quantity("attention", "share", "Share of a position's attention that goes to a position."),),
@@ -169,61 +167,6 @@ def attention_patterns(
         values=np.stack(list(panels.values()))[None].astype(float),
         notes={"heads": [list(pair) for pair in chosen], "seed": seed},
     )
-
-
-def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
-    """The token ids of one prompt, on the model's device.
-
-    Raises:
-        ValueError: If it is empty, more than one sequence, or has ids outside the vocabulary.
-    """
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        tokens = model.to_tokens(prompt)
-    else:
-        tokens = torch.as_tensor(prompt).long()
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
-        raise ValueError(f"a prompt is one sequence of tokens, [pos] or [1, pos], not {list(tokens.shape)}")
-    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
-        raise ValueError(f"token ids must be from 0 to {model.cfg.d_vocab - 1}")
-    return tokens.to(model.cfg.device)
-
-
-def token_id(model: Any, token: str | int) -> int:
-    """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
-    if isinstance(token, str):
-        ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
-        return ids[0]
-    if not 0 <= token < model.cfg.d_vocab:
-        raise ValueError(f"there is no token {token}: ids are 0 to {model.cfg.d_vocab - 1}")
-    return token
-
-
-def record(
-    model: Any, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
-) -> tuple[dict[str, Tensor], Float[Tensor, "batch pos d_vocab"]]:
-    """Activations by hook name, and the logits, from one forward pass.
-
-    Raises:
-        ValueError: If the model has no such activation, or the forward pass does not show it.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Any:
-        return lambda value, hook: seen.__setitem__(name, value.detach())
-
-    try:
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(name, recorder(name)) for name in names])
-    except KeyError as error:
-        raise ValueError(f"this model has no activation of that name: {error.args[0]}") from error
-    for name in names:
-        if name not in seen:
-            raise ValueError(f"this model does not show the activation {name}")
-    return seen, logits
 
 
 def _contributions(
@@ -325,7 +268,3 @@ def _position(position: int, length: int) -> int:
     if not -length <= position < length:
         raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
     return position % length
-
-
-def _word(model: Any, token: int) -> str:
-    return model.tokenizer.decode([token])

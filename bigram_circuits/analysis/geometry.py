@@ -30,14 +30,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
-from bigram_circuits.analysis.lens import (
-    AffineMaps,
-    fit_affine_lens,
-    layer_names,
-    prompt_tokens,
-    spread,
-    token_words,
-)
+from bigram_circuits.analysis.lens import AffineMaps, fit_affine_lens, layer_names, spread
+from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
 from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
 from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.models import residual_streams
@@ -93,7 +87,7 @@ def cosine_to_unembedding(
     if target is not None:
         check_target(target, model.cfg.d_vocab)
     named = conditions(subnetwork, seed=seed)
-    if isinstance(text, str) or (hasattr(text, "ndim") and text.ndim == 1):
+    if is_prompt(text):
         return _prompt_cosines(model, prompt_tokens(model, text), named, target)
     tokens = token_array(text)
     watching = {name: CosineSums(model, target) for name in named}
@@ -180,10 +174,9 @@ def _prompt_cosines(model: Any, tokens: Integer[Tensor, "one position"], named: 
         cosines = torch.einsum("lpd,qpd->qlp", _unit(residual[:, 0].float()), directions.of(tokens, logits)[:, 0])
         cosines[1, :, -1] = torch.nan  # there is no next token
         values.append(cosines.double().cpu().numpy())
-    columns = tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))
     return Maps(
         "Cosine of the residual stream with (un)embeddings", _DIRECTIONS, "layer", layer_names(model), "position",
-        columns, tuple(named), np.stack(values, 1),
+        position_names(model, tokens), tuple(named), np.stack(values, 1),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tqdm.auto import trange
 
 from bigram_circuits import metrics
 from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, observe, reduced_to
+from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
 from bigram_circuits.corpus import Corpus, batch_of, token_array
 from bigram_circuits.files import whole_file
@@ -109,7 +110,7 @@ def logit_lens(
     _check_readout(model)
     named = conditions(subnetwork, seed=seed)
     _check_maps(model, maps, named)
-    if isinstance(text, str) or (hasattr(text, "ndim") and text.ndim == 1):
+    if is_prompt(text):
         return _prompt_lens(model, prompt_tokens(model, text), named, maps, top_k)
     tokens = token_array(text)
     if target is not None:
@@ -237,33 +238,6 @@ def _readings(
     return lse - of_next[:, 0], entropy, kl, agree, 1 / (1 + rank)
 
 
-def prompt_tokens(model: Any, text: Any) -> Integer[Tensor, "one position"]:
-    """A prompt as token ids on the model's device: a string as `model.to_tokens` does it, token ids as they are.
-
-    Raises:
-        ValueError: If it is empty, or there is no tokenizer for a string.
-    """
-    if isinstance(text, str):
-        if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer: give the prompt as token ids")
-        if not text:
-            raise ValueError("the prompt is empty")
-        text = model.to_tokens(text)
-    tokens = torch.as_tensor(text, dtype=torch.long, device=model.cfg.device).reshape(1, -1)
-    if tokens.shape[1] == 0:
-        raise ValueError("the prompt is empty: it has no tokens")
-    return tokens
-
-
-def token_words(model: Any, ids: Sequence[int]) -> list[str]:
-    """Tokens as readable strings: line ends and tabs are shown, a token without text by its id."""
-    if model.tokenizer is None:
-        return [str(index) for index in ids]
-    words = [model.tokenizer.decode([index]) for index in ids]
-    shown = [word.replace("\n", "\u23ce").replace("\t", "\u21e5") for word in words]
-    return [word or f"<{index}>" for word, index in zip(shown, ids, strict=True)]
-
-
 def _prompt_lens(
     model: Any,
     tokens: Integer[Tensor, "one position"],
@@ -290,10 +264,9 @@ def _prompt_lens(
             words.append(tuple(" | ".join(token_words(model, ids)) for ids in top.indices.tolist()))
         values.append(torch.stack(layers, 1).double().cpu().numpy())
         texts.append(tuple(words))
-    columns = tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))
     title = "Logit lens" if maps is None else "Affine lens"
     return Maps(
-        title, PROMPT_QUANTITIES, "layer", layer_names(model), "position", columns, tuple(named),
+        title, PROMPT_QUANTITIES, "layer", layer_names(model), "position", position_names(model, tokens), tuple(named),
         np.stack(values, 1), tuple(texts), notes={"top_k": top_k},
     )  # fmt: skip
 

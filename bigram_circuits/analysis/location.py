@@ -22,11 +22,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.attribution import record
 from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.results import Curves, Effects, Maps, Quantity
 from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.models import batch_size_for
+from bigram_circuits.models import batch_size_for, record
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Count, Subnetwork
 
@@ -256,7 +256,7 @@ def exciting_tokens(
                 values[1, c, n, : len(best)] = counts[chosen]
                 if sd[n] > 0:
                     values[2, c, n, : len(best)] = (by_token[n, best] - mean[n]) / sd[n]
-                words[c][n][: len(best)] = [model.tokenizer.decode([token]) for token in chosen.tolist()]
+                words[c][n][: len(best)] = token_words(model, chosen.tolist())
     return Maps(
         title="Tokens that excite neurons most",
         quantities=(

@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.signal import convolve
 
+from bigram_circuits import metrics
 from bigram_circuits.analysis.results import Effects, Maps, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -134,7 +135,9 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
             strata.setdefault(name if by == "matrix" else name.rsplit(".", 1)[0], []).append(cell)
     logs = {name: log_p_value(cells, alternative) for name, cells in strata.items()}
     open_ones = [name for name, cells in strata.items() if any(cell.most > cell.least for cell in cells)]
-    adjusted = dict.fromkeys(strata, 0.0) | dict(zip(open_ones, holm([logs[name] for name in open_ones]), strict=True))
+    adjusted = dict.fromkeys(strata, 0.0) | dict(
+        zip(open_ones, metrics.holm([logs[name] for name in open_ones]), strict=True)
+    )
     everything = list(matrices.values())
     log_p = log_p_value(everything, alternative)
     rows = [
@@ -215,17 +218,6 @@ def log_p_value(cells: Sequence[Cell], alternative: str = "greater") -> float:
         return greater
     less = _log_upper_tail([cell.mirrored() for cell in cells])
     return less if alternative == "less" else min(0.0, math.log(2) + min(greater, less))
-
-
-def holm(log_ps: Sequence[float]) -> list[float]:
-    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in."""
-    order = np.argsort(log_ps, kind="stable")
-    adjusted = np.zeros(len(log_ps))
-    highest = -math.inf
-    for rank, place in enumerate(order):
-        highest = max(highest, min(0.0, log_ps[place] + math.log(len(log_ps) - rank)))
-        adjusted[place] = highest
-    return adjusted.tolist()
 
 
 # --- counts ---

@@ -16,19 +16,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr
+from scipy.special import log_ndtr
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.ablation import (
-    Job,
-    Runs,
-    Table,
-    matched_counts,
-    mean_log_odds,
-    mean_loss,
-    parse,
-    random_within,
-)
+from bigram_circuits import metrics
+from bigram_circuits.analysis.comparisons import Job, Runs, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.parts import matched_counts, parse, random_within
 from bigram_circuits.analysis.results import Effects, Quantity
 from bigram_circuits.analysis.tasks import COLUMNS, as_task
 from bigram_circuits.subnetwork import Subnetwork
@@ -41,7 +34,7 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
         model: From `load_model`.
         base: The subnetwork that is added to.
         added: What is added, one after the other: `heads` for every single head (all its weights, also W_K and W_V
-            that it shares with its group), any other part in the language of `ablation.ablate`, a `Subnetwork`, a list
+            that it shares with its group), any other part in the language of `parts`, a `Subnetwork`, a list
             of these, or a mapping of names to them.
         task: A `Task`, or text (an array, or a corpus: its held-out part).
         seeds: Number of random additions beside each, of which the mean is taken; 0 for none.
@@ -105,22 +98,14 @@ def random_additions(base: Subnetwork, added: Subnetwork, seeds: int) -> list[Su
     return [] if counts is None else [random_within(rest, counts, seed) for seed in range(seeds)]
 
 
-def p_of_fall(differences: Float[np.ndarray, " prompt"]) -> float:
-    """One-sided p-value that the mean of paired differences is not above 0; nan for fewer than two prompts."""
+def log_p_of_fall(differences: Float[np.ndarray, " prompt"]) -> float:
+    """Log of the one-sided p-value that the mean of paired differences is not above 0; nan for under two prompts."""
     if len(differences) < 2:
         return math.nan
     mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences))
     if error == 0:
-        return 0.0 if mean > 0 else 1.0
-    return float(ndtr(-mean / error))
-
-
-def holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
-    """P-values corrected for their number, step by step from the smallest (Holm 1979)."""
-    order = np.argsort(p, kind="stable")
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return corrected
+        return -math.inf if mean > 0 else 0.0
+    return float(log_ndtr(-mean / error))
 
 
 _Row = list[tuple[float, float, float]]  # value, low, high for every addition
@@ -130,7 +115,7 @@ def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bo
     nan = math.nan
     before = table.prompts("base", "")
     differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
-    p = holm(np.array([p_of_fall(differences[name]) for name in names]))
+    p = np.exp(metrics.holm([log_p_of_fall(differences[name]) for name in names]))
     rows = {
         Quantity("fall_in_loss", "nats", "How much the subnetwork's loss falls with the addition."): [
             _negated(table.change("base", name, mean_loss)) for name in names

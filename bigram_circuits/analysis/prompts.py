@@ -1,0 +1,70 @@
+"""Prompts: one text as token ids, and tokens as words that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from torch import Tensor
+
+Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
+"""Text, or the token ids of one sequence."""
+
+
+def is_prompt(text: Any) -> bool:
+    """Whether something is one prompt (a string, token ids [position]) and not a corpus."""
+    return isinstance(text, str) or getattr(text, "ndim", 0) == 1 or (isinstance(text, list) and bool(text))
+
+
+def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
+    """The token ids of one prompt, on the model's device.
+
+    Raises:
+        ValueError: If it is empty, more than one sequence, or has ids outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        tokens = model.to_tokens(prompt)
+    else:
+        tokens = torch.as_tensor(prompt).long()
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+        raise ValueError(f"a prompt is one sequence of tokens, [pos] or [1, pos], not {list(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
+        raise ValueError(f"token ids must be from 0 to {model.cfg.d_vocab - 1}")
+    return tokens.to(model.cfg.device)
+
+
+def token_id(model: Any, token: str | int) -> int:
+    """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
+    if isinstance(token, str):
+        ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
+        return ids[0]
+    if not 0 <= token < model.cfg.d_vocab:
+        raise ValueError(f"there is no token {token}: ids are 0 to {model.cfg.d_vocab - 1}")
+    return token
+
+
+def token_words(model: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens as readable strings: line ends and tabs are shown, a token without text by its id."""
+    if model.tokenizer is None:
+        return [str(index) for index in ids]
+    words = [model.tokenizer.decode([index]) for index in ids]
+    shown = [word.replace("\n", "\u23ce").replace("\t", "\u21e5") for word in words]
+    return [word or f"<{index}>" for word, index in zip(shown, ids, strict=True)]
+
+
+def token_word(model: Any, index: int) -> str:
+    """One token as a readable string."""
+    return token_words(model, [index])[0]
+
+
+def position_names(model: Any, tokens: Integer[Tensor, "one pos"]) -> tuple[str, ...]:
+    """`0: The`, `1: value`, ...: positions of a prompt, told apart also where words repeat."""
+    return tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))
