@@ -17,6 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bigram_circuits.analysis import (
+        ablate,
+        affine_lens,
+        analyze,
+        cosine_to_unembedding,
+        covariance_similarity,
+        layer_rotations,
+        load_result,
+        logit_lens,
+        overlap,
+        sufficiency,
+    )
     from bigram_circuits.corpus import Corpus, load_corpus
     from bigram_circuits.evaluation import Evaluation, evaluate
     from bigram_circuits.layouts import Layout, huggingface_layout
@@ -36,6 +48,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "analysis": (
+        "ablate",
+        "affine_lens",
+        "analyze",
+        "cosine_to_unembedding",
+        "covariance_similarity",
+        "layer_rotations",
+        "load_result",
+        "logit_lens",
+        "overlap",
+        "sufficiency",
+    ),
     "corpus": ("Corpus", "load_corpus"),
     "evaluation": ("Evaluation", "evaluate"),
     "layouts": ("Layout", "huggingface_layout"),
@@ -56,6 +80,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "analysis":
+        return import_module(f"{__name__}.analysis")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

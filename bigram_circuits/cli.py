@@ -20,6 +20,7 @@ _EPILOG = """examples:
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
   bigram-circuits evaluate runs/mine
+  bigram-circuits analyze runs/mine
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
   bigram-circuits export runs/mine --out my_masked_model
@@ -63,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     shared.add_argument("--traceback", action="store_true", help="show where an error arose")
 
-    find = commands.add_parser("find", parents=[shared], help="find a subnetwork, evaluate it, save the run")
+    find = commands.add_parser(
+        "find", parents=[shared], help="find a subnetwork, evaluate and analyse it, save the run"
+    )
     find.set_defaults(command=_find)
     find.add_argument(
         "model", nargs="?", default="reference", help="'reference', a hub id, or a folder (default: reference)"
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)"
     )
+    find.add_argument("--no-analysis", action="store_true", help="stop when the subnetwork is evaluated")
     find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
 
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
@@ -116,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"
     )
+
+    analyze = commands.add_parser(
+        "analyze", parents=[shared], help="look inside a finished run: lenses, geometry, ablations, where it is"
+    )
+    analyze.set_defaults(command=_analyze)
+    analyze.add_argument("run", type=Path, help="the run's folder")
+    analyze.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the random controls (default: 0)")
+    analyze.add_argument("--tokens", type=_whole(1), metavar="N", help="measure layers on so many (default: 32768)")
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
@@ -156,6 +168,7 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
 def _find(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     config = _config(arguments)
+    from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.models import load_model
@@ -192,11 +205,15 @@ def _find(arguments: argparse.Namespace) -> int:
     found = find_subnetwork(model, target, corpus, config, run_dir=out)
     try:
         evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+        folder.write_metrics(evaluation.to_json())
+        print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n", flush=True)
+        if not arguments.no_analysis:
+            analyses = analyze(model, found.subnetwork, target, corpus)
+            analyses.save(out / "analysis")
+            print(f"{analyses}\n")
     except KeyboardInterrupt:
-        kept = f"the subnetwork is kept in {str(out)!r}, and the same command evaluates it"
-        raise KeyboardInterrupt(f"interrupted while evaluating; {kept}") from None
-    folder.write_metrics(evaluation.to_json())
-    print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n")
+        kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
+        raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     stopped = {"decided": "nearly all gates were decided", "max_steps": "the most steps allowed were done"}
     print(
         f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
@@ -280,20 +297,42 @@ def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
     return NextTokenTarget() if kind == "next-token" else count_ngrams(corpus.train, order, d_vocab=model.cfg.d_vocab)
 
 
-# --- evaluate, hooks ---
+# --- evaluate, analyze, hooks ---
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.runs import RunFolder
+
+    model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
+    evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+    RunFolder(arguments.run).write_metrics(evaluation.to_json())
+    print(f"{evaluation}\n\n{_where(subnetwork)}")
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.analysis.suite import analyze
+
+    model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
+    options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
+    analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
+    analyses.save(arguments.run / "analysis")
+    print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
+    return 0
+
+
+def _parts_of_run(folder: Path, device: str | None) -> tuple[Any, Any, Any, Any]:
+    """Model, subnetwork, target and corpus of a finished run, made again from its names."""
+    from bigram_circuits.corpus import load_corpus
     from bigram_circuits.models import load_model
-    from bigram_circuits.runs import RunFolder, load_run
+    from bigram_circuits.runs import load_run
     from bigram_circuits.subnetwork import Subnetwork
 
-    run = load_run(arguments.run)
+    run = load_run(folder)
     if run.rebuild is None:
-        raise ValueError(f"the run in {str(arguments.run)!r} was made in Python from objects: evaluate it there")
-    model = load_model(**run.rebuild["model"], device=arguments.device)
+        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: evaluate or analyse it there")
+    model = load_model(**run.rebuild["model"], device=device)
     corpus = load_corpus(**run.rebuild["corpus"], tokenizer=model.tokenizer)
     if corpus.fingerprint != run.settings["corpus"]["fingerprint"]:
         print(
@@ -303,10 +342,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
     target = _target(run.rebuild["target"], run.rebuild["order"], model, corpus)
     subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
-    evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
-    RunFolder(run.path).write_metrics(evaluation.to_json())
-    print(f"{evaluation}\n\n{_where(subnetwork)}")
-    return 0
+    return model, subnetwork, target, corpus
 
 
 def _hooks(arguments: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ __all__ = [
     "weight_sites",
 ]
 
-_TOKENS_AT_ONCE = 1 << 12  # in one forward pass,
+_TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
 _NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"

@@ -195,6 +195,13 @@ class Run:
     history: list[dict[str, Any]]
     """One record a training step."""
 
+    @property
+    def analyses(self) -> dict[str, Any]:
+        """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
+        from bigram_circuits.analysis.results import load_result
+
+        return {path.stem: load_result(path) for path in sorted((self.path / "analysis").glob("*.json"))}
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"
 

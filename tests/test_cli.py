@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import bigram_circuits as bc
@@ -44,7 +45,7 @@ def text(tmp_path):
 @pytest.fixture
 def quick(tiny_folders, text):
     """Arguments of a run of a few seconds."""
-    options = ["--steps", "12", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1"]
+    options = ["--steps", "12", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1", "--no-analysis"]
     return ["find", tiny_folders["gpt_neox"], "--corpus", text, "--max-tokens", "20000", *options]
 
 
@@ -92,7 +93,7 @@ def test_it_prints_what_the_files_hold(main_job):
     assert f"{run.metrics['subnetwork']['surprisal_correlation']:.3f}" in out
     assert f"{run.subnetwork.kept:,}" in out
     assert "where the kept weights are" in out
-    assert re.search(r"files in runs/reference-\w+/: config.json, metrics.json, progress.jsonl, subnetwork", out)
+    assert re.search(r"files in runs/reference-\w+/: analysis, config.json, metrics.json, progress.jsonl, subn", out)
 
 
 def test_the_readme_states_what_it_measures(main_job):
@@ -112,6 +113,39 @@ def test_the_readme_states_what_it_measures(main_job):
         assert float(kl) == pytest.approx(measured["kl"], rel=0.1)
         assert float(loss) == pytest.approx(measured["mean_surprisal"], rel=0.03)
         assert int(kept.split()[0].replace(",", "")) == pytest.approx(measured["kept"], rel=0.1)
+
+
+def test_its_analyses_tell_the_story_of_the_paper(main_job):
+    """The first block turns the current token into the next, in the full model and in the subnetwork alike."""
+    run, out, _ = main_job
+    found = run.analyses
+    lens, affine, cosine = found["logit_lens"], found["affine_lens"], found["cosine"]
+    for name in ("full", "subnetwork"):
+        r = lens.get("surprisal_correlation", name)
+        assert r[1] > r[0] + 0.3  # one block makes it a prediction
+        assert np.diff(r).argmax() == 0
+        assert np.diff(cosine.get("target_unembedding", name)).argmax() == 0
+        assert np.diff(cosine.get("current_embedding", name)).argmin() == 0
+        assert (
+            cosine.get("target_unembedding", name)[1:] > 3 * cosine.get("target_unembedding_baseline", name)[1:]
+        ).all()
+    full, alone = (lens.get("surprisal_correlation", name) for name in ("full", "subnetwork"))
+    assert full[-1] < full[1] - 0.03  # later blocks of the full model go beyond the bigram,
+    assert alone[-1] > alone[1] + 0.1  # the subnetwork's do not
+    assert (affine.get("surprisal_correlation", "subnetwork")[1:] > 0.9).all()
+    assert (lens.get("surprisal_correlation", "random") < 0.4).all()
+    assert (lens.get("surprisal_correlation", "complement")[1:] < full[1:]).all()
+    assert found["ablation_components"].top(1)[0][0] == "mlp 0"
+    for words in ("logit lens: r with the target's surprisals", "current token", "mlp 0", "repeated random tokens"):
+        assert words in out
+
+
+def test_one_head_added_to_the_subnetwork_makes_it_continue_repetitions(main_job):
+    induction = main_job[0].analyses["induction"]
+    (head, fall), *_ = induction.top(1)
+    assert fall > 0.3
+    assert induction.get("random_fall")[head] < 0.2 * fall
+    assert induction.get("p")[head] < 0.001
 
 
 def test_it_stays_within_two_gigabytes(main_job):
@@ -278,6 +312,7 @@ def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tok
     target = bc.count_ngrams(corpus.train, d_vocab=257)
     bc.find_subnetwork(tiny_model, target, corpus, bc.SparsifyConfig(max_steps=2), run_dir=tmp_path / "mine")
     refused("evaluate", "mine", code=1, said="was made in Python from objects")
+    refused("analyze", "mine", code=1, said="was made in Python from objects")
 
 
 def test_ctrl_c_says_what_was_kept_and_the_same_command_continues(quick, tmp_path):
@@ -311,3 +346,23 @@ def test_the_installed_command_answers():
     assert result.stdout.startswith("bigram-circuits 0.")
     assert shutil.which(command) is not None
     assert os.access(command, os.X_OK)
+
+
+def test_analyze_writes_every_result(run, quick):
+    run(*quick, "--out", "mine")
+    Path("mine/analysis").mkdir()
+    Path("mine/analysis/old.json").write_text("{}")
+    code, out, err = run("analyze", "mine", "--tokens", "2000")
+    assert (code, err) == (0, "")
+    names = {path.stem for path in Path("mine/analysis").iterdir()}
+    assert names >= {"logit_lens", "affine_lens", "cosine", "rotations", "covariance", "ablation_heads", "by_layer"}
+    assert "old" not in names
+    assert "induction" not in names
+    assert "cannot continue repeated random tokens" in out
+    assert not Path("mine/analysis.new").exists()
+    analyses = bc.load_run("mine").analyses
+    assert set(analyses) == names
+    lens = analyses["logit_lens"]
+    assert lens.table("surprisal_correlation") in out
+    assert all(result.plot() is not None and len(result.to_dataframe()) for result in analyses.values())
+    assert run("analyze", "nowhere")[0] == 1

@@ -20,7 +20,7 @@ LAYERS = [
     {"analysis.comparisons", "analysis.lens", "analysis.overlap", "analysis.location", "analysis.attribution"},
     {"analysis.geometry", "analysis.ablation", "analysis.sufficiency"},
     {"training"},
-    {"analysis.trajectories"},
+    {"analysis.trajectories", "analysis.suite"},
     {"paths"},
     {"cli", "reference.train"},
 ]
@@ -33,8 +33,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "bigram_circuits":
-            found |= {f"bigram_circuits.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("bigram_circuits", "bigram_circuits.analysis"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found

@@ -2,4 +2,104 @@
 
 Every analysis measures the full model and, where a subnetwork is given, the subnetwork, its complement and a matched
 random subnetwork on the same text, side by side.
-"""
+
+| question | functions |
+|---|---|
+| what would each layer predict? | `logit_lens`, `affine_lens` (`fit_affine_lens`, `refine_affine_lens`) |
+| where does the residual stream point, how do layers turn it? | `cosine_to_unembedding`, `layer_rotations`, `covariance_similarity` |
+| what is needed? | `ablate`, `stochastic_ablation` |
+| what is enough? | `sufficiency`, with the tasks of `TASKS` |
+| who writes the prediction, where do heads look? | `logit_attribution`, `attention_patterns` |
+| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `exciting_tokens` |
+| is it the same as another? | `overlap`, `overlaps` |
+| how did it come about? | `trajectory`, `subnetworks_over_training` |
+| all that, in one go | `analyze`, `layer_by_layer` |
+"""  # noqa: E501
+
+from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
+from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
+from bigram_circuits.analysis.geometry import (
+    cosine_to_unembedding,
+    covariance_similarity,
+    layer_rotations,
+    linear_cka,
+)
+from bigram_circuits.analysis.lens import (
+    AffineMaps,
+    affine_lens,
+    fit_affine_lens,
+    logit_lens,
+    refine_affine_lens,
+)
+from bigram_circuits.analysis.location import (
+    by_head,
+    by_layer,
+    by_matrix,
+    by_neuron,
+    concentration,
+    exciting_tokens,
+    whole_neurons,
+)
+from bigram_circuits.analysis.overlap import overlap, overlaps
+from bigram_circuits.analysis.results import Curves, Effects, Maps, Quantity, Result, load_result
+from bigram_circuits.analysis.sufficiency import sufficiency
+from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
+from bigram_circuits.analysis.tasks import (
+    TASKS,
+    Ability,
+    Task,
+    ability,
+    earlier_value,
+    greater_than,
+    indirect_object,
+    ordered_sequences,
+    repeated_random_tokens,
+)
+from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
+
+__all__ = [
+    "TASKS",
+    "Ability",
+    "AffineMaps",
+    "Analyses",
+    "Curves",
+    "Effects",
+    "Maps",
+    "Quantity",
+    "Result",
+    "Task",
+    "ability",
+    "ablate",
+    "affine_lens",
+    "analyze",
+    "attention_patterns",
+    "by_head",
+    "by_layer",
+    "by_matrix",
+    "by_neuron",
+    "concentration",
+    "cosine_to_unembedding",
+    "covariance_similarity",
+    "earlier_value",
+    "exciting_tokens",
+    "faithfulness_to",
+    "fit_affine_lens",
+    "greater_than",
+    "indirect_object",
+    "layer_by_layer",
+    "layer_rotations",
+    "linear_cka",
+    "load_result",
+    "logit_attribution",
+    "logit_lens",
+    "ordered_sequences",
+    "overlap",
+    "overlaps",
+    "refine_affine_lens",
+    "repeated_random_tokens",
+    "stochastic_ablation",
+    "subnetworks_over_training",
+    "sufficiency",
+    "trajectory",
+    "whole_neurons",
+]

@@ -140,6 +140,12 @@ class Curves(Result):
                 rows.append(row)
         return pd.DataFrame(rows)
 
+    def table(self, quantity: str) -> str:
+        """One quantity as text: a line for every condition, a column for every point."""
+        head = f"{self.axis:<14}" + "".join(f"{point!s:>8}" for point in self.points)
+        rows = ["".join(f"{value:>8.3f}" for value in self.get(quantity, name)) for name in self.conditions]
+        return "\n".join([head, *(f"{name:<14}{row}" for name, row in zip(self.conditions, rows, strict=True))])
+
     def plot(self, quantity: str | None = None) -> Any:
         """Lines with their intervals as bands; of the first quantity, if none is named."""
         import plotly.graph_objects as go

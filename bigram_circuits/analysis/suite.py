@@ -1,0 +1,238 @@
+"""The set of analyses that tells the story of a subnetwork, in one go: `analyze`.
+
+All that is measured layer by layer (both lenses, recall, cosines) looks on at the same forward passes, one over the
+held-out text for each condition. Ablations, of which there are many, are measured on a part of the text.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+from tqdm.auto import tqdm
+
+from bigram_circuits.analysis import lens
+from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
+from bigram_circuits.analysis.attribution import logit_attribution
+from bigram_circuits.analysis.conditions import conditions, observe
+from bigram_circuits.analysis.geometry import (
+    CosineSums,
+    cosine_curves,
+    cosine_to_unembedding,
+    covariance_similarity,
+    layer_rotations,
+)
+from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
+from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.analysis.results import Curves, Effects, Maps, Result
+from bigram_circuits.analysis.sufficiency import sufficiency
+from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
+from bigram_circuits.corpus import Corpus
+from bigram_circuits.subnetwork import Subnetwork
+
+_FIT_TOKENS = 1 << 14  # that affine maps are fitted on
+_TOKENS = 1 << 15  # that layers are measured on
+_SWEEP_TOKENS = 1 << 12  # that each ablation is measured on
+_PROMPT_TOKENS = 16  # of held-out text that are shown one by one
+_NEURONS_SHOWN = 12
+_PERIOD = 24  # of repeated random tokens
+
+
+@dataclass(frozen=True)
+class Analyses:
+    """The results of `analyze`."""
+
+    results: Mapping[str, Result]
+    """By name, for example `logit_lens`."""
+    left_out: Mapping[str, str]
+    """What this model cannot show, and why."""
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write every result as `<name>.json` into a folder of its own; what an earlier analysis left there goes."""
+        folder = Path(folder)
+        fresh = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        for name, result in self.results.items():
+            result.save(fresh / f"{name}.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+
+    def __str__(self) -> str:
+        return _story(self)
+
+
+def analyze(
+    model: Any,
+    subnetwork: Subnetwork,
+    target: Any,
+    corpus: Corpus,
+    *,
+    seed: int = 0,
+    tokens: int = _TOKENS,
+    sweep_tokens: int = _SWEEP_TOKENS,
+    fit_tokens: int = _FIT_TOKENS,
+) -> Analyses:
+    """Run a sensible set of analyses on a subnetwork.
+
+    Args:
+        model: From `load_model`.
+        subnetwork: What was found.
+        target: What it was asked to reproduce.
+        corpus: The text: affine maps are fitted on its training part, all else is measured on its held-out part.
+        seed: Of matched random subnetworks.
+        tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
+        sweep_tokens: Held-out tokens that each ablation is measured on, at most.
+        fit_tokens: Training tokens that the affine maps are fitted on, at most.
+
+    Returns:
+        Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. On the first held-out tokens:
+        `prompt_lens`, `prompt_cosine`, `attribution`. Where it is: `by_layer`, `by_head`, `concentration`,
+        `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
+        `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
+        single heads, added to it, for repeated random tokens, if the full model can continue these.
+
+    Raises:
+        ValueError: If there is no held-out text, or model, subnetwork, target and text do not fit together.
+    """
+    some = lens.spread(corpus.held_out, sweep_tokens)
+    prompt = np.asarray(corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
+    results: dict[str, Result] = {}
+    left_out: dict[str, str] = {}
+    steps: dict[str, Callable[[], Result | Mapping[str, Result]]] = {
+        "layer by layer": lambda: layer_by_layer(
+            model, corpus, subnetwork, target, tokens=tokens, fit_tokens=fit_tokens, seed=seed
+        ),
+        "covariance": lambda: covariance_similarity(model, corpus.held_out, subnetwork),
+        "prompt_lens": lambda: lens.logit_lens(model, prompt, subnetwork, seed=seed),
+        "prompt_cosine": lambda: cosine_to_unembedding(model, prompt, subnetwork, target=target, seed=seed),
+        "attribution": lambda: logit_attribution(model, prompt, subnetwork, seed=seed),
+        "by_layer": lambda: by_layer(subnetwork),
+        "by_head": lambda: by_head(subnetwork, seed=seed),
+        "concentration": lambda: concentration(subnetwork, seed=seed),
+        "whole_neurons": lambda: whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=seed),
+        "exciting_tokens": lambda: _excited(model, lens.spread(corpus.held_out, tokens), subnetwork, seed),
+        "ablation_components": lambda: ablate(model, ["attns", "mlps"], some, subnetwork, target=target, seeds=0),
+        "ablation_heads": lambda: ablate(model, "heads", some, target=target, seeds=1),
+        "stochastic_ablation": lambda: stochastic_ablation(model, subnetwork, target, some, draws=3, seed=seed),
+        "overlap_magnitude": lambda: overlap(
+            subnetwork, Subnetwork.magnitude(model, like=subnetwork), by="component"
+        ),
+        "induction": lambda: _induction(model, subnetwork),
+    }  # fmt: skip
+    for name, step in (bar := tqdm(steps.items(), desc="analysing", delay=2, leave=False)):
+        bar.set_postfix_str(name.replace("_", " "), refresh=False)
+        try:
+            found = step()
+        except _NotForThisModelError as error:
+            left_out[name] = str(error)
+            continue
+        results |= {name: found} if isinstance(found, Result) else found
+    return Analyses(results, left_out)
+
+
+class _NotForThisModelError(ValueError):
+    """An analysis has nothing to show for this model."""
+
+
+def layer_by_layer(
+    model: Any,
+    corpus: Corpus,
+    subnetwork: Subnetwork | None = None,
+    target: Any = None,
+    *,
+    tokens: int | None = None,
+    fit_tokens: int = 1 << 17,
+    seed: int = 0,
+) -> dict[str, Curves]:
+    """Logit lens, affine lens, cosines and rotations over a corpus, from shared forward passes.
+
+    Args:
+        model: From `load_model`.
+        corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        target: Also r with this target's surprisals, and the cosine with its prediction.
+        tokens: How many held-out tokens are measured on, at most; all if not given.
+        fit_tokens: How many training tokens the affine maps are fitted on, at most.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `logit_lens`, `affine_lens`, `cosine`, `rotations`: as the functions of these names return them.
+    """
+    named = conditions(subnetwork, seed=seed)
+    maps = lens.fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
+    plain = {name: lens.LensSums(model, target) for name in named}
+    mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
+    recalls = {name: lens.RecallSums(model, maps[name]) for name in named}
+    cosines = {name: CosineSums(model, target) for name in named}
+    groups = (plain, mapped, recalls, cosines)
+    held_out = corpus.held_out if tokens is None else lens.spread(corpus.held_out, tokens)
+    observe(model, held_out, named, lambda name: [group[name] for group in groups], what="layer by layer")
+    notes = {"tokens": int(held_out.size), "random_seed": seed}
+    fitted = notes | {"fitted_on": maps["full"].tokens, "alpha": maps["full"].alpha}
+    return {
+        "logit_lens": lens.lens_curves("Logit lens", model, plain, notes),
+        "affine_lens": lens.affine_curves(model, mapped, recalls, fitted),
+        "cosine": cosine_curves(model, cosines, notes),
+        "rotations": layer_rotations(model, maps=maps),
+    }
+
+
+def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subnetwork: Subnetwork, seed: int) -> Maps:
+    """The tokens that excite the densest neurons."""
+    densest = whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN)
+    neurons = [(int(layer), int(neuron)) for layer, neuron in (name[1:].split("N") for name in densest.names)]
+    return exciting_tokens(model, neurons, tokens, subnetwork, k=5, seed=seed)
+
+
+def _induction(model: Any, subnetwork: Subnetwork) -> Effects:
+    """Which single head, added to the subnetwork, most lowers the loss on repeated random tokens."""
+    try:
+        task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
+    except ValueError as error:
+        raise _NotForThisModelError(str(error)) from error
+    able = ability(model, task)
+    if not able.able:
+        raise _NotForThisModelError(
+            f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
+            f"guessing would be {able.chance:.2f}"
+        )
+    return sufficiency(model, subnetwork, "heads", task, seeds=2)
+
+
+# --- in words ---
+
+_LAYER_TABLES = (
+    ("logit_lens", "surprisal_correlation", "logit lens: r with the target's surprisals"),
+    ("affine_lens", "surprisal_correlation", "affine lens: r with the target's surprisals"),
+    ("affine_lens", "output_correlation", "affine lens: r with the model's own output surprisals"),
+    ("affine_lens", "recall_at_1", "current token: share that the map to the input finds first"),
+    ("cosine", "current_embedding", "cosine with the current token's embedding"),
+    ("cosine", "target_unembedding", "cosine with the unembedding of the target's most likely next token"),
+    ("cosine", "target_unembedding_baseline", "  the same with other positions' tokens (baseline)"),
+    ("rotations", "output_angle", "rotation of the map to the output: median eigenvalue angle, degrees"),
+)
+
+
+def _story(analyses: Analyses) -> str:
+    lines = []
+    for name, quantity, words in _LAYER_TABLES:
+        curves = analyses.results.get(name)
+        if isinstance(curves, Curves) and not np.isnan(curves.get(quantity)).all():
+            lines.append(f"{words}\n{curves.table(quantity)}")
+    for name, words, end in (
+        ("ablation_components", "largest rise in loss when its output is zeroed, nats", ""),
+        ("ablation_heads", "heads with the largest rise in loss when zeroed, nats", ""),
+        ("induction", "head that, added to the subnetwork, most lowers the loss on repeated random tokens, nats", ""),
+    ):
+        effects = analyses.results.get(name)
+        if isinstance(effects, Effects):
+            top = ", ".join(f"{thing} {value:.3f}" for thing, value in effects.top(3))
+            lines.append(f"{words}: {top}{end}")
+    lines += [f"left out: {name}: {reason}" for name, reason in analyses.left_out.items()]
+    return "\n\n".join(lines)
