@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.set_defaults(command=_analyze)
     analyze.add_argument("run", type=Path, help="the run's folder")
     analyze.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the random controls (default: 0)")
-    analyze.add_argument("--tokens", type=_whole(1), metavar="N", help="measure layers on so many (default: 32768)")
+    analyze.add_argument("--tokens", type=_whole(1), metavar="N", help="measure layers on so many (default: 20480)")
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)

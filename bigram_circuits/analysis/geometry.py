@@ -127,10 +127,8 @@ class CosineSums:
         rows = directions.flatten(1, 2)
         others = rows.roll(rows.shape[1] // 2, 1).view(directions.shape)
         cosines = [
-            torch.einsum("lbpd,bpd->lb", residual, direction)
-            for group in (directions, others)
-            for direction in group
-        ]  # fmt: skip
+            torch.linalg.vecdot(residual, direction).sum(-1) for group in (directions, others) for direction in group
+        ]
         count = torch.full_like(cosines[0], residual.shape[2])
         self._rows.append(torch.stack([*cosines, count], -1).transpose(0, 1).double().cpu().numpy())
 

@@ -37,8 +37,8 @@ from bigram_circuits.corpus import Corpus
 from bigram_circuits.subnetwork import Subnetwork
 
 _FIT_TOKENS = 1 << 14  # that affine maps are fitted on
-_TOKENS = 1 << 15  # that layers are measured on
-_SWEEP_TOKENS = 1 << 12  # that each ablation is measured on
+_TOKENS = 5 << 12  # that layers are measured on
+_SWEEP_TOKENS = 3 << 10  # that each ablation is measured on
 _PROMPT_TOKENS = 16  # of held-out text that are shown one by one
 _NEURONS_SHOWN = 12
 _PERIOD = 24  # of repeated random tokens
@@ -88,7 +88,8 @@ def analyze(
         seed: Of matched random subnetworks.
         tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
         sweep_tokens: Held-out tokens that each ablation is measured on, at most.
-        fit_tokens: Training tokens that the affine maps are fitted on, at most.
+        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may excite neurons,
+            at most.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. On the first held-out tokens:
@@ -116,7 +117,7 @@ def analyze(
         "by_head": lambda: by_head(subnetwork, seed=seed),
         "concentration": lambda: concentration(subnetwork, seed=seed),
         "whole_neurons": lambda: whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=seed),
-        "exciting_tokens": lambda: _excited(model, lens.spread(corpus.held_out, tokens), subnetwork, seed),
+        "exciting_tokens": lambda: _excited(model, lens.spread(corpus.held_out, fit_tokens), subnetwork, seed),
         "ablation_components": lambda: ablate(model, ["attns", "mlps"], some, subnetwork, target=target, seeds=0),
         "ablation_heads": lambda: ablate(model, "heads", some, target=target, seeds=1),
         "stochastic_ablation": lambda: stochastic_ablation(model, subnetwork, target, some, draws=3, seed=seed),
