@@ -35,7 +35,7 @@ def test_the_last_layer_is_the_model_itself(any_model):
     np.testing.assert_allclose(found.get("next_rank")[-1][:-1], ranks)
     assert np.isnan(found.get("next_rank")[-1][-1])
     assert found.text is not None
-    assert found.text[0][-1][0].split(" | ")[0] == token_words(any_model, [int(probs[0].argmax())])[0]
+    assert found.text[0][-1][0].split("\n")[0] == token_words(any_model, [int(probs[0].argmax())])[0]
 
 
 def test_earlier_layers_go_through_the_final_norm_and_unembedding(any_model):

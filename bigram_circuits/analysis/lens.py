@@ -95,7 +95,7 @@ def logit_lens(
         subnetwork: Measure it, its complement and a matched random one beside the full model.
         target: For a corpus: the r of the lens with this target's surprisals by layer, for example an `NGramTable`.
         maps: Affine maps by condition, from `fit_affine_lens`: the tuned lens instead of the logit lens.
-        top_k: For a prompt: how many of the most likely tokens `text` names in each cell.
+        top_k: For a prompt: how many of the most likely tokens `text` names in each cell, a line each.
         seed: Of the matched random subnetwork.
 
     Returns:
@@ -261,7 +261,7 @@ def _prompt_lens(
             rank[-1] = probability[-1] = torch.nan
             top = log_probs.topk(min(top_k, log_probs.shape[-1]))
             layers.append(torch.stack([top.values[:, 0].exp(), rank, probability, entropy, kl]))
-            words.append(tuple(" | ".join(token_words(model, ids)) for ids in top.indices.tolist()))
+            words.append(tuple("\n".join(token_words(model, ids)) for ids in top.indices.tolist()))
         values.append(torch.stack(layers, 1).double().cpu().numpy())
         texts.append(tuple(words))
     title = "Logit lens" if maps is None else "Affine lens"

@@ -185,7 +185,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
         Quantity(f"density_{one}", "share", f"Of its weights in {one}, those that are kept.") for one in matrices
     )
     return Effects(
-        title=f"Neurons with at least {threshold:g} of their weights",
+        title="Densest neurons",
         quantities=(Quantity("density", "share", "Of the neuron's weights, those that are kept."), *in_each),
         subject="neuron",
         names=tuple(name for name, _ in listed),

@@ -8,6 +8,7 @@ were done or looked at, with numbers for each. A condition is what the model was
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -30,6 +31,8 @@ _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
     "random": "#999999",
     "empty": "#CC79A7",
 }
+_MARKED = 40  # points; of longer lines only the line is drawn
+_WIDE = 12  # columns; wider maps stand above each other
 _OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 
 
@@ -162,9 +165,9 @@ class Curves(Result):
             line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
             figure.add_scatter(
                 x=list(self.points), y=self.values[at], name=condition, legendgroup=condition, line=line,
-                mode="lines+markers",
+                mode="lines+markers" if len(self.points) <= _MARKED else "lines",
             )  # fmt: skip
-        figure.update_xaxes(title=self.axis)
+        figure.update_xaxes(title=self.axis.replace("_", " "))
         figure.update_yaxes(title=chosen.label)
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
 
@@ -186,7 +189,7 @@ class Maps(Result):
     values: Float[np.ndarray, "quantity condition row column"]
     """The numbers; nan where undefined."""
     text: tuple[tuple[tuple[str, ...], ...], ...] | None = None
-    """Words for every cell, [condition][row][column], for example the most likely token."""
+    """Words for every cell, [condition][row][column], in lines: for example the most likely tokens."""
 
     def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "row column"]:
         """One matrix."""
@@ -211,26 +214,48 @@ class Maps(Result):
         return pd.DataFrame(table)
 
     def plot(self, quantity: str | None = None) -> Any:
-        """Heat maps side by side on one colour scale; of the first quantity, if none is named."""
+        """Heat maps on one colour scale, of the first quantity if none is named; wide ones stand above each other.
+
+        Where there are words, a cell shows its first line, and all of it when pointed at.
+        """
         from plotly.subplots import make_subplots
 
         chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
-        figure = make_subplots(rows=1, cols=len(self.conditions), subplot_titles=self.conditions, shared_yaxes=True)
+        n_panels, n_rows, n_columns = len(self.conditions), len(self.rows), len(self.columns)
+        above = n_columns > _WIDE
+        figure = make_subplots(
+            rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
+            subplot_titles=[_plain(name) for name in self.conditions], vertical_spacing=0.25 / n_panels,
+        )  # fmt: skip
         for index, condition in enumerate(self.conditions):
-            words = None if self.text is None else self.text[index]
+            place = {"row": index + 1, "col": 1} if above else {"row": 1, "col": index + 1}
             figure.add_heatmap(
-                z=self.get(chosen.name, condition), x=list(range(len(self.columns))), y=list(range(len(self.rows))),
-                coloraxis="coloraxis", text=words, texttemplate="%{text}" if words else None,
-                row=1, col=index + 1,
+                z=self.get(chosen.name, condition), x=list(range(n_columns)), y=list(range(n_rows)),
+                coloraxis="coloraxis", **self._words(index), **place,
             )  # fmt: skip
         for axes, names in ((figure.update_xaxes, self.columns), (figure.update_yaxes, self.rows)):
-            axes(tickmode="array", tickvals=list(range(len(names))), ticktext=list(names))
-        figure.update_xaxes(title=self.column_axis)
+            axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[_plain(name) for name in names])
+        figure.update_xaxes(title=self.column_axis, row=n_panels if above else None)
         figure.update_yaxes(title=self.row_axis, col=1)
-        signed = bool((self.values < 0).any())
+        shown = self.values[self.quantities.index(chosen)]
+        signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
         scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
         figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
+        if above:
+            figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+    def _words(self, index: int) -> dict[str, Any]:
+        """What plotly needs to write words into the cells of a panel."""
+        if self.text is None:
+            return {}
+        lines = [[[_plain(line) for line in cell.split("\n")] for cell in row] for row in self.text[index]]
+        return {
+            "text": [[cell[0] for cell in row] for row in lines],
+            "texttemplate": "%{text}",
+            "customdata": [["<br>".join(cell) for cell in row] for row in lines],
+            "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
+        }
 
 
 @dataclass(frozen=True)
@@ -369,6 +394,11 @@ def _colour(condition: str, index: int) -> str:
     return _COLOURS.get(condition.split()[0], _OTHERS[index % len(_OTHERS)])
 
 
+def _plain(words: str) -> str:
+    """Words that plotly shall show as they are, not read as markup."""
+    return html.escape(str(words), quote=False)
+
+
 def _dressed(figure: Any, title: str) -> Any:
-    figure.update_layout(template="plotly_white", title=title, legend={"orientation": "h", "y": -0.2})
+    figure.update_layout(template="plotly_white", title=_plain(title), legend={"orientation": "h", "y": -0.2})
     return figure

@@ -96,7 +96,8 @@ def analyze(
         `prompt_lens`, `prompt_cosine`, `attribution`. Where it is: `by_layer`, `by_head`, `concentration`,
         `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
         `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
-        single heads, added to it, for repeated random tokens, if the full model can continue these.
+        single heads, added to it, for repeated random tokens, if the full model can continue these, and
+        `induction_pairs`, that of the best of them with every other.
 
     Raises:
         ValueError: If there is no held-out text, or model, subnetwork, target and text do not fit together.
@@ -191,8 +192,8 @@ def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subne
     return exciting_tokens(model, neurons, tokens, subnetwork, k=5, seed=seed)
 
 
-def _induction(model: Any, subnetwork: Subnetwork) -> Effects:
-    """Which single head, added to the subnetwork, most lowers the loss on repeated random tokens."""
+def _induction(model: Any, subnetwork: Subnetwork) -> dict[str, Effects]:
+    """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
     try:
         task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
     except ValueError as error:
@@ -203,7 +204,10 @@ def _induction(model: Any, subnetwork: Subnetwork) -> Effects:
             f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
             f"guessing would be {able.chance:.2f}"
         )
-    return sufficiency(model, subnetwork, "heads", task, seeds=2)
+    alone = sufficiency(model, subnetwork, "heads", task, seeds=1)
+    best = alone.top(1)[0][0]
+    pairs = [f"{best} + {head}" for head in alone.names if head != best]
+    return {"induction": alone, "induction_pairs": sufficiency(model, subnetwork, pairs, task, seeds=1)}
 
 
 # --- in words ---
@@ -218,6 +222,12 @@ _LAYER_TABLES = (
     ("cosine", "target_unembedding_baseline", "  the same with other positions' tokens (baseline)"),
     ("rotations", "output_angle", "rotation of the map to the output: median eigenvalue angle, degrees"),
 )
+_EFFECTS = (
+    ("ablation_components", "largest rise in loss where an output is zeroed, nats"),
+    ("ablation_heads", "heads with the largest rise in loss where zeroed, nats"),
+    ("induction", "heads added to the subnetwork: largest fall in loss on repeated random tokens, nats"),
+    ("induction_pairs", "the best of these with another"),
+)
 
 
 def _story(analyses: Analyses) -> str:
@@ -226,14 +236,12 @@ def _story(analyses: Analyses) -> str:
         curves = analyses.results.get(name)
         if isinstance(curves, Curves) and not np.isnan(curves.get(quantity)).all():
             lines.append(f"{words}\n{curves.table(quantity)}")
-    for name, words, end in (
-        ("ablation_components", "largest rise in loss when its output is zeroed, nats", ""),
-        ("ablation_heads", "heads with the largest rise in loss when zeroed, nats", ""),
-        ("induction", "head that, added to the subnetwork, most lowers the loss on repeated random tokens, nats", ""),
-    ):
+    lists = []
+    for name, words in _EFFECTS:
         effects = analyses.results.get(name)
         if isinstance(effects, Effects):
             top = ", ".join(f"{thing} {value:.3f}" for thing, value in effects.top(3))
-            lines.append(f"{words}: {top}{end}")
+            lists.append(f"{words}: {top}")
+    lines.append("\n".join(lists))
     lines += [f"left out: {name}: {reason}" for name, reason in analyses.left_out.items()]
     return "\n\n".join(lines)
