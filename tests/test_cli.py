@@ -115,6 +115,21 @@ def test_the_readme_states_what_it_measures(main_job):
         assert int(kept.split()[0].replace(",", "")) == pytest.approx(measured["kept"], rel=0.1)
 
 
+def test_the_readme_states_what_each_layer_predicts(main_job):
+    lens, readme = main_job[0].analyses["logit_lens"], (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[readme.index("| logit lens: r") :]
+    rows = {
+        "whole model": "full",
+        "subnetwork alone": "subnetwork",
+        "whole model without it": "complement",
+        "random weights, as many": "random",
+    }
+    for name, condition in rows.items():
+        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
+        stated = [float(cell.strip(" *")) for cell in row.strip("|").split("|")]
+        np.testing.assert_allclose(stated, lens.get("surprisal_correlation", condition), atol=0.03)
+
+
 def test_its_analyses_tell_the_story_of_the_paper(main_job):
     """The first block turns the current token into the next, in the full model and in the subnetwork alike."""
     run, out, _ = main_job
