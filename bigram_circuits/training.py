@@ -230,12 +230,14 @@ def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
     """Whether a run's CE jumped and did not come back in time (Chang and Bergen 2025).
 
     A jump is a step whose CE exceeds the mean of the 10 before it by more than 0.25 nats or 25%. It came back at a
-    later step that does not exceed that mean so, at least `recovery_steps` before the end.
+    later step that does not exceed that mean so, at least `recovery_steps` before the end. Where the CE is so small
+    that batches differ by more than 25%, as on a task that is solved, four standard deviations of those 10 count
+    instead of the 25%.
     """
     values = np.asarray(cross_entropies)
     for step in range(10, len(values)):
-        before = values[step - 10 : step].mean()
-        limit = before + min(0.25, 0.25 * before)
+        before, noise = values[step - 10 : step].mean(), values[step - 10 : step].std(ddof=1)
+        limit = before + min(0.25, max(0.25 * before, 4 * noise))
         if values[step] > limit and not (values[step + 1 : len(values) - recovery_steps] <= limit).any():
             return True
     return False

@@ -181,6 +181,9 @@ def test_what_counts_as_unstable():
     assert is_unstable(calm[:150] + [4.3] * 50, 100)
     assert not is_unstable(calm[:150] + [4.2] * 50, 100)  # less than 0.25 nats
     assert is_unstable([0.4] * 50 + [0.51] * 50, 10)  # more than 25%
+    noise = (0.1 + 0.03 * np.random.default_rng(0).standard_normal(100)).tolist()
+    assert not is_unstable(noise, 20)  # a task that is solved: batches differ by more than 25%
+    assert is_unstable([*noise, *[0.5] * 30], 20)
 
 
 def test_the_papers_recipe():
