@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from bigram_circuits import metrics
 from bigram_circuits.analysis.comparisons import Job, Kept, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.conditions import reduced_to
+from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
 from bigram_circuits.analysis.parts import (
     Coordinates,
     Part,
@@ -40,6 +40,7 @@ from bigram_circuits.analysis.parts import (
 )
 from bigram_circuits.analysis.results import Curves, Effects, Quantity
 from bigram_circuits.analysis.tasks import Task, as_task, measure
+from bigram_circuits.models import check_model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
 
@@ -84,9 +85,14 @@ def ablate(
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
+    check_seed(seed)
+    check_model(model)
+    check_subnetwork(subnetwork)
     if target is not None:
         check_target(target, model.cfg.d_vocab)
     task = as_task(tokens, model.cfg.d_vocab)
+    if subnetwork is not None:
+        subnetwork.check_fits(model)
     parts = parse(what, model, subnetwork)
     ways = {part.name: by or ("weights" if part.subnetworks else "zero") for part in parts}
     if "resample" in ways.values() and len(task) < 2:
@@ -315,7 +321,11 @@ def stochastic_ablation(
         raise ValueError(f"shares must be numbers from 0 to 1, not {tuple(shares)}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
+    check_seed(seed)
+    check_model(model)
     check_target(target, model.cfg.d_vocab)
+    if not isinstance(subnetwork, Subnetwork):
+        raise ValueError(f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork")
     subnetwork.check_fits(model)
     task = as_task(tokens, model.cfg.d_vocab)
     numbers = np.full((2, 2, len(shares), draws), math.nan)
