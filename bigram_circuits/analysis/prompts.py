@@ -32,7 +32,7 @@ def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
         if not prompt:
             raise ValueError("the prompt is empty")
         check_tokenizer(model)
-        tokens = model.to_tokens(prompt)
+        tokens = model.to_tokens(prompt, truncate=False)  # a longer one is refused, not cut
     else:
         tokens = _token_ids(prompt)
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:

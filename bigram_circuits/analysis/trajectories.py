@@ -23,7 +23,7 @@ from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.analysis.results import Curves, Quantity
 from bigram_circuits.corpus import Corpus, token_array
 from bigram_circuits.evaluation import evaluate
-from bigram_circuits.models import check_tokens, load_model
+from bigram_circuits.models import check_model, check_tokens, load_model
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import Target
@@ -118,6 +118,7 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     _check_target(target)
 
     def measure(model: Any) -> dict[str, dict[str, Any]]:
+        check_model(model)
         of_model = _target_of(target, model)
         every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
         return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
