@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
@@ -204,7 +203,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
 def exciting_tokens(
     model: Any,
     neurons: Sequence[tuple[int, int]],
-    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    tokens: Any,
     subnetwork: Subnetwork | None = None,
     *,
     k: int = 10,
@@ -216,7 +215,7 @@ def exciting_tokens(
     Args:
         model: From `load_model`.
         neurons: (layer, neuron) pairs.
-        tokens: Token ids [sequence, position].
+        tokens: Token ids [sequence, position], or a `Corpus` (its held-out part).
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         k: Tokens to list for each neuron.
         min_count: Leave out tokens that occur less often in the text.
