@@ -164,10 +164,13 @@ def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
         ValueError: If it is not [sequence, position] with at least one sequence of two tokens.
     """
     array = tokens.held_out if isinstance(tokens, Corpus) else tokens
-    array = array.numpy(force=True) if isinstance(array, Tensor) else array
+    if isinstance(array, Tensor):
+        array = array.double().numpy(force=True) if array.is_floating_point() else array.numpy(force=True)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
         what = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"type {type(tokens).__name__}"
         raise ValueError(f"held-out tokens have {what} but should be [sequence, position], at least [1, 2]")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"tokens have dtype {array.dtype} but should be integer ids")
     return array
 
 

@@ -126,12 +126,16 @@ def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[f
 
 
 def holm(log_ps: Sequence[float]) -> list[float]:
-    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in."""
-    order = np.argsort(log_ps, kind="stable")
-    adjusted = np.zeros(len(log_ps))
+    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in.
+
+    A p-value that is undefined (nan) stays so, and does not count.
+    """
+    known = int(len(log_ps) - np.isnan(log_ps).sum())
+    order = np.argsort(log_ps, kind="stable")[:known]  # nan comes last
+    adjusted = np.full(len(log_ps), np.nan)
     highest = -math.inf
     for rank, place in enumerate(order):
-        highest = max(highest, min(0.0, log_ps[place] + math.log(len(log_ps) - rank)))
+        highest = max(highest, min(0.0, log_ps[place] + math.log(known - rank)))
         adjusted[place] = highest
     return adjusted.tolist()
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from safetensors import SafetensorError
@@ -24,6 +25,8 @@ __all__ = [
     "WeightSite",
     "activation_points",
     "batch_size_for",
+    "check_model",
+    "check_tokens",
     "checkpoints",
     "fresh_huggingface",
     "hooked",
@@ -228,18 +231,44 @@ def batch_size_for(model: Any, length: int, *, streams: bool = False) -> int:
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError unless it is a hooked model."""
+    if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
+        raise ValueError(f"a {type(model).__name__} is no model: pass one from load_model")
+
+
+def check_tokens(model: Any, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
+    """Raise ValueError if token ids are outside a model's vocabulary, or sequences longer than its context."""
+    check_model(model)
+    least, largest = int(tokens.min()), int(tokens.max())
+    if least < 0 or largest >= model.cfg.d_vocab:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}")
+    context = getattr(model.cfg, "n_ctx", None)
+    if context and tokens.shape[1] > context:
+        raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than this model's context of {context}")
+
+
 def residual_streams(
     model: Any, tokens: Integer[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "layer batch pos d_model"], Float[Tensor, "batch pos d_vocab"]]:
     """The residual stream before every block and after the last, and the logits, from one forward pass.
 
     There are n_layers + 1 entries: the first is the embedding, the last is what the final norm and unembedding read.
+
+    Raises:
+        ValueError: If the model does not show one of them.
     """
     last = model.cfg.n_layers - 1
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
     streams: list[Tensor] = []
     hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    if len(streams) != len(names):
+        raise ValueError(
+            f"this model shows its residual stream at {len(streams)} of the {len(names)} places before, between and "
+            f"after its blocks"
+        )
     return torch.stack([stream.detach() for stream in streams]), logits
 
 
@@ -267,7 +296,13 @@ def record(
 
 
 def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-    """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it."""
+    """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it.
+
+    Raises:
+        ValueError: If the model has no final norm, or its unembedding reads vectors of another width.
+    """
+    if not hasattr(model, "ln_final") or model.W_U.shape[0] != residual.shape[-1]:
+        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
     rows = residual.reshape(1, -1, residual.shape[-1])
     logits = model.unembed(model.ln_final(rows))
     transform = getattr(model.adapter, "apply_output_logits_transform", None)  # soft caps and scales

@@ -149,7 +149,7 @@ def test_bad_input_is_said_in_one_line(tiny_model):
         prompt_tokens(tiny_model, "")
     with pytest.raises(ValueError, match=r"one sequence of tokens, .* not \[2, 3\]"):
         prompt_tokens(tiny_model, np.zeros((2, 3), int))
-    with pytest.raises(ValueError, match="token ids must be from 0 to 256"):
+    with pytest.raises(ValueError, match="token ids must be 0 to 256 for this model, but there is 257"):
         prompt_tokens(tiny_model, [1, 257])
     with pytest.raises(ValueError, match=r"there is no head 1\.4"):
         attention_patterns(tiny_model, PROMPT, heads=[(1, 4)])

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from bigram_circuits import metrics
 from bigram_circuits.analysis.comparisons import Job, Kept, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.conditions import reduced_to
+from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
 from bigram_circuits.analysis.parts import (
     Coordinates,
     Part,
@@ -40,6 +40,7 @@ from bigram_circuits.analysis.parts import (
 )
 from bigram_circuits.analysis.results import Curves, Effects, Quantity
 from bigram_circuits.analysis.tasks import Task, as_task, measure
+from bigram_circuits.models import check_model, check_tokens, record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
 
@@ -77,21 +78,27 @@ def ablate(
         `change_in_r`; for a task with wrong tokens `change_in_log_odds`. All losses in nats per scored place.
 
     Raises:
-        ValueError: If an argument is wrong, `by` does not go with a part, resampling has only one sequence, or a
-            surprisal is not finite.
+        ValueError: If an argument is wrong, `by` does not go with a part, resampling has only one sequence, the model
+            does not show an activation, or a surprisal is not finite.
     """
     if by is not None and by not in WAYS:
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
+    check_seed(seed)
+    check_model(model)
+    check_subnetwork(subnetwork)
     if target is not None:
         check_target(target, model.cfg.d_vocab)
     task = as_task(tokens, model.cfg.d_vocab)
+    if subnetwork is not None:
+        subnetwork.check_fits(model)
     parts = parse(what, model, subnetwork)
     ways = {part.name: by or ("weights" if part.subnetworks else "zero") for part in parts}
     if "resample" in ways.values() and len(task) < 2:
         raise ValueError("resampling takes activations from another sequence, but there is only one")
     chosen = {part.name: coordinates(model, part) for part in parts if ways[part.name] != "weights"}
+    _check_shown(model, task, chosen.values())
     dropped = {part.name: part.weights(model) for part in parts if ways[part.name] == "weights"}
     bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
     runs = Runs(model, task, target)
@@ -125,6 +132,18 @@ def ablate(
         }
         | ({"correlations": "scored places where the target's probability is above 0"} if target is not None else {}),
     )
+
+
+def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
+    """Raise ValueError unless the forward pass shows all these activations, in these sizes: else none is replaced."""
+    sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
+    check_tokens(model, task.tokens)
+    tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
+    with torch.inference_mode():
+        seen, _ = record(model, tokens, list(sizes))
+    for name, size in sizes.items():
+        if (found := seen[name].flatten(2).shape[2]) != size:
+            raise ValueError(f"the activation {name} has {found} values a position, but {size} were expected")
 
 
 class _BaseMeans:
@@ -315,7 +334,11 @@ def stochastic_ablation(
         raise ValueError(f"shares must be numbers from 0 to 1, not {tuple(shares)}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
+    check_seed(seed)
+    check_model(model)
     check_target(target, model.cfg.d_vocab)
+    if not isinstance(subnetwork, Subnetwork):
+        raise ValueError(f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork")
     subnetwork.check_fits(model)
     task = as_task(tokens, model.cfg.d_vocab)
     numbers = np.full((2, 2, len(shares), draws), math.nan)

@@ -74,12 +74,16 @@ def logit_attribution(
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
-    named = {token_word(model, best): best}
+    word = token_word(model, best)
+    named = {word: best}
     if wrong is not None:
         other = token_id(model, wrong)
         if other == best:
             raise ValueError(f"answer and wrong are the same token, {token_word(model, best)!r}")
-        named[token_word(model, other)] = other
+        other_word = token_word(model, other)
+        if other_word == word:  # such as bytes that are no character on their own
+            word, other_word = f"{word} <{best}>", f"{other_word} <{other}>"
+        named = {word: best, other_word: other}
     terms: dict[str, dict[str, Tensor]] = {}
     logits: dict[str, list[float]] = {}
     for name, condition in conditions(subnetwork, seed=seed).items():
@@ -136,6 +140,9 @@ def attention_patterns(
     tokens = prompt_tokens(model, prompt)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     chosen = [(layer, head) for layer in range(n_layers) for head in range(n_heads)] if heads is None else list(heads)
+    if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in chosen):
+        raise ValueError(f"heads must be (layer, head) pairs, not {chosen!r}")
+    chosen = [(int(layer), int(head)) for layer, head in chosen]
     for layer, head in chosen:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(
@@ -174,7 +181,7 @@ def _contributions(
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """What every component adds to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
-    if getattr(model, "ln_final", None) is None or model.W_U.shape[0] != len(final):
+    if not hasattr(model, "ln_final") or model.W_U.shape[0] != len(final):
         raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
     directions = model.W_U[:, ids].float()
     terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
@@ -185,7 +192,7 @@ def _contributions(
     raw = model.unembed(model.ln_final(final[None, None].to(model.W_U.dtype)))[0, 0].float()
     total = torch.stack(list(terms.values())).sum(0)
     scale = float(torch.stack(list(terms.values())).abs().max())
-    tolerance = _TOLERANCE if model.W_U.dtype == torch.float32 else 64 * torch.finfo(model.W_U.dtype).eps
+    tolerance = max(_TOLERANCE, 64 * torch.finfo(model.W_U.dtype).eps)
     error = float((total - raw[ids]).abs().max())
     shown = readout(model, final[None].to(model.W_U.dtype))[0].float()
     error = max(error, float((shown - logits).abs().max()))
@@ -213,7 +220,8 @@ def _components(
     start = at["blocks.0.hook_resid_pre"]
     parts = {"embed": start}
     both = [at[name] for name in embeddings if at[name].shape == start.shape]
-    if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=1e-5):
+    rounding = max(1e-5, 2 * torch.finfo(model.W_U.dtype).eps * float(start.abs().max()))
+    if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=rounding):
         parts = {name.partition(".")[0]: at[name] for name in embeddings}
     for layer in blocks:
         attention = at[f"blocks.{layer}.hook_attn_out"]

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.corpus import in_order
 from bigram_circuits.masking import masked
-from bigram_circuits.models import batch_size_for, residual_streams
+from bigram_circuits.models import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
 
 Conditions = Mapping[str, Subnetwork | None]
@@ -27,7 +27,13 @@ Conditions = Mapping[str, Subnetwork | None]
 
 
 def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
-    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
+    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw).
+
+    Raises:
+        ValueError: If it is no subnetwork, or the seed is below 0.
+    """
+    check_seed(seed)
+    check_subnetwork(subnetwork)
     if subnetwork is None:
         return {"full": None}
     return {
@@ -36,6 +42,20 @@ def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Sub
         "complement": ~subnetwork,
         "random": subnetwork.random_like(seed=seed),
     }
+
+
+def check_subnetwork(subnetwork: Any) -> None:
+    """Raise ValueError unless it is a subnetwork, or None."""
+    if subnetwork is not None and not isinstance(subnetwork, Subnetwork):
+        raise ValueError(
+            f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork, read from a file if need be"
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless it is a whole number from 0."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
 def reduced_to(model: Any, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
@@ -71,7 +91,15 @@ def observe(
     *,
     what: str = "analysing",
 ) -> None:
-    """Stream a text through the model under each condition; `observers(condition)` makes who looks on."""
+    """Stream a text through the model under each condition; `observers(condition)` makes who looks on.
+
+    Raises:
+        ValueError: If a token or the length of the sequences is beyond the model, or a subnetwork is another model's.
+    """
+    check_tokens(model, tokens)
+    for subnetwork in subnetworks.values():
+        if subnetwork is not None:
+            subnetwork.check_fits(model)
     batch_size = batch_size_for(model, tokens.shape[1], streams=True)
     with tqdm(total=len(subnetworks) * len(tokens), desc=what, unit="sequence", delay=2, leave=False) as bar:
         for name, subnetwork in subnetworks.items():

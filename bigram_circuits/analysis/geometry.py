@@ -29,12 +29,12 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
-from bigram_circuits.analysis.lens import AffineMaps, fit_affine_lens, layer_names, spread
+from bigram_circuits.analysis.conditions import Batch, check_subnetwork, conditions, observe, reduced_to
+from bigram_circuits.analysis.lens import AffineMaps, check_maps, fit_affine_lens, layer_names, spread
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
 from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
 from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.models import residual_streams
+from bigram_circuits.models import check_model, check_tokens, residual_streams
 from bigram_circuits.sites import full_weights
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
@@ -82,10 +82,13 @@ def cosine_to_unembedding(
         What needs a next token is nan at a prompt's last position; without a target its direction is nan.
 
     Raises:
-        ValueError: If the text is empty or of another shape, or the target has another vocabulary.
+        ValueError: If the text is empty or of another shape, the target has another vocabulary, or the model's
+            embeddings have another width than its residual stream.
     """
+    check_model(model)
     if target is not None:
         check_target(target, model.cfg.d_vocab)
+    _check_widths(model)
     named = conditions(subnetwork, seed=seed)
     if is_prompt(text):
         return _prompt_cosines(model, prompt_tokens(model, text), named, target)
@@ -93,6 +96,15 @@ def cosine_to_unembedding(
     watching = {name: CosineSums(model, target) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="cosines")
     return cosine_curves(model, watching, {"tokens": int(tokens.size), "random_seed": seed})
+
+
+def _check_widths(model: Any) -> None:
+    widths = (model.W_E.shape[1], model.W_U.shape[0])
+    if widths != (model.cfg.d_model, model.cfg.d_model):
+        raise ValueError(
+            f"a cosine needs vectors of one width, but this model's residual stream has {model.cfg.d_model}, its "
+            f"embedding {widths[0]} and its unembedding {widths[1]}"
+        )
 
 
 def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
@@ -137,6 +149,7 @@ class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
     def __init__(self, model: Any, target: Any) -> None:
+        _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
         self._target = target if hasattr(target, "top1") else None
 
@@ -153,7 +166,7 @@ class _Directions:
         if self._target is None:
             found.append(torch.full_like(found[0], torch.nan))
         else:
-            top = self._target.top1(tokens)
+            top = self._target.top1(tokens).to(tokens)
             if top.shape != tokens.shape:  # a target that says nothing about the last position
                 top = torch.cat([top, tokens[:, top.shape[1] :]], 1)
             found.append(self._unembedding[top])
@@ -182,8 +195,8 @@ def _prompt_cosines(model: Any, tokens: Integer[Tensor, "one position"], named: 
 
 
 def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*layer d"]:
-    """Absolute angles of all eigenvalues, degrees, 0 to 180."""
-    return torch.linalg.eigvals(matrix.double()).angle().abs().rad2deg()
+    """Absolute angles of all eigenvalues, degrees, 0 to 180; on the CPU."""
+    return torch.linalg.eigvals(matrix.detach().cpu().double()).angle().abs().rad2deg()
 
 
 def layer_rotations(
@@ -211,12 +224,16 @@ def layer_rotations(
         map to it has no eigenvalues, and its numbers are nan.
 
     Raises:
-        ValueError: If there is neither text nor maps.
+        ValueError: If there is neither text nor maps, or maps are not the model's.
     """
+    check_model(model)
     if maps is None:
         if text is None:
             raise ValueError("rotations need a text to fit affine maps on, or maps=")
         maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
+    elif not maps:
+        raise ValueError("maps= has no affine maps")
+    check_maps(model, maps, dict.fromkeys(maps))
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
     notes = {"fitted_on": next(iter(maps.values())).tokens, "alpha": next(iter(maps.values())).alpha}
@@ -230,13 +247,13 @@ def _rotations(maps: AffineMaps) -> Float[np.ndarray, "quantity layer"]:
     angles, shares = [], []
     for matrices in (maps.output_weight, maps.input_weight):
         if matrices.shape[1] != matrices.shape[2]:
-            angles.append(torch.full((len(matrices),), torch.nan))
+            angles.append(torch.full((len(matrices),), torch.nan, dtype=torch.float64))
             shares.append(angles[-1])
             continue
         angle = rotation_angles(matrices)
         angles.append(angle.quantile(0.5, dim=-1))
         shares.append(((angle > 0) & (angle < 180)).double().mean(-1))
-    return torch.stack([*angles, *shares]).double().cpu().numpy()
+    return torch.stack([*angles, *shares]).numpy()
 
 
 # --- covariance similarity ---
@@ -262,7 +279,9 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
     """
     if len(x) < 4:
         raise ValueError(f"CKA needs at least 4 tokens, not {len(x)}")
-    gram_x, gram_y = (_gram(one[None]) for one in (x, y))
+    if len(x) != len(y):
+        raise ValueError(f"CKA compares activations over the same tokens, but there are {len(x)} and {len(y)}")
+    gram_x, gram_y = (_gram(one[None].double()) for one in (x, y.to(x.device)))
     both = torch.cat([gram_x, gram_y])
     return float(_ratio(unbiased_hsic(both, both))[0, 1])
 
@@ -289,12 +308,18 @@ def covariance_similarity(
         `full (rows) and subnetwork`. A layer whose activations are the same for all tokens has nan.
 
     Raises:
-        ValueError: If there are fewer than 4 tokens.
+        ValueError: If there are fewer than 4 tokens, or so many at once, or a token or the length of the sequences is
+            beyond the model.
     """
+    check_model(model)
+    check_subnetwork(subnetwork)
+    if tokens_at_once < 4:
+        raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
     if tokens.size < 4:
         raise ValueError(f"CKA needs at least 4 tokens, not {tokens.size}")
-    batch_size = max(1, tokens_at_once // tokens.shape[1])
+    check_tokens(model, tokens)
+    batch_size = max(-(-4 // tokens.shape[1]), tokens_at_once // tokens.shape[1])
     n_layers = model.cfg.n_layers + 1
     n_streams = n_layers if subnetwork is None else 2 * n_layers
     hsic = torch.zeros(n_streams, n_streams, dtype=torch.float64, device=model.cfg.device)

@@ -13,6 +13,7 @@ Over a corpus, one row of sums per sequence and layer is kept; intervals are boo
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +29,20 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from bigram_circuits import metrics
-from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, observe, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_seed,
+    check_subnetwork,
+    conditions,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
 from bigram_circuits.corpus import Corpus, batch_of, token_array
 from bigram_circuits.files import whole_file
-from bigram_circuits.models import readout, residual_streams
+from bigram_circuits.models import check_model, check_tokens, readout, residual_streams
 from bigram_circuits.sites import weight_hash
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
@@ -108,13 +117,15 @@ def logit_lens(
             not its final norm and unembedding applied to the last residual stream.
     """
     _check_readout(model)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
     named = conditions(subnetwork, seed=seed)
-    _check_maps(model, maps, named)
+    check_maps(model, maps, named)
     if is_prompt(text):
         return _prompt_lens(model, prompt_tokens(model, text), named, maps, top_k)
     tokens = token_array(text)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
     watching = {name: LensSums(model, target, None if maps is None else maps[name]) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="logit lens")
     title = "Logit lens" if maps is None else "Affine lens"
@@ -257,7 +268,7 @@ def _prompt_lens(
         layers, words = [], []
         for log_probs in found.values[:, 0]:
             surprisal, entropy, kl, _, reciprocal = readings(log_probs, following, output)
-            rank, probability = 1 / reciprocal - 1, (-surprisal).exp()
+            rank, probability = (1 / reciprocal - 1).round(), (-surprisal).exp()
             rank[-1] = probability[-1] = torch.nan
             top = log_probs.topk(min(top_k, log_probs.shape[-1]))
             layers.append(torch.stack([top.values[:, 0].exp(), rank, probability, entropy, kl]))
@@ -273,6 +284,7 @@ def _prompt_lens(
 
 def _check_readout(model: Any) -> None:
     """Raise ValueError unless final norm and unembedding of the last residual stream give the model's logits."""
+    check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
     with torch.no_grad():
         streams, logits = residual_streams(model, tokens)
@@ -311,13 +323,11 @@ class AffineMaps:
 
     def to_output(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """The predicted last residual stream, from that of entry `layer` (0: the embedding)."""
-        weight, bias = self.output_weight[layer].to(residual), self.output_bias[layer].to(residual)
-        return residual @ weight + bias
+        return _affine(residual, self.output_weight[layer], self.output_bias[layer]).to(residual)
 
     def to_input(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_embed"]:
-        """The predicted embedding of the current token."""
-        weight, bias = self.input_weight[layer].to(residual), self.input_bias[layer].to(residual)
-        return residual @ weight + bias
+        """The predicted embedding of the current token, float32."""
+        return _affine(residual, self.input_weight[layer], self.input_bias[layer])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file."""
@@ -347,8 +357,13 @@ class AffineMaps:
             raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
         maps = cls(**tensors, **json.loads(metadata["about"]))
         if model is not None:
-            _check_maps(model, {"": maps}, [""])
+            check_maps(model, {"": maps}, {"": None})
         return maps
+
+
+def _affine(rows: Float[Tensor, "*rows d"], weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"]) -> Tensor:
+    """In float32, whatever the precision of the rows."""
+    return rows.float() @ weight.to(rows.device, torch.float32) + bias.to(rows.device, torch.float32)
 
 
 class AffineFitter:
@@ -393,7 +408,12 @@ class AffineFitter:
             xx = self._xx[layer] - torch.outer(x[layer], x[layer]) / n + penalty
             xy = self._xy[layer] - torch.outer(x[layer], x[-1]) / n
             xe = self._xe[layer] - torch.outer(x[layer], e) / n
-            weight = torch.linalg.solve(xx, torch.cat([xy, xe], 1))
+            weight, failed = torch.linalg.solve_ex(xx, torch.cat([xy, xe], 1))
+            if int(failed):
+                raise ValueError(
+                    f"there is no one affine map from layer {layer - 1 if layer else 'embed'}: its residual streams "
+                    f"span fewer dimensions than it has; give an alpha above {alpha}, or more text"
+                )
             outputs.append(weight[:, : x.shape[1]])
             inputs.append(weight[:, x.shape[1] :])
         to_output, to_input = torch.stack(outputs), torch.stack(inputs)
@@ -433,11 +453,12 @@ def fit_affine_lens(
         The maps by condition: `full`, `subnetwork`, `complement`, `random`.
 
     Raises:
-        ValueError: If there is no text, or alpha is below 0.
+        ValueError: If there is no text, alpha is below 0, or without a penalty there is no one map.
     """
-    if alpha < 0:
+    check_model(model)
+    if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
-    some = spread(tokens.train if isinstance(tokens, Corpus) else token_array(tokens), max_tokens)
+    some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
     named = conditions(subnetwork, seed=seed)
     fitters = {name: AffineFitter(model) for name in named}
     observe(model, some, named, lambda name: [fitters[name]], what="fitting affine maps")
@@ -448,6 +469,8 @@ def spread(
     tokens: Integer[np.ndarray, "sequence position"], max_tokens: int
 ) -> Integer[np.ndarray, "some_sequence position"]:
     """At most `max_tokens` tokens of a text: whole sequences, evenly spread over it."""
+    if max_tokens < 1:
+        raise ValueError(f"at least 1 token must be used, not {max_tokens}")
     wanted = min(len(tokens), max(1, max_tokens // tokens.shape[1]))
     return tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
 
@@ -478,10 +501,19 @@ def refine_affine_lens(
         seed: Of the data order.
 
     Raises:
-        ValueError: If the maps were not fitted on this model.
+        ValueError: If the maps were not fitted on this model, or a number is below what it can be.
     """
-    _check_maps(model, {"": maps}, [""])
-    text = tokens.train if isinstance(tokens, Corpus) else token_array(tokens)
+    check_model(model)
+    check_subnetwork(subnetwork)
+    check_seed(seed)
+    if steps < 0 or batch_size < 1 or not learning_rate > 0:
+        raise ValueError(
+            f"refining needs steps of 0 or more, a batch_size of at least 1 and a learning_rate above 0, not {steps}, "
+            f"{batch_size} and {learning_rate}"
+        )
+    check_maps(model, {"": maps}, {"": None})
+    text = token_array(tokens.train if isinstance(tokens, Corpus) else tokens)
+    check_tokens(model, text)
     device = model.cfg.device
     weight = maps.output_weight.detach().clone().to(device).requires_grad_()
     bias = maps.output_bias.detach().clone().to(device).requires_grad_()
@@ -494,7 +526,7 @@ def refine_affine_lens(
                 output = Reference.of(logits.flatten(0, 1))
             optimizer.zero_grad(set_to_none=True)
             for layer, residual in enumerate(streams.flatten(1, 2)):  # one layer's graph at a time
-                wide = readout(model, residual @ weight[layer] + bias[layer]).float()
+                wide = readout(model, _affine(residual, weight[layer], bias[layer]).to(residual)).float()
                 loss = (wide.logsumexp(-1) - torch.linalg.vecdot(output.probs, wide)).mean()
                 gradients = torch.autograd.grad(loss, [weight, bias])
                 for parameter, gradient in zip((weight, bias), gradients, strict=True):
@@ -539,6 +571,10 @@ def affine_lens(
     """
     _check_readout(model)
     named = conditions(subnetwork, seed=seed)
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
+    if refine_steps < 0:
+        raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
     fit_on, held_out = _two_parts(text, split=maps is None)
     if maps is None:
         maps = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
@@ -547,7 +583,7 @@ def affine_lens(
                 name: refine_affine_lens(model, maps[name], fit_on, one, steps=refine_steps)
                 for name, one in named.items()
             }
-    _check_maps(model, maps, named)
+    check_maps(model, maps, named)
     fitted = maps
     lenses = {name: LensSums(model, target, fitted[name]) for name in named}
     recalls = {name: RecallSums(model, fitted[name]) for name in named}
@@ -580,7 +616,7 @@ class RecallSums:
     """Counts, for every sequence and layer, how often the map to the input finds the current token; an observer."""
 
     def __init__(self, model: Any, maps: AffineMaps) -> None:
-        self._maps, self._embedding = maps, model.W_E.detach()
+        self._maps, self._embedding = maps, model.W_E.detach().float()
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
     def rows(self) -> Float[np.ndarray, "sequence layer column"]:
@@ -595,7 +631,7 @@ class RecallSums:
         for layer, residual in enumerate(batch.residual.flatten(1, 2)):
             ranks = []
             for at in range(0, len(current), size):
-                scores = self._maps.to_input(residual[at : at + size], layer) @ self._embedding.to(residual).T
+                scores = self._maps.to_input(residual[at : at + size], layer) @ self._embedding.T
                 ranks.append((scores > scores.gather(1, current[at : at + size, None])).sum(-1))
             rank = torch.cat(ranks).view(batch.tokens.shape)
             counts = [(rank < k).sum(1) for k in _RECALLS]
@@ -608,7 +644,7 @@ def _two_parts(
 ) -> tuple[Integer[np.ndarray, "a position"], Integer[np.ndarray, "b position"]]:
     """What to fit on, and what to measure on."""
     if isinstance(text, Corpus):
-        return text.train, token_array(text)
+        return (token_array(text.train) if split else text.train), token_array(text)
     tokens = token_array(text)
     if not split:
         return tokens, tokens
@@ -618,12 +654,21 @@ def _two_parts(
     return tokens[:cut], tokens[cut:]
 
 
-def _check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Any) -> None:
+def check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Conditions) -> None:
+    """Raise ValueError unless there are maps for every condition, fitted on this model and on that condition."""
     if maps is None:
         return
-    for name in named:
+    if not isinstance(maps, Mapping):
+        raise ValueError(
+            f"maps must be affine maps by condition, as fit_affine_lens gives, not a {type(maps).__name__}"
+        )
+    for name, subnetwork in named.items():
         if name not in maps:
             raise ValueError(f"there are no affine maps for {name!r}: there are {', '.join(maps)}")
+        if subnetwork is not None and maps[name].condition != subnetwork.lineage:
+            raise ValueError(
+                f"the affine maps for {name!r} were fitted on {maps[name].condition!r}, not on {subnetwork.lineage!r}"
+            )
         if maps[name].weight_hash != (found := weight_hash(model)):
             raise ValueError(
                 f"the affine maps were fitted on a model with weight hash {maps[name].weight_hash}, "

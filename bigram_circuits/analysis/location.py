@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.results import Curves, Effects, Maps, Quantity
 from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.models import batch_size_for, record
+from bigram_circuits.models import batch_size_for, check_model, check_tokens, record
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Count, Subnetwork
 
@@ -59,8 +58,9 @@ def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
     With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts.
 
     Raises:
-        ValueError: If the subnetwork has no attention.
+        ValueError: If the subnetwork has no attention, or the seed is below 0.
     """
+    check_seed(seed)
     both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
     maps = []
     for one in both.values():
@@ -118,6 +118,7 @@ def concentration(
     Raises:
         ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
     """
+    check_seed(seed)
     if points < 2:
         raise ValueError(f"a curve needs at least 2 points, not {points}")
     x = np.linspace(0, 1, points)
@@ -125,7 +126,9 @@ def concentration(
     values, gini = np.empty((1, 2, points)), {}
     for row, (name, one) in enumerate(both.items()):
         counts = neuron_counts(one)
-        chosen = list(counts) if layers is None else list(layers)
+        chosen = list(counts) if layers is None else [int(layer) for layer in layers]
+        if not chosen:
+            raise ValueError("concentration needs at least one layer")
         if missing := [layer for layer in chosen if layer not in counts]:
             raise ValueError(f"there is no layer {missing[0]}: layers are 0 to {max(counts)}")
         kept = np.sort(np.concatenate([counts[layer].sum(0) for layer in chosen]))[::-1]
@@ -164,6 +167,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     Raises:
         ValueError: If the threshold is not a share, or `most` is below 1.
     """
+    check_seed(seed)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a share from 0 to 1, not {threshold}")
     if most < 1:
@@ -199,7 +203,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
 def exciting_tokens(
     model: Any,
     neurons: Sequence[tuple[int, int]],
-    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    tokens: Any,
     subnetwork: Subnetwork | None = None,
     *,
     k: int = 10,
@@ -211,7 +215,7 @@ def exciting_tokens(
     Args:
         model: From `load_model`.
         neurons: (layer, neuron) pairs.
-        tokens: Token ids [sequence, position].
+        tokens: Token ids [sequence, position], or a `Corpus` (its held-out part).
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         k: Tokens to list for each neuron.
         min_count: Leave out tokens that occur less often in the text.
@@ -225,8 +229,12 @@ def exciting_tokens(
     Raises:
         ValueError: If there is no such neuron, no text, or no token occurs often enough.
     """
+    check_model(model)
     array = token_array(tokens)
+    check_tokens(model, array)
     d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.name.endswith(".W_out")}
+    if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):
+        raise ValueError(f"neurons must be (layer, neuron) pairs, not {neurons!r}")
     for layer, neuron in neurons:
         if layer not in d_mlp:
             raise ValueError(f"there is no layer {layer}: layers are 0 to {max(d_mlp)}")
@@ -234,6 +242,8 @@ def exciting_tokens(
             raise ValueError(f"there is no neuron {neuron} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
     if not neurons or k < 1:
         raise ValueError(f"exciting tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}")
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1, not {min_count}")
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
     common = np.flatnonzero(counts >= min_count)
     if len(common) == 0:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
+from bigram_circuits.models import check_model, check_tokens
+
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
 """Text, or the token ids of one sequence."""
 
@@ -23,32 +25,52 @@ def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     """The token ids of one prompt, on the model's device.
 
     Raises:
-        ValueError: If it is empty, more than one sequence, or has ids outside the vocabulary.
+        ValueError: If it is empty, more than one sequence, longer than the context, or has ids outside the vocabulary.
     """
+    check_model(model)
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")
-        tokens = model.to_tokens(prompt)
+        check_tokenizer(model)
+        tokens = model.to_tokens(prompt, truncate=False)  # a longer one is refused, not cut
     else:
-        tokens = torch.as_tensor(prompt).long()
-        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        tokens = _token_ids(prompt)
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
         raise ValueError(f"a prompt is one sequence of tokens, [pos] or [1, pos], not {list(tokens.shape)}")
-    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
-        raise ValueError(f"token ids must be from 0 to {model.cfg.d_vocab - 1}")
+    check_tokens(model, tokens)
     return tokens.to(model.cfg.device)
+
+
+def _token_ids(prompt: Any) -> Integer[Tensor, "..."]:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"a prompt is a text or the token ids of one sequence, not the {type(prompt).__name__} {str(prompt)[:40]!r}"
+        ) from error
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"tokens have dtype {str(ids.dtype).removeprefix('torch.')} but should be integer ids")
+    ids = ids.long()
+    return ids[None] if ids.ndim == 1 else ids
+
+
+def check_tokenizer(model: Any) -> None:
+    """Raise ValueError if the model has no tokenizer."""
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer: give token ids instead of text")
 
 
 def token_id(model: Any, token: str | int) -> int:
     """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
     if isinstance(token, str):
+        check_tokenizer(model)
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
         return ids[0]
-    if not 0 <= token < model.cfg.d_vocab:
+    if not isinstance(token, int | np.integer) or not 0 <= token < model.cfg.d_vocab:
         raise ValueError(f"there is no token {token}: ids are 0 to {model.cfg.d_vocab - 1}")
-    return token
+    return int(token)
 
 
 def token_words(model: Any, ids: Sequence[int]) -> list[str]:

@@ -12,6 +12,7 @@ over all additions it is corrected as Holm (1979) does, so the chance of one fal
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from bigram_circuits.analysis.comparisons import Job, Runs, Table, mean_log_odds
 from bigram_circuits.analysis.parts import matched_counts, parse, random_within
 from bigram_circuits.analysis.results import Effects, Quantity
 from bigram_circuits.analysis.tasks import COLUMNS, as_task
+from bigram_circuits.models import check_model
 from bigram_circuits.subnetwork import Subnetwork
 
 
@@ -49,6 +51,9 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
     """
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
+    check_model(model)
+    if not isinstance(base, Subnetwork):
+        raise ValueError(f"a {type(base).__name__} is no subnetwork: pass a Subnetwork as the base")
     base.check_fits(model)
     scored = as_task(task, model.cfg.d_vocab)
     parts = {part.name: part.weights(model, shared=True) for part in parse(added, model, base)}
@@ -115,7 +120,7 @@ def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bo
     nan = math.nan
     before = table.prompts("base", "")
     differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
-    p = np.exp(metrics.holm([log_p_of_fall(differences[name]) for name in names]))
+    p = np.maximum(np.exp(metrics.holm([log_p_of_fall(differences[name]) for name in names])), sys.float_info.min)
     rows = {
         Quantity("fall_in_loss", "nats", "How much the subnetwork's loss falls with the addition."): [
             _negated(table.change("base", name, mean_loss)) for name in names
@@ -132,9 +137,9 @@ def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bo
         Quantity("weights_added", "", "Weights of the addition that the subnetwork did not have."): [
             (count, nan, nan) for count in new
         ],
-        Quantity("p", "", "Chance of such a fall if there were none, one-sided, corrected for all additions."): [
-            (value, nan, nan) for value in p.tolist()
-        ],
+        Quantity(
+            "p", "", "Chance of such a fall if there were none, one-sided, corrected for all additions; never 0."
+        ): [(value, nan, nan) for value in p.tolist()],
     }
     if with_odds:
         odds = Quantity("rise_in_log_odds", "nats", "How much the log odds of right against wrong rise.")

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bigram_circuits import metrics
+from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.corpus import token_array
-from bigram_circuits.models import batch_size_for
+from bigram_circuits.models import batch_size_for, check_model, check_tokens
 
 COLUMNS = (*metrics.COLUMNS[:6], "places", "surprisal", "log_odds")
 """Sums over one prompt. The first six are `metrics.correlation_sums` with a target's surprisals (0 without a target);
@@ -171,6 +172,9 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
 
 def ability(model: Any, task: Task) -> Ability:
     """Measure a model on a task, against guessing. Raises ValueError if a surprisal is not finite."""
+    check_model(model)
+    if not isinstance(task, Task):
+        raise ValueError(f"an ability is measured on a Task, not on a {type(task).__name__}")
     sums = measure(model, task)
     whole = sums.sum(0)
     odds = float(per_place(whole, "log_odds")) if task.wrong is not None else math.nan
@@ -206,10 +210,10 @@ def measure(
     Raises:
         ValueError: If a token id is outside the vocabulary, or a surprisal is not finite.
     """
-    largest, least = int(task.tokens.max()), int(task.tokens.min())
-    if least < 0 or largest >= model.cfg.d_vocab:
-        wrong = least if least < 0 else largest
-        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}")
+    check_tokens(model, task.tokens)
+    for ids in (task.right, task.wrong):
+        if ids is not None and ids.max() >= model.cfg.d_vocab:
+            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
     rows = []
     with torch.inference_mode():
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
@@ -294,7 +298,7 @@ def repeated_random_tokens(
         raise ValueError(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
     if length < period + 2:
         raise ValueError(f"length must be at least period + 2 = {period + 2}, so that a token is scored, not {length}")
-    _check_prompts(prompts)
+    _check_prompts(prompts, seed)
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(prompts):
@@ -318,7 +322,7 @@ def ordered_sequences(model: Any, *, prompts: int = 64, shown: Sequence[int] = (
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `shown` is not 1 to 11.
     """
-    _check_prompts(prompts)
+    _check_prompts(prompts, seed)
     if not shown or min(shown) < 1 or max(shown) > 11:
         raise ValueError(f"shown must be numbers of words from 1 to 11, not {tuple(shown)}")
     texts = []
@@ -348,7 +352,7 @@ def earlier_value(model: Any, *, prompts: int = 64, pairs: int = 4, seed: int = 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `pairs` is out of range.
     """
-    _check_prompts(prompts)
+    _check_prompts(prompts, seed)
     if not 2 <= pairs <= len(_OWNERS):
         raise ValueError(f"pairs must be 2 to {len(_OWNERS)}, not {pairs}")
     rng = np.random.default_rng(seed)
@@ -379,7 +383,7 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
             not fit the context.
     """
     name, tokenizer = "greater-than", _tokenizer(model)
-    _check_prompts(prompts)
+    _check_prompts(prompts, seed)
     years = _split_years(tokenizer)
     digits = {pair: last for (_, pair), last in years.items()}
     rng = np.random.default_rng(seed)
@@ -418,7 +422,7 @@ def indirect_object(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
             not fit the context.
     """
     name, tokenizer = "indirect object", _tokenizer(model)
-    _check_prompts(prompts)
+    _check_prompts(prompts, seed)
     before = len(_encode(tokenizer, "gave it to"))
     names = [one for one in _NAMES if len(_encode(tokenizer, f"gave it to {one}")) == before + 1]
     if len(names) < _FEWEST_NAMES:
@@ -460,9 +464,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _check_prompts(prompts: int) -> None:
+def _check_prompts(prompts: int, seed: int) -> None:
     if prompts < 1:
         raise ValueError(f"a task needs at least 1 prompt, not {prompts}")
+    check_seed(seed)
 
 
 def _split_years(tokenizer: Any) -> dict[tuple[int, int], int]:

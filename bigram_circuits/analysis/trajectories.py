@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import conditions
+from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.analysis.results import Curves, Quantity
 from bigram_circuits.corpus import Corpus, token_array
 from bigram_circuits.evaluation import evaluate
-from bigram_circuits.models import load_model
+from bigram_circuits.models import check_model, check_tokens, load_model
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets import Target
 from bigram_circuits.training import SparsifyConfig, find_subnetwork
 
 Measure = Callable[[Any], Mapping[str, Any]]
@@ -112,8 +113,12 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
         ValueError: If the tokens are no text.
     """
     array = token_array(tokens)
+    check_seed(seed)
+    check_subnetwork(subnetwork)
+    _check_target(target)
 
     def measure(model: Any) -> dict[str, dict[str, Any]]:
+        check_model(model)
         of_model = _target_of(target, model)
         every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
         return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
@@ -152,6 +157,8 @@ def subnetworks_over_training(
             there is no held-out text.
     """
     names, array = _names(checkpoints), token_array(corpus)
+    check_seed(seed)
+    _check_target(target)
     found: dict[str, Subnetwork] = {}
     rows: list[dict[str, dict[str, Any]]] = []
     for name, loaded in _each(checkpoints, names, model, device, dtype):
@@ -205,8 +212,8 @@ def _each(
 
 def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
     """What to call the checkpoints: local folders by their own name if that tells them apart."""
-    if isinstance(checkpoints, str):
-        raise ValueError(f"checkpoints must be a list of names, not the name {checkpoints!r}")
+    if isinstance(checkpoints, str | Path):
+        raise ValueError(f"checkpoints must be a list of names, not the name {str(checkpoints)!r}")
     names = [str(one) for one in checkpoints]
     if not names:
         raise ValueError("a trajectory needs at least one checkpoint")
@@ -217,6 +224,14 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(short if len(set(short)) == len(short) else names)
 
 
+def _check_target(target: Any) -> None:
+    if not callable(target) and not isinstance(target, Target):
+        raise ValueError(
+            f"a target needs the methods cross_entropy and surprisal, or is a function from a model to one; "
+            f"{type(target).__name__} is neither"
+        )
+
+
 def _target_of(target: Any, model: Any) -> Any:
     is_one = hasattr(target, "cross_entropy") and not isinstance(target, type)  # a class makes one of a model
     return target if is_one else target(model)
@@ -224,6 +239,7 @@ def _target_of(target: Any, model: Any) -> Any:
 
 def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Numbers by name, with intervals where there are any."""
+    check_tokens(model, tokens)
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
     names = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
