@@ -98,6 +98,7 @@ def test_it_prints_what_the_files_hold(main_job):
 
 def test_the_readme_states_what_it_measures(main_job):
     metrics, readme = main_job[0].metrics, (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[: readme.index("| logit lens: r")]
     rows = {
         r"\*\*subnetwork found\*\*": metrics["subnetwork"],
         "whole model": metrics["full"],
@@ -107,7 +108,7 @@ def test_the_readme_states_what_it_measures(main_job):
         "whole model without as many random weights": metrics["full_minus_random"]["mean"],
     }
     for name, measured in rows.items():
-        (row,) = re.findall(rf"^\| {name} \|(.*)$", readme, re.MULTILINE)
+        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
         r, kl, loss, kept = (cell.strip(" *") for cell in row.strip("|").split("|"))
         assert float(r) == pytest.approx(measured["surprisal_correlation"], abs=0.01)
         assert float(kl) == pytest.approx(measured["kl"], rel=0.1)
