@@ -174,6 +174,16 @@ def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
     return array
 
 
+def spread(
+    tokens: Integer[np.ndarray, "sequence position"], max_tokens: int
+) -> Integer[np.ndarray, "some_sequence position"]:
+    """At most `max_tokens` tokens of a text: whole sequences, evenly spread over it."""
+    if max_tokens < 1:
+        raise ValueError(f"at least 1 token must be used, not {max_tokens}")
+    wanted = min(len(tokens), max(1, max_tokens // tokens.shape[1]))
+    return tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
+
+
 def document_position(key: str, salt: str = "reference") -> float:
     """A fixed pseudo-random number in [0, 1) for a document; the held-out ones are those below the held-out share.
 

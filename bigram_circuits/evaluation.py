@@ -23,7 +23,7 @@ from bigram_circuits import metrics
 from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
-from bigram_circuits.models import batch_size_for
+from bigram_circuits.models import batch_size_for, check_tokens
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, entropy, top1_agreement
 
@@ -161,6 +161,7 @@ def evaluate(
             finite.
     """
     array = token_array(tokens)
+    check_tokens(model, array)
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     check_target(target, model.cfg.d_vocab)

@@ -37,12 +37,16 @@ __all__ = [
     "readout",
     "record",
     "residual_streams",
+    "rows_at_once",
     "weight_hash",
     "weight_sites",
 ]
 
 _TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
 _NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
+
+_LOGITS_AT_ONCE = 1 << 22  # when residual streams are read out,
+_ROWS_AT_ONCE = 256  # but at least so many rows
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 _PYTHIA = re.compile(
@@ -247,6 +251,11 @@ def check_tokens(model: Any, tokens: Integer[Tensor, "batch pos"] | Integer[np.n
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens.shape[1] > context:
         raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than this model's context of {context}")
+
+
+def rows_at_once(d_vocab: int) -> int:
+    """How many rows of logits to compute at once: 16 MiB, but never fewer rows than make the unembedding efficient."""
+    return max(_ROWS_AT_ONCE, _LOGITS_AT_ONCE // d_vocab)
 
 
 def residual_streams(

@@ -198,7 +198,7 @@ class Run:
     @property
     def analyses(self) -> dict[str, Any]:
         """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
-        from bigram_circuits.analysis.results import load_result
+        from bigram_circuits.results import load_result
 
         return {path.stem: load_result(path) for path in sorted((self.path / "analysis").glob("*.json"))}
 

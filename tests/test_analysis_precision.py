@@ -6,8 +6,8 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits import analysis
+from bigram_circuits.analysis.affine import AffineFitter, RecallSums
 from bigram_circuits.analysis.conditions import Batch
-from bigram_circuits.analysis.lens import AffineFitter, RecallSums
 from bigram_circuits.models import residual_streams
 
 from .architectures import CONFIGS

@@ -11,14 +11,14 @@ import bigram_circuits as bc
 PACKAGE = Path(bc.__file__).parent
 LAYERS = [
     {"reference.documents", "files"},
-    {"corpus", "ngrams", "sites", "gates", "metrics", "analysis.results"},
+    {"corpus", "ngrams", "sites", "gates", "metrics", "results"},
     {"models", "targets"},
     {"layouts"},
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions", "analysis.tasks", "analysis.prompts", "analysis.parts"},
-    {"analysis.comparisons", "analysis.lens", "analysis.overlap", "analysis.location", "analysis.attribution"},
-    {"analysis.geometry", "analysis.ablation", "analysis.sufficiency"},
+    {"analysis.comparisons", "analysis.affine", "analysis.overlap", "analysis.location", "analysis.attribution"},
+    {"analysis.lens", "analysis.geometry", "analysis.ablation", "analysis.sufficiency"},
     {"training"},
     {"analysis.trajectories", "analysis.suite"},
     {"paths"},

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import metrics
-from bigram_circuits.analysis import lens
+from bigram_circuits import metrics, models
+from bigram_circuits.analysis import affine, lens
+from bigram_circuits.analysis.affine import AffineFitter, AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.conditions import Batch
-from bigram_circuits.analysis.lens import AffineFitter, AffineMaps, affine_lens, fit_affine_lens, logit_lens
+from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.models import readout, residual_streams
 
@@ -49,8 +50,8 @@ def test_earlier_layers_go_through_the_final_norm_and_unembedding(any_model):
 
 
 def test_means_over_a_corpus_are_those_of_the_formulas(tiny_model, random_tokens, half, monkeypatch):
-    monkeypatch.setattr(lens, "_LOGITS_AT_ONCE", 257 * 7)
-    monkeypatch.setattr(lens, "_ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(models, "_LOGITS_AT_ONCE", 257 * 7)
+    monkeypatch.setattr(models, "_ROWS_AT_ONCE", 1)
     target = bc.count_ngrams(random_tokens, 2, d_vocab=257)
     found = logit_lens(tiny_model, random_tokens, half, target=target)
     tokens = torch.from_numpy(random_tokens)
@@ -116,7 +117,7 @@ def test_affine_maps_of_affine_layers_are_exact():
     for part in (slice(0, 3), slice(3, 8)):
         fitter.add(Batch(tokens[part], streams[:, part], torch.zeros(*tokens[part].shape, 30)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lens, "weight_hash", lambda model: "none")
+        patch.setattr(affine, "weight_hash", lambda model: "none")
         maps = fitter.freeze(Model(), None, 0.0)
         ridge = fitter.freeze(Model(), None, 5.0)
     torch.testing.assert_close(maps.output_weight[1], last, rtol=1e-3, atol=1e-3)
@@ -146,8 +147,8 @@ def test_the_affine_lens_of_a_model_whose_blocks_only_add_constants_is_its_outpu
 
 
 def test_recall_counts_the_tokens_that_are_nearest(tiny_model, random_tokens, monkeypatch):
-    monkeypatch.setattr(lens, "_LOGITS_AT_ONCE", 257 * 5)
-    monkeypatch.setattr(lens, "_ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(models, "_LOGITS_AT_ONCE", 257 * 5)
+    monkeypatch.setattr(models, "_ROWS_AT_ONCE", 1)
     maps = fit_affine_lens(tiny_model, random_tokens)
     found = affine_lens(tiny_model, random_tokens, maps=maps)
     tokens = torch.from_numpy(random_tokens)
@@ -163,7 +164,7 @@ def test_training_on_kl_brings_the_lens_nearer_to_the_output(tiny_model):
     tokens = np.random.default_rng(0).integers(0, 257, size=(40, 16))
     ridge = fit_affine_lens(tiny_model, tokens)["full"]
     before = tiny_model.W_U.clone()
-    better = lens.refine_affine_lens(tiny_model, ridge, tokens, steps=30, learning_rate=1e-3)
+    better = refine_affine_lens(tiny_model, ridge, tokens, steps=30, learning_rate=1e-3)
     kl = [affine_lens(tiny_model, tokens, maps={"full": maps}).get("kl") for maps in (ridge, better)]
     assert (kl[1][:2] < kl[0][:2]).all()
     assert torch.equal(before, tiny_model.W_U)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import results
+from bigram_circuits import results
 from bigram_circuits.analysis.overlap import Cell, jaccard, log_p_value, overlap, overlaps
 
 SHAPES = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import analysis, metrics
-from bigram_circuits.analysis import results
+from bigram_circuits import analysis, metrics, results
 from bigram_circuits.analysis.ablation import _Replace
 from bigram_circuits.analysis.parts import coordinates, parse
 from bigram_circuits.analysis.sufficiency import log_p_of_fall

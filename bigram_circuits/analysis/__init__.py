@@ -17,6 +17,7 @@ random subnetwork on the same text, side by side.
 """  # noqa: E501
 
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
+from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
@@ -24,13 +25,7 @@ from bigram_circuits.analysis.geometry import (
     layer_rotations,
     linear_cka,
 )
-from bigram_circuits.analysis.lens import (
-    AffineMaps,
-    affine_lens,
-    fit_affine_lens,
-    logit_lens,
-    refine_affine_lens,
-)
+from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
     by_head,
     by_layer,
@@ -41,7 +36,6 @@ from bigram_circuits.analysis.location import (
     whole_neurons,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
-from bigram_circuits.analysis.results import Curves, Effects, Maps, Quantity, Result, load_result
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
 from bigram_circuits.analysis.tasks import (
@@ -56,6 +50,7 @@ from bigram_circuits.analysis.tasks import (
     repeated_random_tokens,
 )
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
+from bigram_circuits.results import Curves, Effects, Maps, Quantity, Result, load_result
 
 __all__ = [
     "TASKS",

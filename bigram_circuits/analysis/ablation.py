@@ -38,9 +38,9 @@ from bigram_circuits.analysis.parts import (
     random_coordinates,
     random_within,
 )
-from bigram_circuits.analysis.results import Curves, Effects, Quantity
 from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.models import check_model, check_tokens, record
+from bigram_circuits.results import Curves, Effects, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
 

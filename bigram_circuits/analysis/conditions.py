@@ -75,6 +75,11 @@ class Batch:
     """The model's own."""
 
 
+def layer_names(model: Any) -> tuple[str, ...]:
+    """`embed`, then the blocks after which the residual stream is read: `0`, `1`, ..."""
+    return ("embed", *map(str, range(model.cfg.n_layers)))
+
+
 class Observer(Protocol):
     """Something that adds up what it needs over a text."""
 

@@ -29,12 +29,19 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import Batch, check_subnetwork, conditions, observe, reduced_to
-from bigram_circuits.analysis.lens import AffineMaps, check_maps, fit_affine_lens, layer_names, spread
+from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_lens
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    check_subnetwork,
+    conditions,
+    layer_names,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
-from bigram_circuits.analysis.results import Curves, Maps, Quantity, curves_from_sums
-from bigram_circuits.corpus import in_order, token_array
+from bigram_circuits.corpus import in_order, spread, token_array
 from bigram_circuits.models import check_model, check_tokens, residual_streams
+from bigram_circuits.results import Curves, Maps, Quantity, curves_from_sums
 from bigram_circuits.sites import full_weights
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from scipy.signal import convolve
 
 from bigram_circuits import metrics
-from bigram_circuits.analysis.results import Effects, Maps, Quantity
+from bigram_circuits.results import Effects, Maps, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,

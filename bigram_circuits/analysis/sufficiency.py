@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from bigram_circuits import metrics
 from bigram_circuits.analysis.comparisons import Job, Runs, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.parts import matched_counts, parse, random_within
-from bigram_circuits.analysis.results import Effects, Quantity
 from bigram_circuits.analysis.tasks import COLUMNS, as_task
 from bigram_circuits.models import check_model
+from bigram_circuits.results import Effects, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 
 

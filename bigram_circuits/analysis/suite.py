@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
+from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
 from bigram_circuits.analysis.attribution import logit_attribution
 from bigram_circuits.analysis.conditions import conditions, observe
 from bigram_circuits.analysis.geometry import (
@@ -30,11 +31,13 @@ from bigram_circuits.analysis.geometry import (
 )
 from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.analysis.results import Curves, Effects, Maps, Result
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
-from bigram_circuits.corpus import Corpus
+from bigram_circuits.corpus import Corpus, spread, token_array
+from bigram_circuits.models import check_tokens
+from bigram_circuits.results import Curves, Effects, Maps, Result
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets import check_target
 
 _FIT_TOKENS = 1 << 14  # that affine maps are fitted on
 _TOKENS = 5 << 12  # that layers are measured on
@@ -100,9 +103,14 @@ def analyze(
         `induction_pairs`, that of the best of them with every other.
 
     Raises:
-        ValueError: If there is no held-out text, or model, subnetwork, target and text do not fit together.
+        ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
+            model does not show is no error, but left out with the reason.
     """
-    some = lens.spread(corpus.held_out, sweep_tokens)
+    check_target(target, model.cfg.d_vocab)
+    subnetwork.check_fits(model)
+    for part in (corpus.train, corpus.held_out):
+        check_tokens(model, token_array(part))
+    some = spread(corpus.held_out, sweep_tokens)
     prompt = np.asarray(corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
@@ -118,7 +126,7 @@ def analyze(
         "by_head": lambda: by_head(subnetwork, seed=seed),
         "concentration": lambda: concentration(subnetwork, seed=seed),
         "whole_neurons": lambda: whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=seed),
-        "exciting_tokens": lambda: _excited(model, lens.spread(corpus.held_out, fit_tokens), subnetwork, seed),
+        "exciting_tokens": lambda: _excited(model, spread(corpus.held_out, fit_tokens), subnetwork, seed),
         "ablation_components": lambda: ablate(model, ["attns", "mlps"], some, subnetwork, target=target, seeds=0),
         "ablation_heads": lambda: ablate(model, "heads", some, target=target, seeds=1),
         "stochastic_ablation": lambda: stochastic_ablation(model, subnetwork, target, some, draws=3, seed=seed),
@@ -131,15 +139,11 @@ def analyze(
         bar.set_postfix_str(name.replace("_", " "), refresh=False)
         try:
             found = step()
-        except _NotForThisModelError as error:
+        except ValueError as error:  # the arguments are right: this model does not show what the analysis needs
             left_out[name] = str(error)
             continue
         results |= {name: found} if isinstance(found, Result) else found
     return Analyses(results, left_out)
-
-
-class _NotForThisModelError(ValueError):
-    """An analysis has nothing to show for this model."""
 
 
 def layer_by_layer(
@@ -166,14 +170,17 @@ def layer_by_layer(
     Returns:
         `logit_lens`, `affine_lens`, `cosine`, `rotations`: as the functions of these names return them.
     """
+    lens.check_readout(model)
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
     named = conditions(subnetwork, seed=seed)
-    maps = lens.fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
+    maps = fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
     plain = {name: lens.LensSums(model, target) for name in named}
     mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
-    recalls = {name: lens.RecallSums(model, maps[name]) for name in named}
+    recalls = {name: RecallSums(model, maps[name]) for name in named}
     cosines = {name: CosineSums(model, target) for name in named}
     groups = (plain, mapped, recalls, cosines)
-    held_out = corpus.held_out if tokens is None else lens.spread(corpus.held_out, tokens)
+    held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
     observe(model, held_out, named, lambda name: [group[name] for group in groups], what="layer by layer")
     notes = {"tokens": int(held_out.size), "random_seed": seed}
     fitted = notes | {"fitted_on": maps["full"].tokens, "alpha": maps["full"].alpha}
@@ -194,13 +201,10 @@ def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subne
 
 def _induction(model: Any, subnetwork: Subnetwork) -> dict[str, Effects]:
     """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
-    try:
-        task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
-    except ValueError as error:
-        raise _NotForThisModelError(str(error)) from error
+    task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
     able = ability(model, task)
     if not able.able:
-        raise _NotForThisModelError(
+        raise ValueError(
             f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
             f"guessing would be {able.chance:.2f}"
         )

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
-from bigram_circuits.analysis.results import Curves, Quantity
 from bigram_circuits.corpus import Corpus, token_array
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.models import check_model, check_tokens, load_model
+from bigram_circuits.results import Curves, Quantity
 from bigram_circuits.sites import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import Target

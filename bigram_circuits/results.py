@@ -361,7 +361,7 @@ def result_from_json(record: Mapping[str, Any]) -> Result:
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return _to_json(value.tolist())
     if isinstance(value, Quantity):
         return {"name": value.name, "unit": value.unit, "meaning": value.meaning}

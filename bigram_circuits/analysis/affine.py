@@ -1,0 +1,321 @@
+"""Affine maps of the residual stream: from each layer to the last one, and to the current token's embedding.
+
+The *affine* or *tuned lens* (Belrose et al. 2023, arXiv 2303.08112) reads a layer's residual stream through an affine
+map that was fitted to predict the last layer's; a second map predicts the current token's embedding, and so says how
+much of the current token is left. Both come from normal equations (ridge, with intercept) in one pass over the text:
+what is kept is d_model x d_model numbers for each layer, never the activations. `refine_affine_lens` then lowers the KL
+from the model's output to the lens's, as the tuned lens does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import trange
+
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_seed,
+    check_subnetwork,
+    conditions,
+    observe,
+    reduced_to,
+)
+from bigram_circuits.corpus import Corpus, batch_of, spread, token_array
+from bigram_circuits.files import whole_file
+from bigram_circuits.models import check_model, check_tokens, readout, residual_streams, rows_at_once
+from bigram_circuits.sites import weight_hash
+from bigram_circuits.subnetwork import Subnetwork
+
+_FORMAT = "bigram_circuits.affine_maps/1"
+RECALLS = (1, 5, 10)
+"""The k of recall@k."""
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """Affine maps from each layer's residual stream: to the last one's, and to the current token's embedding."""
+
+    output_weight: Float[Tensor, "layer d_model d_model"]
+    """Row vector times this, plus `output_bias`, predicts the residual stream that the final norm reads."""
+    output_bias: Float[Tensor, "layer d_model"]
+    """Intercepts."""
+    input_weight: Float[Tensor, "layer d_model d_embed"]
+    """Row vector times this, plus `input_bias`, predicts the current token's embedding."""
+    input_bias: Float[Tensor, "layer d_embed"]
+    """Intercepts."""
+    weight_hash: str
+    """Of the model they were fitted on."""
+    condition: str
+    """What the model was reduced to: a lineage, or `full`."""
+    tokens: int
+    """How many tokens they were fitted on."""
+    alpha: float
+    """Ridge penalty."""
+
+    def to_output(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
+        """The predicted last residual stream, from that of entry `layer` (0: the embedding)."""
+        return _affine(residual, self.output_weight[layer], self.output_bias[layer]).to(residual)
+
+    def to_input(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_embed"]:
+        """The predicted embedding of the current token, float32."""
+        return _affine(residual, self.input_weight[layer], self.input_bias[layer])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        names = ("output_weight", "output_bias", "input_weight", "input_bias")
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
+        about = {name: getattr(self, name) for name in ("weight_hash", "condition", "tokens", "alpha")}
+        with whole_file(Path(path)) as temporary:
+            save_file(tensors, temporary, {"format": _FORMAT, "about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any = None) -> AffineMaps:
+        """Read what `save` wrote; with `model`, check that they were fitted on it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged or something else, or was fitted on another model.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} holds no affine maps: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
+        maps = cls(**tensors, **json.loads(metadata["about"]))
+        if model is not None:
+            check_maps(model, {"": maps}, {"": None})
+        return maps
+
+
+def _affine(rows: Float[Tensor, "*rows d"], weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"]) -> Tensor:
+    """In float32, whatever the precision of the rows."""
+    return rows.float() @ weight.to(rows.device, torch.float32) + bias.to(rows.device, torch.float32)
+
+
+class AffineFitter:
+    """Adds up the normal equations of all layers' maps; an observer. `freeze` solves them.
+
+    Everything is taken relative to the first batch's means, so that centring loses no digits.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._embedding: Tensor = model.W_E.detach()
+        self._n = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch of residual streams."""
+        x = batch.residual.flatten(1, 2).float()
+        embedded = self._embedding[batch.tokens.flatten()].float()
+        if self._shift is None:
+            self._shift = x.mean(1, keepdim=True), embedded.mean(0)
+            layers, d_model, d_embed = len(x), x.shape[2], embedded.shape[1]
+            wide = {"dtype": torch.float64, "device": x.device}
+            self._xx = torch.zeros(layers, d_model, d_model, **wide)
+            self._xy = torch.zeros(layers, d_model, d_model, **wide)
+            self._xe = torch.zeros(layers, d_model, d_embed, **wide)
+            self._x, self._e = torch.zeros(layers, d_model, **wide), torch.zeros(d_embed, **wide)
+        x, embedded = x - self._shift[0], embedded - self._shift[1]
+        for layer, rows in enumerate(x):  # one layer's product at a time
+            self._xx[layer] += rows.T @ rows
+            self._xy[layer] += rows.T @ x[-1]
+            self._xe[layer] += rows.T @ embedded
+        self._x += x.sum(1)
+        self._e += embedded.sum(0)
+        self._n += x.shape[1]
+
+    def freeze(self, model: Any, subnetwork: Subnetwork | None, alpha: float) -> AffineMaps:
+        """Solve (X'X + alpha) W = X'Y for centred X and Y, layer by layer; the intercept is not penalised."""
+        assert self._shift is not None, "no text was added"
+        n, x, e = self._n, self._x, self._e
+        outputs, inputs = [], []
+        penalty = alpha * torch.eye(x.shape[1]).to(x)
+        for layer in range(len(x)):
+            xx = self._xx[layer] - torch.outer(x[layer], x[layer]) / n + penalty
+            xy = self._xy[layer] - torch.outer(x[layer], x[-1]) / n
+            xe = self._xe[layer] - torch.outer(x[layer], e) / n
+            weight, failed = torch.linalg.solve_ex(xx, torch.cat([xy, xe], 1))
+            if int(failed):
+                raise ValueError(
+                    f"there is no one affine map from layer {layer - 1 if layer else 'embed'}: its residual streams "
+                    f"span fewer dimensions than it has; give an alpha above {alpha}, or more text"
+                )
+            outputs.append(weight[:, : x.shape[1]])
+            inputs.append(weight[:, x.shape[1] :])
+        to_output, to_input = torch.stack(outputs), torch.stack(inputs)
+        x_mean, e_mean = self._shift[0][:, 0] + x / n, self._shift[1] + e / n
+        return AffineMaps(
+            output_weight=to_output.float(),
+            output_bias=(x_mean[-1] - torch.einsum("ld,lde->le", x_mean, to_output)).float(),
+            input_weight=to_input.float(),
+            input_bias=(e_mean - torch.einsum("ld,lde->le", x_mean, to_input)).float(),
+            weight_hash=weight_hash(model),
+            condition="full" if subnetwork is None else subnetwork.lineage,
+            tokens=n,
+            alpha=alpha,
+        )
+
+
+def fit_affine_lens(
+    model: Any,
+    tokens: Any,
+    subnetwork: Subnetwork | None = None,
+    *,
+    alpha: float = 1.0,
+    max_tokens: int = 1 << 17,
+    seed: int = 0,
+) -> dict[str, AffineMaps]:
+    """Fit both affine maps of every layer, for the full model and, where given, a subnetwork and its controls.
+
+    Args:
+        model: From `load_model`.
+        tokens: Token ids [sequence, position] to fit on, or a `Corpus` (its training part).
+        subnetwork: Fit also on its residual streams, its complement's and a matched random one's.
+        alpha: Ridge penalty, at least 0.
+        max_tokens: Use at most so many tokens, evenly spread over the text.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        The maps by condition: `full`, `subnetwork`, `complement`, `random`.
+
+    Raises:
+        ValueError: If there is no text, alpha is below 0, or without a penalty there is no one map.
+    """
+    check_model(model)
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
+    some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
+    named = conditions(subnetwork, seed=seed)
+    fitters = {name: AffineFitter(model) for name in named}
+    observe(model, some, named, lambda name: [fitters[name]], what="fitting affine maps")
+    return {name: fitter.freeze(model, named[name], float(alpha)) for name, fitter in fitters.items()}
+
+
+def refine_affine_lens(
+    model: Any,
+    maps: AffineMaps,
+    tokens: Any,
+    subnetwork: Subnetwork | None = None,
+    *,
+    steps: int = 200,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> AffineMaps:
+    """Train the maps to the output further, on the KL from the model's output to the lens (Belrose et al. 2023).
+
+    Adam on all layers at once, its learning rate going to 0 linearly. The maps to the input stay.
+
+    Args:
+        model: From `load_model`.
+        maps: From `fit_affine_lens`, for the same condition.
+        tokens: Token ids [sequence, position] to train on, or a `Corpus` (its training part).
+        subnetwork: The condition: what the model is reduced to; None for the full model.
+        steps: Of Adam.
+        batch_size: Sequences in a step.
+        learning_rate: At the start.
+        seed: Of the data order.
+
+    Raises:
+        ValueError: If the maps were not fitted on this model, or a number is below what it can be.
+    """
+    check_model(model)
+    check_subnetwork(subnetwork)
+    check_seed(seed)
+    if steps < 0 or batch_size < 1 or not learning_rate > 0:
+        raise ValueError(
+            f"refining needs steps of 0 or more, a batch_size of at least 1 and a learning_rate above 0, not {steps}, "
+            f"{batch_size} and {learning_rate}"
+        )
+    check_maps(model, {"": maps}, {"": None})
+    text = token_array(tokens.train if isinstance(tokens, Corpus) else tokens)
+    check_tokens(model, text)
+    device = model.cfg.device
+    weight = maps.output_weight.detach().clone().to(device).requires_grad_()
+    bias = maps.output_bias.detach().clone().to(device).requires_grad_()
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
+    with reduced_to(model, subnetwork):
+        for step in trange(steps, desc="refining the lens", delay=2, leave=False):
+            batch = batch_of(text, batch_size, step=step, seed=seed).to(device)
+            with torch.no_grad():
+                streams, logits = residual_streams(model, batch)
+                output = logits.flatten(0, 1).float().softmax(-1)
+            optimizer.zero_grad(set_to_none=True)
+            for layer, residual in enumerate(streams.flatten(1, 2)):  # one layer's graph at a time
+                wide = readout(model, _affine(residual, weight[layer], bias[layer]).to(residual)).float()
+                loss = (wide.logsumexp(-1) - torch.linalg.vecdot(output, wide)).mean()
+                gradients = torch.autograd.grad(loss, [weight, bias])
+                for parameter, gradient in zip((weight, bias), gradients, strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - step / steps)
+            optimizer.step()
+    return replace(maps, output_weight=weight.detach(), output_bias=bias.detach())
+
+
+class RecallSums:
+    """Counts, for every sequence and layer, how often the map to the input finds the current token; an observer."""
+
+    def __init__(self, model: Any, maps: AffineMaps) -> None:
+        self._maps, self._embedding = maps, model.W_E.detach().float()
+        self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
+
+    def rows(self) -> Float[np.ndarray, "sequence layer column"]:
+        """Counts of every sequence: found within 1, 5 and 10, and positions."""
+        return np.concatenate(self._rows)
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch."""
+        current = batch.tokens.flatten()
+        size = rows_at_once(len(self._embedding))
+        layers = []
+        for layer, residual in enumerate(batch.residual.flatten(1, 2)):
+            ranks = []
+            for at in range(0, len(current), size):
+                scores = self._maps.to_input(residual[at : at + size], layer) @ self._embedding.T
+                ranks.append((scores > scores.gather(1, current[at : at + size, None])).sum(-1))
+            rank = torch.cat(ranks).view(batch.tokens.shape)
+            counts = [(rank < k).sum(1) for k in RECALLS]
+            layers.append(torch.stack([*counts, torch.full_like(counts[0], rank.shape[1])], 1))
+        self._rows.append(torch.stack(layers, 1).double().cpu().numpy())
+
+
+def check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Conditions) -> None:
+    """Raise ValueError unless there are maps for every condition, fitted on this model and on that condition."""
+    if maps is None:
+        return
+    if not isinstance(maps, Mapping):
+        raise ValueError(
+            f"maps must be affine maps by condition, as fit_affine_lens gives, not a {type(maps).__name__}"
+        )
+    for name, subnetwork in named.items():
+        if name not in maps:
+            raise ValueError(f"there are no affine maps for {name!r}: there are {', '.join(maps)}")
+        if subnetwork is not None and maps[name].condition != subnetwork.lineage:
+            raise ValueError(
+                f"the affine maps for {name!r} were fitted on {maps[name].condition!r}, not on {subnetwork.lineage!r}"
+            )
+        if maps[name].weight_hash != (found := weight_hash(model)):
+            raise ValueError(
+                f"the affine maps were fitted on a model with weight hash {maps[name].weight_hash}, "
+                f"but this one has weight hash {found}"
+            )
