@@ -73,6 +73,8 @@ def test_subnetworks_over_training(folders, corpus, target, tmp_path):
     runs = tmp_path / "runs"
     result = subnetworks_over_training(folders, target, corpus, config, run_dir=runs, device="cpu")
     curves = result.curves
+    assert result.to_dataframe().equals(curves.to_dataframe())
+    assert result.plot().layout.title.text.endswith("fraction")
     assert curves.conditions == ("subnetwork", "full", "random")
     assert list(result.subnetworks) == ["step0", "step1", "step2"]
     for place, one in enumerate(result.subnetworks.values()):

@@ -226,6 +226,11 @@ _LAYER_TABLES = (
     ("cosine", "target_unembedding_baseline", "  the same with other positions' tokens (baseline)"),
     ("rotations", "output_angle", "rotation of the map to the output: median eigenvalue angle, degrees"),
 )
+_STEPS = (
+    ("logit_lens", "surprisal_correlation", "r with the target (logit lens)"),
+    ("cosine", "current_embedding", "cosine with the current token's embedding"),
+    ("cosine", "target_unembedding", "cosine with the target's next token"),
+)
 _EFFECTS = (
     ("ablation_components", "largest rise in loss where an output is zeroed, nats"),
     ("ablation_heads", "heads with the largest rise in loss where zeroed, nats"),
@@ -235,11 +240,12 @@ _EFFECTS = (
 
 
 def _story(analyses: Analyses) -> str:
-    lines = []
+    curves_of = {name: result for name, result in analyses.results.items() if isinstance(result, Curves)}
+    steps = [_largest_step(curves_of[name], *rest) for name, *rest in _STEPS if name in curves_of]
+    lines = ["\n".join(["what the blocks do", *filter(None, steps)])] if any(steps) else []
     for name, quantity, words in _LAYER_TABLES:
-        curves = analyses.results.get(name)
-        if isinstance(curves, Curves) and not np.isnan(curves.get(quantity)).all():
-            lines.append(f"{words}\n{curves.table(quantity)}")
+        if name in curves_of and not np.isnan(curves_of[name].get(quantity)).all():
+            lines.append(f"{words}\n{curves_of[name].table(quantity)}")
     lists = []
     for name, words in _EFFECTS:
         effects = analyses.results.get(name)
@@ -249,3 +255,16 @@ def _story(analyses: Analyses) -> str:
     lines.append("\n".join(lists))
     lines += [f"left out: {name}: {reason}" for name, reason in analyses.left_out.items()]
     return "\n\n".join(lines)
+
+
+def _largest_step(curves: Curves, quantity: str, words: str) -> str:
+    """In words: the block that changes a quantity most, for the full model and the subnetwork; empty if undefined."""
+    parts = []
+    for condition in ("full", "subnetwork"):
+        values = curves.get(quantity, condition)
+        steps = np.abs(np.diff(values))
+        if not np.isnan(steps).all():
+            place = int(np.nanargmax(steps))
+            change = f"{values[place]:.2f} to {values[place + 1]:.2f}"
+            parts.append(f"block {curves.points[place + 1]} ({condition}: {change})")
+    return f"{words} changes most in {', '.join(parts)}" if parts else ""

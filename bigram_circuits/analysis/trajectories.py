@@ -57,6 +57,14 @@ class SubnetworksOverTraining:
     subnetworks: Mapping[str, Subnetwork]
     """What was found, by checkpoint."""
 
+    def to_dataframe(self) -> Any:
+        """The curves as a table."""
+        return self.curves.to_dataframe()
+
+    def plot(self, quantity: str | None = "fraction") -> Any:
+        """One of the curves."""
+        return self.curves.plot(quantity)
+
 
 def trajectory(
     checkpoints: Sequence[str | Path],
