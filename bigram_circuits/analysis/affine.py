@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -147,7 +147,8 @@ class AffineFitter:
         """Solve (X'X + alpha) W = X'Y for centred X and Y, layer by layer; the intercept is not penalised."""
         assert self._shift is not None, "no text was added"
         n, x, e = self._n, self._x, self._e
-        outputs, inputs = [], []
+        x_mean, e_mean = self._shift[0][:, 0] + x / n, self._shift[1] + e / n
+        found: list[list[Tensor]] = [[], [], [], []]  # in the order of AffineMaps' fields
         penalty = alpha * torch.eye(x.shape[1]).to(x)
         for layer in range(len(x)):
             xx = self._xx[layer] - torch.outer(x[layer], x[layer]) / n + penalty
@@ -159,15 +160,12 @@ class AffineFitter:
                     f"there is no one affine map from layer {layer - 1 if layer else 'embed'}: its residual streams "
                     f"span fewer dimensions than it has; give an alpha above {alpha}, or more text"
                 )
-            outputs.append(weight[:, : x.shape[1]])
-            inputs.append(weight[:, x.shape[1] :])
-        to_output, to_input = torch.stack(outputs), torch.stack(inputs)
-        x_mean, e_mean = self._shift[0][:, 0] + x / n, self._shift[1] + e / n
+            to_output, to_input = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+            solved = (to_output, x_mean[-1] - x_mean[layer] @ to_output, to_input, e_mean - x_mean[layer] @ to_input)
+            for rows, part in zip(found, solved, strict=True):
+                rows.append(part.float())
         return AffineMaps(
-            output_weight=to_output.float(),
-            output_bias=(x_mean[-1] - torch.einsum("ld,lde->le", x_mean, to_output)).float(),
-            input_weight=to_input.float(),
-            input_bias=(e_mean - torch.einsum("ld,lde->le", x_mean, to_input)).float(),
+            *(torch.stack(rows) for rows in found),
             weight_hash=weight_hash(model),
             condition="full" if subnetwork is None else subnetwork.lineage,
             tokens=n,
@@ -205,9 +203,16 @@ def fit_affine_lens(
         raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
     some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
     named = conditions(subnetwork, seed=seed)
-    fitters = {name: AffineFitter(model) for name in named}
-    observe(model, some, named, lambda name: [fitters[name]], what="fitting affine maps")
-    return {name: fitter.freeze(model, named[name], float(alpha)) for name, fitter in fitters.items()}
+    return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
+
+
+def _fit(
+    model: Any, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Subnetwork | None, alpha: float
+) -> AffineMaps:
+    """One condition's maps; the normal equations are let go before the next one's are added up."""
+    fitter = AffineFitter(model)
+    observe(model, tokens, {name: kept}, lambda _: [fitter], what="fitting affine maps")
+    return fitter.freeze(model, kept, alpha)
 
 
 def refine_affine_lens(
