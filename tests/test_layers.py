@@ -18,7 +18,7 @@ LAYERS = [
     {"runs", "masking", "published", "sharing"},
     {"evaluation", "analysis.conditions", "analysis.tasks", "analysis.prompts", "analysis.parts"},
     {"analysis.comparisons", "analysis.affine", "analysis.overlap", "analysis.location", "analysis.attribution"},
-    {"analysis.lens", "analysis.geometry", "analysis.ablation", "analysis.sufficiency"},
+    {"analysis.lens", "analysis.geometry", "analysis.passages", "analysis.ablation", "analysis.sufficiency"},
     {"training"},
     {"analysis.trajectories", "analysis.suite"},
     {"paths"},

@@ -31,6 +31,7 @@ from bigram_circuits.analysis.geometry import (
 )
 from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
 from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.analysis.passages import passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
 from bigram_circuits.corpus import Corpus, spread, token_array
@@ -95,8 +96,8 @@ def analyze(
             at most.
 
     Returns:
-        Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. On the first held-out tokens:
-        `prompt_lens`, `prompt_cosine`, `attribution`. Where it is: `by_layer`, `by_head`, `concentration`,
+        Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
+        `prompt_lens`, `prompt_cosine`, `attribution`, `passages`. Where it is: `by_layer`, `by_head`, `concentration`,
         `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
         `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
         single heads, added to it, for repeated random tokens, if the full model can continue these, and
@@ -120,6 +121,7 @@ def analyze(
         ),
         "covariance": lambda: covariance_similarity(model, corpus.held_out, subnetwork),
         "prompt_lens": lambda: lens.logit_lens(model, prompt, subnetwork, seed=seed),
+        "passages": lambda: passages(model, corpus.held_out, subnetwork, target=target, seed=seed),
         "prompt_cosine": lambda: cosine_to_unembedding(model, prompt, subnetwork, target=target, seed=seed),
         "attribution": lambda: logit_attribution(model, prompt, subnetwork, seed=seed),
         "by_layer": lambda: by_layer(subnetwork),
