@@ -192,7 +192,7 @@ def _contributions(
     raw = model.unembed(model.ln_final(final[None, None].to(model.W_U.dtype)))[0, 0].float()
     total = torch.stack(list(terms.values())).sum(0)
     scale = float(torch.stack(list(terms.values())).abs().max())
-    tolerance = max(_TOLERANCE, 64 * torch.finfo(model.W_U.dtype).eps)
+    tolerance = max(_TOLERANCE, 16 * torch.finfo(model.W_U.dtype).eps)
     error = float((total - raw[ids]).abs().max())
     shown = readout(model, final[None].to(model.W_U.dtype))[0].float()
     error = max(error, float((shown - logits).abs().max()))
