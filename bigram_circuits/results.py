@@ -197,7 +197,7 @@ class Maps(Result):
         return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
 
     def to_dataframe(self) -> Any:
-        """A row for every condition and cell, with a column for every quantity, and `text` if there are words."""
+        """A row for every condition and cell, with a column for every quantity, and `text` if there are words (lines by |)."""
         import pandas as pd
 
         table = []
@@ -209,7 +209,7 @@ class Maps(Result):
                         cell = {"condition": condition, f"{self.row_axis}_1": row, f"{self.row_axis}_2": column}
                     cell |= {one.name: self.values[q, c, r, k] for q, one in enumerate(self.quantities)}
                     if self.text is not None:
-                        cell["text"] = self.text[c][r][k]
+                        cell["text"] = self.text[c][r][k].replace("\n", " | ")
                     table.append(cell)
         return pd.DataFrame(table)
 
