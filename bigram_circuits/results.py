@@ -197,7 +197,7 @@ class Maps(Result):
         return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
 
     def to_dataframe(self) -> Any:
-        """A row for every condition and cell, with a column for every quantity, and `text` if there are words (lines by |)."""
+        """A row for every condition and cell; a column for every quantity, and `text` if there are words."""
         import pandas as pd
 
         table = []
