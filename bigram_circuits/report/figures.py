@@ -6,6 +6,7 @@ its softer text. The page puts in the ones of its light or dark theme when it dr
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def dressed(figure: Any, height: int | None = None) -> Any:
         height=height or figure.layout.height or _HEIGHT, bargap=0.3,
     )  # fmt: skip
     for axes in (figure.update_xaxes, figure.update_yaxes):
-        axes(gridcolor=GRID, zerolinecolor="rgba(128,128,128,0.5)", linecolor=GRID, automargin=True)
+        axes(gridcolor=GRID, zerolinecolor="rgba(128,128,128,0.5)", linecolor=GRID, automargin=True, title_font_size=13)
     figure.update_annotations(font={"size": 13, "color": MUTED})
     if figure.layout.coloraxis.colorscale:
         figure.update_layout(coloraxis={"colorbar": {"thickness": 10, "outlinewidth": 0}})
@@ -106,12 +107,12 @@ def heat_map(
 
     figure = go.Figure()
     figure.add_heatmap(
-        z=values, x=list(columns), y=list(rows), coloraxis="coloraxis", text=[[f"{x:.2%}" for x in row] for row in values],
-        texttemplate="%{text}", hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
+        z=values, x=list(columns), y=list(rows), coloraxis="coloraxis",
+        text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}", hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": unit, "tickformat": "~%"}})
     figure.update_xaxes(type="category", side="top")
-    figure.update_yaxes(type="category", title=row_axis, autorange="reversed")
+    figure.update_yaxes(type="category", title=row_axis)
     return dressed(figure, 110 + 34 * len(rows))
 
 
@@ -130,12 +131,12 @@ def bars(
         error = _error(values, low, high, "x") if len(low) and not np.isnan(np.asarray(low, dtype=float)).all() else {}
         colour = COLOURS.get(name, COLOURS["subnetwork"])
         figure.add_bar(
-            y=list(names), x=list(values), name=name, orientation="h", marker={"color": colour},
-            showlegend=len(series) > 1, **error,
+            y=[html.escape(one, quote=False) for one in names], x=list(values), name=name, orientation="h",
+            marker={"color": colour}, showlegend=len(series) > 1, **error,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title=unit)
-    return dressed(figure, 100 + _BAR * len(names) * max(1, 0.7 * len(series)).__ceil__())
+    return dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
 
 
 def with_baseline(curves: Curves, quantity: str) -> Any:

@@ -98,10 +98,23 @@ def _chart(chart: Chart, place: int) -> str:
 
 
 def _table(numbers: Numbers) -> str:
-    head = "".join(f'<th scope="col">{_safe(name)}</th>' for name in numbers.columns)
-    rows = "".join(f"<tr>{''.join(_cell(value, first=not at) for at, value in enumerate(row))}</tr>" for row in numbers.rows)
+    head = "".join(
+        f'<th scope="col"{_ALIGN if _is_numeric(numbers, at) else ""}>{_safe(name)}</th>'
+        for at, name in enumerate(numbers.columns)
+    )
+    rows = "".join(
+        f"<tr>{''.join(_cell(value, first=not at) for at, value in enumerate(row))}</tr>" for row in numbers.rows
+    )
     name = f'aria-label="{_safe(numbers.caption)}"'
-    return f'<div class="wide" tabindex="0"><table {name}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f"<table {name}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+_ALIGN = ' class="n"'
+
+
+def _is_numeric(numbers: Numbers, at: int) -> bool:
+    return at > 0 and any(isinstance(row[at], int | float) for row in numbers.rows)
 
 
 def _cell(value: Any, *, first: bool) -> str:
@@ -121,7 +134,7 @@ def shown(value: float | int) -> str:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.1f}"
-    return f"{value:.{_PRECISE}g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+    return f"{value:#.{_PRECISE}g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def _safe(value: Any) -> str:
@@ -166,12 +179,12 @@ details { margin: 4px 0 12px; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; }
 details .wide { max-height: 420px; overflow: auto; margin-top: 8px; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: 5px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: 5px 9px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 600; background: var(--soft); }
 details thead th { position: sticky; top: 0; }
 tbody th { font-weight: 600; }
-td.n { text-align: right; white-space: nowrap; }
+.n { text-align: right; } td.n { white-space: nowrap; }
 td { white-space: pre-wrap; }
 section > .wide { border-top: 1px solid var(--line); margin: 8px 0 14px; }
 pre { background: var(--soft); border: 1px solid var(--line); padding: 12px 14px; margin: 0 0 12px; font-size: .86rem;

@@ -109,15 +109,18 @@ class _Results:
 def opening(run: Run) -> Opening:
     """The title, what was asked, and the answer in a sentence."""
     target, model = _target_words(run), _model_words(run)
-    corpus = run.settings.get("corpus") or {}
-    asked = f"Which weights of {model} suffice to reproduce {target[1]}? Asked on the text {corpus.get('source')!s}."
+    source = str((run.settings.get("corpus") or {}).get("source"))
+    text = "the reference text" if source == "reference" else f"the text {source}"
+    asked = (
+        f"Which weights of {model} suffice to reproduce {target[1]}? Learned on {text}, measured on its held-out part."
+    )
     kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
     title = f"The {target[0]} subnetwork of {model}"
     if run.metrics is None:
         return Opening(title, asked, f"{kept} were kept. How well they do is not known: the run was not evaluated.")
     own = run.metrics["subnetwork"]
-    low, high = _interval(run.metrics, "subnetwork", "surprisal_correlation")
-    pair = "" if low is None else f" (95% interval {rounded(low)} to {rounded(high)})"
+    low, high = _interval(run.metrics, "subnetwork")
+    pair = "" if low is None else f" (95% interval {_range(low, high)})"
     r = own.get("surprisal_correlation")
     answer = f"{kept} correlate with the target at r = {rounded(r)}{pair}. {_verdict_words(run.metrics)}"
     return Opening(title, asked, answer, _marks(run, run.metrics))
@@ -160,16 +163,17 @@ def _controls(run: Run, results: _Results) -> Section:
             f"positions ({percent(rule['share'])})."
         )
     dots = [(name, value.get("surprisal_correlation"), low, high) for name, value, low, high in rows]
-    columns = ["", "r", "95% interval", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
+    columns = ["", "r", "interval of r", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
     table = [
-        [name, value.get("surprisal_correlation"), "" if low is None else f"{rounded(low)} to {rounded(high)}",
+        [name, value.get("surprisal_correlation"), _range(low, high),
          value.get("cross_entropy"), value.get("kl"), value.get("mean_surprisal"), value.get("top1_agreement"),
          value.get("kept"), value.get("fraction")]
         for name, value, low, high in rows
     ]  # fmt: skip
     blocks: list[Chart | Numbers | Code] = []
     if len(rows) > 1:
-        blocks.append(Chart("r with the target, subnetwork and controls", _closest(rows), figures.controls(dots)))
+        says_so = f"{_closest(rows)} {_INTERVALS}".strip()
+        blocks.append(Chart("r with the target, subnetwork and controls", says_so, figures.controls(dots)))
     blocks.append(Numbers("Subnetwork and controls", columns, table, is_open=True))
     blocks.append(Numbers("What the rows and columns are", ["name", "what it is"], _glossary(rows)))
     if metrics.get("advantage"):
@@ -186,6 +190,7 @@ def _controls(run: Run, results: _Results) -> Section:
     return Section("controls", heading, says, blocks)
 
 
+_INTERVALS = "Intervals: 95%, bootstrap over sequences; for random weights, the lowest and the highest seed."
 _MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
 _MEANINGS = {
     "subnetwork": "the model with only the subnetwork's weights",
@@ -193,7 +198,7 @@ _MEANINGS = {
     "empty": "the model with no maskable weight: embeddings, normalisation and biases remain",
     "complement": "the whole model without the subnetwork's weights",
     "magnitude": "the largest weights, as many in every matrix as the subnetwork keeps",
-    "random": "as many weights in every matrix, drawn at random: mean over seeds, interval over their spread",
+    "random": "as many weights in every matrix, drawn at random: mean over seeds",
     "full - random": "the whole model without as many random weights: mean over seeds",
     "r": "correlation of the model's surprisals with the target's",
     "cross-entropy, KL": "from the target, nats",
@@ -208,22 +213,22 @@ _Row = tuple[str, Mapping[str, Any], float | None, float | None]
 def _control_rows(metrics: Mapping[str, Any]) -> Iterator[_Row]:
     for name in ("subnetwork", "full", "complement", "magnitude"):
         if metrics.get(name):
-            yield name, metrics[name], *_interval(metrics, name, "surprisal_correlation")
+            low, high = _interval(metrics, name)
+            yield name, metrics[name], low, high
     for name, key in (("random", "random"), ("full - random", "full_minus_random")):
         group = metrics.get(key)
         if group:
             known = [one["surprisal_correlation"] for one in group["seeds"] if one["surprisal_correlation"] is not None]
-            ends = (min(known), max(known)) if len(known) > 1 else (None, None)
-            yield name, group["mean"], *ends
+            low, high = (min(known), max(known)) if len(known) > 1 else (None, None)
+            yield name, group["mean"], low, high
     if metrics.get("empty"):
-        yield "empty", metrics["empty"], *_interval(metrics, "empty", "surprisal_correlation")
+        low, high = _interval(metrics, "empty")
+        yield "empty", metrics["empty"], low, high
 
 
 def _glossary(rows: Sequence[_Row]) -> list[list[str]]:
     names = {name for name, *_ in rows}
-    words = dict(_MEANINGS)
-    words["random"] = words["random"].replace("interval over their spread", "with the lowest and highest of them")
-    return [[name, meaning] for name, meaning in words.items() if name in names or name in _NOT_ROWS]
+    return [[name, meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
 
 
 def _closest(rows: Sequence[_Row]) -> str:
@@ -232,11 +237,7 @@ def _closest(rows: Sequence[_Row]) -> str:
     if own is None or not known:
         return ""
     best = max(known, key=lambda name: known[name])
-    return f"The subnetwork has r = {rounded(own)}; of the controls, {best} comes closest from {_side(own, known[best])}."
-
-
-def _side(own: float, other: float) -> str:
-    return f"{'below' if other <= own else 'above'}, with {rounded(other)}"
+    return f"The subnetwork has r = {rounded(own)}; the highest of the others is {best}, with {rounded(known[best])}."
 
 
 def _is_known(value: Mapping[str, Any]) -> bool:
@@ -244,8 +245,7 @@ def _is_known(value: Mapping[str, Any]) -> bool:
 
 
 def _verdict_words(metrics: Mapping[str, Any]) -> str:
-    words = str(metrics.get("verdict") or "").removeprefix("Verdict:").strip()
-    return words[:1].upper() + words[1:]
+    return str(metrics.get("verdict") or "")
 
 
 def _training(run: Run, results: _Results) -> Section:
@@ -259,8 +259,8 @@ def _training(run: Run, results: _Results) -> Section:
     last = [record for record in history if record.get("attempt", 0) == history[-1].get("attempt", 0)]
     first, end = last[0], last[-1]
     says = (
-        f"The masks were learned in {len(last):,} steps ({tries}, {rounded(outcome.get('seconds'), 0)} seconds in all); "
-        f"it stopped because {why}. Meanwhile the cross-entropy went from {rounded(first['cross_entropy'], 2)} to "
+        f"The masks were learned in {len(last):,} steps ({tries}, {rounded(outcome.get('seconds'), 0)} seconds in "
+        f"all); it stopped because {why}. Meanwhile the cross-entropy went from {rounded(first['cross_entropy'], 2)} to "
         f"{rounded(end['cross_entropy'], 2)} nats, and the share kept from {percent(first['fraction'])} to "
         f"{percent(end['fraction'])}."
     )
@@ -279,7 +279,9 @@ def _location(run: Run, results: _Results) -> Section:
     if heads:
         says = [f"{_densest(heads, name)} in the {_condition(name)}" for name in heads.conditions]
         title = "Kept weights by layer and head: share of each head's weights"
-        blocks += _told(heads, title, f"The densest head is {', and '.join(says)}.", "density")
+        told = _told(heads, title, f"The densest head is {', and '.join(says)}.", "density")
+        told[0].figure.update_layout(coloraxis_colorbar_tickformat="~%")
+        blocks += told
     dense = results.curves("concentration")
     if dense:
         blocks += _told(dense, dense.title, _concentration_words(dense))
@@ -302,9 +304,12 @@ def _by_component(run: Run, results: _Results) -> list[Chart | Numbers]:
     """Layers and components, from the subnetwork itself."""
     counts = run.subnetwork.by_component()
     layers, parts = sorted({layer for layer, _ in counts}), sorted({part for _, part in counts})
-    share = [[counts[x, p].kept / max(run.subnetwork.kept, 1) if (x, p) in counts else 0.0 for p in parts] for x in layers]
+    share = [
+        [counts[x, p].kept / max(run.subnetwork.kept, 1) if (x, p) in counts else 0.0 for p in parts] for x in layers
+    ]
     densest = max(counts, key=lambda at: counts[at].fraction)
-    says = f"Densest is the {densest[1]} of layer {densest[0]}: {percent(counts[densest].fraction)} of its weights are kept."
+    density = percent(counts[densest].fraction)
+    says = f"Densest is the {densest[1]} of layer {densest[0]}: {density} of its weights are kept."
     chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
     rows = [[f"{x} {part}", n.kept, n.total, n.fraction] for (x, part), n in counts.items()]
     blocks: list[Chart | Numbers] = [Chart("Of all kept weights, the share in each place", says, chart)]
@@ -321,8 +326,8 @@ def _component_words(run: Run) -> str:
     layers = {layer: sum(n.kept for (x, _), n in counts.items() if x == layer) for layer in {x for x, _ in counts}}
     part, layer = max(parts, key=lambda one: parts[one]), max(layers, key=lambda one: layers[one])
     return (
-        f"{percent(parts[part] / kept)} of the kept weights are in {part} matrices, and {percent(layers[layer] / kept)} "
-        f"are in layer {layer}."
+        f"{percent(parts[part] / kept)} of the kept weights are in {part} matrices, and "
+        f"{percent(layers[layer] / kept)} are in layer {layer}."
     )
 
 
@@ -336,8 +341,12 @@ def _densest(heads: Maps, condition: str) -> str:
 
 def _concentration_words(dense: Curves) -> str:
     near = int(np.argmin([abs(float(point) - 0.1) for point in dense.points]))
-    shares = [f"{percent(float(dense.values[0, c, near]))} ({_condition(name)})" for c, name in enumerate(dense.conditions)]
-    return f"The densest {percent(float(dense.points[near]))} of the neurons hold of the kept MLP weights: {', '.join(shares)}."
+    shares = [
+        f"{percent(float(line[near]))} in the {_condition(name)}"
+        for name, line in zip(dense.conditions, dense.values[0], strict=True)
+    ]
+    neurons = f"{100 * float(dense.points[near]):.0f}%"
+    return f"The densest {neurons} of the neurons hold this share of the kept MLP weights: {', '.join(shares)}."
 
 
 def _excited(tokens: Maps) -> Numbers:
@@ -345,11 +354,16 @@ def _excited(tokens: Maps) -> Numbers:
     assert tokens.text is not None
     wanted = [name for name in ("subnetwork", "full") if name in tokens.conditions] or list(tokens.conditions[:1])
     rows = [
-        [neuron, *("   ".join(f"“{one}”" for one in tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
+        [neuron, *(_spoken_tokens(tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
         for r, neuron in enumerate(tokens.rows)
     ]
     columns = ["neuron", *(f"tokens that excite it most ({_condition(name)})" for name in wanted)]
     return Numbers(tokens.title, columns, rows, is_open=True)
+
+
+def _spoken_tokens(tokens: Sequence[str]) -> str:
+    """Tokens beside each other; a space in one is shown as a dot."""
+    return "  ".join(f"“{one.replace(' ', '·')}”" for one in tokens)
 
 
 def _needed(run: Run, results: _Results) -> Section:
@@ -361,10 +375,11 @@ def _needed(run: Run, results: _Results) -> Section:
     removed = results.curves("stochastic_ablation")
     if removed:
         says = [
-            f"{_condition(name)} from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)}"
+            f"where the {_condition(name)} stay{'' if name == 'random' else 's'}, "
+            f"from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)}"
             for name, line in zip(removed.conditions, removed.values[0], strict=True)
         ]
-        words = f"As more of the other weights are removed, r goes for what is kept: {', '.join(says)}."
+        words = f"As the rest is removed, r goes, {'; '.join(says)}."
         blocks += _told(removed, "Removing the rest at random: r with the target", words)
     heading = "What the model and the subnetwork need"
     return Section("needed", heading, [] if blocks else [_absent("ablated")], blocks)
@@ -380,7 +395,9 @@ def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
     if len(effects.names) <= _MOST_BARS:
         chosen = list(effects.names)
     at = [effects.names.index(name) for name in chosen]
-    ends = {name: (effects.low[names.index(keys[name])][at], effects.high[names.index(keys[name])][at]) for name in series}
+    ends = {
+        name: (effects.low[names.index(keys[name])][at], effects.high[names.index(keys[name])][at]) for name in series
+    }
     says = [
         f"{effects.top(1, keys[name])[0][0]} costs the {_condition(name)} most, "
         f"{rounded(effects.top(1, keys[name])[0][1], 2)} nats"
@@ -391,7 +408,10 @@ def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
     shown = {name: [values[one] for one in chosen] for name, values in series.items()}
     few = f", the {len(chosen)} largest of {len(effects.names)}" if len(chosen) < len(effects.names) else ""
     title = f"Rise in loss without single {what}{few}"
-    return [Chart(title, words, figures.bars(chosen, shown, "rise in loss (nats)", ends)), _table(effects, f"ablation of {what}")]
+    return [
+        Chart(title, words, figures.bars(chosen, shown, "rise in loss (nats)", ends)),
+        _table(effects, f"ablation of {what}"),
+    ]
 
 
 def _beyond_chance(effects: Effects) -> str:
@@ -405,7 +425,7 @@ def _beyond_chance(effects: Effects) -> str:
 _LAYER_CHARTS = (
     ("logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target"),
     ("affine_lens", "surprisal_correlation", "Affine lens: r with the target", "r with the target"),
-    ("affine_lens", "recall_at_1", "Recall of the current token", "the share of positions where the current token is found first"),
+    ("affine_lens", "recall_at_1", "Recall of the current token", "the share of tokens found first"),
     ("cosine", "current_embedding", "Cosine with the current token's embedding", "the mean cosine"),
     ("cosine", "target_unembedding", "Cosine with the unembedding of the target's next token", "the mean cosine"),
     ("rotations", "output_angle", "Rotation of the map to the output", "the median angle in degrees"),
@@ -414,8 +434,10 @@ _LAYER_CHARTS = (
 
 def _layers(run: Run, results: _Results) -> Section:
     blocks: list[Chart | Numbers | Code] = []
-    for name, quantity, title, what in _LAYER_CHARTS:
+    for place, (name, quantity, title, what) in enumerate(_LAYER_CHARTS):
         curves = results.curves(name)
+        if curves and name not in [other for other, *_ in _LAYER_CHARTS[:place]]:
+            blocks.append(_table(curves, f"{curves.title}, by layer"))
         names = [one.name for one in curves.quantities] if curves else []
         if not curves or quantity not in names or np.isnan(curves.values[names.index(quantity)]).all():
             continue
@@ -423,15 +445,13 @@ def _layers(run: Run, results: _Results) -> Section:
         if f"{quantity}_baseline" in names:
             words += " Dashed: the same with tokens of other positions."
             figure = figures.with_baseline(curves, quantity)
-        blocks.append(Chart(title, words, figure or figures.dressed(curves.plot(quantity))))
-    for name in dict.fromkeys(name for name, *_ in _LAYER_CHARTS):
-        curves = results.curves(name)
-        if curves:
-            blocks.append(_table(curves, f"{curves.title}, by layer"))
+        blocks.insert(len(blocks) - 1, Chart(title, words, figure or figures.dressed(curves.plot(quantity))))
     alike = results.maps("covariance")
     if alike:
         blocks += _told(alike, alike.title, _alike_words(alike), min_width=620 if len(alike.conditions) > 1 else 0)
-    says = "Each line shows one model: whole, subnetwork, what is left without it (complement), and matched random weights."
+    says = (
+        "A line for each: the whole model, the subnetwork, the model without it (complement), matched random weights."
+    )
     return Section("layers", "Layer by layer", [says if blocks else _absent("looked at layer by layer")], blocks)
 
 
@@ -445,7 +465,7 @@ def _course(curves: Curves, quantity: str, what: str) -> str:
             continue
         place = curves.points[int(np.nanargmax(steps)) + 1]
         known = values[~np.isnan(values)]
-        most = f", most of all in layer {place}" if steps.size > 1 else ""
+        most = f" (largest step: layer {place})" if steps.size > 1 and np.nanmax(steps) > 0.01 else ""
         parts.append(f"in the {_condition(condition)} from {rounded(known[0], 2)} to {rounded(known[-1], 2)}{most}")
     return f"From the first layer to the last, {what} goes {'; '.join(parts)}." if parts else ""
 
@@ -466,7 +486,7 @@ def _passage(run: Run, results: _Results) -> Section:
     blocks: list[Chart | Numbers | Code] = []
     for result, title, words in (
         (lens, "Most likely token after every layer, and its probability", _prompt_words(lens) if lens else ""),
-        (cosine, "Cosine with the current token's embedding, token by token", ""),
+        (cosine, "Cosine with the current token's embedding, token by token", _cosine_words(cosine) if cosine else ""),
     ):
         if result:
             blocks += _told(result, title, words, min_width=90 + _CELL * len(result.columns))
@@ -485,7 +505,21 @@ def _prompt_words(lens: Maps) -> str:
         same = [sum(a == b for a, b in zip(row, first[-1], strict=True)) for row in first]
         if len(same) > 1:
             parts.append(f"{same[-2]} of {len(lens.columns)} in the {_condition(condition)}")
-    return f"One layer before the last, the most likely token is already the final one at {' and '.join(parts)}." if parts else ""
+    return (
+        f"One layer before the last, the most likely token is already the final one at {' and '.join(parts)}."
+        if parts
+        else ""
+    )
+
+
+def _cosine_words(cosine: Maps) -> str:
+    last = {name: cosine.values[0, c, -1] for c, name in enumerate(cosine.conditions)}
+    means = [
+        f"{rounded(float(np.nanmean(last[name])), 2)} in the {_condition(name)}"
+        for name in ("subnetwork", "full")
+        if name in last and not np.isnan(last[name]).all()
+    ]
+    return f"After the last layer it is on average {' and '.join(means)}." if means else ""
 
 
 def _attribution(run: Run, results: _Results) -> Section:
@@ -499,7 +533,8 @@ def _attribution(run: Run, results: _Results) -> Section:
         if not np.isnan(values).all():
             row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
             value = rounded(float(values[row, column]), 2)
-            parts.append(f"in the {_condition(condition)}, {found.rows[row]} adds most to “{found.columns[column]}” ({value})")
+            token = f"“{found.columns[column]}”"
+            parts.append(f"in the {_condition(condition)}, {found.rows[row]} adds most to {token} ({value})")
     words = "; ".join(parts)
     if len(found.columns) > 1:
         return Section("attribution", heading, [], _told(found, found.title, f"{words[:1].upper()}{words[1:]}."))
@@ -676,6 +711,11 @@ def _why_no_command(run: Run) -> str:
 # --- words and numbers ---
 
 
+def _range(low: float | None, high: float | None) -> str:
+    """An interval on one line; empty if there is none."""
+    return "" if low is None else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
+
+
 def percent(share: float | None) -> str:
     """A share, in words."""
     if share is None or math.isnan(share):
@@ -688,14 +728,19 @@ def rounded(value: float | np.floating | int | None, digits: int = 3) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def _told(result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0) -> list[Chart | Numbers]:
+def _told(
+    result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0
+) -> list[Chart | Numbers]:
     """A result's own chart, and its table."""
     return [Chart(title, says, figures.dressed(result.plot(quantity)), min_width), _table(result, title)]
 
 
 def _table(result: Result, title: str) -> Numbers:
     frame = result.to_dataframe()
-    rows = [[value.item() if isinstance(value, np.generic) else value for value in row] for row in frame.itertuples(index=False, name=None)]
+    rows = [
+        [value.item() if isinstance(value, np.generic) else value for value in row]
+        for row in frame.itertuples(index=False, name=None)
+    ]
     return Numbers(f"Numbers: {title}", [_spaced(str(name)) for name in frame.columns], rows)
 
 
@@ -712,14 +757,16 @@ def _absent(done: str) -> str:
     return f"This run was not {done}: no such result is in its folder."
 
 
-def _interval(metrics: Mapping[str, Any], condition: str, quantity: str) -> tuple[float | None, float | None]:
-    low, high = (metrics.get("intervals") or {}).get(condition, {}).get(quantity) or (None, None)
+def _interval(metrics: Mapping[str, Any], condition: str) -> tuple[float | None, float | None]:
+    """Of r; ends are None where it is undefined."""
+    low, high = (metrics.get("intervals") or {}).get(condition, {}).get("surprisal_correlation") or (None, None)
     return low, high
 
 
 def _model_words(run: Run) -> str:
     name = (run.rebuild or {}).get("model", {}).get("name") or (run.settings.get("model") or {}).get("name")
-    return str(name or run.subnetwork.model_name or "a model")
+    name = str(name or run.subnetwork.model_name or "a model")
+    return "the reference model" if name == "reference" else name
 
 
 def _target_words(run: Run) -> tuple[str, str]:
