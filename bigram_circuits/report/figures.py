@@ -108,7 +108,8 @@ def heat_map(
     figure = go.Figure()
     figure.add_heatmap(
         z=values, x=list(columns), y=list(rows), coloraxis="coloraxis",
-        text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}", hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
+        text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}",
+        hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": unit, "tickformat": "~%"}})
     figure.update_xaxes(type="category", side="top")

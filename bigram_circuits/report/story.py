@@ -258,9 +258,10 @@ def _training(run: Run, results: _Results) -> Section:
     tries = "one attempt" if attempts == 1 else f"{attempts} attempts"
     last = [record for record in history if record.get("attempt", 0) == history[-1].get("attempt", 0)]
     first, end = last[0], last[-1]
+    seconds = rounded(outcome.get("seconds"), 0)
     says = (
-        f"The masks were learned in {len(last):,} steps ({tries}, {rounded(outcome.get('seconds'), 0)} seconds in "
-        f"all); it stopped because {why}. Meanwhile the cross-entropy went from {rounded(first['cross_entropy'], 2)} to "
+        f"The masks were learned in {len(last):,} steps ({tries}, {seconds} seconds in all); it stopped because {why}. "
+        f"Meanwhile the cross-entropy went from {rounded(first['cross_entropy'], 2)} to "
         f"{rounded(end['cross_entropy'], 2)} nats, and the share kept from {percent(first['fraction'])} to "
         f"{percent(end['fraction'])}."
     )
@@ -279,9 +280,9 @@ def _location(run: Run, results: _Results) -> Section:
     if heads:
         says = [f"{_densest(heads, name)} in the {_condition(name)}" for name in heads.conditions]
         title = "Kept weights by layer and head: share of each head's weights"
-        told = _told(heads, title, f"The densest head is {', and '.join(says)}.", "density")
-        told[0].figure.update_layout(coloraxis_colorbar_tickformat="~%")
-        blocks += told
+        figure = figures.dressed(heads.plot("density")).update_layout(coloraxis_colorbar_tickformat="~%")
+        blocks.append(Chart(title, f"The densest head is {', and '.join(says)}.", figure))
+        blocks.append(_table(heads, "by head"))
     dense = results.curves("concentration")
     if dense:
         blocks += _told(dense, dense.title, _concentration_words(dense))
