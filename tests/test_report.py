@@ -245,7 +245,7 @@ def test_the_answer_stands_at_the_top(told):
         assert words in answer
 
 
-def test_undefined_numbers_are_a_dash():
+def test_numbers_are_shown_with_few_digits():
     assert [shown(value) for value in (0.96198, 12345.678, 3, 0.0, 1e-9, math.inf)] == [
         "0.9620", "12,345.7", "3", "0", "1.00e-09", "inf",
     ]  # fmt: skip

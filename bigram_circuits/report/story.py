@@ -288,10 +288,13 @@ def _location(run: Run, results: _Results) -> Section:
         blocks += _told(dense, dense.title, _concentration_words(dense))
     neurons, tokens = results.effects("whole_neurons"), results.maps("exciting_tokens")
     if neurons and neurons.names:
-        name, share = neurons.top(1)[0]
-        says = f"In {name}, the densest neuron, {percent(share)} of the weights are kept."
+        densest = [
+            f"In {name}, the densest neuron, {percent(x)} of its weights are kept." for name, x in neurons.top(1)
+        ]
         series = {"share of the neuron's weights that are kept": neurons.values[0].tolist()}
-        blocks += [Chart(neurons.title, says, figures.bars(neurons.names, series, neurons.quantities[0].label))]
+        blocks += [
+            Chart(neurons.title, "".join(densest), figures.bars(neurons.names, series, neurons.quantities[0].label))
+        ]
         blocks += [_table(neurons, "densest neurons")]
     if tokens and tokens.text:
         blocks += [_excited(tokens), _table(tokens, "tokens that excite the densest neurons")]
@@ -397,7 +400,8 @@ def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
         chosen = list(effects.names)
     at = [effects.names.index(name) for name in chosen]
     ends = {
-        name: (effects.low[names.index(keys[name])][at], effects.high[names.index(keys[name])][at]) for name in series
+        name: (effects.low[names.index(keys[name])][at].tolist(), effects.high[names.index(keys[name])][at].tolist())
+        for name in series
     }
     says = [
         f"{effects.top(1, keys[name])[0][0]} costs the {_condition(name)} most, "
@@ -405,7 +409,7 @@ def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
         for name in series
         if effects.top(1, keys[name])
     ]
-    words = f"Set to zero, {'; '.join(says)}.{_beyond_chance(effects)}"
+    words = f"Set to zero, {'; '.join(says)}.{_beyond_chance(effects)}" if says else ""
     shown = {name: [values[one] for one in chosen] for name, values in series.items()}
     few = f", the {len(chosen)} largest of {len(effects.names)}" if len(chosen) < len(effects.names) else ""
     title = f"Rise in loss without single {what}{few}"
@@ -490,7 +494,9 @@ def _passage(run: Run, results: _Results) -> Section:
         (cosine, "Cosine with the current token's embedding, token by token", _cosine_words(cosine) if cosine else ""),
     ):
         if result:
-            blocks += _told(result, title, words, min_width=90 + _CELL * len(result.columns))
+            figure = figures.dressed(result.plot()).update_annotations(x=0, xanchor="left")
+            blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
+            blocks.append(_table(result, title))
     says = "The first tokens of the held-out text, read through the model's own output layer after every layer."
     return Section("passage", "One passage, token by token", [says if blocks else _absent("shown a passage")], blocks)
 
@@ -596,7 +602,7 @@ def _sufficient(found: Effects, title: str) -> list[Chart | Numbers]:
         title = f"{title}: the {len(top)} that help most, of {len(found.names)}"
     chart = figures.bars(
         [name for name, _ in top], {"fall": [value for _, value in top]}, unit,
-        {"fall": (found.low[0][at], found.high[0][at])},
+        {"fall": (found.low[0][at].tolist(), found.high[0][at].tolist())},
     )  # fmt: skip
     return [Chart(title, says, chart), _table(found, title)]
 
