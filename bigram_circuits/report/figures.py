@@ -30,6 +30,7 @@ COLOURS = {
 }
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
+_WORD = 7  # characters, of a word in a cell
 
 
 def dressed(figure: Any, height: int | None = None) -> Any:
@@ -137,7 +138,20 @@ def bars(
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title=unit)
-    return dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
+    dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
+    return figure.update_layout(margin_t=36 if len(series) > 1 else 8)
+
+
+def shorten_words(figure: Any) -> None:
+    """Cut the words in the cells of a map so that they stay in them; all of a word shows when pointed at."""
+    for trace in figure.data:
+        if trace.text is not None:
+            trace.text = [[_short(html.unescape(word)) for word in row] for row in trace.text]
+    figure.update_traces(textfont_size=10)
+
+
+def _short(word: str) -> str:
+    return html.escape(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…", quote=False)
 
 
 def with_baseline(curves: Curves, quantity: str) -> Any:

@@ -196,6 +196,7 @@ footer { color: var(--muted); font-size: .85rem; padding-top: 40px; padding-bott
 @media print { :root { color-scheme: light; --page: #ffffff; --ink: #000000; --muted: #444444; --line: #cccccc;
   --soft: #ffffff; --link: #000000; }
   body { font-size: 10.5pt; } nav, details:not([open]) { display: none; } section { padding-top: 20pt; }
+  .chart { min-width: 0 !important; }
   .wide, details .wide { overflow: visible; max-height: none; } header, main, footer { max-width: none; }
   h2, h3, figcaption { break-after: avoid; } tr { break-inside: avoid; } }
 """
@@ -210,19 +211,20 @@ _DRAW = """
       return typeof value === 'string' && Object.hasOwn(colours, value) ? colours[value] : value;
     });
   }
-  function draw(box, isDark) {
+  function draw(box, isDark, width) {
     var colours = isDark ? {'#222222': '#e6e8eb', '#808080': '#9aa3ad', '#0072B2': '#3d9fdc', '#D55E00': '#f07f2e'}
                          : {'#808080': '#5f6670'};
     var figure = themed(figures[Number(box.dataset.figure)], colours);
+    if (width) { figure.layout.width = width; }
     Plotly.react(box, figure.data, figure.layout, {displayModeBar: false, responsive: true, displaylogo: false});
   }
-  function all(isDark) { boxes.forEach(function (box) { draw(box, isDark); }); }
+  function all(isDark, width) { boxes.forEach(function (box) { draw(box, isDark, width); }); }
   var next = 0;
   (function one() {  // a chart at a time, so that the page can be read meanwhile
     if (next < boxes.length) { draw(boxes[next], dark.matches); next += 1; setTimeout(one, 0); }
   })();
   dark.addEventListener('change', function () { all(dark.matches); });
-  window.addEventListener('beforeprint', function () { all(false); });
+  window.addEventListener('beforeprint', function () { all(false, 660); });
   window.addEventListener('afterprint', function () { all(dark.matches); });
 })();
 """

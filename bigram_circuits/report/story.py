@@ -19,7 +19,7 @@ from bigram_circuits.runs import Run
 
 _MOST_BARS = 20
 _MOST_STEPS = 60  # rows of the training table
-_CELL = 62  # pixels, of width for a column of a wide map
+_CELL = 47  # pixels, of width for a column of a wide map
 _ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 _STOPS = {
     "decided": "nearly all gates were decided",
@@ -495,6 +495,7 @@ def _passage(run: Run, results: _Results) -> Section:
     ):
         if result:
             figure = figures.dressed(result.plot()).update_annotations(x=0, xanchor="left")
+            figures.shorten_words(figure)
             blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
             blocks.append(_table(result, title))
     says = "The first tokens of the held-out text, read through the model's own output layer after every layer."
@@ -597,14 +598,16 @@ def _sufficient(found: Effects, title: str) -> list[Chart | Numbers]:
         return _told(found, title, "")
     at = [found.names.index(name) for name, _ in top]
     unit = found.quantities[0].label
-    says = f"{top[0][0][:1].upper()}{top[0][0][1:]} helps most: {unit} {rounded(top[0][1], 2)}."
+    name, value = top[0]
+    says = f"{name[:1].upper()}{name[1:]} helps most: the loss falls by {rounded(value, 2)} nats."
+    table = _table(found, title)
     if len(top) < len(found.names):
         title = f"{title}: the {len(top)} that help most, of {len(found.names)}"
     chart = figures.bars(
         [name for name, _ in top], {"fall": [value for _, value in top]}, unit,
         {"fall": (found.low[0][at].tolist(), found.high[0][at].tolist())},
     )  # fmt: skip
-    return [Chart(title, says, chart), _table(found, title)]
+    return [Chart(title, says, chart), table]
 
 
 def _other(run: Run, results: _Results) -> Section:
