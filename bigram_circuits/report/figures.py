@@ -30,7 +30,7 @@ COLOURS = {
 }
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
-_WORD = 7  # characters, of a word in a cell
+_WORD = 6  # characters, of a word in a cell
 
 
 def dressed(figure: Any, height: int | None = None) -> Any:
@@ -46,7 +46,9 @@ def dressed(figure: Any, height: int | None = None) -> Any:
         axes(gridcolor=GRID, zerolinecolor="rgba(128,128,128,0.5)", linecolor=GRID, automargin=True, title_font_size=13)
     figure.update_annotations(font={"size": 13, "color": MUTED})
     if figure.layout.coloraxis.colorscale:
-        figure.update_layout(coloraxis={"colorbar": {"thickness": 10, "outlinewidth": 0}})
+        figure.update_layout(
+            coloraxis={"colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"font": {"size": 13}}}}
+        )
         figure.update_xaxes(showgrid=False)
         figure.update_yaxes(showgrid=False)
     return figure
