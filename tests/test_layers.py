@@ -22,6 +22,7 @@ LAYERS = [
     {"training"},
     {"analysis.trajectories", "analysis.suite"},
     {"paths"},
+    {"report.figures", "report.page", "report.story"},
     {"cli", "reference.train"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,175 @@
+"""The charts of the report that are not a result's own `.plot()`, and the one look that all of them have.
+
+Backgrounds are transparent, and two colours are roles, not colours: `INK` stands for the page's text and `MUTED` for
+its softer text. The page puts in the ones of its light or dark theme when it draws.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bigram_circuits.results import Curves
+
+INK = "#222222"
+"""The colour that the page replaces by its text's; results draw the full model in it."""
+MUTED = "#808080"
+"""The colour that the page replaces by its softer text's."""
+GRID = "rgba(128,128,128,0.22)"
+COLOURS = {
+    "full": INK,
+    "subnetwork": "#0072B2",
+    "complement": "#D55E00",
+    "random": "#999999",
+    "full - random": "#999999",
+    "empty": "#CC79A7",
+    "magnitude": "#009E73",
+}
+_BAR = 24  # pixels, of height for a horizontal bar
+_HEIGHT = 340
+_WORD = 6  # characters, of a word in a cell
+
+
+def dressed(figure: Any, height: int | None = None) -> Any:
+    """The look of the report: transparent, no title (the page writes it), the legend above, quiet lines."""
+    figure.update_layout(
+        template="plotly_white", title=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
+        margin={"l": 8, "r": 8, "t": 36, "b": 8},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": None},
+        height=height or figure.layout.height or _HEIGHT, bargap=0.3,
+    )  # fmt: skip
+    for axes in (figure.update_xaxes, figure.update_yaxes):
+        axes(gridcolor=GRID, zerolinecolor="rgba(128,128,128,0.5)", linecolor=GRID, automargin=True, title_font_size=13)
+    figure.update_annotations(font={"size": 13, "color": MUTED})
+    if figure.layout.coloraxis.colorscale:
+        figure.update_layout(
+            coloraxis={"colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"font": {"size": 13}}}}
+        )
+        figure.update_xaxes(showgrid=False)
+        figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def training(history: Sequence[Mapping[str, Any]]) -> Any:
+    """Cross-entropy, share kept and share undecided by step, under each other; a line for every attempt."""
+    from plotly.subplots import make_subplots
+
+    panels = {
+        "cross-entropy (nats)": "cross_entropy",
+        "share kept": "fraction",
+        "undecided, of all gates": "undecided",
+    }
+    figure = make_subplots(
+        rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=list(panels)
+    )
+    attempts = sorted({int(record.get("attempt", 0)) for record in history})
+    for row, key in enumerate(panels.values(), start=1):
+        for attempt in attempts:
+            of = [record for record in history if record.get("attempt", 0) == attempt]
+            colour = COLOURS["subnetwork"] if attempt == attempts[-1] else COLOURS["random"]
+            figure.add_scatter(
+                x=[record.get("step") for record in of], y=[record.get(key) for record in of], mode="lines",
+                line={"color": colour, "width": 2}, name=f"attempt {attempt}", legendgroup=str(attempt),
+                showlegend=row == 1 and len(attempts) > 1, row=row, col=1,
+            )  # fmt: skip
+        if key != "cross_entropy":
+            figure.update_yaxes(tickformat="~%", rangemode="tozero", row=row, col=1)
+    figure.update_annotations(x=0, xanchor="left")
+    figure.update_xaxes(title="step", row=len(panels), col=1)
+    return dressed(figure, 560)
+
+
+def controls(rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> Any:
+    """Dots with intervals: (name, value, low, high); the first row is on top."""
+    import plotly.graph_objects as go
+
+    known = [row for row in rows if row[1] is not None]
+    figure = go.Figure()
+    for name, value, low, high in known:
+        assert value is not None
+        bars = {} if low is None or high is None else _error([value], [low], [high], "x")
+        figure.add_scatter(
+            x=[value], y=[name], mode="markers", marker={"size": 11, "color": COLOURS.get(name, MUTED)},
+            showlegend=False, name=name, **bars,
+        )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(title="r with the target's surprisals")
+    dressed(figure, 90 + 32 * len(known))
+    return figure.update_layout(margin_t=8)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], row_axis: str, unit: str
+) -> Any:
+    """One matrix with its shares written into the cells."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=values, x=list(columns), y=list(rows), coloraxis="coloraxis",
+        text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}",
+        hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
+    )  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": unit, "tickformat": "~%"}})
+    figure.update_xaxes(type="category", side="top")
+    figure.update_yaxes(type="category", title=row_axis)
+    return dressed(figure, 110 + 34 * len(rows))
+
+
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    unit: str,
+    intervals: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> Any:
+    """Horizontal bars, the first name on top, a colour for every series."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, values in series.items():
+        low, high = (intervals or {}).get(name, ([], []))
+        error = _error(values, low, high, "x") if len(low) and not np.isnan(np.asarray(low, dtype=float)).all() else {}
+        colour = COLOURS.get(name, COLOURS["subnetwork"])
+        figure.add_bar(
+            y=[html.escape(one, quote=False) for one in names], x=list(values), name=name, orientation="h",
+            marker={"color": colour}, showlegend=len(series) > 1, **error,
+        )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    figure.update_xaxes(title=unit)
+    dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
+    return figure.update_layout(margin_t=36 if len(series) > 1 else 8)
+
+
+def shorten_words(figure: Any) -> None:
+    """Cut the words in the cells of a map so that they stay in them; all of a word shows when pointed at."""
+    for trace in figure.data:
+        if trace.text is not None:
+            trace.text = [[_short(html.unescape(word)) for word in row] for row in trace.text]
+    figure.update_traces(textfont_size=10)
+
+
+def _short(word: str) -> str:
+    return html.escape(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…", quote=False)
+
+
+def with_baseline(curves: Curves, quantity: str) -> Any:
+    """A quantity's lines, and dashed those of its `_baseline`."""
+    figure = curves.plot(quantity)
+    shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
+    for condition in curves.conditions:
+        figure.add_scatter(
+            x=list(curves.points), y=curves.get(f"{quantity}_baseline", condition), mode="lines", showlegend=False,
+            name=f"{condition}, other positions", legendgroup=condition, opacity=0.7,
+            line={"color": shown.get(condition, MUTED), "width": 1.5, "dash": "dash"},
+        )  # fmt: skip
+    return dressed(figure)
+
+
+def _error(values: Sequence[float], low: Sequence[float], high: Sequence[float], axis: str) -> dict[str, Any]:
+    middle = np.asarray(values, dtype=float)
+    ends = {"array": np.asarray(high, dtype=float) - middle, "arrayminus": middle - np.asarray(low, dtype=float)}
+    return {f"error_{axis}": {"type": "data", "symmetric": False, "color": MUTED, "thickness": 1.5, **ends}}

@@ -1,0 +1,359 @@
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from bigram_circuits.report.page import page, shown, write_report
+from bigram_circuits.report.story import command_line
+from bigram_circuits.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.runs import RunFolder, load_run
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.training import SparsifyConfig
+
+HOSTILE = "</script><script>alert('\"x\"')</script>"
+CONDITIONS = ("full", "subnetwork", "complement", "random")
+RNG = np.random.default_rng(0)
+
+
+def quantities(*names):
+    return tuple(Quantity(name, "", f"what {name} is") for name in names)
+
+
+def curves(*names, points=("embed", "0", "1"), axis="layer", conditions=CONDITIONS, **notes):
+    values = RNG.random((len(names), len(conditions), len(points)))
+    return Curves(
+        f"Of {names[0]}", quantities(*names), axis, points, conditions, values, values - 0.1, values + 0.1, notes=notes
+    )
+
+
+def maps(*names, rows=("0", "1"), columns=("0", "1"), axes=("layer", "head"), conditions=CONDITIONS, text=None):
+    values = RNG.random((len(names), len(conditions), len(rows), len(columns)))
+    words = None if text is None else tuple(tuple(tuple(text for _ in columns) for _ in rows) for _ in conditions)
+    return Maps(f"Of {names[0]}", quantities(*names), axes[0], rows, axes[1], columns, conditions, values, words)
+
+
+def effects(*names, things=("head 0.0", "head 0.1"), **notes):
+    values = RNG.random((len(names), len(things)))
+    return Effects(
+        f"Of {names[0]}", quantities(*names), "thing", things, values, values - 0.1, values + 0.1, notes=notes
+    )
+
+
+def results():
+    """One of everything that `analyze` gives, and one that the report knows nothing of."""
+    cosines = ("current_embedding", "target_unembedding")
+    losses = {"loss_of_base": 11.5, "loss_of_full": 0.25, "loss_of_guessing": 6.75}
+    passage = {"columns": ("0: a", f"1: {HOSTILE}"), "axes": ("layer", "position")}
+    return {
+        "logit_lens": curves("surprisal_correlation", "kl"),
+        "affine_lens": curves("surprisal_correlation", "recall_at_1"),
+        "cosine": curves(*cosines, *(f"{name}_baseline" for name in cosines)),
+        "rotations": curves("output_angle"),
+        "covariance": maps(
+            "cka", axes=("layer", "layer"), conditions=("full", "subnetwork", "full (rows) and subnetwork")
+        ),
+        "prompt_lens": maps("probability", **passage, text=f"{HOSTILE}\nb"),
+        "prompt_cosine": maps("current_embedding", **passage),
+        "attribution": maps("contribution", axes=("component", "token"), columns=(HOSTILE,)),
+        "by_layer": maps("density", "share_of_kept", columns=("attn", "mlp"), conditions=("subnetwork",)),
+        "by_head": maps("density", "share_of_kept", conditions=("subnetwork", "random")),
+        "concentration": curves(
+            "share_of_kept", points=(0.0, 0.1, 1.0), axis="share_of_neurons", conditions=("subnetwork", "random")
+        ),
+        "whole_neurons": effects("density", things=("L0N1", "L0N2")),
+        "exciting_tokens": maps("mean_activation", rows=("L0N1", "L0N2"), axes=("neuron", "rank"), text=HOSTILE),
+        "ablation_components": effects("rise_in_loss", "rise_in_loss_in_subnetwork", things=("attn 0", "mlp 0")),
+        "ablation_heads": effects("rise_in_loss", "excess", things=tuple(f"head 0.{n}" for n in range(30))),
+        "stochastic_ablation": curves(
+            "surprisal_correlation", points=(0, 0.5, 1), axis="share_removed", conditions=("subnetwork", "random")
+        ),
+        "overlap_magnitude": effects("intersection", "kept_a", "share_of_a_in_b", "expected", things=("all", "x")),
+        "induction": effects("fall_in_loss", **losses),
+        "induction_pairs": effects("fall_in_loss", things=("head 0.0 + head 0.1",), **losses),
+        "of_tomorrow": effects("surprise", things=(HOSTILE,)),
+    }
+
+
+def numbers(r):
+    measured = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
+    return {name: r + place / 7 for place, name in enumerate(measured)} | {"kept": 2, "total": 14, "fraction": 1 / 7}
+
+
+def measured():
+    groups = {
+        name: {
+            "mean": numbers(0.125),
+            "std": numbers(0.01),
+            "seeds": [{"seed": seed, **numbers(0.11 + seed / 100)} for seed in range(2)],
+        }
+        for name in ("random", "full_minus_random")
+    }
+    return {
+        "subnetwork": numbers(0.9123),
+        **{name: numbers(0.3 + place / 10) for place, name in enumerate(("full", "empty", "complement", "magnitude"))},
+        **groups,
+        "zero_rule": {"positions": 100, "used": 90, "share": 0.9, "rule": "only where it is above 0"},
+        "intervals": {"subnetwork": {"surprisal_correlation": [0.9012, 0.9234]}},
+        "advantage": {"full": [0.5, 0.6], "random 0": [0.7, None]},
+        "verdict": f"Verdict: it is fine {HOSTILE}.",
+    }
+
+
+def make_run(folder, *, metrics=None, found=None, name="model/x", rebuild=True, recipe=None, within=None):
+    from dataclasses import asdict
+
+    settings = {
+        "model": {"name": name, "revision": None, "weight_hash": "ab12"},
+        "corpus": {"source": "some texts", "fingerprint": "cd34"},
+        "target": {"kind": "NGramTable"},
+        "recipe": asdict(recipe or SparsifyConfig()),
+        "within": within,
+    }
+    how = {
+        "model": {"name": name, "revision": None, "dtype": "float32"},
+        "corpus": {"source": "some texts", "context_length": 64, "max_tokens": None},
+        "target": "ngram",
+        "order": 2,
+    }
+    run = RunFolder.open(folder, settings, rebuild=how if rebuild else None)
+    record = {"attempt": 0, "cross_entropy": 5.5, "fraction": 0.5, "undecided": 1.0}
+    run.begin_progress([record | {"step": 0}, record | {"step": 1, "cross_entropy": 4.25, "fraction": 0.125}])
+    masks = {
+        "blocks.0.attn.W_Q": torch.arange(8).view(2, 2, 2) < 1,
+        "blocks.0.mlp.W_in": torch.arange(6).view(2, 3) < 1,
+    }
+    subnetwork = Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
+    run.finish(subnetwork, {"stopped_because": "decided", "seconds": 12.0, "attempts": 1})
+    if metrics:
+        run.write_metrics(metrics)
+    for key, result in (found or {}).items():
+        result.save(folder / "analysis" / f"{key}.json")
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / 'it\'s "a" <b>run & more'
+    return make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}")
+
+
+@pytest.fixture(scope="module")
+def told(run):
+    return page(run)
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.values, self._within = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._within = tag
+        if tag == "data":
+            self.values.append(float(dict(attrs)["value"]))
+
+    def handle_data(self, data):
+        if self._within not in ("script", "style"):
+            self.text.append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def elements(told):
+    return Elements(without_plotly(told))
+
+
+def without_plotly(text):
+    from plotly.offline import get_plotlyjs
+
+    assert text.count(get_plotlyjs()) == 1
+    return text.replace(get_plotlyjs(), "")
+
+
+# --- one file, no network ---
+
+
+def test_the_page_is_one_file_in_the_runs_folder(run):
+    before = {path.name for path in run.path.iterdir()}
+    path = write_report(run)
+    assert path == run.path / "report.html"
+    assert {path.name for path in run.path.iterdir()} == before | {"report.html"}
+    assert path.stat().st_size < 10e6
+    assert write_report(run.path, run.path / "other.html").read_text() == path.read_text()
+    (run.path / "other.html").unlink()
+
+
+def test_the_page_asks_for_nothing_from_anywhere(told, elements):
+    rest = without_plotly(told)
+    assert "http://" not in rest
+    assert "https://" not in rest
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", rest)
+    for tag, attributes in elements.tags:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#"), tag
+    policy = next(one["content"] for one in elements.named("meta") if "http-equiv" in one)
+    assert "default-src 'none'" in policy
+
+
+def test_no_model_library_is_loaded(run):
+    code = "import sys; from bigram_circuits.report.page import write_report; write_report(sys.argv[1]);"
+    code += "print([name for name in ('transformer_lens', 'transformers', 'datasets') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- what it says ---
+
+
+def test_every_number_of_the_results_and_the_metrics_is_in_the_tables(run, elements):
+    there = np.array(sorted(set(elements.values)))
+    for result in run.analyses.values():
+        for value in result.values[~np.isnan(result.values)].ravel():
+            assert value in there
+    for name in ("subnetwork", "full", "empty", "complement", "magnitude"):
+        assert set(run.metrics[name].values()) - {14} <= set(there)
+    for seed in run.metrics["random"]["seeds"]:
+        assert seed["kl"] in there
+
+
+def test_every_result_is_named_and_every_chart_is_told_in_words(run, elements):
+    text = " ".join(elements.text)
+    for name in run.analyses:
+        assert name in text
+    charts = [attributes for attributes in elements.named("div") if "data-figure" in attributes]
+    assert len(charts) >= len(run.analyses) - 2  # two of them are tables
+    assert all(chart["aria-label"].strip() and chart["role"] == "img" for chart in charts)
+    assert [int(chart["data-figure"]) for chart in charts] == list(range(len(charts)))
+
+
+def test_the_answer_stands_at_the_top(told):
+    answer = re.search(r'<p class="answer">(.*?)</p>', told, re.S).group(1)
+    for words in ("14.3%", "2 of 14", "r = 0.912", "0.901", "0.923", "it is fine"):
+        assert words in answer
+
+
+def test_numbers_are_shown_with_few_digits():
+    assert [shown(value) for value in (0.96198, 12345.678, 3, 0.0, 1e-9, math.inf)] == [
+        "0.9620", "12,345.7", "3", "0", "1.00e-09", "inf",
+    ]  # fmt: skip
+
+
+# --- what comes from data is text ---
+
+
+def test_words_from_data_are_never_markup(run, told, elements):
+    assert len(elements.named("script")) == 3
+    assert "alert('" not in re.sub(r"<script.*?</script>", "", without_plotly(told), flags=re.S)
+    assert any(HOSTILE in words for words in elements.text)
+    assert str(run.path) in elements.text
+    figures = re.search(r'<script type="application/json" id="figures">(.*?)</script>', told, re.S).group(1)
+    assert "<" not in figures
+    assert len(json.loads(figures)) > 10
+
+
+# --- what is not there ---
+
+
+def test_a_run_that_was_neither_evaluated_nor_analysed_gives_a_page(tmp_path):
+    told = page(make_run(tmp_path / "run"))
+    assert "was not evaluated" in told
+    assert "was not analysed" in told
+    assert "no such result is in its folder" in told
+    assert "2 of 14" in told
+
+
+def test_controls_are_optional(tmp_path):
+    metrics = measured() | dict.fromkeys(("full", "empty", "complement", "magnitude", "random", "full_minus_random"))
+    metrics |= {"advantage": {}, "subnetwork": numbers(0.5) | {"surprisal_correlation": None}}
+    assert "undefined" in page(make_run(tmp_path / "run", metrics=metrics))
+
+
+@pytest.mark.parametrize("name", sorted(results()))
+def test_a_result_alone_and_without_a_number_gives_a_page(tmp_path, name):
+    from dataclasses import replace
+
+    result = results()[name]
+    empty = {
+        key: np.full_like(getattr(result, key), np.nan) for key in ("values", "low", "high") if hasattr(result, key)
+    }
+    assert result.title in page(make_run(tmp_path / "run", found={name: replace(result, **empty)}))
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.path / "analysis").mkdir()
+    (run.path / "analysis" / "logit_lens.json").write_text("{")
+    with pytest.raises(ValueError, match=r"logit_lens\.json"):
+        write_report(run)
+    assert not (run.path / "report.html").exists()
+
+
+# --- how to do it again ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (SparsifyConfig(), ""),
+        (SparsifyConfig(sparsity_weight=5.0, layers=(0, 2), seed=3), " --layers 0,2 --sparsity-weight 5.0 --seed 3"),
+        (SparsifyConfig.paper(granularity={"mlp": "neuron"}), " --recipe paper --granularity mlp=neuron"),
+    ],
+)
+def test_the_command_makes_the_same_recipe(tmp_path, recipe, options):
+    from bigram_circuits import cli
+
+    command = command_line(make_run(tmp_path / "run", recipe=recipe))
+    head = "bigram-circuits find model/x --corpus 'some texts' --context-length 64 --target ngram --order 2"
+    assert command == head + options
+    import shlex
+
+    assert cli._config(cli._parser().parse_args(shlex.split(command)[1:])) == recipe
+
+
+def test_where_no_command_can_do_it_the_page_says_why(tmp_path):
+    assert "made in Python from objects" in page(make_run(tmp_path / "a", rebuild=False))
+    assert "only be given in Python" in page(make_run(tmp_path / "b", recipe=SparsifyConfig(beta_growth=1.5)))
+    assert "inside another subnetwork" in page(make_run(tmp_path / "c", within="12ab"))
+
+
+# --- in a browser ---
+
+
+def in_chromium(path, folder):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    flags += [f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=8000", "--enable-logging=stderr"]
+    done = subprocess.run([chromium, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, complaints
+
+
+def test_a_browser_draws_every_chart_on_a_phone_without_sideways_scrolling(run, elements, tmp_path):
+    tell = "parent.postMessage([document.querySelectorAll('.chart > .plot-container').length,"
+    tell += "document.querySelectorAll('svg.main-svg').length, document.documentElement.scrollWidth].join(' '), '*')"
+    whole = page(run).replace("</body>", f"<script>setTimeout(() => {tell}, 5000)</script></body>")
+    (tmp_path / "page.html").write_text(whole)
+    listen = "onmessage = (event) => { document.title = 'told ' + event.data }"
+    frame = '<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>'
+    (tmp_path / "phone.html").write_text(f"<title></title><script>{listen}</script>{frame}")
+    dom, complaints = in_chromium(tmp_path / "phone.html", tmp_path)
+    assert not complaints
+    charts, pictures, width = map(int, re.search(r"<title>told (\d+) (\d+) (\d+)</title>", dom).groups())
+    assert charts == sum("data-figure" in attributes for attributes in elements.named("div"))
+    assert pictures >= charts
+    assert width <= 390
