@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
     from bigram_circuits.paths import SubnetworkPath, find_path
     from bigram_circuits.published import import_published, load_published
+    from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import Run, load_run
     from bigram_circuits.sharing import export_huggingface, export_masks, pull_subnetwork, push_subnetwork
     from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
@@ -69,6 +70,7 @@ _HOMES = {
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
     "paths": ("SubnetworkPath", "find_path"),
     "published": ("import_published", "load_published"),
+    "report.page": ("write_report",),
     "runs": ("Run", "load_run"),
     "sharing": ("export_huggingface", "export_masks", "pull_subnetwork", "push_subnetwork"),
     "sites": ("WeightSite", "weight_hash", "weight_sites"),

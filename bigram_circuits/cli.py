@@ -21,6 +21,7 @@ _EPILOG = """examples:
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
   bigram-circuits evaluate runs/mine
   bigram-circuits analyze runs/mine
+  bigram-circuits report runs/mine
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
   bigram-circuits export runs/mine --out my_masked_model
@@ -129,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the random controls (default: 0)")
     analyze.add_argument("--tokens", type=_whole(1), metavar="N", help="measure layers on so many (default: 20480)")
 
+    report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
+    report.set_defaults(command=_report)
+    report.add_argument("run", type=Path, help="the run's folder")
+
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
@@ -172,6 +177,7 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.models import load_model
+    from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import RunFolder
     from bigram_circuits.training import find_subnetwork, run_settings
 
@@ -215,11 +221,13 @@ def _find(arguments: argparse.Namespace) -> int:
         kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
         raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     stopped = {"decided": "nearly all gates were decided", "max_steps": "the most steps allowed were done"}
+    report = write_report(out)
     print(
         f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
         f"{stopped.get(found.stopped_because, 'it stayed unstable in every attempt: do not trust it')}"
     )
     print(f"{time.monotonic() - started:.0f} s in all; files in {out}/: {', '.join(folder.files())}")
+    print(f"the page to look at: {report}")
     return 0
 
 
@@ -319,6 +327,13 @@ def _analyze(arguments: argparse.Namespace) -> int:
     analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
     analyses.save(arguments.run / "analysis")
     print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.report.page import write_report
+
+    print(write_report(arguments.run))
     return 0
 
 

@@ -176,8 +176,9 @@ def test_find_evaluate_and_find_again(run, quick):
     code, out, err = run(*quick, "--out", "mine")
     assert (code, err) == (0, "")
     assert sorted(path.name for path in Path("mine").iterdir()) == [
-        "config.json", "metrics.json", "progress.jsonl", "subnetwork.safetensors", "training.json",
+        "config.json", "metrics.json", "progress.jsonl", "report.html", "subnetwork.safetensors", "training.json",
     ]  # fmt: skip
+    assert "the page to look at: mine/report.html" in out
     metrics = Path("mine/metrics.json").read_text()
     assert json.loads(metrics)["random"]["seeds"][0]["seed"] == 0
     code, again, err = run("evaluate", "mine", "--random-seeds", "1")
@@ -377,6 +378,8 @@ def test_analyze_writes_every_result(run, quick):
     assert "induction" not in names
     assert "cannot continue repeated random tokens" in out
     assert not Path("mine/analysis.new").exists()
+    assert run("report", "mine")[:2] == (0, "mine/report.html\n")
+    assert "<h1" in Path("mine/report.html").read_text()
     analyses = bc.load_run("mine").analyses
     assert set(analyses) == names
     lens = analyses["logit_lens"]
