@@ -321,7 +321,7 @@ def test_every_public_function_is_here():
     """A new analysis comes with its bad input."""
     text = inspect.getsource(inspect.getmodule(test_tasks))
     plain = {"by_layer", "by_matrix", "by_neuron", "indirect_object", "greater_than"}  # of a subnetwork; of any number
-    in_their_own_tests = {"analyze", "layer_by_layer", "load_result", "subnetworks_over_training"}
+    in_their_own_tests = {"analyze", "layer_by_layer", "load_result", "passages", "subnetworks_over_training"}
     functions = {name for name in analysis.__all__ if inspect.isfunction(getattr(analysis, name))}
     missing = {name for name in functions if f"analysis.{name}(" not in text} - plain - in_their_own_tests
     assert not missing

@@ -93,7 +93,9 @@ def test_it_prints_what_the_files_hold(main_job):
     assert f"{run.metrics['subnetwork']['surprisal_correlation']:.3f}" in out
     assert f"{run.subnetwork.kept:,}" in out
     assert "where the kept weights are" in out
-    assert re.search(r"files in runs/reference-\w+/: analysis, config.json, metrics.json, progress.jsonl, subn", out)
+    assert re.search(
+        r"files in runs/reference-\w+/: analysis, config.json, metrics.json, progress.jsonl, report.html, subn", out
+    )
 
 
 def test_the_readme_states_what_it_measures(main_job):

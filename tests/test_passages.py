@@ -41,3 +41,7 @@ def test_without_a_subnetwork_or_a_target_there_is_the_full_model(tiny_model, ra
     assert found.values.shape == (1, 1, 6, 16)
     with pytest.raises(ValueError, match="at least 1, not 0, 64 and 3"):
         passages(tiny_model, random_tokens, count=0)
+    with pytest.raises(ValueError, match="token ids must be 0 to 256"):
+        passages(tiny_model, random_tokens + 200)
+    with pytest.raises(ValueError, match="vocabulary of 5"):
+        passages(tiny_model, random_tokens, target=bc.count_ngrams(random_tokens % 5, 2, d_vocab=5))
