@@ -178,7 +178,7 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.models import load_model
     from bigram_circuits.report.page import write_report
-    from bigram_circuits.runs import RunFolder
+    from bigram_circuits.runs import STOPS, RunFolder
     from bigram_circuits.training import find_subnetwork, run_settings
 
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
@@ -220,11 +220,10 @@ def _find(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
         raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
-    stopped = {"decided": "nearly all gates were decided", "max_steps": "the most steps allowed were done"}
     report = write_report(out)
     print(
         f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
-        f"{stopped.get(found.stopped_because, 'it stayed unstable in every attempt: do not trust it')}"
+        f"{STOPS[found.stopped_because]}"
     )
     print(f"{time.monotonic() - started:.0f} s in all; files in {out}/: {', '.join(folder.files())}")
     print(f"the page to look at: {report}")
@@ -310,23 +309,26 @@ def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import RunFolder
 
     model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
     evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
     RunFolder(arguments.run).write_metrics(evaluation.to_json())
-    print(f"{evaluation}\n\n{_where(subnetwork)}")
+    print(f"{evaluation}\n\n{_where(subnetwork)}\n\nthe page to look at: {write_report(arguments.run)}")
     return 0
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis.suite import analyze
+    from bigram_circuits.report.page import write_report
 
     model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
     options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
     analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
     analyses.save(arguments.run / "analysis")
     print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
+    print(f"the page to look at: {write_report(arguments.run)}")
     return 0
 
 

@@ -12,6 +12,7 @@ import html
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -55,7 +56,7 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(ABC):
     """What all results share."""
 
     title: str
@@ -74,13 +75,13 @@ class Result:
         """A quantity by its name. Raises ValueError if it was not measured."""
         return self.quantities[_place("quantity", name, [quantity.name for quantity in self.quantities])]
 
+    @abstractmethod
     def to_dataframe(self) -> Any:
         """A pandas table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plot(self, quantity: str | None = None) -> Any:
         """A plotly figure of one quantity; of the first, if none is named."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a number that is undefined is None."""
@@ -145,8 +146,12 @@ class Curves(Result):
 
     def table(self, quantity: str) -> str:
         """One quantity as text: a line for every condition, a column for every point."""
-        head = f"{self.axis:<14}" + "".join(f"{point!s:>8}" for point in self.points)
-        rows = ["".join(f"{value:>8.3f}" for value in self.get(quantity, name)) for name in self.conditions]
+        widths = [max(8, len(str(point)) + 2) for point in self.points]
+        head = f"{self.axis:<14}" + "".join(f"{point!s:>{w}}" for point, w in zip(self.points, widths, strict=True))
+        rows = [
+            "".join(f"{value:>{w}.3f}" for value, w in zip(self.get(quantity, name), widths, strict=True))
+            for name in self.conditions
+        ]
         return "\n".join([head, *(f"{name:<14}{row}" for name, row in zip(self.conditions, rows, strict=True))])
 
     def plot(self, quantity: str | None = None) -> Any:

@@ -28,6 +28,14 @@ from bigram_circuits.subnetwork import Subnetwork
 
 _FORMAT = "bigram_circuits.run/1"
 _PACKAGES = ("bigram_circuits", "torch", "transformer_lens", "transformers", "tokenizers", "numpy")
+STOPS = {
+    "decided": "nearly all gates were decided",
+    "max_steps": "the most steps allowed were done",
+    "unstable": "it stayed unstable in every attempt: do not trust it",
+}
+"""Why learning stopped, in words."""
+LEFT_OUT = "left_out.json"
+"""Beside the analyses of a run: those that the model does not show, with the reasons."""
 _CHECKPOINT_SHARE = 0.02  # of the time spent learning, at most, goes into checkpoints
 _CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
 
@@ -200,7 +208,14 @@ class Run:
         """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
         from bigram_circuits.results import load_result
 
-        return {path.stem: load_result(path) for path in sorted((self.path / "analysis").glob("*.json"))}
+        files = sorted((self.path / "analysis").glob("*.json"))
+        return {path.stem: load_result(path) for path in files if path.name != LEFT_OUT}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What `analyze` left out because this model does not show it, with the reason."""
+        path = self.path / "analysis" / LEFT_OUT
+        return _read_json(path) if path.is_file() else {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"

@@ -11,7 +11,7 @@ import bigram_circuits as bc
 PACKAGE = Path(bc.__file__).parent
 LAYERS = [
     {"reference.documents", "files"},
-    {"corpus", "ngrams", "sites", "gates", "metrics", "results"},
+    {"corpus", "ngrams", "sites", "gates", "metrics", "results", "markup"},
     {"models", "targets"},
     {"layouts"},
     {"subnetwork"},
@@ -22,7 +22,9 @@ LAYERS = [
     {"training"},
     {"analysis.trajectories", "analysis.suite"},
     {"paths"},
-    {"report.figures", "report.page", "report.story"},
+    {"report.figures", "report.blocks"},
+    {"report.document", "report.story"},
+    {"report.page"},
     {"cli", "reference.train"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigram_circuits.report.page import page, shown, write_report
+from bigram_circuits.markup import shown
+from bigram_circuits.report.page import page, write_report
 from bigram_circuits.report.story import command_line
 from bigram_circuits.results import Curves, Effects, Maps, Quantity
 from bigram_circuits.runs import RunFolder, load_run
@@ -273,6 +274,18 @@ def test_a_run_that_was_neither_evaluated_nor_analysed_gives_a_page(tmp_path):
     assert "was not analysed" in told
     assert "no such result is in its folder" in told
     assert "2 of 14" in told
+
+
+def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
+    found = {name: result for name, result in results().items() if name not in ("attribution", "by_head")}
+    left_out = {"attribution": "it has <no> readout", "by_head": "it has no heads"}
+    run = make_run(tmp_path / "run", found=found)
+    (run.path / "analysis" / "left_out.json").write_text(json.dumps(left_out))
+    text = " ".join(Elements(without_plotly(page(run))).text)
+    assert "Left out: attribution: it has <no> readout." in text
+    assert "Left out: by head: it has no heads." in text
+    assert "was not attributed" not in text
+    assert set(run.analyses) == set(found)
 
 
 def test_controls_are_optional(tmp_path):

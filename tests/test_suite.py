@@ -1,5 +1,7 @@
 """The whole set of analyses: what a model does not show is left out with its reason; wrong arguments are errors."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,8 @@ def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
     assert {"by_layer", "ablation_components", "ablation_heads", "stochastic_ablation"} <= set(found.results)
     assert f"left out: attribution: {found.left_out['attribution']}" in str(found)
     found.save(tmp_path / "analysis")
-    assert {path.stem for path in (tmp_path / "analysis").iterdir()} == set(found.results)
+    assert json.loads((tmp_path / "analysis" / "left_out.json").read_text()) == dict(found.left_out)
+    assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
 
 
 def test_layers_measured_together_are_those_measured_alone(tiny_model):

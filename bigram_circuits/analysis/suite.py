@@ -6,6 +6,7 @@ held-out text for each condition. Ablations, of which there are many, are measur
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -35,8 +36,10 @@ from bigram_circuits.analysis.passages import passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
 from bigram_circuits.corpus import Corpus, spread, token_array
+from bigram_circuits.files import write_text
 from bigram_circuits.models import check_tokens
 from bigram_circuits.results import Curves, Effects, Maps, Result
+from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
 
@@ -58,12 +61,17 @@ class Analyses:
     """What this model cannot show, and why."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write every result as `<name>.json` into a folder of its own; what an earlier analysis left there goes."""
+        """Write every result as `<name>.json` into a folder of its own; what an earlier analysis left there goes.
+
+        What was left out is written to `left_out.json`.
+        """
         folder = Path(folder)
         fresh = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         for name, result in self.results.items():
             result.save(fresh / f"{name}.json")
+        if self.left_out:
+            write_text(fresh / LEFT_OUT, json.dumps(dict(self.left_out), indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
 

@@ -14,69 +14,14 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.report import figures
+from bigram_circuits.report.blocks import Chart, Code, Numbers, Opening, Section, percent, rounded, span
 from bigram_circuits.results import Curves, Effects, Maps, Result
-from bigram_circuits.runs import Run
+from bigram_circuits.runs import STOPS, Run
 
 _MOST_BARS = 20
 _MOST_STEPS = 60  # rows of the training table
 _CELL = 47  # pixels, of width for a column of a wide map
 _ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
-_STOPS = {
-    "decided": "nearly all gates were decided",
-    "max_steps": "the most steps allowed were done",
-    "unstable": "it stayed unstable in every attempt: do not trust it",
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture with its title and what it shows, in a sentence."""
-
-    title: str
-    says: str
-    figure: Any
-    min_width: int = 0
-    """Pixels; on a narrower screen it is scrolled in its own box."""
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """A table."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    is_open: bool = False
-    """Shown at once; otherwise on request."""
-
-
-@dataclass(frozen=True)
-class Code:
-    """A line to be copied, with what it does."""
-
-    says: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A step of the story."""
-
-    key: str
-    heading: str
-    says: Sequence[str] = ()
-    blocks: Sequence[Chart | Numbers | Code] = ()
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What was asked, and the answer."""
-
-    title: str
-    asked: str
-    answer: str
-    marks: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    """A few numbers by name."""
 
 
 @dataclass
@@ -84,6 +29,7 @@ class _Results:
     """A run's results by name; remembers which were told."""
 
     by_name: Mapping[str, Result]
+    left_out: Mapping[str, str] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
     def curves(self, name: str) -> Curves | None:
@@ -101,6 +47,16 @@ class _Results:
             return None
         self.told.add(name)
         return result
+
+    def reasons(self, *steps: str) -> list[str]:
+        """Why steps of `analyze` were left out: a sentence for each that was."""
+        return [
+            f"Left out: {step.replace('_', ' ')}: {self.left_out[step]}." for step in steps if step in self.left_out
+        ]
+
+    def absent(self, done: str, *steps: str) -> list[str]:
+        """Why there is nothing to tell."""
+        return self.reasons(*steps) or [f"This run was not {done}: no such result is in its folder."]
 
     def rest(self) -> dict[str, Result]:
         return {name: result for name, result in self.by_name.items() if name not in self.told}
@@ -120,7 +76,7 @@ def opening(run: Run) -> Opening:
         return Opening(title, asked, f"{kept} were kept. How well they do is not known: the run was not evaluated.")
     own = run.metrics["subnetwork"]
     low, high = _interval(run.metrics, "subnetwork")
-    pair = "" if low is None else f" (95% interval {_range(low, high)})"
+    pair = "" if low is None else f" (95% interval {span(low, high)})"
     r = own.get("surprisal_correlation")
     answer = f"{kept} correlate with the target at r = {rounded(r)}{pair}. {_verdict_words(run.metrics)}"
     return Opening(title, asked, answer, _marks(run, run.metrics))
@@ -138,7 +94,7 @@ def _marks(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def sections(run: Run) -> list[Section]:
     """The story of a run."""
-    results = _Results(run.analyses)
+    results = _Results(run.analyses, run.left_out)
     steps: list[Callable[[Run, _Results], Section]] = [
         _controls, _training, _location, _needed, _layers, _passage, _attribution, _overlap, _lacking, _other,
     ]  # fmt: skip
@@ -165,7 +121,7 @@ def _controls(run: Run, results: _Results) -> Section:
     dots = [(name, value.get("surprisal_correlation"), low, high) for name, value, low, high in rows]
     columns = ["", "r", "interval of r", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
     table = [
-        [name, value.get("surprisal_correlation"), _range(low, high),
+        [name, value.get("surprisal_correlation"), span(low, high),
          value.get("cross_entropy"), value.get("kl"), value.get("mean_surprisal"), value.get("top1_agreement"),
          value.get("kept"), value.get("fraction")]
         for name, value, low, high in rows
@@ -253,7 +209,7 @@ def _training(run: Run, results: _Results) -> Section:
     history, outcome = run.history, run.outcome
     if not history:
         return Section("training", heading, ["The folder holds no record of the training steps."])
-    why = _STOPS.get(outcome.get("stopped_because", ""), outcome.get("stopped_because"))
+    why = STOPS.get(outcome.get("stopped_because", ""), outcome.get("stopped_because"))
     attempts = outcome.get("attempts", 1)
     tries = "one attempt" if attempts == 1 else f"{attempts} attempts"
     last = [record for record in history if record.get("attempt", 0) == history[-1].get("attempt", 0)]
@@ -301,6 +257,7 @@ def _location(run: Run, results: _Results) -> Section:
     says = [_component_words(run)]
     if not run.analyses:
         says.append("This run was not analysed, so nothing is known about single neurons.")
+    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens")
     return Section("where", "Where the kept weights are", says, blocks)
 
 
@@ -386,7 +343,8 @@ def _needed(run: Run, results: _Results) -> Section:
         words = f"As the rest is removed, r goes, {'; '.join(says)}."
         blocks += _told(removed, "Removing the rest at random: r with the target", words)
     heading = "What the model and the subnetwork need"
-    return Section("needed", heading, [] if blocks else [_absent("ablated")], blocks)
+    steps = ("ablation_components", "ablation_heads", "stochastic_ablation")
+    return Section("needed", heading, results.reasons(*steps) if blocks else results.absent("ablated", *steps), blocks)
 
 
 def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
@@ -424,7 +382,7 @@ def _beyond_chance(effects: Effects) -> str:
     if "excess" not in names or np.isnan(effects.low[names.index("excess")]).all():
         return ""
     above = int((effects.low[names.index("excess")] > 0).sum())
-    return f" {above} of {len(effects.names)} cost more than removing as many random weights does (95% intervals)."
+    return f" {above} of {len(effects.names)} cost more than a random choice of the same size does (95% intervals)."
 
 
 _LAYER_CHARTS = (
@@ -457,7 +415,9 @@ def _layers(run: Run, results: _Results) -> Section:
     says = (
         "A line for each: the whole model, the subnetwork, the model without it (complement), matched random weights."
     )
-    return Section("layers", "Layer by layer", [says if blocks else _absent("looked at layer by layer")], blocks)
+    steps = ("layer by layer", "covariance")
+    words = [says, *results.reasons(*steps)] if blocks else results.absent("looked at layer by layer", *steps)
+    return Section("layers", "Layer by layer", words, blocks)
 
 
 def _course(curves: Curves, quantity: str, what: str) -> str:
@@ -499,7 +459,9 @@ def _passage(run: Run, results: _Results) -> Section:
             blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
             blocks.append(_table(result, title))
     says = "The first tokens of the held-out text, read through the model's own output layer after every layer."
-    return Section("passage", "One passage, token by token", [says if blocks else _absent("shown a passage")], blocks)
+    steps = ("prompt_lens", "prompt_cosine", "passages")
+    words = [says, *results.reasons(*steps)] if blocks else results.absent("shown a passage", *steps)
+    return Section("passage", "One passage, token by token", words, blocks)
 
 
 def _prompt_words(lens: Maps) -> str:
@@ -534,7 +496,7 @@ def _attribution(run: Run, results: _Results) -> Section:
     found = results.maps("attribution")
     heading = "Which components write the prediction"
     if not found:
-        return Section("attribution", heading, [_absent("attributed to components")])
+        return Section("attribution", heading, results.absent("attributed to components", "attribution"))
     parts = []
     for condition in (name for name in ("subnetwork", "full") if name in found.conditions):
         values = found.get(found.quantities[0].name, condition)
@@ -556,7 +518,7 @@ def _overlap(run: Run, results: _Results) -> Section:
     found = results.effects("overlap_magnitude")
     heading = "Is it just the largest weights?"
     if not found:
-        return Section("overlap", heading, [_absent("compared with the largest weights")])
+        return Section("overlap", heading, results.absent("compared with the largest weights", "overlap_magnitude"))
     shares, expected, kept = found.get("share_of_a_in_b"), found.get("expected"), found.get("kept_a")
     common = found.get("intersection")
     chance = [expected[name] / kept[name] if kept[name] else math.nan for name in found.names]
@@ -582,7 +544,7 @@ def _lacking(run: Run, results: _Results) -> Section:
             blocks += _sufficient(found, title)
     heading = "What it lacks: continuing repeated text"
     if not blocks:
-        return Section("lacks", heading, [_absent("tried with added heads")])
+        return Section("lacks", heading, results.absent("tried with added heads", "induction"))
     notes = next(results.by_name[name].notes for name in ("induction", "induction_pairs") if name in results.by_name)
     known = {key: notes.get(f"loss_of_{key}") for key in ("base", "full", "guessing")}
     says = (
@@ -721,23 +683,6 @@ def _why_no_command(run: Run) -> str:
 # --- words and numbers ---
 
 
-def _range(low: float | None, high: float | None) -> str:
-    """An interval on one line; empty if there is none."""
-    return "" if low is None else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
-
-
-def percent(share: float | None) -> str:
-    """A share, in words."""
-    if share is None or math.isnan(share):
-        return "undefined"
-    return f"{100 * share:.2f}%" if abs(share) < 0.1 else f"{100 * share:.1f}%"
-
-
-def rounded(value: float | np.floating | int | None, digits: int = 3) -> str:
-    """A number, in words."""
-    return "undefined" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
-
-
 def _told(
     result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0
 ) -> list[Chart | Numbers]:
@@ -761,10 +706,6 @@ def _spaced(name: str) -> str:
 def _condition(name: str) -> str:
     words = {"full": "whole model", "random": "matched random weights", "empty": "empty subnetwork"}
     return words.get(name, name)
-
-
-def _absent(done: str) -> str:
-    return f"This run was not {done}: no such result is in its folder."
 
 
 def _interval(metrics: Mapping[str, Any], condition: str) -> tuple[float | None, float | None]:
