@@ -1,5 +1,7 @@
 """Models for the tests: tiny random ones in Hugging Face folders, and the reference model."""
 
+import os
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -174,3 +176,19 @@ def byte_tokenizer_of(n: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, without a window."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        assert not os.environ.get("CI"), "the pages must be tested here, but there is no Chromium: install chromium"
+        pytest.skip("no Chromium on this machine: install the package chromium to test the pages")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        window = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield window
+        window.close()

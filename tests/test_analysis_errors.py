@@ -39,6 +39,9 @@ OF_TEXT = {
     "exciting_tokens": lambda model, text, **options: analysis.exciting_tokens(
         model, [(0, 1)], text, min_count=1, **options
     ),
+    "faithfulness_by_token": lambda model, text, **options: analysis.faithfulness_by_token(
+        model, text, target=counted(), min_count=1, **options
+    ),
     "faithfulness_to": lambda model, text, **options: analysis.faithfulness_to(counted(), text, **options)(model),
 }
 OF_PROMPT = {

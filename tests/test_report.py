@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from bigram_circuits.markup import shown
+from bigram_circuits.report.document import _circuitsvis
 from bigram_circuits.report.page import page, write_report
 from bigram_circuits.report.story import command_line
 from bigram_circuits.results import Curves, Effects, Maps, Quantity
@@ -18,7 +18,7 @@ from bigram_circuits.runs import RunFolder, load_run
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.training import SparsifyConfig
 
-HOSTILE = "</script><script>alert('\"x\"')</script>"
+HOSTILE = "</script><script>alert('\"x\"')</script><img src=x onerror=alert(1)>"
 CONDITIONS = ("full", "subnetwork", "complement", "random")
 RNG = np.random.default_rng(0)
 
@@ -47,6 +47,14 @@ def effects(*names, things=("head 0.0", "head 0.1"), **notes):
     )
 
 
+def seen(name, result):
+    """The numbers that a page has to tell; of an attention pattern, those at or before a position."""
+    values = (
+        result.values[~np.isnan(result.values)] if name != "attention" else result.values[0][:, *np.tril_indices(3)]
+    )
+    return values.ravel()
+
+
 def results():
     """One of everything that `analyze` gives, and one that the report knows nothing of."""
     cosines = ("current_embedding", "target_unembedding")
@@ -62,6 +70,30 @@ def results():
         ),
         "prompt_lens": maps("probability", **passage, text=f"{HOSTILE}\nb"),
         "prompt_cosine": maps("current_embedding", **passage),
+        "passages": maps(
+            "surprisal",
+            rows=("0", "1"),
+            columns=("0", "1", "2"),
+            axes=("passage", "position"),
+            conditions=(*CONDITIONS, "target"),
+            text=f"{HOSTILE}\nexpected {HOSTILE} 40%\nb 5%",
+        ),
+        "faithful_tokens": maps(
+            "kl",
+            "count",
+            rows=("best", "worst"),
+            columns=("1", "2"),
+            axes=("tokens", "rank"),
+            conditions=(*CONDITIONS, "target"),
+            text=f"{HOSTILE}\nnext {HOSTILE} 30%",
+        ),
+        "attention": maps(
+            "attention",
+            rows=("0: a", f"1: {HOSTILE}", "2: b"),
+            columns=("0: a", f"1: {HOSTILE}", "2: b"),
+            axes=("from", "to"),
+            conditions=("full L0H0", "subnetwork L0H0", "full L1H2", "subnetwork L1H2"),
+        ),
         "attribution": maps("contribution", axes=("component", "token"), columns=(HOSTILE,)),
         "by_layer": maps("density", "share_of_kept", columns=("attn", "mlp"), conditions=("subnetwork",)),
         "by_head": maps("density", "share_of_kept", conditions=("subnetwork", "random")),
@@ -174,14 +206,16 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def elements(told):
-    return Elements(without_plotly(told))
+    return Elements(without_libraries(told))
 
 
-def without_plotly(text):
+def without_libraries(text):
     from plotly.offline import get_plotlyjs
 
-    assert text.count(get_plotlyjs()) == 1
-    return text.replace(get_plotlyjs(), "")
+    for library in (get_plotlyjs(), _circuitsvis()):
+        assert text.count(library) <= 1
+        text = text.replace(library, "")
+    return text
 
 
 # --- one file, no network ---
@@ -198,7 +232,7 @@ def test_the_page_is_one_file_in_the_runs_folder(run):
 
 
 def test_the_page_asks_for_nothing_from_anywhere(told, elements):
-    rest = without_plotly(told)
+    rest = without_libraries(told)
     assert "http://" not in rest
     assert "https://" not in rest
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", rest)
@@ -221,8 +255,8 @@ def test_no_model_library_is_loaded(run):
 
 def test_every_number_of_the_results_and_the_metrics_is_in_the_tables(run, elements):
     there = np.array(sorted(set(elements.values)))
-    for result in run.analyses.values():
-        for value in result.values[~np.isnan(result.values)].ravel():
+    for name, result in run.analyses.items():
+        for value in seen(name, result):
             assert value in there
     for name in ("subnetwork", "full", "empty", "complement", "magnitude"):
         assert set(run.metrics[name].values()) - {14} <= set(there)
@@ -235,7 +269,7 @@ def test_every_result_is_named_and_every_chart_is_told_in_words(run, elements):
     for name in run.analyses:
         assert name in text
     charts = [attributes for attributes in elements.named("div") if "data-figure" in attributes]
-    assert len(charts) >= len(run.analyses) - 2  # two of them are tables
+    assert len(charts) >= len(run.analyses) - 4  # two of them are tables, and two are views of tokens
     assert all(chart["aria-label"].strip() and chart["role"] == "img" for chart in charts)
     assert [int(chart["data-figure"]) for chart in charts] == list(range(len(charts)))
 
@@ -256,8 +290,9 @@ def test_numbers_are_shown_with_few_digits():
 
 
 def test_words_from_data_are_never_markup(run, told, elements):
-    assert len(elements.named("script")) == 3
-    assert "alert('" not in re.sub(r"<script.*?</script>", "", without_plotly(told), flags=re.S)
+    assert len(elements.named("script")) == 5
+    assert without_libraries(told).count("<script>") == 3  # two libraries and what draws
+    assert "alert('" not in re.sub(r"<script.*?</script>", "", without_libraries(told), flags=re.S)
     assert any(HOSTILE in words for words in elements.text)
     assert str(run.path) in elements.text
     figures = re.search(r'<script type="application/json" id="figures">(.*?)</script>', told, re.S).group(1)
@@ -281,7 +316,7 @@ def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
     left_out = {"attribution": "it has <no> readout", "by_head": "it has no heads"}
     run = make_run(tmp_path / "run", found=found)
     (run.path / "analysis" / "left_out.json").write_text(json.dumps(left_out))
-    text = " ".join(Elements(without_plotly(page(run))).text)
+    text = " ".join(Elements(without_libraries(page(run))).text)
     assert "Left out: attribution: it has <no> readout." in text
     assert "Left out: by head: it has no heads." in text
     assert "was not attributed" not in text
@@ -340,33 +375,3 @@ def test_where_no_command_can_do_it_the_page_says_why(tmp_path):
     assert "made in Python from objects" in page(make_run(tmp_path / "a", rebuild=False))
     assert "only be given in Python" in page(make_run(tmp_path / "b", recipe=SparsifyConfig(beta_growth=1.5)))
     assert "inside another subnetwork" in page(make_run(tmp_path / "c", within="12ab"))
-
-
-# --- in a browser ---
-
-
-def in_chromium(path, folder):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    flags += [f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=8000", "--enable-logging=stderr"]
-    done = subprocess.run([chromium, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, complaints
-
-
-def test_a_browser_draws_every_chart_on_a_phone_without_sideways_scrolling(run, elements, tmp_path):
-    tell = "parent.postMessage([document.querySelectorAll('.chart > .plot-container').length,"
-    tell += "document.querySelectorAll('svg.main-svg').length, document.documentElement.scrollWidth].join(' '), '*')"
-    whole = page(run).replace("</body>", f"<script>setTimeout(() => {tell}, 5000)</script></body>")
-    (tmp_path / "page.html").write_text(whole)
-    listen = "onmessage = (event) => { document.title = 'told ' + event.data }"
-    frame = '<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>'
-    (tmp_path / "phone.html").write_text(f"<title></title><script>{listen}</script>{frame}")
-    dom, complaints = in_chromium(tmp_path / "phone.html", tmp_path)
-    assert not complaints
-    charts, pictures, width = map(int, re.search(r"<title>told (\d+) (\d+) (\d+)</title>", dom).groups())
-    assert charts == sum("data-figure" in attributes for attributes in elements.named("div"))
-    assert pictures >= charts
-    assert width <= 390

@@ -13,13 +13,14 @@ random subnetwork on the same text, side by side.
 | where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `exciting_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how did it come about? | `trajectory`, `subnetworks_over_training` |
-| how does it read a text? | `passages` |
+| how does it read a text, after which tokens is it right? | `passages`, `faithfulness_by_token` |
 | all that, in one go | `analyze`, `layer_by_layer` |
 """  # noqa: E501
 
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
+from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
     covariance_similarity,
@@ -79,6 +80,7 @@ __all__ = [
     "covariance_similarity",
     "earlier_value",
     "exciting_tokens",
+    "faithfulness_by_token",
     "faithfulness_to",
     "fit_affine_lens",
     "greater_than",

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
-from bigram_circuits.analysis.attribution import logit_attribution
+from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
 from bigram_circuits.analysis.conditions import conditions, observe
+from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     CosineSums,
     cosine_curves,
@@ -46,8 +47,10 @@ from bigram_circuits.targets import check_target
 _FIT_TOKENS = 1 << 14  # that affine maps are fitted on
 _TOKENS = 5 << 12  # that layers are measured on
 _SWEEP_TOKENS = 3 << 10  # that each ablation is measured on
+_WORD_TOKENS = 1 << 13  # that faithfulness by token is measured on
 _PROMPT_TOKENS = 16  # of held-out text that are shown one by one
 _NEURONS_SHOWN = 12
+_HEADS_SHOWN = 6
 _PERIOD = 24  # of repeated random tokens
 
 
@@ -105,7 +108,8 @@ def analyze(
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
-        `prompt_lens`, `prompt_cosine`, `attribution`, `passages`. Where it is: `by_layer`, `by_head`, `concentration`,
+        `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads that keep most), `passages`,
+        `faithful_tokens`. Where it is: `by_layer`, `by_head`, `concentration`,
         `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
         `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
         single heads, added to it, for repeated random tokens, if the full model can continue these, and
@@ -132,6 +136,10 @@ def analyze(
         "passages": lambda: passages(model, corpus.held_out, subnetwork, target=target, seed=seed),
         "prompt_cosine": lambda: cosine_to_unembedding(model, prompt, subnetwork, target=target, seed=seed),
         "attribution": lambda: logit_attribution(model, prompt, subnetwork, seed=seed),
+        "attention": lambda: _attention(model, prompt, subnetwork, seed),
+        "faithful_tokens": lambda: faithfulness_by_token(
+            model, spread(corpus.held_out, _WORD_TOKENS), subnetwork, target=target, seed=seed
+        ),
         "by_layer": lambda: by_layer(subnetwork),
         "by_head": lambda: by_head(subnetwork, seed=seed),
         "concentration": lambda: concentration(subnetwork, seed=seed),
@@ -207,6 +215,15 @@ def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subne
     densest = whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN)
     neurons = [(int(layer), int(neuron)) for layer, neuron in (name[1:].split("N") for name in densest.names)]
     return exciting_tokens(model, neurons, tokens, subnetwork, k=5, seed=seed)
+
+
+def _attention(model: Any, prompt: Integer[np.ndarray, " position"], subnetwork: Subnetwork, seed: int) -> Maps:
+    """The attention patterns of the heads of which most is kept, first to last layer."""
+    counts = {head: count.fraction for head, count in subnetwork.by_head().items() if count.kept}
+    if not counts:
+        raise ValueError("no weight of any head is kept")
+    heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
+    return attention_patterns(model, prompt, subnetwork, heads=heads, seed=seed)
 
 
 def _induction(model: Any, subnetwork: Subnetwork) -> dict[str, Effects]:

@@ -33,11 +33,44 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A passage of text, once for each of those who read it, every token coloured by a number."""
+
+    title: str
+    says: str
+    tokens: Sequence[str]
+    readers: Sequence[str]
+    """Who reads it."""
+    values: Sequence[Sequence[float]]
+    """[reader][token]; nan where there is none."""
+    most: float
+    """The number from which on the colour is full."""
+    pointed: Sequence[Sequence[str]]
+    """[token]: lines that show when a token is pointed at."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention patterns of some heads, drawn small, and one of them large."""
+
+    title: str
+    says: str
+    tokens: Sequence[str]
+    heads: Sequence[str]
+    patterns: Sequence[Sequence[Sequence[float]]]
+    """[head][from][to]."""
+
+
+@dataclass(frozen=True)
 class Code:
     """A line to be copied, with what it does."""
 
     says: str
     text: str
+
+
+Block = Chart | Numbers | Reading | Attention | Code
+"""What a section can hold."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +80,7 @@ class Section:
     key: str
     heading: str
     says: Sequence[str] = ()
-    blocks: Sequence[Chart | Numbers | Code] = ()
+    blocks: Sequence[Block] = ()
 
 
 @dataclass(frozen=True)

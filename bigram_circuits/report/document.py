@@ -6,19 +6,22 @@ Sections hold plain text; only here and in `markup` is HTML written, and all tha
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
 from string import Template
 from typing import Any
 
 from bigram_circuits.markup import escape, table
-from bigram_circuits.report.blocks import Chart, Code, Numbers, Opening, Section
+from bigram_circuits.report.blocks import Attention, Block, Chart, Code, Opening, Reading, Section
+
+_SURPRISED = "#d55e00"
 
 
 def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
     """A page as text."""
-    from plotly.offline import get_plotlyjs
-
-    charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
+    drawn = _Drawn()
+    told = "".join(_section(one, drawn) for one in sections)
     marks = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in opening.marks)
     return Template(_PAGE).substitute(
         title=escape(opening.title),
@@ -26,24 +29,61 @@ def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
         answer=escape(opening.answer),
         marks=f'<dl class="marks">{marks}</dl>' if marks else "",
         contents="".join(f'<li><a href="#{escape(one.key)}">{escape(one.heading)}</a></li>' for one in sections),
-        sections="".join(_section(one, charts) for one in sections),
+        sections=told,
         footer=escape(footer),
-        figures=_script_json([json.loads(chart.figure.to_json()) for chart in charts]),
+        figures=_script_json(drawn.figures),
+        views=_script_json(drawn.views),
         style=_STYLE,
         draw=_DRAW,
-        plotly=get_plotlyjs(),
+        libraries="".join(f"<script>{library}</script>\n" for library in drawn.libraries()),
     )
 
 
-def _section(section: Section, charts: Sequence[Chart]) -> str:
+@dataclass
+class _Drawn:
+    """What scripts will draw, in the order of the page."""
+
+    figures: list[Any] = field(default_factory=list)
+    """Of plotly."""
+    views: list[Any] = field(default_factory=list)
+    """Components of CircuitsVis, with their properties."""
+
+    def figure(self, figure: Any) -> int:
+        """Its place among the figures."""
+        self.figures.append(json.loads(figure.to_json()))
+        return len(self.figures) - 1
+
+    def view(self, component: str, properties: Mapping[str, Any], pointed: Sequence[Sequence[str]] = ()) -> int:
+        """Its place among the views."""
+        self.views.append({"component": component, "properties": properties, "pointed": pointed})
+        return len(self.views) - 1
+
+    def libraries(self) -> list[str]:
+        """The scripts that are needed, each once."""
+        from plotly.offline import get_plotlyjs
+
+        return [*([get_plotlyjs()] if self.figures else []), *([_circuitsvis()] if self.views else [])]
+
+
+def _circuitsvis() -> str:
+    """The script of CircuitsVis, from the installed package, which it is read from without importing it."""
+    script = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
+    return script.replace("</script", "<\\/script")  # in a string of the script, the same
+
+
+def _section(section: Section, drawn: _Drawn) -> str:
     says = "".join(f"<p>{escape(sentence)}</p>" for sentence in section.says if sentence)
-    blocks = "".join(_block(block, charts) for block in section.blocks)
+    blocks = "".join(_block(block, drawn) for block in section.blocks)
     return f'<section id="{escape(section.key)}"><h2>{escape(section.heading)}</h2>{says}{blocks}</section>\n'
 
 
-def _block(block: Chart | Numbers | Code, charts: Sequence[Chart]) -> str:
+def _block(block: Block, drawn: _Drawn) -> str:
     if isinstance(block, Chart):
-        return _chart(block, next(place for place, chart in enumerate(charts) if chart is block))
+        return _chart(block, drawn)
+    if isinstance(block, Reading):
+        return _reading(block, drawn)
+    if isinstance(block, Attention):
+        return _attention(block, drawn)
     if isinstance(block, Code):
         return f'<p>{escape(block.says)}</p><div class="wide"><pre><code>{escape(block.text)}</code></pre></div>'
     markup = table(block.columns, block.rows, block.caption)
@@ -53,18 +93,48 @@ def _block(block: Chart | Numbers | Code, charts: Sequence[Chart]) -> str:
     return f"<details><summary>{escape(block.caption)}</summary>{markup}</details>"
 
 
-def _chart(chart: Chart, place: int) -> str:
+def _chart(chart: Chart, drawn: _Drawn) -> str:
     """Where a chart will be drawn, and what it shows in words."""
     spoken = f"{chart.title}. {chart.says}".strip()
     style = f"height:{int(chart.figure.layout.height)}px"
     if chart.min_width:
         style += f";min-width:{chart.min_width}px"
-    says = f"<p>{escape(chart.says)}</p>" if chart.says else ""
+    place = drawn.figure(chart.figure)
+    box = f'<div class="chart" role="img" aria-label="{escape(spoken)}" data-figure="{place}" style="{style}"></div>'
+    return f'<figure>{_caption(chart)}<div class="wide">{box}</div></figure>'
+
+
+def _reading(reading: Reading, drawn: _Drawn) -> str:
+    """A passage, once for each reader; the words stand there also where no script runs."""
+    parts = []
+    tokens = [escape(token) for token in reading.tokens]  # CircuitsVis takes a token for markup
+    for reader, values in zip(reading.readers, reading.values, strict=True):
+        known = [min(value, reading.most) if value == value else 0.0 for value in values]
+        colours = {"minValue": 0, "maxValue": reading.most, "positiveColor": _SURPRISED}
+        properties = {"tokens": tokens, "values": known} | colours
+        place = drawn.view("ColoredTokens", properties, reading.pointed)
+        spoken = f'role="group" aria-label="{escape(reader)}"'
+        parts.append(
+            f'<h4>{escape(reader)}</h4><div class="view tokens" id="view-{place}" {spoken}>{"".join(tokens)}</div>'
+        )
+    return f"<figure>{_caption(reading)}{''.join(parts)}</figure>"
+
+
+def _attention(attention: Attention, drawn: _Drawn) -> str:
+    properties = {
+        "attention": attention.patterns, "tokens": list(attention.tokens), "attentionHeadNames": list(attention.heads),
+        "minValue": 0, "maxValue": 1, "maskUpperTri": True,
+    }  # fmt: skip
+    place = drawn.view("AttentionHeads", properties)
+    spoken = f'role="group" aria-label="{escape(f"{attention.title}. {attention.says}")}"'
     return (
-        f'<figure><figcaption><h3>{escape(chart.title)}</h3>{says}</figcaption><div class="wide">'
-        f'<div class="chart" role="img" aria-label="{escape(spoken)}" data-figure="{place}" style="{style}"></div>'
-        f"</div></figure>"
+        f'<figure class="attention">{_caption(attention)}<div class="view" id="view-{place}" {spoken}></div></figure>'
     )
+
+
+def _caption(block: Chart | Reading | Attention) -> str:
+    says = f"<p>{escape(block.says)}</p>" if block.says else ""
+    return f"<figcaption><h3>{escape(block.title)}</h3>{says}</figcaption>"
 
 
 def _script_json(values: Any) -> str:
@@ -101,6 +171,22 @@ figure { margin: 22px 0 10px; break-inside: avoid; }
 figcaption p { color: var(--muted); font-size: .95rem; margin: 0 0 .3rem; }
 .wide { overflow-x: auto; max-width: 100%; }
 .chart { width: 100%; }
+figure h4 { font-size: .82rem; font-weight: 600; color: var(--muted); margin: 10px 0 3px; }
+.view h3, .view h4 { font-size: .85rem; margin: 0; }
+.tokens { background: #ffffff; color: #000000; font-size: .92rem; line-height: 1.5; padding: 2px; }
+.tokens .colored-tokens span { white-space: pre-wrap; cursor: default; overflow-wrap: anywhere; max-width: 100%; }
+.tokens [data-popper-placement] { display: none; }  /* what is pointed at is told below, in words */
+.attention { display: inline-block; vertical-align: top; width: 49%; margin-right: .5%; }
+.attention .view { background: #ffffff; color: #222222; padding: 8px 0; }
+.attention .view > div > div:nth-of-type(1) > div { width: 16.6% !important; flex-basis: 16.6% !important;
+  max-width: 16.6% !important; }
+.attention .view h4 { font-size: .62rem; }
+@media (max-width: 800px) { .attention { width: 100%; } }
+@media (prefers-color-scheme: dark) { .view { filter: invert(.9) hue-rotate(180deg); } }
+#pointed { position: fixed; z-index: 9; max-width: min(340px, 92vw); padding: 8px 11px; font-size: .85rem;
+  line-height: 1.4; white-space: pre-wrap; pointer-events: none; color: var(--ink); background: var(--page);
+  border: 1px solid var(--line); box-shadow: 0 3px 14px rgba(0,0,0,.25); }
+#pointed b { display: block; }
 details { margin: 4px 0 12px; }
 summary { cursor: pointer; color: var(--link); font-size: .9rem; }
 details .wide { max-height: 420px; overflow: auto; margin-top: 8px; border: 1px solid var(--line); }
@@ -122,7 +208,7 @@ footer { color: var(--muted); font-size: .85rem; padding-top: 40px; padding-bott
 @media print { :root { color-scheme: light; --page: #ffffff; --ink: #000000; --muted: #444444; --line: #cccccc;
   --soft: #ffffff; --link: #000000; }
   body { font-size: 10.5pt; } nav, details:not([open]) { display: none; } section { padding-top: 20pt; }
-  .chart { min-width: 0 !important; }
+  .chart { min-width: 0 !important; } .view { filter: none; }
   .wide, details .wide { overflow: visible; max-height: none; } header, main, footer { max-width: none; }
   h2, h3, figcaption { break-after: avoid; } tr { break-inside: avoid; } }
 """
@@ -149,6 +235,31 @@ _DRAW = """
   (function one() {  // a chart at a time, so that the page can be read meanwhile
     if (next < boxes.length) { draw(boxes[next], dark.matches); next += 1; setTimeout(one, 0); }
   })();
+  var views = JSON.parse(document.getElementById('views').textContent);
+  var pointed = document.getElementById('pointed');
+  function point(event) {  // the lines of the token under the mouse or the finger
+    var token = event.target.closest('.colored-tokens > span');
+    pointed.hidden = !token;
+    if (!token) { return; }
+    var box = token.closest('.view');
+    var place = Array.prototype.indexOf.call(token.parentNode.children, token);
+    pointed.replaceChildren();
+    views[Number(box.id.slice(5))].pointed[place].forEach(function (line, at) {
+      var part = pointed.appendChild(document.createElement(at ? 'div' : 'b'));
+      part.textContent = line;
+    });
+    var at = token.getBoundingClientRect(), own = pointed.getBoundingClientRect();
+    var below = at.bottom + 6 + own.height < window.innerHeight;
+    pointed.style.left = Math.max(4, Math.min(at.left, document.documentElement.clientWidth - own.width - 4)) + 'px';
+    pointed.style.top = (below ? at.bottom + 6 : Math.max(4, at.top - own.height - 6)) + 'px';
+  }
+  views.forEach(function (view, place) {
+    var box = document.getElementById('view-' + place);
+    CircuitsVis.render(box.id, CircuitsVis[view.component], view.properties);
+    if (view.pointed.length) { box.addEventListener('mouseover', point); box.addEventListener('click', point); }
+    box.addEventListener('mouseleave', function () { pointed.hidden = true; });
+  });
+  window.addEventListener('scroll', function () { pointed.hidden = true; }, {passive: true});
   dark.addEventListener('change', function () { all(dark.matches); });
   window.addEventListener('beforeprint', function () { all(false, 660); });
   window.addEventListener('afterprint', function () { all(dark.matches); });
@@ -178,9 +289,10 @@ $marks
 <main>
 $sections</main>
 <footer>$footer Opening this page asks for nothing from anywhere.</footer>
+<div id="pointed" role="tooltip" hidden></div>
 <script type="application/json" id="figures">$figures</script>
-<script>$plotly</script>
-<script>$draw</script>
+<script type="application/json" id="views">$views</script>
+$libraries<script>$draw</script>
 </body>
 </html>
 """

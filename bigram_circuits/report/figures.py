@@ -152,6 +152,14 @@ def shorten_words(figure: Any) -> None:
     figure.update_traces(textfont_size=10)
 
 
+def without_first_row(figure: Any) -> None:
+    """Colours by the range of all rows but the first: the embedding's own would leave none for the others."""
+    values = np.concatenate([np.asarray(trace.z, dtype=float)[1:].ravel() for trace in figure.data])
+    most = float(np.nanmax(np.abs(values), initial=0))
+    if figure.layout.coloraxis.cmid == 0 and most > 0:
+        figure.update_layout(coloraxis={"cmin": -most, "cmax": most, "cmid": None})
+
+
 def _short(word: str) -> str:
     return html.escape(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…", quote=False)
 

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.report import figures
-from bigram_circuits.report.blocks import Chart, Code, Numbers, Opening, Section, percent, rounded, span
+from bigram_circuits.report.blocks import (
+    Attention,
+    Block,
+    Chart,
+    Code,
+    Numbers,
+    Opening,
+    Reading,
+    Section,
+    percent,
+    rounded,
+    span,
+)
 from bigram_circuits.results import Curves, Effects, Maps, Result
 from bigram_circuits.runs import STOPS, Run
 
@@ -96,7 +108,8 @@ def sections(run: Run) -> list[Section]:
     """The story of a run."""
     results = _Results(run.analyses, run.left_out)
     steps: list[Callable[[Run, _Results], Section]] = [
-        _controls, _training, _location, _needed, _layers, _passage, _attribution, _overlap, _lacking, _other,
+        _controls, _training, _location, _needed, _layers, _passage, _read, _tokens, _heads, _attribution, _overlap,
+        _lacking, _other,
     ]  # fmt: skip
     told = [step(run, results) for step in steps]
     return [*(one for one in told if one.says or one.blocks), _settings(run, results)]
@@ -126,7 +139,7 @@ def _controls(run: Run, results: _Results) -> Section:
          value.get("kept"), value.get("fraction")]
         for name, value, low, high in rows
     ]  # fmt: skip
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     if len(rows) > 1:
         says_so = f"{_closest(rows)} {_INTERVALS}".strip()
         blocks.append(Chart("r with the target, subnetwork and controls", says_so, figures.controls(dots)))
@@ -231,7 +244,7 @@ def _training(run: Run, results: _Results) -> Section:
 
 
 def _location(run: Run, results: _Results) -> Section:
-    blocks: list[Chart | Numbers | Code] = [*_by_component(run, results)]
+    blocks: list[Block] = [*_by_component(run, results)]
     heads = results.maps("by_head")
     if heads:
         says = [f"{_densest(heads, name)} in the {_condition(name)}" for name in heads.conditions]
@@ -261,7 +274,7 @@ def _location(run: Run, results: _Results) -> Section:
     return Section("where", "Where the kept weights are", says, blocks)
 
 
-def _by_component(run: Run, results: _Results) -> list[Chart | Numbers]:
+def _by_component(run: Run, results: _Results) -> list[Block]:
     """Layers and components, from the subnetwork itself."""
     counts = run.subnetwork.by_component()
     layers, parts = sorted({layer for layer, _ in counts}), sorted({part for _, part in counts})
@@ -273,7 +286,7 @@ def _by_component(run: Run, results: _Results) -> list[Chart | Numbers]:
     says = f"Densest is the {densest[1]} of layer {densest[0]}: {density} of its weights are kept."
     chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
     rows = [[f"{x} {part}", n.kept, n.total, n.fraction] for (x, part), n in counts.items()]
-    blocks: list[Chart | Numbers] = [Chart("Of all kept weights, the share in each place", says, chart)]
+    blocks: list[Block] = [Chart("Of all kept weights, the share in each place", says, chart)]
     blocks.append(Numbers("Numbers: kept weights", ["layer and component", "kept", "of", "share"], rows))
     measured = results.maps("by_layer")
     return [*blocks, _table(measured, "by layer")] if measured else blocks
@@ -323,12 +336,23 @@ def _excited(tokens: Maps) -> Numbers:
 
 
 def _spoken_tokens(tokens: Sequence[str]) -> str:
-    """Tokens beside each other; a space in one is shown as a dot."""
-    return "  ".join(f"“{one.replace(' ', '·')}”" for one in tokens)
+    """Tokens beside each other."""
+    return "  ".join(map(_spoken, tokens))
+
+
+def _spoken(token: str) -> str:
+    """A token in quotes; a space in it is shown as a dot."""
+    return f"“{token.replace(' ', '·')}”"
+
+
+def _expected(cell: str) -> str:
+    """What was expected, from the lines of a cell: its first is the token itself, the others end in a percentage."""
+    pairs = [line.rsplit(" ", 1) for line in cell.split("\n")[1:]]
+    return ", ".join(f"{_spoken(pair[0])} {pair[-1]}" for pair in pairs)
 
 
 def _needed(run: Run, results: _Results) -> Section:
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     for name, what in (("ablation_components", "components"), ("ablation_heads", "heads")):
         effects = results.effects(name)
         if effects:
@@ -347,7 +371,7 @@ def _needed(run: Run, results: _Results) -> Section:
     return Section("needed", heading, results.reasons(*steps) if blocks else results.absent("ablated", *steps), blocks)
 
 
-def _ablation(effects: Effects, what: str) -> list[Chart | Numbers]:
+def _ablation(effects: Effects, what: str) -> list[Block]:
     keys = {"full": "rise_in_loss", "subnetwork": "rise_in_loss_in_subnetwork"}
     names = [one.name for one in effects.quantities]
     series = {name: effects.get(key) for name, key in keys.items() if key in names}
@@ -396,7 +420,7 @@ _LAYER_CHARTS = (
 
 
 def _layers(run: Run, results: _Results) -> Section:
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     for place, (name, quantity, title, what) in enumerate(_LAYER_CHARTS):
         curves = results.curves(name)
         if curves and name not in [other for other, *_ in _LAYER_CHARTS[:place]]:
@@ -448,7 +472,7 @@ def _alike_words(alike: Maps) -> str:
 
 def _passage(run: Run, results: _Results) -> Section:
     lens, cosine = results.maps("prompt_lens"), results.maps("prompt_cosine")
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     for result, title, words in (
         (lens, "Most likely token after every layer, and its probability", _prompt_words(lens) if lens else ""),
         (cosine, "Cosine with the current token's embedding, token by token", _cosine_words(cosine) if cosine else ""),
@@ -456,10 +480,11 @@ def _passage(run: Run, results: _Results) -> Section:
         if result:
             figure = figures.dressed(result.plot()).update_annotations(x=0, xanchor="left")
             figures.shorten_words(figure)
+            figures.without_first_row(figure)
             blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
             blocks.append(_table(result, title))
     says = "The first tokens of the held-out text, read through the model's own output layer after every layer."
-    steps = ("prompt_lens", "prompt_cosine", "passages")
+    steps = ("prompt_lens", "prompt_cosine")
     words = [says, *results.reasons(*steps)] if blocks else results.absent("shown a passage", *steps)
     return Section("passage", "One passage, token by token", words, blocks)
 
@@ -490,6 +515,175 @@ def _cosine_words(cosine: Maps) -> str:
         if name in last and not np.isnan(last[name]).all()
     ]
     return f"After the last layer it is on average {' and '.join(means)}." if means else ""
+
+
+def _read(run: Run, results: _Results) -> Section:
+    """Passages, coloured by surprisal."""
+    heading = "Real text, read by the model, the subnetwork and the target"
+    found = results.maps("passages")
+    if not found or found.text is None:
+        return Section("read", heading, results.absent("shown passages", "passages"))
+    by_condition = {name: found.get(found.quantities[0].name, name) for name in found.conditions}
+    readers = {name: _reader(run, name) for name in ("full", "subnetwork", "target") if name in by_condition}
+    most = _full_colour([by_condition[name] for name in readers])
+    blocks: list[Block] = []
+    for row, passage in enumerate(found.rows):
+        cells = {name: found.text[found.conditions.index(name)][row] for name in readers}
+        values = {name: by_condition[name][row].tolist() for name in readers}
+        pointed = [
+            _pointed({readers[name]: (cells[name][at], values[name][at]) for name in readers}, at)
+            for at in range(len(found.columns))
+        ]
+        first = next(iter(cells.values()), ())
+        means = {name: float(np.nanmean(v)) for name, v in values.items() if not np.isnan(v).all()}
+        says = ", ".join(f"{readers[name].lower()} {rounded(mean, 2)}" for name, mean in means.items())
+        blocks.append(
+            Reading(
+                title=f"Passage {int(passage) + 1}" if passage.isdigit() else passage,
+                says=f"Mean surprisal in nats: {says}." if says else "",
+                tokens=[cell.split("\n")[0] for cell in first],
+                readers=list(readers.values()),
+                values=[  # a probability of 0 is as surprising as can be
+                    [0.0 if not at else most if math.isnan(v) else v for at, v in enumerate(values[name])]
+                    for name in readers
+                ],
+                most=most,
+                pointed=pointed,
+            )
+        )
+    blocks.append(_reading_table(found))
+    says = (
+        f"Held-out text. The more orange a token, the less it was expected: white at 0 nats, full colour from "
+        f"{rounded(most, 1)} nats. Point at a token, or touch it, to see what each expected in its place."
+    )
+    return Section("read", heading, [says], blocks)
+
+
+def _reader(run: Run, condition: str) -> str:
+    return f"The {_target_words(run)[0] if condition == 'target' else _condition(condition)}"
+
+
+def _full_colour(values: Sequence[np.ndarray]) -> float:
+    """The surprisal that nineteen of twenty tokens stay below, in nats."""
+    known = np.concatenate([one[~np.isnan(one)] for one in values]) if values else np.zeros(0)
+    return max(1.0, float(np.quantile(known, 0.95))) if known.size else 1.0
+
+
+def _pointed(readers: Mapping[str, tuple[str, float]], at: int) -> list[str]:
+    """What is told about a token: itself, then for each reader its surprisal and what was expected."""
+    token = next(iter(readers.values()))[0].split("\n")[0] if readers else ""
+    if not at:
+        return [_spoken(token), "The first token: nothing was expected."]
+    lines = [_spoken(token)]
+    for reader, (cell, value) in readers.items():
+        how = "probability 0" if math.isnan(value) else f"{rounded(value, 2)} nats"
+        lines.append(f"{reader}: {how}; expected {_expected(cell)}")
+    return lines
+
+
+def _reading_table(found: Maps) -> Numbers:
+    """A row for every token; surprisal and expectation of each condition."""
+    assert found.text is not None
+    values = found.values[0]
+    rows = []
+    for r, passage in enumerate(found.rows):
+        for c in range(len(found.columns)):
+            cells = [of[r][c] for of in found.text]
+            told = [x for k, cell in enumerate(cells) for x in (float(values[k, r, c]), _expected(cell))]
+            rows.append([passage, c, _spoken(cells[0].split("\n")[0]), *told])
+    conditions = [x for name in found.conditions for x in (f"{name}: surprisal (nats)", f"{name}: expected")]
+    return Numbers("Numbers: every token of the passages", ["passage", "position", "token", *conditions], rows)
+
+
+def _tokens(run: Run, results: _Results) -> Section:
+    """After which tokens the target is reproduced."""
+    found = results.maps("faithful_tokens")
+    heading = "After which tokens it is right, and after which not"
+    if not found or found.text is None:
+        return Section("tokens", heading, results.absent("looked at token by token", "faithful_tokens"))
+    own = next((name for name in ("subnetwork", "full") if name in found.conditions), found.conditions[0])
+    shown = [name for name in (own, "full") if name in found.conditions]
+    texts = {name: found.text[found.conditions.index(name)] for name in (*dict.fromkeys((own, *found.conditions)),)}
+    rows, names = [], []
+    series: dict[str, list[float]] = {name: [] for name in dict.fromkeys(shown)}
+    for r, row in enumerate(found.rows):
+        for c in range(len(found.columns)):
+            cells = {name: of[r][c] for name, of in texts.items()}
+            kl = {name: float(found.get("kl", name)[r, c]) for name in series}
+            names.append(f"{row} {c + 1}: {_spoken(cells[own].split(chr(10))[0])}")
+            for name, value in kl.items():
+                series[name].append(value)
+            told = [_expected(cells[name]) for name in ("target", own) if name in cells]
+            rows.append([names[-1], float(found.get("count", own)[r, c]), *kl.values(), *told])
+    columns = ["token", "times", *(f"KL, {_condition(name)}" for name in series)]
+    columns += [f"{_reader(run, name).lower()} expects" for name in ("target", own) if name in texts]
+    best, worst = (found.get("kl", own)[found.rows.index(name)] for name in ("best", "worst"))
+    says = (
+        f"Of {found.notes.get('frequent', 0):,} frequent tokens, the best and the worst by KL from the target, "
+        f"mean over the places where they stand: {rounded(float(best[0]), 3)} nats after "
+        f"{names[0].split(': ', 1)[1]}, {rounded(float(worst[0]), 3)} after "
+        f"{names[len(found.columns)].split(': ', 1)[1]}."
+    )
+    chart = Chart("KL from the target after single tokens", "", figures.bars(names, series, "KL (nats)"))
+    table = Numbers("What follows these tokens", columns, rows, is_open=True)
+    return Section("tokens", heading, [says], [chart, table, _table(found, found.title)])
+
+
+def _heads(run: Run, results: _Results) -> Section:
+    """Attention patterns of the heads that survive."""
+    heading = "Where the heads that survive look"
+    found = results.maps("attention")
+    if not found:
+        return Section("heads", heading, results.absent("shown attention patterns", "attention"))
+    panels = [tuple(name.rsplit(" ", 1)) for name in found.conditions]
+    heads = list(dict.fromkeys(head for _, head in panels))
+    blocks: list[Block] = []
+    rows = []
+    numbers = []
+    tokens = [name.split(": ", 1)[-1] for name in found.rows]
+    for condition in (name for name in ("full", "subnetwork") if (name, heads[0]) in panels):
+        patterns = [found.get(found.quantities[0].name, f"{condition} {head}") for head in heads]
+        blocks.append(
+            Attention(f"In the {_condition(condition)}", "", tokens, heads, [one.tolist() for one in patterns])
+        )
+        for head, pattern in zip(heads, patterns, strict=True):
+            rows.append([head, _condition(condition), *_looks(pattern)])
+            numbers += [
+                [head, _condition(condition), name, *(float(x) if c <= r else "" for c, x in enumerate(pattern[r]))]
+                for r, name in enumerate(found.rows)
+            ]
+    rows.sort(key=lambda row: heads.index(row[0]))
+    blocks.append(
+        Numbers("Mean attention", ["head", "in", "the token before", "itself", "the first token"], rows, is_open=True)
+    )
+    blocks.append(Numbers("Numbers: attention patterns", ["head", "in", "from", *found.rows], numbers))
+    says = (
+        "The heads of which most weights are kept, on the first tokens of the held-out text. A row is a token that "
+        "looks; below, the mean share of attention to the token before, to itself, and to the first token."
+    )
+    return Section("heads", heading, [says, _most_backward(rows)], blocks)
+
+
+def _most_backward(rows: Sequence[Sequence[Any]]) -> str:
+    """Which head looks most at the token before, and whether it does so in the subnetwork."""
+    by_condition = {condition: {row[0]: row[2] for row in rows if row[1] == condition} for _, condition, *_ in rows}
+    parts = []
+    for condition, shares in by_condition.items():
+        known = {head: share for head, share in shares.items() if not math.isnan(share)}
+        if known:
+            head = max(known, key=lambda one: known[one])
+            parts.append(f"in the {condition} {head} does most, with {percent(known[head])}")
+    return f"Looking at the token before: {'; '.join(parts)}." if parts else ""
+
+
+def _looks(pattern: np.ndarray) -> tuple[float, float, float]:
+    """Mean attention to the token before, to itself and to the first token, from the third token on."""
+    places = np.arange(2, len(pattern))
+    if not len(places):
+        return math.nan, math.nan, math.nan
+    targets = (places - 1, places, np.zeros_like(places))
+    before, same, first = (float(pattern[places, at].mean()) for at in targets)
+    return before, same, first
 
 
 def _attribution(run: Run, results: _Results) -> Section:
@@ -534,7 +728,7 @@ def _overlap(run: Run, results: _Results) -> Section:
 
 
 def _lacking(run: Run, results: _Results) -> Section:
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     for name, title in (
         ("induction", "Single heads added to the subnetwork"),
         ("induction_pairs", "The best head, with another"),
@@ -554,7 +748,7 @@ def _lacking(run: Run, results: _Results) -> Section:
     return Section("lacks", heading, [says if None not in known.values() else ""], blocks)
 
 
-def _sufficient(found: Effects, title: str) -> list[Chart | Numbers]:
+def _sufficient(found: Effects, title: str) -> list[Block]:
     top = found.top(_MOST_BARS)
     if not top:
         return _told(found, title, "")
@@ -573,7 +767,7 @@ def _sufficient(found: Effects, title: str) -> list[Chart | Numbers]:
 
 
 def _other(run: Run, results: _Results) -> Section:
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     for name, result in results.rest().items():
         blocks += _told(result, f"{result.title} ({name})", "")
     return Section("other", "Other results", [], blocks)
@@ -587,7 +781,7 @@ def _settings(run: Run, results: _Results) -> Section:
     files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
     told = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
-    blocks: list[Chart | Numbers | Code] = []
+    blocks: list[Block] = []
     command = command_line(run)
     if command:
         blocks.append(Code("This command finds it again:", command))
@@ -683,9 +877,7 @@ def _why_no_command(run: Run) -> str:
 # --- words and numbers ---
 
 
-def _told(
-    result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0
-) -> list[Chart | Numbers]:
+def _told(result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0) -> list[Block]:
     """A result's own chart, and its table."""
     return [Chart(title, says, figures.dressed(result.plot(quantity)), min_width), _table(result, title)]
 
