@@ -1,6 +1,7 @@
 # make run    find the bigram subnetwork of the reference model, evaluate it, save the run
 # make test   the tests
 # make lint   ruff and pyright
+# make docs   the documentation site, in docs/_build/html
 # Each makes .venv first and installs what it needs; when that is there already, this takes no time.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint
+.PHONY: run test lint docs
 
 run: $(INSTALLED)
 	$(BIN)/bigram-circuits find
@@ -23,9 +24,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	@echo "installing (about a minute; PyTorch is large)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	@touch $@

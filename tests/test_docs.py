@@ -1,27 +1,34 @@
-"""What is shown has been run: the code blocks of the README and the docs, and the claims of the model card."""
+"""What is shown has been run: the code blocks of the README and the docs, and the claims of the model card.
+
+The documentation site is built as `make docs` does, any warning being an error, and what was built is looked at.
+"""
 
 import functools
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 import bigram_circuits as bc
-from bigram_circuits import cli
+from bigram_circuits import analysis, cli
 from bigram_circuits.models import REFERENCE_FOLDER
 
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d\.\d{3}")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
+PAGES = [ROOT / "README.md", *DOCS]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+PUBLIC = {*bc._HOME_OF, *analysis.__all__}
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     # the whole recipe takes a minute and is run by the tests of the command line; here, its first steps
@@ -35,19 +42,107 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
         assert namespace["logits"].shape[-1] == 1024
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_commands_are_ones_the_parser_knows(page):
-    commands = re.findall(r"^bigram-circuits ([^#\n]*)", "\n".join(blocks(page, "sh")), re.MULTILINE)
-    for command in commands:
+    shown = re.findall(r"^bigram-circuits ([^#\n]*)", "\n".join(blocks(page, "sh")), re.MULTILINE)
+    for command in shown:
         cli._parser().parse_args(command.split())
     if page.name == "README.md":
-        assert len(commands) >= 5
+        assert len(shown) >= 5
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def commands():
+    """Parsers of the subcommands."""
+    return next(action.choices for action in cli._parser()._actions if action.choices)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as code hosts and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        assert link.startswith("https://") or (page.parent / link.split("#")[0]).exists(), link
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site's folder."""
+    folder = tmp_path_factory.mktemp("site")
+    strictly = ["--quiet", "--fail-on-warning", "--keep-going", "--nitpicky"]
+    command = [sys.executable, "-m", "sphinx", *strictly, "-d", f"{folder}.doctrees", ROOT / "docs", folder]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_page_is_in_the_site_and_reached_from_the_first(site):
+    tree = (site / "index.html").read_text()
+    for page in DOCS:
+        name = page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
+        assert (site / name).is_file()
+        assert name == "index.html" or f'href="{name}"' in tree, name
+
+
+def test_every_public_name_has_an_entry_in_the_api(site):
+    built = "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    entries = {entry.rpartition(".")[2] for entry in re.findall(r'id="(bigram_circuits\.[\w.]+)"', built)}
+    headings = {name for page in DOCS for name in re.findall(r"^### `(\w+)`$", page.read_text(), re.MULTILINE)}
+    assert PUBLIC - entries == set()
+    assert PUBLIC - headings == set()
+    assert "Float[Tensor, 'batch pos d_vocab']" in re.sub(r"<[^>]+>", "", built).replace("&#39;", "'")
+
+
+def test_every_command_is_on_its_page(site):
+    built = (site / "command-line.html").read_text()
+    for name, parser in commands().items():
+        assert f'id="{name}"' in built
+        for option in parser._option_string_actions:
+            assert option in ("-h", "--help") or f">{option}" in built, option
+
+
+class Requests(HTMLParser):
+    """What a browser fetches to show a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag == "link" and set((given.get("rel") or "").split()) <= {"index", "search", "next", "prev", "canonical"}:
+            return
+        if tag != "a":
+            self.addresses += [given[key] for key in ("src", "srcset", "href", "data", "poster") if given.get(key)]
+
+
+def test_pages_fetch_nothing_from_the_network(site):
+    fetched = 0
+    for page in site.rglob("*.html"):
+        requests = Requests()
+        requests.feed(page.read_text())
+        fetched += len(requests.addresses)
+        for address in requests.addresses:
+            assert not re.match(r"(https?:)?//", address), (page.name, address)
+    assert fetched > 0
+    for sheet in [*site.rglob("*.css"), *site.rglob("*.svg")]:
+        assert not re.search(r"url\(\s*[\"']?(https?:)?//|@import|href=[\"']http", sheet.read_text()), sheet.name
+
+
+def test_formulas_are_drawn_by_the_browser(site):
+    page = (site / "method.html").read_text()
+    assert page.count('display="block"') == len(re.findall(r"^\$\$$", (ROOT / "docs/method.md").read_text(), re.M)) / 2
+    assert "merror" not in page
 
 
 def test_the_model_card_states_what_is_measured(tmp_path):
