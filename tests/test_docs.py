@@ -7,6 +7,7 @@ import functools
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,12 +29,19 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def some_text(load_corpus, *source, **options):
+    """A tenth of the reference text, and of its held-out part a few sequences."""
+    corpus = load_corpus(*source, **({"max_tokens": 90_000} | options))
+    return replace(corpus, held_out=corpus.held_out[:24])
+
+
 @each_page
 def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     # the whole recipe takes a minute and is run by the tests of the command line; here, its first steps
     few_steps = functools.partial(bc.SparsifyConfig, max_steps=3)
     monkeypatch.setattr(bc, "SparsifyConfig", few_steps, raising=False)
+    monkeypatch.setattr(bc, "load_corpus", functools.partial(some_text, bc.load_corpus), raising=False)
     namespace: dict = {}
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), namespace)
