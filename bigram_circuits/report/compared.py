@@ -78,6 +78,15 @@ class Pair:
     log10_p: Mapping[str, float]
     """log10 of p after Holm's correction, of `all` over the pairs, of a component over all components of all pairs."""
 
+    @property
+    def is_given(self) -> bool:
+        """Whether one was looked for inside the other, so that their overlap is no finding."""
+        both = self.get("intersection")
+        return any(
+            one.run is not None and one.run.settings.get("within") is not None and one.subnetwork.kept == both
+            for one in (self.first, self.second)
+        )
+
     def get(self, quantity: str, stratum: str = "all") -> float:
         """A number of the overlap."""
         return self.effects.get(quantity)[stratum]
@@ -164,7 +173,7 @@ def compare(runs: Mapping[str, Source] | Sequence[Source]) -> Comparison:
     if len(labelled) < 2:
         raise ValueError(f"a comparison needs at least two runs or subnetworks, not {len(labelled)}")
     names = _distinct([label for label, *_ in labelled], shortest=not by_name)
-    items = tuple(Compared(name, *rest) for name, (_, *rest) in zip(names, labelled, strict=True))
+    items = tuple(Compared(name, subnetwork, run) for name, (_, subnetwork, run) in zip(names, labelled, strict=True))
     _check_one_model(items)
     return Comparison(items, _pairs(items))
 

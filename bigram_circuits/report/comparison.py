@@ -33,7 +33,8 @@ from bigram_circuits.report.document import document
 from bigram_circuits.results import Curves
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
-_MOST_NAMED = 4  # in a sentence
+_MOST_NAMED = 8  # in a sentence
+_SURPRISING = 0.05  # a p-value below it
 _CELL = 74  # pixels, of width for a column of a map with words
 _R, _KL = "surprisal_correlation", "kl"
 _COMPONENTS = {"attn": "attention", "mlp": "MLP"}
@@ -88,8 +89,9 @@ def _opening(comparison: Comparison) -> Opening:
     known = _known(items, _R)
     if known:
         marks.append(("r with the target", _range(list(known.values()), rounded)))
-    if comparison.pairs:
-        ratios = [pair.ratio() for pair in comparison.pairs]
+    found = _found(comparison.pairs)
+    if found:
+        ratios = [pair.ratio() for pair in found]
         marks.append(("times the overlap expected by chance", _range(ratios, _few)))
     return Opening(title, asked, answer, marks)
 
@@ -117,9 +119,9 @@ def _best(items: Sequence[Compared]) -> str:
 
 
 def _shared(comparison: Comparison) -> str:
-    if not comparison.pairs:
+    if not _found(comparison.pairs):
         return ""
-    pairs = sorted(comparison.pairs, key=lambda pair: _or_lowest(pair.ratio()))
+    pairs = sorted(_found(comparison.pairs), key=lambda pair: _or_lowest(pair.ratio()))
     least, most = pairs[0], pairs[-1]
     if least is most:
         return f"{_two(most)} share {_few(most.ratio())} times as many weights as chance would give."
@@ -150,7 +152,9 @@ def _what(comparison: Comparison) -> Section:
             "r, cross-entropy and KL are with the target, on held-out text; own loss is the masked model's next-token "
             "loss. Cross-entropy, KL and loss are in nats. Intervals: 95%, bootstrap over sequences."
         )
-    verdicts = [[one.name, str(one.metrics["verdict"])] for one in items if one.metrics.get("verdict")]
+    verdicts = [
+        [one.name, str(one.metrics["verdict"]).removeprefix("Verdict: ")] for one in items if one.metrics.get("verdict")
+    ]
     if verdicts:
         blocks.append(Numbers("What each is shown to do against its controls", ["", "verdict"], verdicts, is_open=True))
     unjudged = [one.name for one in items if one.metrics and not one.metrics.get("verdict")]
@@ -175,21 +179,17 @@ def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str
 
 
 def _measured(items: Sequence[Compared]) -> Numbers:
-    columns = ["", "weights kept", "fraction", "r", "interval of r", "KL", "cross-entropy", "its interval", "own loss",
-               "its interval"]  # fmt: skip
-    rows = []
-    for one in items:
-        ends = {key: span(*interval(one.metrics, "subnetwork", key)) for key in (_R, "cross_entropy", "mean_surprisal")}
-        rows.append(
-            [one.name, one.subnetwork.kept, one.subnetwork.fraction, one.measured(_R), ends[_R], one.measured(_KL),
-             one.measured("cross_entropy"), ends["cross_entropy"], one.measured("mean_surprisal"),
-             ends["mean_surprisal"]]
-        )  # fmt: skip
-    kept = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
-    return Numbers(
-        "Sizes and what was measured", [columns[at] for at in kept], [[row[at] for at in kept] for row in rows],
-        is_open=True,
-    )  # fmt: skip
+    columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "own loss", "interval of r",
+               "of cross-entropy", "of own loss"]  # fmt: skip
+    measured, bounded = (_R, _KL, "cross_entropy", "mean_surprisal"), (_R, "cross_entropy", "mean_surprisal")
+    rows = [
+        [one.name, one.subnetwork.kept, one.subnetwork.fraction, *(one.measured(key) for key in measured),
+         *(span(*interval(one.metrics, "subnetwork", key)) for key in bounded)]
+        for one in items
+    ]  # fmt: skip
+    shown = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
+    table = [[row[at] for at in shown] for row in rows]
+    return Numbers("Sizes and what was measured", [columns[at] for at in shown], table, is_open=True)
 
 
 def _origin(one: Compared) -> list[str]:
@@ -261,7 +261,7 @@ def _points(items: Sequence[Compared], quantity: str, title: str) -> figures.Poi
         low=[low for low, _ in ends],
         high=[high for _, high in ends],
         random=[one.measured(quantity, "random") for one in items],
-        whole=sorted({round(level, 6) for level in whole if level is not None}),
+        whole=sorted({round(level, 3) for level in whole if level is not None}),
         fronts=[not_dominated(items, quantity, task) for task in _tasks(items, quantity)],
         is_r=quantity == _R,
     )
@@ -309,7 +309,11 @@ def _overlaps(comparison: Comparison) -> Section:
     says = [f"Without any weight, and so without overlaps: {_list(empty)}."] if empty else []
     if not pairs:
         return Section("overlaps", heading, says)
-    says.insert(0, _overlap_words(pairs))
+    given = [_two(pair) for pair in pairs if pair.is_given]
+    if given:
+        says.insert(0, f"One was looked for inside the other, so that their overlap is no finding: {_list(given)}.")
+    if _found(pairs):
+        says.insert(0, _overlap_words(_found(pairs)))
     says.append(
         "By chance: one of the two drawn at random with as many weights in every weight matrix as it has, so that a "
         "common liking for a matrix is no evidence. p is exact (a sum of hypergeometric counts), for an overlap above "
@@ -334,22 +338,24 @@ def _pair_row(pair: Pair, stratum: str) -> list[float | str]:
     return [*numbers, p if p > SMALLEST else f"< {SMALLEST:.0e}", pair.log10_p[stratum]]
 
 
+def _found(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose overlap is not given by how they were made."""
+    return [pair for pair in pairs if not pair.is_given]
+
+
 def _overlap_words(pairs: Sequence[Pair]) -> str:
-    above = [pair for pair in pairs if pair.p() < 0.05]
     if len(pairs) == 1:
-        is_above = "above chance" if above else "not shown to be above chance"
         pair = pairs[0]
+        is_above = "above chance" if pair.p() < _SURPRISING else "not shown to be above chance"
         return (
             f"{_two(pair)} both keep {pair.get('intersection'):,.0f} weights, {_few(pair.ratio())} times what chance "
             f"would give ({pair.get('expected'):,.0f}): {is_above} ({_p_words(pair)})."
         )
-    if len(above) == len(pairs):
-        return f"All {len(pairs)} pairs overlap more than chance would have it (p < 0.05 after Holm's correction)."
-    others = _list([_two(pair) for pair in pairs if pair not in above])
-    return (
-        f"{len(above) or 'None'} of {len(pairs)} pairs overlap{'s' if len(above) == 1 else ''} more than chance would "
-        f"have it (p < 0.05 after Holm's correction); not shown for {others}."
-    )
+    below = [_two(pair) for pair in pairs if pair.p() >= _SURPRISING]
+    says = f"Of {len(pairs)} pairs, {len(pairs) - len(below)} overlap more than chance would have it"
+    if not below:
+        says = f"All {len(pairs)} pairs overlap more than chance would have it"
+    return f"{says} (p < {_SURPRISING} after Holm's correction).{f' Not shown for {_list(below)}.' if below else ''}"
 
 
 def _p_words(pair: Pair) -> str:
@@ -377,10 +383,10 @@ def _by_component(pairs: Sequence[Pair]) -> list[_Block]:
         labels = [_component(name) for name in strata]
         figure = figures.ratio_map([_two(pair) for pair in pairs], labels, ratios)
         tested = [(pair, name) for pair in pairs for name in strata if pair.get("sd", name) > 0]
-        above = sum(pair.log10_p[name] < math.log10(0.05) for pair, name in tested)
+        above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
             f"Weights kept by both, over those expected by chance; empty where none is shared or expected. "
-            f"{above} of {len(tested)} overlaps are above chance (p < 0.05 after Holm's correction over all of them)."
+            f"{above} of {len(tested)} overlaps are above chance (p < {_SURPRISING} after Holm's correction over all of them)."
         )
         width = 220 + _CELL * len(strata)
         blocks.append(Chart("Overlap by layer and component, in times chance", says, figure, width))

@@ -236,7 +236,7 @@ def pareto(names: Sequence[str], fractions: Sequence[float], panels: Sequence[Po
     seen: set[str] = set()
     for row, panel in enumerate(panels, start=1):
         scale, ticks = _scale(panel)
-        at = {"row": row, "col": 1}
+        at: dict[str, Any] = {"row": row, "col": 1}
         shown = [x for x, value in zip(fractions, panel.values, strict=True) if x > 0 and value is not None]
         for level in panel.whole if shown else ():
             figure.add_scatter(
@@ -278,16 +278,15 @@ def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | Non
     seen: set[str] = set()
     for row, (title, drawn) in enumerate(panels.items(), start=1):
         for line in drawn:
-            whole = line.place is None
-            marker = {} if whole else {"symbol": _symbol(line.place), "size": 8}
-            style = (
-                {"color": INK, "dash": "dash", "width": 1.5} if whole else {"color": _series(line.place), "width": 2}
-            )
+            marker, style = {}, {"color": INK, "dash": "dash", "width": 1.5}
+            if line.place is not None:
+                marker, style = {"symbol": _symbol(line.place), "size": 8}, {"color": _series(line.place), "width": 2}
             figure.add_scatter(
-                x=list(line.x), y=list(line.y), mode="lines" if whole else "lines+markers", line=style, marker=marker,
-                name=_named(line.name), **_legend("whole model" if whole else str(line.place), seen), row=row, col=1,
+                x=list(line.x), y=list(line.y), mode="lines+markers" if marker else "lines", line=style, marker=marker,
+                name=_named(line.name), **_legend(str(line.place), seen), row=row, col=1,
             )  # fmt: skip
-        figure.update_yaxes(title=title, tickformat=tickformat, row=row, col=1)
+        range_mode = "tozero" if tickformat else "normal"
+        figure.update_yaxes(title=title, tickformat=tickformat, rangemode=range_mode, row=row, col=1)
     figure.update_xaxes(type="category")
     figure.update_xaxes(title=axis, row=len(panels), col=1)
     names = dict.fromkeys(line.name for drawn in panels.values() for line in drawn)
@@ -317,10 +316,10 @@ def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any
     figure.update_xaxes(**labels, tickangle=-35 if len(names) > 3 else 0, constrain="domain")
     figure.update_yaxes(**labels, autorange="reversed")
     figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"}}
+        coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"} | _SHORT_BAR}
     )
     height = 46 * len(names) + 60
-    return dressed(figure, 90 + (height if beside else height * len(panels)))
+    return _plain_map(dressed(figure, 90 + (height if beside else height * len(panels))))
 
 
 def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
@@ -332,23 +331,36 @@ def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
     figure.add_heatmap(
         z=[[None if math.isnan(ratio) else math.log2(ratio) for ratio in row] for row in known],
         x=list(columns), y=list(range(len(rows))), coloraxis="coloraxis", xgap=1, ygap=1,
-        text=[["" if math.isnan(ratio) else f"{ratio:.3g}×" for ratio in row] for row in known],  # noqa: RUF001
+        text=[["" if math.isnan(ratio) else times(ratio) for ratio in row] for row in known],
         texttemplate="%{text}", hovertemplate="%{x}: %{text}<extra></extra>",
     )  # fmt: skip
     most = max((abs(math.log2(x)) for row in known for x in row if not math.isnan(x)), default=1.0)
-    powers = range(-math.floor(most), math.floor(most) + 1, max(1, math.floor(most / 3)))
-    ticks = {"tickvals": list(powers), "ticktext": [f"{2.0**power:g}×" for power in powers]}  # noqa: RUF001
-    figure.update_layout(
-        coloraxis={"colorscale": "RdBu_r", "cmin": -most, "cmax": most, "colorbar": {"title": "times chance"} | ticks}
-    )
+    step = max(1, round(most / 3))
+    powers = [step * count for count in range(-int(most // step), int(most // step) + 1)]
+    labels = [times(2**power) if power >= 0 else f"1/{times(2**-power)}" for power in powers]
+    bar = {"title": "times chance", "tickvals": powers, "ticktext": labels} | _SHORT_BAR
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -most, "cmax": most, "colorbar": bar})
     figure.update_xaxes(type="category", side="top")
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(rows))), ticktext=[_named(row, 44) for row in rows],
         autorange="reversed",
     )  # fmt: skip
-    return dressed(figure, 110 + 34 * len(rows))
+    return _plain_map(dressed(figure, max(260, 110 + 30 * len(rows))))
 
 
+def times(ratio: float) -> str:
+    """A ratio with about two digits."""
+    number = f"{ratio:,.0f}" if ratio >= 10 or ratio == int(ratio) else f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+    return f"{number}×"  # noqa: RUF001
+
+
+def _plain_map(figure: Any) -> Any:
+    """Without lines where cells are empty."""
+    figure.update_xaxes(zeroline=False)
+    return figure.update_yaxes(zeroline=False)
+
+
+_SHORT_BAR = {"len": 220, "lenmode": "pixels", "y": 1, "yanchor": "top"}
 _BESIDE = 6  # names; maps of more stand above each other
 
 
