@@ -59,7 +59,7 @@ class Compared:
         corpus = {key: value for key, value in (settings.get("corpus") or {}).items() if key != "source"}
         return json.dumps([settings.get("target"), corpus], sort_keys=True)
 
-    def measured(self, quantity: str, condition: str = "subnetwork") -> float | None:
+    def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
         """A number of `metrics.json`; None if it was not measured or is undefined."""
         group = self.metrics.get(condition) or {}
         return (group.get("mean") or {} if condition == "random" else group).get(quantity)
@@ -143,7 +143,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: float | int | None) -> str:
     return "-" if value is None else rounded(value)
 
 
@@ -151,12 +151,12 @@ def _share(share: float, chance: float) -> str:
     return "-" if math.isnan(share) else f"{percent(float(share))} ({percent(float(chance))})"
 
 
-def compare(runs: Mapping[str, Source] | Sequence[Source]) -> Comparison:
+def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Comparison:
     """Read what is compared, and let every two overlap.
 
     Args:
         runs: At least two runs or subnetworks of one model, by name or in a sequence. A folder written by
-            `find --sparsity-weights` counts as all its runs.
+            `find --sparsity-weights` counts as all its runs, and may stand alone.
 
     Raises:
         FileNotFoundError: If there is no run in a folder, or no such file.

@@ -43,7 +43,8 @@ _Block = Chart | Numbers | Code
 
 
 def write_comparison(
-    runs: Comparison | Mapping[str, Source] | Sequence[Source], path: str | os.PathLike[str] = "comparison.html"
+    runs: Comparison | Mapping[str, Source] | Sequence[Source] | Source,
+    path: str | os.PathLike[str] = "comparison.html",
 ) -> Path:
     """Write the page that sets several subnetworks of one model side by side; an earlier one is replaced.
 
@@ -309,7 +310,7 @@ def _overlaps(comparison: Comparison) -> Section:
     says = [f"Without any weight, and so without overlaps: {_list(empty)}."] if empty else []
     if not pairs:
         return Section("overlaps", heading, says)
-    given = [_two(pair) for pair in pairs if pair.is_given]
+    given = [_with(pair) for pair in pairs if pair.is_given]
     if given:
         says.insert(0, f"One was looked for inside the other, so that their overlap is no finding: {_list(given)}.")
     if _found(pairs):
@@ -321,7 +322,7 @@ def _overlaps(comparison: Comparison) -> Section:
     )
     names = [one.name for one in items]
     maps = figures.pair_maps(names, {"observed": comparison.shares, "by chance": comparison.chances}, "share")
-    chart = Chart("Of the row's weights, the share that the column keeps too", _extremes(comparison), maps, 640)
+    chart = Chart("Of the row's weights, the share that the column keeps too", _largest(pairs), maps, 640)
     columns = ["", *_PAIR_COLUMNS, "p (Holm)", "log10 p (Holm)"]
     rows = [[_two(pair), *_pair_row(pair, "all")] for pair in pairs]
     blocks: list[_Block] = [chart, Numbers("Overlap of every pair", columns, rows, is_open=True)]
@@ -331,7 +332,7 @@ def _overlaps(comparison: Comparison) -> Section:
 _PAIR_COLUMNS = ("kept by both", "by chance", "times chance", "of the first", "of the second", "Jaccard")
 
 
-def _pair_row(pair: Pair, stratum: str) -> list[float | str]:
+def _pair_row(pair: Pair, stratum: str) -> list[float | int | str]:
     keys = ("intersection", "expected", "", "share_of_a_in_b", "share_of_b_in_a", "jaccard")
     numbers = [pair.get(key, stratum) if key else pair.ratio(stratum) for key in keys]
     p = pair.p(stratum)
@@ -351,7 +352,7 @@ def _overlap_words(pairs: Sequence[Pair]) -> str:
             f"{_two(pair)} both keep {pair.get('intersection'):,.0f} weights, {_few(pair.ratio())} times what chance "
             f"would give ({pair.get('expected'):,.0f}): {is_above} ({_p_words(pair)})."
         )
-    below = [_two(pair) for pair in pairs if pair.p() >= _SURPRISING]
+    below = [_with(pair) for pair in pairs if pair.p() >= _SURPRISING]
     says = f"Of {len(pairs)} pairs, {len(pairs) - len(below)} overlap more than chance would have it"
     if not below:
         says = f"All {len(pairs)} pairs overlap more than chance would have it"
@@ -362,14 +363,21 @@ def _p_words(pair: Pair) -> str:
     return f"p = {pair.p():.2g}" if pair.p() > 1e-4 else f"p = 10^{pair.log10_p['all']:,.0f}"
 
 
-def _extremes(comparison: Comparison) -> str:
-    shares, chances = comparison.shares, comparison.chances
-    row, column = np.unravel_index(int(np.nanargmax(shares)), shares.shape)
-    names = [one.name for one in comparison.items]
-    return (
-        f"Largest: {percent(float(shares[row, column]))} of the weights of {names[row]} are in {names[column]} too; by "
-        f"chance it would be {percent(float(chances[row, column]))}."
-    )
+def _largest(pairs: Sequence[Pair]) -> str:
+    """The largest share that is a finding."""
+    shares = [
+        (pair.get(share), pair.get("expected") / pair.get(kept), one.name, other.name)
+        for pair in _found(pairs)
+        for share, kept, one, other in (
+            ("share_of_a_in_b", "kept_a", pair.first, pair.second),
+            ("share_of_b_in_a", "kept_b", pair.second, pair.first),
+        )
+    ]
+    if not shares:
+        return ""
+    share, chance, one, other = max(shares)
+    among = "Largest" if len(shares) == 2 * len(pairs) else "Largest where it is a finding"
+    return f"{among}: {percent(share)} of the weights of {one} are in {other} too; by chance, {percent(chance)}."
 
 
 def _by_component(pairs: Sequence[Pair]) -> list[_Block]:
@@ -386,7 +394,7 @@ def _by_component(pairs: Sequence[Pair]) -> list[_Block]:
         above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
             f"Weights kept by both, over those expected by chance; empty where none is shared or expected. "
-            f"{above} of {len(tested)} overlaps are above chance (p < {_SURPRISING} after Holm's correction over all of them)."
+            f"{above} of {len(tested)} overlaps are above chance (p < {_SURPRISING} after Holm's correction over all)."
         )
         width = 220 + _CELL * len(strata)
         blocks.append(Chart("Overlap by layer and component, in times chance", says, figure, width))
@@ -422,7 +430,7 @@ def _places(comparison: Comparison) -> Section:
 
 def _place_words(items: Sequence[Compared]) -> str:
     """The place that holds most, of each."""
-    by_place: dict[tuple[int, str], dict[str, float]] = {}
+    by_place: dict[tuple[int, str], dict[str, float | int]] = {}
     for one in items:
         counts = one.subnetwork.by_component()
         if one.subnetwork.kept:
@@ -501,12 +509,12 @@ def _curves(one: Compared, name: str, quantity: str, condition: str) -> Curves |
 # --- words ---
 
 
-def _known(items: Sequence[Compared], quantity: str) -> dict[str, float]:
+def _known(items: Sequence[Compared], quantity: str) -> dict[str, float | int]:
     known = {one.name: one.measured(quantity) for one in items}
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _range(values: Sequence[float], words: Any) -> str:
+def _range(values: Sequence[float | int], words: Any) -> str:
     """From the smallest to the largest, or the one that all of them are."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
@@ -515,16 +523,21 @@ def _range(values: Sequence[float], words: Any) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _few(value: float) -> str:
+def _few(value: float | int) -> str:
     return "undefined" if math.isnan(value) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _or_lowest(value: float) -> float:
+def _or_lowest(value: float | int) -> float | int:
     return -math.inf if math.isnan(value) else value
 
 
 def _two(pair: Pair) -> str:
     return f"{pair.first.name} and {pair.second.name}"
+
+
+def _with(pair: Pair) -> str:
+    """The same, to be put in a list."""
+    return f"{pair.first.name} with {pair.second.name}"
 
 
 def _component(name: str) -> str:

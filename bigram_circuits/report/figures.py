@@ -198,15 +198,15 @@ class Points:
 
     title: str
     """Of the axis."""
-    values: Sequence[float | None]
+    values: Sequence[float | int | None]
     """None where it is not known."""
-    low: Sequence[float | None]
+    low: Sequence[float | int | None]
     """Lower ends of intervals."""
-    high: Sequence[float | None]
+    high: Sequence[float | int | None]
     """Upper ends."""
-    random: Sequence[float | None]
+    random: Sequence[float | int | None]
     """Of as many weights drawn at random."""
-    whole: Sequence[float] = ()
+    whole: Sequence[float | int] = ()
     """Of the whole model: a level for each task."""
     fronts: Sequence[Sequence[int]] = ()
     """Places of those that are not dominated, for each task: joined by a line."""
@@ -224,11 +224,11 @@ class Line:
     """Which one it is; None for the whole model."""
     x: Sequence[str]
     """Layers."""
-    y: Sequence[float] = field(repr=False)
+    y: Sequence[float | int] = field(repr=False)
     """Numbers."""
 
 
-def pareto(names: Sequence[str], fractions: Sequence[float], panels: Sequence[Points]) -> Any:
+def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Sequence[Points]) -> Any:
     """Numbers against the share kept, under each other: a mark for each, the best joined by a line."""
     from plotly.subplots import make_subplots
 
@@ -348,7 +348,7 @@ def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
     return _plain_map(dressed(figure, max(260, 110 + 30 * len(rows))))
 
 
-def times(ratio: float) -> str:
+def times(ratio: float | int) -> str:
     """A ratio with about two digits."""
     number = f"{ratio:,.0f}" if ratio >= 10 or ratio == int(ratio) else f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
     return f"{number}×"  # noqa: RUF001
@@ -364,7 +364,7 @@ _SHORT_BAR = {"len": 220, "lenmode": "pixels", "y": 1, "yanchor": "top"}
 _BESIDE = 6  # names; maps of more stand above each other
 
 
-def _dot(fraction: float, value: float, scale: Any) -> dict[str, Any]:
+def _dot(fraction: float | int, value: float | int, scale: Any) -> dict[str, Any]:
     return {
         "x": [fraction],
         "y": [scale(value)],
@@ -414,7 +414,7 @@ def _scale(panel: Points) -> tuple[Any, dict[str, Any]]:
     return (lambda x: x), {"rangemode": "tozero"}
 
 
-def _log_ticks(values: Sequence[float]) -> list[float]:
+def _log_ticks(values: Sequence[float | int]) -> list[float | int]:
     """1, 2, 5, 10 ... around the values; only powers of ten where these are many."""
     if not values:
         return []
@@ -423,5 +423,5 @@ def _log_ticks(values: Sequence[float]) -> list[float]:
     return [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
 
 
-def _widened(fractions: Sequence[float]) -> list[float]:
+def _widened(fractions: Sequence[float | int]) -> list[float | int]:
     return [min(fractions) / 1.25, min(1.0, max(fractions) * 1.25)]
