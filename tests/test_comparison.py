@@ -38,14 +38,16 @@ def drawn(share, seed, *, of="model/x", hashed="ab12", shapes=SHAPES):
     return Subnetwork(masks, model_name=of, weight_hash=hashed, lineage=f"drawn {seed}")
 
 
-def made(folder, subnetwork, *, r=None, random=True, analysed=False, **options):
-    """A run with this subnetwork; evaluated if `r` is given."""
+def made(folder, subnetwork, *, r=None, random=True, analysed=0, **options):
+    """A run with this subnetwork; evaluated if `r` is given, analysed on so many tokens."""
     metrics = None
     if r is not None:
         own = numbers(r) | {"kl": 1 - r, "kept": subnetwork.kept, "fraction": subnetwork.fraction}
         metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "verdict": ""})
     names = ("surprisal_correlation", "recall_at_1", "current_embedding", "target_unembedding", "output_angle")
-    found = {name: curves(*names) for name in ("logit_lens", "affine_lens", "cosine")} if analysed else {}
+    found = (
+        {name: curves(*names, tokens=analysed) for name in ("logit_lens", "affine_lens", "cosine")} if analysed else {}
+    )
     run = make_run(folder, metrics=metrics, found=found, **options)
     subnetwork.save(run.path / "subnetwork.safetensors")
     return bc.load_run(run.path)
@@ -59,8 +61,8 @@ def runs(tmp_path_factory):
     second = first & drawn(0.7, 1)
     recipe = SparsifyConfig(seed=7, target_fraction=0.25)
     return [
-        made(folder / "one", first, r=0.95, analysed=True),
-        made(folder / f"two {HOSTILE.replace('/', '|')}", second, r=0.9, recipe=recipe, analysed=True),
+        made(folder / "one", first, r=0.95, analysed=200),
+        made(folder / f"two {HOSTILE.replace('/', '|')}", second, r=0.9, recipe=recipe, analysed=1000),
         made(folder / "three", third, r=0.85, random=False),
     ]
 
@@ -159,6 +161,7 @@ def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, el
 
 
 def test_layer_curves_of_the_subnetworks_are_in_the_tables(comparison, elements):
+    assert "Tokens measured on: 200 in name 0" in " ".join(elements.text)
     for one in comparison.items[:2]:
         for name, quantity in (("logit_lens", "surprisal_correlation"), ("cosine", "current_embedding")):
             found = one.analyses[name]

@@ -462,7 +462,7 @@ def _layers(comparison: Comparison) -> Section:
 def _by_layer(
     items: Sequence[Compared], having: Sequence[Compared], name: str, quantity: str, title: str, what: str
 ) -> list[_Block]:
-    lines, rows, ends = [], [], []
+    lines, rows, ends, tokens = [], [], [], {}
     for one in having:
         curves = _curves(one, name, quantity, "subnetwork")
         if curves is None:
@@ -471,6 +471,7 @@ def _by_layer(
         lines.append(figures.Line(one.name, items.index(one), points, values.tolist()))
         low, high = curves.interval(quantity, "subnetwork")
         rows += [[one.name, *row] for row in zip(points, values.tolist(), low.tolist(), high.tolist(), strict=True)]
+        tokens[one.name] = curves.notes.get("tokens")
         known = values[~np.isnan(values)]
         ends.append(f"{rounded(float(known[0]), 2)} to {rounded(float(known[-1]), 2)} in {one.name}")
     if not lines:
@@ -479,6 +480,9 @@ def _by_layer(
     says = f"From the first layer to the last, {what} goes from {_list(ends, most=6)}."
     if whole:
         says += " Dashed: the whole model."
+    if len(set(tokens.values())) > 1:
+        counts = [f"{'unknown' if n is None else f'{n:,}'} in {one}" for one, n in tokens.items()]
+        says += f" Tokens measured on: {_list(counts)}."
     figure = figures.lines({what: [*lines, *([whole] if whole else [])]}, "layer")
     table = Numbers(f"Numbers: {title}", ["", "layer", what, "low", "high"], rows)
     return [Chart(title, says, figure), table]
