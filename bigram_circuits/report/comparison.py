@@ -323,20 +323,22 @@ def _overlaps(comparison: Comparison) -> Section:
     names = [one.name for one in items]
     maps = figures.pair_maps(names, {"observed": comparison.shares, "by chance": comparison.chances}, "share")
     chart = Chart("Of the row's weights, the share that the column keeps too", _largest(pairs), maps, 640)
-    columns = ["", *_PAIR_COLUMNS, "p (Holm)", "log10 p (Holm)"]
+    columns = ["", *_PAIR_COLUMNS]
     rows = [[_two(pair), *_pair_row(pair, "all")] for pair in pairs]
     blocks: list[_Block] = [chart, Numbers("Overlap of every pair", columns, rows, is_open=True)]
     return Section("overlaps", heading, says, [*blocks, *_by_component(pairs)])
 
 
-_PAIR_COLUMNS = ("kept by both", "by chance", "times chance", "of the first", "of the second", "Jaccard")
+_PAIR_COLUMNS = (
+    "kept by both", "by chance", "times chance", "p (Holm)", "its log10", "of the first", "of the second", "Jaccard",
+)  # fmt: skip
 
 
 def _pair_row(pair: Pair, stratum: str) -> list[float | int | str]:
-    keys = ("intersection", "expected", "", "share_of_a_in_b", "share_of_b_in_a", "jaccard")
-    numbers = [pair.get(key, stratum) if key else pair.ratio(stratum) for key in keys]
     p = pair.p(stratum)
-    return [*numbers, p if p > SMALLEST else f"< {SMALLEST:.0e}", pair.log10_p[stratum]]
+    tested = [pair.ratio(stratum), p if p > SMALLEST else f"< {SMALLEST:.0e}", pair.log10_p[stratum]]
+    shares = [pair.get(key, stratum) for key in ("share_of_a_in_b", "share_of_b_in_a", "jaccard")]
+    return [pair.get("intersection", stratum), pair.get("expected", stratum), *tested, *shares]
 
 
 def _found(pairs: Sequence[Pair]) -> list[Pair]:
@@ -383,14 +385,14 @@ def _largest(pairs: Sequence[Pair]) -> str:
 def _by_component(pairs: Sequence[Pair]) -> list[_Block]:
     strata = [name for name in pairs[0].effects.names if name != "all"]
     rows = [[_two(pair), _component(name), *_pair_row(pair, name)] for pair in pairs for name in strata]
-    columns = ["", "component", *_PAIR_COLUMNS, "p (Holm)", "log10 p (Holm)"]
+    columns = ["", "component", *_PAIR_COLUMNS]
     caption = "Overlap by component (Holm's correction over all components of all pairs)"
     blocks: list[_Block] = []
     if len(pairs) <= _MOST_ROWS:
         ratios = [[pair.ratio(name) for name in strata] for pair in pairs]
         labels = [_component(name) for name in strata]
         figure = figures.ratio_map([_two(pair) for pair in pairs], labels, ratios)
-        tested = [(pair, name) for pair in pairs for name in strata if pair.get("sd", name) > 0]
+        tested = [(pair, name) for pair in _found(pairs) for name in strata if pair.get("sd", name) > 0]
         above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
             f"Weights kept by both, over those expected by chance; empty where none is shared or expected. "
