@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
     from bigram_circuits.paths import SubnetworkPath, find_path
     from bigram_circuits.published import import_published, load_published
+    from bigram_circuits.report.comparison import write_comparison
     from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import Run, load_run
     from bigram_circuits.sharing import export_huggingface, export_masks, pull_subnetwork, push_subnetwork
@@ -70,6 +71,7 @@ _HOMES = {
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
     "paths": ("SubnetworkPath", "find_path"),
     "published": ("import_published", "load_published"),
+    "report.comparison": ("write_comparison",),
     "report.page": ("write_report",),
     "runs": ("Run", "load_run"),
     "sharing": ("export_huggingface", "export_masks", "pull_subnetwork", "push_subnetwork"),

@@ -22,6 +22,7 @@ _EPILOG = """examples:
   bigram-circuits evaluate runs/mine
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
+  bigram-circuits compare runs/mine runs/other
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
   bigram-circuits export runs/mine --out my_masked_model
@@ -133,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="the run's folder")
+
+    compare = commands.add_parser(
+        "compare", parents=[shared], help="write the page that sets several runs or subnetworks of a model side by side"
+    )
+    compare.set_defaults(command=_compare)
+    compare.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a run's folder, a path's, or a subnetwork's file; two or more",
+    )
+    compare.add_argument(
+        "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
+    )
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
@@ -304,7 +320,7 @@ def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
     return NextTokenTarget() if kind == "next-token" else count_ngrams(corpus.train, order, d_vocab=model.cfg.d_vocab)
 
 
-# --- evaluate, analyze, hooks ---
+# --- evaluate, analyze, report, compare, hooks ---
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -336,6 +352,16 @@ def _report(arguments: argparse.Namespace) -> int:
     from bigram_circuits.report.page import write_report
 
     print(write_report(arguments.run))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.report.compared import compare
+    from bigram_circuits.report.comparison import write_comparison
+
+    comparison = compare(arguments.runs)
+    page = write_comparison(comparison, arguments.out)
+    print(f"{comparison}\n\nthe page to look at: {page}")
     return 0
 
 

@@ -7,6 +7,7 @@ never considered again), so a smaller subnetwork is always a part of a larger on
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +19,11 @@ from bigram_circuits.corpus import Corpus
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.files import write_text
 from bigram_circuits.metrics import Faithfulness, mean_over_log_size
+from bigram_circuits.runs import Run, load_run
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+
+_FILE = "path.json"
 
 
 @dataclass(frozen=True)
@@ -125,5 +129,46 @@ def find_path(
     ]
     path = SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
     if run_dir is not None:
-        write_text(Path(run_dir) / "path.json", json.dumps(path.to_json(), indent=2) + "\n")
+        write_text(Path(run_dir) / _FILE, json.dumps(path.to_json(), indent=2) + "\n")
     return path
+
+
+def is_path(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder was written by `find_path`."""
+    return (Path(folder) / _FILE).is_file()
+
+
+def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """The runs of a path, from the smallest sparsity weight (the largest subnetwork) on, with what the path measured.
+
+    Raises:
+        FileNotFoundError: If there is no path in the folder, or one of its runs is missing.
+        ValueError: If one of its files cannot be read.
+    """
+    if not is_path(folder):
+        raise FileNotFoundError(f"{str(folder)!r} holds no path: it has no {_FILE}")
+    weights = [point["sparsity_weight"] for point in _read(Path(folder))["points"]]
+    return [with_path_metrics(load_run(Path(folder) / f"weight-{weight:g}")) for weight in weights]
+
+
+def with_path_metrics(run: Run) -> Run:
+    """A run with what the path it belongs to measured of it, if it belongs to one and was not evaluated by itself."""
+    folder = run.path.absolute().parent
+    if run.metrics is not None or not is_path(folder):
+        return run
+    record = _read(folder)
+    for point in record["points"]:
+        if run.path.absolute().name == f"weight-{point['sparsity_weight']:g}" and point["kept"] == run.subnetwork.kept:
+            return replace(run, metrics={"subnetwork": point, "full": record["full"], "empty": record["empty"]})
+    return run
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not {"points", "full", "empty"} <= set(record):
+            raise ValueError("it is not what a path writes")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    return record

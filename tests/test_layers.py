@@ -30,8 +30,8 @@ LAYERS = [
     {"analysis.trajectories", "analysis.suite"},
     {"paths"},
     {"report.figures", "report.blocks"},
-    {"report.document", "report.story"},
-    {"report.page"},
+    {"report.document", "report.story", "report.compared"},
+    {"report.page", "report.comparison"},
     {"cli", "reference.train"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

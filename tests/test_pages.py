@@ -1,18 +1,12 @@
 """Pages in a real browser, opened from disk with the network off: what a reader sees and can do."""
 
+from contextlib import contextmanager
+
 import pytest
 
-from bigram_circuits.report.page import write_report
+import bigram_circuits as bc
 
-from .test_report import HOSTILE, make_run, measured, results
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """The page of a run in whose names, tokens and path there is markup."""
-    folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
-    return write_report(make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}"))
-
+from .example_runs import HOSTILE, make_run, measured, results
 
 DRAWN = """
 Array.from(document.querySelectorAll('.chart')).every(box => box.querySelector('.plot-container')) &&
@@ -20,10 +14,24 @@ Array.from(document.querySelectorAll('.view')).every(box => box.querySelector('.
 """
 
 
-@pytest.fixture
-def opened(browser, report, request):
-    """The page in a window of a width and a theme, and what it asked for and complained of."""
-    width, theme = getattr(request, "param", (1100, "light"))
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The page of a run in whose names, tokens and path there is markup."""
+    folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
+    return bc.write_report(make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}"))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """The page about two such runs."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [make_run(folder / name, metrics=measured(), found=results(), name=HOSTILE) for name in "ab"]
+    return bc.write_comparison({f"{run.path.name} {HOSTILE}": run for run in runs}, folder / "comparison.html")
+
+
+@contextmanager
+def shown(browser, path, width=1100, theme="light"):
+    """A page when it is drawn, what it asked for, and what it complained of."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme, offline=True)
     page = context.new_page()
     requests, complaints = [], []
@@ -31,7 +39,7 @@ def opened(browser, report, request):
     page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.goto(report.as_uri())
+    page.goto(path.as_uri())
     for _ in range(300):  # the page's policy forbids Playwright's own way of waiting
         if page.evaluate(DRAWN):
             break
@@ -42,28 +50,35 @@ def opened(browser, report, request):
     context.close()
 
 
-BOTH = pytest.mark.parametrize(
-    "opened", [(1100, "light"), (1100, "dark"), (390, "light"), (390, "dark")], indirect=True, ids=str
-)
+@pytest.fixture(scope="module")
+def opened(browser, report):
+    with shown(browser, report) as page:
+        yield page
 
 
-@BOTH
-def test_everything_is_drawn_and_nothing_is_asked_for(opened, report):
-    page, requests, complaints = opened
-    assert not complaints
-    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [report.as_uri()]
-    assert page.locator(".chart").count() > 15
-    assert page.locator(".chart svg.main-svg").count() >= page.locator(".chart").count()
-    assert page.locator(".tokens .colored-tokens").count() == 2 * 3  # passages, readers
-    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+@pytest.mark.parametrize(("width", "theme"), [(1100, "light"), (1100, "dark"), (390, "light")])
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_everything_is_drawn_and_nothing_is_asked_for(browser, request, name, width, theme):
+    path = request.getfixturevalue(name)
+    with shown(browser, path, width, theme) as (page, requests, complaints):
+        assert not complaints
+        assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+        assert page.locator(".chart svg.main-svg").count() >= page.locator(".chart").count() > 5
+        assert page.locator(".tokens .colored-tokens").count() == (2 * 3 if name == "report" else 0)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert blank_charts(page) == []
 
 
-def test_charts_and_attention_are_not_blank(opened):
-    page, *_ = opened
-    marks = page.locator(".chart").evaluate_all(
-        "boxes => boxes.map(box => box.querySelectorAll('.trace, .hm image, .bars path, .point').length)"
+def blank_charts(page):
+    """Titles of the charts that show no mark."""
+    return page.locator(".chart").evaluate_all(
+        "boxes => boxes.filter(box => !box.querySelector('.trace path, .hm image, .bars path, .point'))"
+        ".map(box => box.getAttribute('aria-label'))"
     )
-    assert all(marks)
+
+
+def test_attention_patterns_are_not_blank(opened):
+    page, *_ = opened
     page.locator(".attention canvas").last.scroll_into_view_if_needed()
     page.wait_for_timeout(1200)  # its own animation
     colours = page.locator(".attention canvas").evaluate_all(
@@ -113,7 +128,7 @@ def test_words_from_data_stand_as_text(opened):
     assert not complaints
 
 
-def test_a_dark_page_is_dark_and_a_print_is_light(browser, opened):
+def test_a_dark_page_is_dark_and_a_print_is_light(opened):
     page, *_ = opened
     lightness = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
     page.emulate_media(color_scheme="dark")
@@ -121,3 +136,4 @@ def test_a_dark_page_is_dark_and_a_print_is_light(browser, opened):
     page.emulate_media(media="print")
     assert page.evaluate(lightness) == 3 * 255
     assert len(page.pdf()) > 50_000
+    page.emulate_media(media="screen", color_scheme="light")

@@ -15,6 +15,7 @@ import numpy as np
 
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import (
+    LAYER_CHARTS,
     Attention,
     Block,
     Chart,
@@ -23,9 +24,13 @@ from bigram_circuits.report.blocks import (
     Opening,
     Reading,
     Section,
+    flat,
+    interval,
+    model_words,
     percent,
     rounded,
     span,
+    target_words,
 )
 from bigram_circuits.results import Curves, Effects, Maps, Result
 from bigram_circuits.runs import STOPS, Run
@@ -33,7 +38,6 @@ from bigram_circuits.runs import STOPS, Run
 _MOST_BARS = 20
 _MOST_STEPS = 60  # rows of the training table
 _CELL = 47  # pixels, of width for a column of a wide map
-_ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 
 @dataclass
@@ -76,7 +80,7 @@ class _Results:
 
 def opening(run: Run) -> Opening:
     """The title, what was asked, and the answer in a sentence."""
-    target, model = _target_words(run), _model_words(run)
+    target, model = target_words(run), model_words(run)
     source = str((run.settings.get("corpus") or {}).get("source"))
     text = "the reference text" if source == "reference" else f"the text {source}"
     asked = (
@@ -87,7 +91,7 @@ def opening(run: Run) -> Opening:
     if run.metrics is None:
         return Opening(title, asked, f"{kept} were kept. How well they do is not known: the run was not evaluated.")
     own = run.metrics["subnetwork"]
-    low, high = _interval(run.metrics, "subnetwork")
+    low, high = interval(run.metrics, "subnetwork")
     pair = "" if low is None else f" (95% interval {span(low, high)})"
     r = own.get("surprisal_correlation")
     answer = f"{kept} correlate with the target at r = {rounded(r)}{pair}. {_verdict_words(run.metrics)}"
@@ -182,7 +186,7 @@ _Row = tuple[str, Mapping[str, Any], float | None, float | None]
 def _control_rows(metrics: Mapping[str, Any]) -> Iterator[_Row]:
     for name in ("subnetwork", "full", "complement", "magnitude"):
         if metrics.get(name):
-            low, high = _interval(metrics, name)
+            low, high = interval(metrics, name)
             yield name, metrics[name], low, high
     for name, key in (("random", "random"), ("full - random", "full_minus_random")):
         group = metrics.get(key)
@@ -191,7 +195,7 @@ def _control_rows(metrics: Mapping[str, Any]) -> Iterator[_Row]:
             low, high = (min(known), max(known)) if len(known) > 1 else (None, None)
             yield name, group["mean"], low, high
     if metrics.get("empty"):
-        low, high = _interval(metrics, "empty")
+        low, high = interval(metrics, "empty")
         yield "empty", metrics["empty"], low, high
 
 
@@ -409,21 +413,11 @@ def _beyond_chance(effects: Effects) -> str:
     return f" {above} of {len(effects.names)} cost more than a random choice of the same size does (95% intervals)."
 
 
-_LAYER_CHARTS = (
-    ("logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target"),
-    ("affine_lens", "surprisal_correlation", "Affine lens: r with the target", "r with the target"),
-    ("affine_lens", "recall_at_1", "Recall of the current token", "the share of tokens found first"),
-    ("cosine", "current_embedding", "Cosine with the current token's embedding", "the mean cosine"),
-    ("cosine", "target_unembedding", "Cosine with the unembedding of the target's next token", "the mean cosine"),
-    ("rotations", "output_angle", "Rotation of the map to the output", "the median angle in degrees"),
-)  # fmt: skip
-
-
 def _layers(run: Run, results: _Results) -> Section:
     blocks: list[Block] = []
-    for place, (name, quantity, title, what) in enumerate(_LAYER_CHARTS):
+    for place, (name, quantity, title, what) in enumerate(LAYER_CHARTS):
         curves = results.curves(name)
-        if curves and name not in [other for other, *_ in _LAYER_CHARTS[:place]]:
+        if curves and name not in [other for other, *_ in LAYER_CHARTS[:place]]:
             blocks.append(_table(curves, f"{curves.title}, by layer"))
         names = [one.name for one in curves.quantities] if curves else []
         if not curves or quantity not in names or np.isnan(curves.values[names.index(quantity)]).all():
@@ -560,7 +554,7 @@ def _read(run: Run, results: _Results) -> Section:
 
 
 def _reader(run: Run, condition: str) -> str:
-    return f"The {_target_words(run)[0] if condition == 'target' else _condition(condition)}"
+    return f"The {target_words(run)[0] if condition == 'target' else _condition(condition)}"
 
 
 def _full_colour(values: Sequence[np.ndarray]) -> float:
@@ -777,7 +771,7 @@ def _other(run: Run, results: _Results) -> Section:
 
 
 def _settings(run: Run, results: _Results) -> Section:
-    lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *_flat(run.settings)]
+    lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *flat(run.settings)]
     files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
     told = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
@@ -791,18 +785,6 @@ def _settings(run: Run, results: _Results) -> Section:
         blocks.append(Numbers("Results in analysis/", ["name", "what it is"], told))
     blocks.append(Numbers("Files", ["file", "bytes"], sizes))
     return Section("again", "How to do it again", [] if command else [_why_no_command(run)], blocks)
-
-
-def _flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
-    rows = []
-    for key, value in values.items():
-        name = f"{at}{key}"
-        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) and value else [[name, _plain(value)]]
-    return rows
-
-
-def _plain(value: Any) -> str:
-    return "not set" if value is None else str(value)
 
 
 _OPTIONS = {
@@ -898,29 +880,3 @@ def _spaced(name: str) -> str:
 def _condition(name: str) -> str:
     words = {"full": "whole model", "random": "matched random weights", "empty": "empty subnetwork"}
     return words.get(name, name)
-
-
-def _interval(metrics: Mapping[str, Any], condition: str) -> tuple[float | None, float | None]:
-    """Of r; ends are None where it is undefined."""
-    low, high = (metrics.get("intervals") or {}).get(condition, {}).get("surprisal_correlation") or (None, None)
-    return low, high
-
-
-def _model_words(run: Run) -> str:
-    name = (run.rebuild or {}).get("model", {}).get("name") or (run.settings.get("model") or {}).get("name")
-    name = str(name or run.subnetwork.model_name or "a model")
-    return "the reference model" if name == "reference" else name
-
-
-def _target_words(run: Run) -> tuple[str, str]:
-    """The target's name, and what it is."""
-    kind = (run.rebuild or {}).get("target") or (run.settings.get("target") or {}).get("kind") or "target"
-    if kind == "ngram":
-        order = _ORDERS.get((run.rebuild or {}).get("order", 2), "n-gram")
-        return order, f"the {order} probabilities of the text"
-    named = {
-        "model": ("self-faithful", "the model's own predictions"),
-        "next-token": ("next-token", "the actual next token"),
-        "induced": ("induced bigram", "the bigram that the model itself induces"),
-    }
-    return named.get(kind, (str(kind), f"the target {kind}"))

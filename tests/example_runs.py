@@ -1,0 +1,186 @@
+"""Runs made up for pages: every result there is, with markup in all names, and what a page's HTML holds."""
+
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import torch
+
+from bigram_circuits.report.document import _circuitsvis
+from bigram_circuits.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.runs import RunFolder, load_run
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.training import SparsifyConfig
+
+HOSTILE = "</script><script>alert('\"x\"')</script><img src=x onerror=alert(1)>"
+CONDITIONS = ("full", "subnetwork", "complement", "random")
+RNG = np.random.default_rng(0)
+
+
+def quantities(*names):
+    return tuple(Quantity(name, "", f"what {name} is") for name in names)
+
+
+def curves(*names, points=("embed", "0", "1"), axis="layer", conditions=CONDITIONS, **notes):
+    values = RNG.random((len(names), len(conditions), len(points)))
+    return Curves(
+        f"Of {names[0]}", quantities(*names), axis, points, conditions, values, values - 0.1, values + 0.1, notes=notes
+    )
+
+
+def maps(*names, rows=("0", "1"), columns=("0", "1"), axes=("layer", "head"), conditions=CONDITIONS, text=None):
+    values = RNG.random((len(names), len(conditions), len(rows), len(columns)))
+    words = None if text is None else tuple(tuple(tuple(text for _ in columns) for _ in rows) for _ in conditions)
+    return Maps(f"Of {names[0]}", quantities(*names), axes[0], rows, axes[1], columns, conditions, values, words)
+
+
+def effects(*names, things=("head 0.0", "head 0.1"), **notes):
+    values = RNG.random((len(names), len(things)))
+    return Effects(
+        f"Of {names[0]}", quantities(*names), "thing", things, values, values - 0.1, values + 0.1, notes=notes
+    )
+
+
+def results():
+    """One of everything that `analyze` gives, and one that the report knows nothing of."""
+    cosines = ("current_embedding", "target_unembedding")
+    losses = {"loss_of_base": 11.5, "loss_of_full": 0.25, "loss_of_guessing": 6.75}
+    passage = {"columns": ("0: a", f"1: {HOSTILE}"), "axes": ("layer", "position")}
+    return {
+        "logit_lens": curves("surprisal_correlation", "kl"),
+        "affine_lens": curves("surprisal_correlation", "recall_at_1"),
+        "cosine": curves(*cosines, *(f"{name}_baseline" for name in cosines)),
+        "rotations": curves("output_angle"),
+        "covariance": maps(
+            "cka", axes=("layer", "layer"), conditions=("full", "subnetwork", "full (rows) and subnetwork")
+        ),
+        "prompt_lens": maps("probability", **passage, text=f"{HOSTILE}\nb"),
+        "prompt_cosine": maps("current_embedding", **passage),
+        "passages": maps(
+            "surprisal",
+            rows=("0", "1"),
+            columns=("0", "1", "2"),
+            axes=("passage", "position"),
+            conditions=(*CONDITIONS, "target"),
+            text=f"{HOSTILE}\nexpected {HOSTILE} 40%\nb 5%",
+        ),
+        "faithful_tokens": maps(
+            "kl",
+            "count",
+            rows=("best", "worst"),
+            columns=("1", "2"),
+            axes=("tokens", "rank"),
+            conditions=(*CONDITIONS, "target"),
+            text=f"{HOSTILE}\nnext {HOSTILE} 30%",
+        ),
+        "attention": maps(
+            "attention",
+            rows=("0: a", f"1: {HOSTILE}", "2: b"),
+            columns=("0: a", f"1: {HOSTILE}", "2: b"),
+            axes=("from", "to"),
+            conditions=("full L0H0", "subnetwork L0H0", "full L1H2", "subnetwork L1H2"),
+        ),
+        "attribution": maps("contribution", axes=("component", "token"), columns=(HOSTILE,)),
+        "by_layer": maps("density", "share_of_kept", columns=("attn", "mlp"), conditions=("subnetwork",)),
+        "by_head": maps("density", "share_of_kept", conditions=("subnetwork", "random")),
+        "concentration": curves(
+            "share_of_kept", points=(0.0, 0.1, 1.0), axis="share_of_neurons", conditions=("subnetwork", "random")
+        ),
+        "whole_neurons": effects("density", things=("L0N1", "L0N2")),
+        "exciting_tokens": maps("mean_activation", rows=("L0N1", "L0N2"), axes=("neuron", "rank"), text=HOSTILE),
+        "ablation_components": effects("rise_in_loss", "rise_in_loss_in_subnetwork", things=("attn 0", "mlp 0")),
+        "ablation_heads": effects("rise_in_loss", "excess", things=tuple(f"head 0.{n}" for n in range(30))),
+        "stochastic_ablation": curves(
+            "surprisal_correlation", points=(0, 0.5, 1), axis="share_removed", conditions=("subnetwork", "random")
+        ),
+        "overlap_magnitude": effects("intersection", "kept_a", "share_of_a_in_b", "expected", things=("all", "x")),
+        "induction": effects("fall_in_loss", **losses),
+        "induction_pairs": effects("fall_in_loss", things=("head 0.0 + head 0.1",), **losses),
+        "of_tomorrow": effects("surprise", things=(HOSTILE,)),
+    }
+
+
+def numbers(r):
+    measured = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
+    return {name: r + place / 7 for place, name in enumerate(measured)} | {"kept": 2, "total": 14, "fraction": 1 / 7}
+
+
+def measured():
+    groups = {
+        name: {
+            "mean": numbers(0.125),
+            "std": numbers(0.01),
+            "seeds": [{"seed": seed, **numbers(0.11 + seed / 100)} for seed in range(2)],
+        }
+        for name in ("random", "full_minus_random")
+    }
+    return {
+        "subnetwork": numbers(0.9123),
+        **{name: numbers(0.3 + place / 10) for place, name in enumerate(("full", "empty", "complement", "magnitude"))},
+        **groups,
+        "zero_rule": {"positions": 100, "used": 90, "share": 0.9, "rule": "only where it is above 0"},
+        "intervals": {"subnetwork": {"surprisal_correlation": [0.9012, 0.9234]}},
+        "advantage": {"full": [0.5, 0.6], "random 0": [0.7, None]},
+        "verdict": f"Verdict: it is fine {HOSTILE}.",
+    }
+
+
+def make_run(folder, *, metrics=None, found=None, name="model/x", rebuild=True, recipe=None, within=None):
+    settings = {
+        "model": {"name": name, "revision": None, "weight_hash": "ab12"},
+        "corpus": {"source": "some texts", "fingerprint": "cd34"},
+        "target": {"kind": "NGramTable"},
+        "recipe": asdict(recipe or SparsifyConfig()),
+        "within": within,
+    }
+    how = {
+        "model": {"name": name, "revision": None, "dtype": "float32"},
+        "corpus": {"source": "some texts", "context_length": 64, "max_tokens": None},
+        "target": "ngram",
+        "order": 2,
+    }
+    run = RunFolder.open(folder, settings, rebuild=how if rebuild else None)
+    record = {"attempt": 0, "cross_entropy": 5.5, "fraction": 0.5, "undecided": 1.0}
+    run.begin_progress([record | {"step": 0}, record | {"step": 1, "cross_entropy": 4.25, "fraction": 0.125}])
+    masks = {
+        "blocks.0.attn.W_Q": torch.arange(8).view(2, 2, 2) < 1,
+        "blocks.0.mlp.W_in": torch.arange(6).view(2, 3) < 1,
+    }
+    subnetwork = Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
+    run.finish(subnetwork, {"stopped_because": "decided", "seconds": 12.0, "attempts": 1})
+    if metrics:
+        run.write_metrics(metrics)
+    for key, result in (found or {}).items():
+        result.save(folder / "analysis" / f"{key}.json")
+    return load_run(folder)
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.values, self._within = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._within = tag
+        if tag == "data":
+            self.values.append(float(dict(attrs)["value"]))
+
+    def handle_data(self, data):
+        if self._within not in ("script", "style"):
+            self.text.append(data)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def without_libraries(text):
+    from plotly.offline import get_plotlyjs
+
+    for library in (get_plotlyjs(), _circuitsvis()):
+        assert text.count(library) <= 1
+        text = text.replace(library, "")
+    return text
