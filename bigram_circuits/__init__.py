@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     )
     from bigram_circuits.corpus import Corpus, load_corpus
     from bigram_circuits.evaluation import Evaluation, evaluate
+    from bigram_circuits.falsification import (
+        Falsification,
+        RenamedTarget,
+        falsify,
+        load_falsification,
+        with_random_blocks,
+    )
     from bigram_circuits.layouts import Layout, huggingface_layout
     from bigram_circuits.masking import gated, masked
     from bigram_circuits.metrics import Faithfulness
@@ -64,6 +71,7 @@ _HOMES = {
     ),
     "corpus": ("Corpus", "load_corpus"),
     "evaluation": ("Evaluation", "evaluate"),
+    "falsification": ("Falsification", "RenamedTarget", "falsify", "load_falsification", "with_random_blocks"),
     "layouts": ("Layout", "huggingface_layout"),
     "masking": ("gated", "masked"),
     "metrics": ("Faithfulness",),

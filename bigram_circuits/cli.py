@@ -19,6 +19,7 @@ _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
+  bigram-circuits find --falsify                          and try to refute what was found
   bigram-circuits evaluate runs/mine
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
@@ -114,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)"
     )
     find.add_argument("--no-analysis", action="store_true", help="stop when the subnetwork is evaluated")
+    find.add_argument(
+        "--falsify", action="store_true",
+        help="also try to refute it: untrained blocks, a nonsense target, 3 other seeds (5 times the learning)",
+    )  # fmt: skip
     find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
 
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
@@ -192,6 +197,7 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.falsification import falsify
     from bigram_circuits.models import load_model
     from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import STOPS, RunFolder
@@ -233,6 +239,8 @@ def _find(arguments: argparse.Namespace) -> int:
             analyses = analyze(model, found.subnetwork, target, corpus)
             analyses.save(out / "analysis")
             print(f"{analyses}\n")
+        if arguments.falsify:
+            print(f"{falsify(model, target, corpus, config, found=found.subnetwork, run_dir=out / 'falsify')}\n")
     except KeyboardInterrupt:
         kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
         raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None

@@ -111,7 +111,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoint", "analysis"):
+        for name in ("checkpoint", "analysis", "falsify"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     # --- progress ---

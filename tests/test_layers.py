@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"training"},
     {"analysis.trajectories", "analysis.suite"},
-    {"paths"},
+    {"paths", "falsification"},
     {"report.figures", "report.blocks"},
     {"report.document", "report.story", "report.compared"},
     {"report.page", "report.comparison"},

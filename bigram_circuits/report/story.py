@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.falsification import load_falsification
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import (
     LAYER_CHARTS,
@@ -94,7 +95,9 @@ def opening(run: Run) -> Opening:
     low, high = interval(run.metrics, "subnetwork")
     pair = "" if low is None else f" (95% interval {span(low, high)})"
     r = own.get("surprisal_correlation")
-    answer = f"{kept} correlate with the target at r = {rounded(r)}{pair}. {_verdict_words(run.metrics)}"
+    tried = load_falsification(run.path / "falsify")
+    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
+    answer = f"{kept} correlate with the target at r = {rounded(r)}{pair}. {_verdict_words(run.metrics)}{refuted}"
     return Opening(title, asked, answer, _marks(run, run.metrics))
 
 
@@ -112,8 +115,8 @@ def sections(run: Run) -> list[Section]:
     """The story of a run."""
     results = _Results(run.analyses, run.left_out)
     steps: list[Callable[[Run, _Results], Section]] = [
-        _controls, _training, _location, _needed, _layers, _passage, _read, _tokens, _heads, _attribution, _overlap,
-        _lacking, _other,
+        _controls, _refuted, _training, _location, _needed, _layers, _passage, _read, _tokens, _heads, _attribution,
+        _overlap, _lacking, _other,
     ]  # fmt: skip
     told = [step(run, results) for step in steps]
     return [*(one for one in told if one.says or one.blocks), _settings(run, results)]
@@ -219,6 +222,30 @@ def _is_known(value: Mapping[str, Any]) -> bool:
 
 def _verdict_words(metrics: Mapping[str, Any]) -> str:
     return str(metrics.get("verdict") or "")
+
+
+def _refuted(run: Run, results: _Results) -> Section:
+    heading = "Could it be refuted?"
+    tried = load_falsification(run.path / "falsify")
+    if tried is None:
+        return Section("refuted", heading, ["Nobody tried: `bigram-circuits find --falsify` does."])
+    shown = {"KL": "kl", "r": "surprisal_correlation", "share kept": "fraction"}
+    known = {name: tried.controls.get(key) for name, key in shown.items()}
+    charts: list[Block] = [
+        Chart(
+            f"{name} of what was found, and of every attempt",
+            "",
+            figures.bars(tried.controls.names, {name: list(values.values())}, name),
+        )
+        for name, values in known.items()
+        if not all(math.isnan(value) for value in values.values())
+    ]
+    tables = [
+        _table(tried.controls, "every attempt"), _table(tried.spread, "spread over seeds"),
+        _table(tried.seeds, "overlap between seeds"),
+    ]  # fmt: skip
+    label = f"REFUTED by its own controls: {', '.join(tried.refuted)}." if tried.refuted else "No control refutes it."
+    return Section("refuted", heading, [label, *tried.says], [*charts, *tables])
 
 
 def _training(run: Run, results: _Results) -> Section:
