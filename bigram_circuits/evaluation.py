@@ -19,7 +19,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits import metrics
+from bigram_circuits import markup, metrics
 from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
@@ -109,31 +109,48 @@ class Evaluation:
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
         lines = [head]
-        groups = {"random": self.random, "full - random": self.full_minus_random}
-        spread = {
-            name: float(np.std([one.surprisal_correlation for one in group], ddof=1))
-            for name, group in groups.items()
-            if len(group) > 1
-        }
         for name, value in self.rows():
-            low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
-            pair = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-            if name in spread:
-                pair = f"sd {spread[name]:.3f}, {len(self.random)} seeds"
             r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
             lines.append(
-                f"{name:<15}{r:>8}{pair:>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}{value.mean_surprisal:>8.3f}"
-                f"{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}{100 * value.fraction:>7.2f}%"
+                f"{name:<15}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
+                f"{value.mean_surprisal:>8.3f}{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}"
+                f"{100 * value.fraction:>7.2f}%"
             )
         lines.append("")
-        lines.append(
-            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
-            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0."
-        )
-        lines.append("CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.")
+        lines += self._legend
         if self.full is not None:
             lines.append(self.verdict)
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table, its legend, and the verdict."""
+        columns = ["", "r", "95% interval", "CE", "KL", "loss", "top-1", "kept", "share"]
+        rows = [
+            [name, value.surprisal_correlation, self._spread(name), value.cross_entropy, value.kl,
+             value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
+            for name, value in self.rows()
+        ]  # fmt: skip
+        verdict = [self.verdict] if self.full is not None else []
+        title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
+        return markup.summary(title, verdict, markup.table(columns, rows, title), markup.small(self._legend))
+
+    @property
+    def _legend(self) -> list[str]:
+        """What the columns are."""
+        return [
+            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
+            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0.",
+            "CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.",
+        ]
+
+    def _spread(self, name: str) -> str:
+        """How sure the correlation of a row is: its interval; of the random ones, the deviation between seeds."""
+        group = {"random": self.random, "full - random": self.full_minus_random}.get(name, ())
+        if len(group) > 1:
+            deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
+            return f"sd {deviation:.3f}, {len(group)} seeds"
+        low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
+        return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
 def evaluate(

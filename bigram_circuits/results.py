@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from bigram_circuits import metrics
+from bigram_circuits import markup, metrics
 from bigram_circuits.files import write_text
 
 _FORMAT = "bigram_circuits.result/1"
@@ -34,6 +34,8 @@ _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
 }
 _MARKED = 40  # points; of longer lines only the line is drawn
 _WIDE = 12  # columns; wider maps stand above each other
+_ROWS_SHOWN = 12  # of a result in a notebook
+_COLUMNS_SHOWN = 12
 _OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 
 
@@ -91,6 +93,21 @@ class Result(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a JSON file."""
         write_text(Path(path), json.dumps(self.to_json()) + "\n")
+
+    @abstractmethod
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """Columns and rows of the table that a notebook shows; rows beyond a few are left out of it."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the title, the first quantity as a compact table, and where the rest is."""
+        columns, rows = self._shown()
+        first, *others = self.quantities
+        says = [f"{first.label}: {first.meaning.rstrip('.')}."]
+        others = [one.name for one in others if one.name not in columns]
+        more = f"Also measured: {', '.join(others)}. " if others else ""
+        table = markup.table(columns, markup.shortened(rows, _ROWS_SHOWN), self.title)
+        end = markup.small([f"{more}All numbers: to_dataframe(); a picture: plot()."])
+        return markup.summary(self.title, says, table, end)
 
     def __str__(self) -> str:
         return f"{self.title}\n{self.to_dataframe().to_string(index=False, float_format=lambda x: f'{x:.3f}')}"
@@ -153,6 +170,11 @@ class Curves(Result):
             for name in self.conditions
         ]
         return "\n".join([head, *(f"{name:<14}{row}" for name, row in zip(self.conditions, rows, strict=True))])
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.points))
+        rows = [[name, *(float(self.values[0, c, p]) for p in places)] for c, name in enumerate(self.conditions)]
+        return [self.axis, *(str(self.points[p]) for p in places)], rows
 
     def plot(self, quantity: str | None = None) -> Any:
         """Lines with their intervals as bands; of the first quantity, if none is named."""
@@ -217,6 +239,22 @@ class Maps(Result):
                         cell["text"] = self.text[c][r][k].replace("\n", " | ")
                     table.append(cell)
         return pd.DataFrame(table)
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.columns))
+        several = len(self.conditions) > 1
+        rows = [
+            [*([condition] if several else []), row, *(self._cell(c, r, p) for p in places)]
+            for c, condition in enumerate(self.conditions)
+            for r, row in enumerate(self.rows)
+        ]
+        return [*(["condition"] if several else []), self.row_axis, *(self.columns[p] for p in places)], rows
+
+    def _cell(self, condition: int, row: int, column: int) -> str | float:
+        """A cell's first line of words; where there are none, its number."""
+        if self.text is not None:
+            return self.text[condition][row][column].split("\n")[0]
+        return float(self.values[0, condition, row, column])
 
     def plot(self, quantity: str | None = None) -> Any:
         """Heat maps on one colour scale, of the first quantity if none is named; wide ones stand above each other.
@@ -299,6 +337,20 @@ class Effects(Result):
             if not np.isnan(self.low[q]).all():
                 columns[f"{quantity.name}_low"], columns[f"{quantity.name}_high"] = self.low[q], self.high[q]
         return pd.DataFrame(columns)
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        shown = self.quantities[: _COLUMNS_SHOWN // 2]
+        sure = not np.isnan(self.low[0]).all()
+        rows = [
+            [name, *(float(self.values[q, t]) for q in range(len(shown))), *([self._interval(t)] if sure else [])]
+            for t, name in enumerate(self.names)
+        ]
+        ends = [f"95% interval of {shown[0].name}"] if sure else []
+        return [self.subject, *(one.name for one in shown), *ends], rows
+
+    def _interval(self, thing: int) -> str:
+        low, high = self.low[0, thing], self.high[0, thing]
+        return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
     def plot(self, quantity: str | None = None) -> Any:
         """Bars with their intervals; of the first quantity, if none is named."""
@@ -393,6 +445,11 @@ def _place(kind: str, name: str, names: Sequence[str]) -> int:
     if name not in names:
         raise ValueError(f"there is no {kind} {name!r}: there are {', '.join(names)}")
     return list(names).index(name)
+
+
+def _some(n: int) -> list[int]:
+    """Places out of n for the columns of a table: all of them, or a few that are spread evenly."""
+    return sorted({int(place) for place in np.linspace(0, n - 1, min(n, _COLUMNS_SHOWN)).round()})
 
 
 def _colour(condition: str, index: int) -> str:

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bigram_circuits import markup
 from bigram_circuits.corpus import Corpus, batch_of
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
-from bigram_circuits.runs import Checkpoint, RunFolder
+from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
@@ -149,6 +150,16 @@ class FoundSubnetwork:
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float
     """Time spent learning."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how it ended, and what was found."""
+        last = self.history[-1]["cross_entropy"] if self.history else math.nan
+        says = (
+            f"Stopped after {len(self.history):,} steps and {self.seconds:.0f} s: {STOPS[self.stopped_because]}. "
+            f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
+            f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
+        )
+        return markup.summary("A subnetwork was found", [says], self.subnetwork._repr_html_())
 
 
 def find_subnetwork(
