@@ -1,6 +1,7 @@
 # make run    find the bigram subnetwork of the reference model, evaluate it, save the run
 # make test   the tests
 # make lint   ruff and pyright
+# make notebooks   execute the notebooks and write them with their outputs (needs Chrome or Chromium for the pictures)
 # Each makes .venv first and installs what it needs; when that is there already, this takes no time.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint
+.PHONY: run test lint notebooks
 
 run: $(INSTALLED)
 	$(BIN)/bigram-circuits find
@@ -22,6 +23,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/build.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -24,12 +24,21 @@ from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
 from bigram_circuits.models import batch_size_for, check_tokens
+from bigram_circuits.results import Effects, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, entropy, top1_agreement
 
 Interval = tuple[float, float]
 
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
+
+_QUANTITIES = (
+    Quantity("surprisal_correlation", "", "correlation of the model's surprisals with the target's"),
+    Quantity("cross_entropy", "nats", "mean cross-entropy from the target's distribution to the model's"),
+    Quantity("kl", "nats", "mean KL divergence from the target's distribution to the model's"),
+    Quantity("mean_surprisal", "nats", "the model's own next-token loss"),
+    Quantity("top1_agreement", "share", "positions where both have the same most likely token"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,16 @@ class Evaluation:
         import pandas as pd
 
         return pd.DataFrame([asdict(value) for _, value in self.rows()], index=[name for name, _ in self.rows()])
+
+    def plot(self, quantity: str = "surprisal_correlation") -> Any:
+        """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
+        rows = dict(self.rows())
+        undefined = (math.nan, math.nan)
+        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in _QUANTITIES])
+        pairs = [[self.intervals.get(name, {}).get(one.name, undefined) for name in rows] for one in _QUANTITIES]
+        low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
+        title = "The subnetwork and its controls"
+        return Effects(title, _QUANTITIES, "condition", tuple(rows), values, low, high).plot(quantity)
 
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"

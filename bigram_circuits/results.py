@@ -14,7 +14,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,6 +139,12 @@ class Curves(Result):
         at = self._at(quantity, condition)
         return np.stack([self.low[at], self.high[at]])
 
+    def only(self, *conditions: str) -> Curves:
+        """The same with some of the lines, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        parts = {name: getattr(self, name)[:, places] for name in ("values", "low", "high")}
+        return replace(self, conditions=conditions, **parts)
+
     def _at(self, quantity: str, condition: str) -> tuple[int, int]:
         names = [one.name for one in self.quantities]
         return _place("quantity", quantity, names), _place("condition", condition, self.conditions)
@@ -222,6 +228,12 @@ class Maps(Result):
         """One matrix."""
         names = [one.name for one in self.quantities]
         return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
+
+    def only(self, *conditions: str) -> Maps:
+        """The same with some of the panels, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        text = None if self.text is None else tuple(self.text[place] for place in places)
+        return replace(self, conditions=conditions, values=self.values[:, places], text=text)
 
     def to_dataframe(self) -> Any:
         """A row for every condition and cell; a column for every quantity, and `text` if there are words."""

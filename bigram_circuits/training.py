@@ -28,6 +28,7 @@ from bigram_circuits import markup
 from bigram_circuits.corpus import Corpus, batch_of
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
+from bigram_circuits.results import Curves, Quantity
 from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
@@ -134,6 +135,13 @@ def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
+_LEARNED = (
+    Quantity("fraction", "", "share of the maskable weights that would be kept if learning ended now"),
+    Quantity("cross_entropy", "nats", "cross-entropy from the target to the softly masked model"),
+    Quantity("undecided", "", "share of the gates between 0.1 and 0.9"),
+)
+
+
 @dataclass(frozen=True)
 class FoundSubnetwork:
     """What `find_subnetwork` returns."""
@@ -150,6 +158,13 @@ class FoundSubnetwork:
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float
     """Time spent learning."""
+
+    def plot(self, quantity: str = "fraction") -> Any:
+        """A plotly figure of a quantity of the history, step by step: `fraction`, `cross_entropy`, `undecided`."""
+        values = np.array([[[record[one.name] for record in self.history]] for one in _LEARNED], dtype=float)
+        steps = tuple(record["step"] for record in self.history)
+        nothing = np.full_like(values, np.nan)
+        return Curves("Learning", _LEARNED, "step", steps, ("subnetwork",), values, nothing, nothing).plot(quantity)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: how it ended, and what was found."""

@@ -1,5 +1,6 @@
 """Models for the tests: tiny random ones in Hugging Face folders, and the reference model."""
 
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.utils import get_session
 from hypothesis import settings
+from playwright.sync_api import sync_playwright
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -73,6 +75,19 @@ def hub_response(status: int):
     """An answer of the hub, of the library that huggingface_hub uses."""
     http = import_module(type(get_session()).__module__.partition(".")[0])
     return http.Response(status, request=http.Request("GET", "https://hub.invalid"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium. Tests that look at pages are skipped where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("there is no Chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -210,6 +210,21 @@ def test_effects_show_the_interval_of_the_first_quantity():
     assert len(rows) == 13
 
 
+def test_an_evaluation_draws_every_row_with_its_interval():
+    figure = evaluation().plot()
+    assert list(figure.data[0].x) == [name for name, _ in evaluation().rows()]
+    assert figure.data[0].y[0] == 0.5
+    assert figure.data[0].error_y.array[0] == pytest.approx(0.1)
+    assert list(evaluation().plot("kl").data[0].y) == [0.25] * 7
+
+
+def test_what_was_found_draws_how_it_was_learned():
+    record = {"fraction": 0.5, "cross_entropy": 4.25, "undecided": 1.0, "step": 0}
+    learned = FoundSubnetwork(subnetwork(), [record, record | {"step": 1}], SparsifyConfig(), "decided", 1.0)
+    assert list(learned.plot().data[0].y) == [0.5, 0.5]
+    assert list(learned.plot("cross_entropy").data[0].x) == [0, 1]
+
+
 def test_analyses_show_names_and_what_was_left_out():
     reader = Reader(analyses()._repr_html_())
     assert reader.rows[1] == ["a_lens", HOSTILE, "kl, r"]
