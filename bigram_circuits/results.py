@@ -34,6 +34,7 @@ _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
 }
 _MARKED = 40  # points; of longer lines only the line is drawn
 _WIDE = 12  # columns; wider maps stand above each other
+_UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
 _ROWS_SHOWN = 12  # of a result in a notebook
 _COLUMNS_SHOWN = 12
 _OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
@@ -292,6 +293,8 @@ class Maps(Result):
             axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[_plain(name) for name in names])
         figure.update_xaxes(title=self.column_axis, row=n_panels if above else None)
         figure.update_yaxes(title=self.row_axis, col=1)
+        if self.row_axis not in _UPWARDS:
+            figure.update_yaxes(autorange="reversed")
         shown = self.values[self.quantities.index(chosen)]
         signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
         scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
@@ -308,6 +311,7 @@ class Maps(Result):
         return {
             "text": [[cell[0] for cell in row] for row in lines],
             "texttemplate": "%{text}",
+            "textfont": {"size": 11},
             "customdata": [["<br>".join(cell) for cell in row] for row in lines],
             "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
         }

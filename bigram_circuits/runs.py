@@ -226,9 +226,7 @@ class Run:
         model, corpus = ((self.settings.get(part) or {}) for part in ("model", "corpus"))
         reason = self.outcome.get("stopped_because")
         asked = f"Model: {model.get('name')}. Text: {corpus.get('source')}."
-        ended = f"Learned for {len(self.history):,} steps in {self.outcome.get('seconds', 0):.0f} s, until " + str(
-            STOPS.get(str(reason), reason)
-        )
+        ended = f"Stopped after {len(self.history):,} steps: {STOPS.get(str(reason), reason)}"
         return markup.summary(
             f"Run in {self.path}", [asked, f"{ended}.", self._answer()], self.subnetwork._repr_html_()
         )

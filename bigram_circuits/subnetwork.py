@@ -469,7 +469,7 @@ def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
 
 def _words(count: Count | None) -> str:
     """A count as a cell of a table."""
-    return f"{count.kept:,} ({100 * count.fraction:.3g}%)" if count else ""
+    return f"{count.kept:,} ({100 * count.fraction:.2f}%)" if count else ""
 
 
 def _operand(lineage: str, sign: str = "") -> str:

@@ -170,7 +170,7 @@ class FoundSubnetwork:
         """What a notebook shows: how it ended, and what was found."""
         last = self.history[-1]["cross_entropy"] if self.history else math.nan
         says = (
-            f"Stopped after {len(self.history):,} steps and {self.seconds:.0f} s: {STOPS[self.stopped_because]}. "
+            f"Stopped after {len(self.history):,} steps: {STOPS[self.stopped_because]}. "
             f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )

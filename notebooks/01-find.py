@@ -30,8 +30,8 @@ words = ["The", " of", " is", "import", "("]
 analysis.next_tokens(model, words, target=target).only("target", "full").plot()
 
 # %% [markdown]
-# The whole model (right) agrees with the table (left) where there is nothing but one token to go by. In a text it has
-# more, and uses it.
+# Given a single token, the whole model (right) says much the same as the table (left). In a text it has more to go
+# by, and uses it.
 #
 # ## Learn which weights it takes
 #
@@ -48,11 +48,9 @@ found
 # %%
 found.plot("fraction")
 
-# %% [markdown]
-# The table above says where the open gates are. As shares of all that is kept:
-
 # %%
-analysis.by_layer(found.subnetwork).plot("share_of_kept")
+first_mlp = found.subnetwork.by_component()[0, "mlp"]
+print(f"{first_mlp.kept / found.subnetwork.kept:.0%} of the kept weights are in the first MLP")
 
 # %% [markdown]
 # ## What it predicts
@@ -74,7 +72,8 @@ bc.evaluate(model, found.subnetwork, target, corpus.held_out[::4], seeds=2)
 # one token, so its own loss is lower), and than as many large or random weights. Without it, the whole model loses
 # much; without as many random weights, next to nothing. [Is it real?](03-is-it-real.ipynb) looks further into this.
 #
-# The run is on disk, and can be read, continued, evaluated, and drawn as a page (`bc.write_report`):
+# The run is on disk. `bc.load_run` reads it; the same call of `find_subnetwork` gives it back, or continues it if it
+# was interrupted; `bc.write_report` makes a page of it.
 
 # %%
 bc.load_run("runs/first")
@@ -82,12 +81,13 @@ bc.load_run("runs/first")
 # %% [markdown]
 # ## Your model
 #
+# Change these lines; everything else stays the same. `device="cuda"` for `load_model` puts it on a GPU, and
+# `bc.SparsifyConfig.paper()` is the published recipe. The words above are single tokens of the reference model:
+# choose some of your model's.
+#
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)   # text, JSONL, Parquet, or a dataset's name
-# found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
+# recipe = bc.SparsifyConfig()
+# found = bc.find_subnetwork(model, target, corpus, recipe, run_dir="runs/pythia-70m")
 # ```
-#
-# Everything else stays the same. `device="cuda"` for `load_model` puts it on a GPU; `bc.SparsifyConfig.paper()` is
-# the published recipe. The words in the tables above are single tokens of the reference model: choose some of your
-# model's.

@@ -77,12 +77,13 @@ bc.covariance_similarity(model, corpus, bigram, max_tokens=4_096).plot()
 #
 # ## Your model
 #
+# Change these lines; everything else stays the same. `tokens` and `fit_tokens` say how much text is used: to map a
+# residual stream of width 2,048, give `fit_tokens` at least ten times that. `bc.analyze(model, bigram, target,
+# corpus)` does all of this and more in one go.
+#
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)
-# found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
+# recipe = bc.SparsifyConfig()
+# found = bc.find_subnetwork(model, target, corpus, recipe, run_dir="runs/pythia-70m")
 # ```
-#
-# Everything else stays the same. `tokens` and `fit_tokens` say how much text is used: for a map of a model of width
-# 2,048, give `fit_tokens` at least ten times that. `bc.analyze(model, bigram, target, corpus)` does all of this and
-# more in one go.

@@ -86,11 +86,13 @@ analysis.stochastic_ablation(
 #
 # ## Your model
 #
+# Change these lines; everything else stays the same. `corpus.held_out` instead of `corpus.held_out[::4]` uses all of
+# the text.
+#
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)
-# found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
+# recipe = bc.SparsifyConfig()
+# found = bc.find_subnetwork(model, target, corpus, recipe, run_dir="runs/pythia-70m")
 # quick = {"target_fraction": bigram.fraction}                          # the default recipe, at the same size
 # ```
-#
-# Everything else stays the same; `corpus.held_out` instead of `corpus.held_out[::4]` uses all of the text.

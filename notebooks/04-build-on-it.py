@@ -79,11 +79,12 @@ both
 # %% [markdown]
 # ## Your model
 #
+# Change these lines; everything else stays the same. `analysis.TASKS` has more tasks (indirect objects, greater-than,
+# ordered sequences, a value listed earlier); each makes its prompts for your tokenizer, or says that it cannot.
+#
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)
-# found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
+# recipe = bc.SparsifyConfig()
+# found = bc.find_subnetwork(model, target, corpus, recipe, run_dir="runs/pythia-70m")
 # ```
-#
-# Everything else stays the same. `analysis.TASKS` has more tasks (indirect objects, greater-than, ordered sequences,
-# a value listed earlier); each makes its prompts for your tokenizer, or says that it cannot.

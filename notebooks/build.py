@@ -15,9 +15,11 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
+import plotly.io as pio
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
@@ -26,8 +28,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDTH, HEIGHT = 900, 420  # of a picture, pixels
 SETTINGS = {
-    "PLOTLY_RENDERER": "plotly_mimetype+svg",
+    "PLOTLY_RENDERER": "plotly_mimetype",
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
     "HF_HUB_OFFLINE": "1",
@@ -50,6 +54,12 @@ def notebook(source: Path) -> nbformat.NotebookNode:
     return made
 
 
+def static_picture(drawn: dict[str, Any]) -> str:
+    """The image of what plotly would draw."""
+    height = drawn["layout"].get("height", HEIGHT)
+    return pio.to_image({key: drawn[key] for key in ("data", "layout")}, "svg", width=WIDTH, height=height).decode()
+
+
 def execute(made: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """Run it in a folder, and keep what it shows."""
     os.environ |= SETTINGS
@@ -58,6 +68,9 @@ def execute(made: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     for cell in made.cells:
         if cell.cell_type == "code":
             cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            for output in cell.outputs:
+                if PLOTLY in output.get("data", {}):
+                    output.data["image/svg+xml"] = static_picture(output.data[PLOTLY])
     made.metadata = nbformat.from_dict(METADATA)
     return made
 

@@ -151,7 +151,7 @@ def test_what_is_shown_is_small_self_contained_and_names_are_text(make):
 def test_a_subnetwork_shows_what_is_kept_where():
     reader = Reader(subnetwork()._repr_html_())
     assert "6 of 68 weights kept (8.82%)" in "".join(reader.words)
-    assert reader.rows == [["layer", "attn", "mlp"], *([str(n), "0 (0%)", "3 (30%)"] for n in range(2))]
+    assert reader.rows == [["layer", "attn", "mlp"], *([str(n), "0 (0.00%)", "3 (30.00%)"] for n in range(2))]
 
 
 def test_a_deep_model_is_shown_in_a_few_rows():
@@ -175,14 +175,14 @@ def test_an_evaluation_shows_the_table_that_is_printed_and_the_verdict():
 
 def test_a_run_shows_how_it_ended_and_its_answer():
     words = " ".join(Reader(run()._repr_html_()).words)
-    assert "Learned for 7 steps in 12 s, until nearly all gates were decided." in words
+    assert "Stopped after 7 steps: nearly all gates were decided." in words
     assert "surprisals: 0.500. Verdict:" in words
     assert "It was not evaluated." in " ".join(Reader(run(evaluated=False)._repr_html_()).words)
 
 
 def test_what_was_found_shows_how_learning_ended():
     words = " ".join(Reader(found()._repr_html_()).words)
-    assert "Stopped after 1 steps and 12 s: nearly all gates were decided." in words
+    assert "Stopped after 1 steps: nearly all gates were decided." in words
 
 
 def test_curves_show_their_first_quantity_and_name_the_others():

@@ -18,7 +18,7 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 SOURCES = build.sources()
-PLOTLY = "application/vnd.plotly.v1+json"
+PLOTLY = build.PLOTLY
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
@@ -38,7 +38,7 @@ def test_every_notebook_has_a_source_and_the_other_way_round():
 @pytest.fixture
 def made_quick(monkeypatch, reference_model, reference_corpus):
     """Few steps and little text; the reference model and its text are read once for all notebooks."""
-    little = replace(reference_corpus, held_out=reference_corpus.held_out[:32], train=reference_corpus.train[:64])
+    little = replace(reference_corpus, held_out=reference_corpus.held_out[:16], train=reference_corpus.train[:48])
     load_model, load_corpus = bc.load_model, bc.load_corpus
     replacements = {
         "SparsifyConfig": functools.partial(bc.SparsifyConfig, max_steps=3),
@@ -60,9 +60,13 @@ def test_its_code_runs(source, made_quick, monkeypatch, tmp_path):
 
 def few(code):
     """The code of a cell with a small number where it says how much is to be done."""
-    return re.sub(
-        r"range\(300\)|max_steps\": \d+", lambda found: {"r": "range(3)"}.get(found[0][0], 'max_steps": 3'), code
-    )
+    for pattern, less in (
+        (r"range\(300\)", "range(3)"),
+        (r'max_steps": \d+', 'max_steps": 3'),
+        ("prompts=16", "prompts=2"),
+    ):
+        code = re.sub(pattern, less, code)
+    return code
 
 
 @each_notebook
