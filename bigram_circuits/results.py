@@ -34,6 +34,7 @@ _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
 }
 _MARKED = 40  # points; of longer lines only the line is drawn
 _WIDE = 12  # columns; wider maps stand above each other
+_TALL = 14  # rows that fit into a picture of the usual height
 _UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
 _ROWS_SHOWN = 12  # of a result in a notebook
 _COLUMNS_SHOWN = 12
@@ -278,7 +279,7 @@ class Maps(Result):
 
         chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
         n_panels, n_rows, n_columns = len(self.conditions), len(self.rows), len(self.columns)
-        above = n_columns > _WIDE
+        above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
         figure = make_subplots(
             rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
             subplot_titles=[_plain(name) for name in self.conditions], vertical_spacing=0.25 / n_panels,
@@ -301,6 +302,8 @@ class Maps(Result):
         figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
         if above:
             figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
+        elif n_rows > _TALL:
+            figure.update_layout(height=160 + 18 * n_rows)
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
 
     def _words(self, index: int) -> dict[str, Any]:

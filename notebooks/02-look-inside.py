@@ -39,6 +39,16 @@ curves["logit_lens"].plot("surprisal_correlation")
 analysis.logit_lens(model, "Return the value of the", bigram).only("full", "subnetwork").plot("probability")
 
 # %% [markdown]
+# The affine (tuned) lens first sends each layer's residual stream through a map that was fitted to give the last
+# layer's.
+
+# %%
+curves["affine_lens"].plot("surprisal_correlation")
+
+# %% [markdown]
+# With a map of its own it finds bigrams in the embedding already: a map can hold a bigram table. So it says what
+# *could* be read off a layer, and the logit lens what the model's own unembedding does read.
+#
 # ## Where does the residual stream point?
 #
 # At first it points at the embedding of the current token, and nowhere else.
@@ -63,6 +73,10 @@ curves["cosine"].plot("target_unembedding")
 curves["rotations"].plot("output_angle")
 
 # %% [markdown]
+# Nearly all of the turning is done by the first block, in the whole model and in the subnetwork. Random weights turn
+# little.
+
+# %% [markdown]
 # ## The same geometry?
 #
 # Linear CKA compares the geometry of two layers' activations: 1 if they differ by a rotation and a scale only. The
@@ -72,8 +86,8 @@ curves["rotations"].plot("output_angle")
 bc.covariance_similarity(model, corpus, bigram, max_tokens=4_096).plot()
 
 # %% [markdown]
-# The step from `embed` to block 0 is the largest change in either; after it, the subnetwork's layers look alike,
-# since little is added to them any more.
+# In the whole model every block changes the geometry. The later layers of the subnetwork look alike: little is added
+# to them any more. The two are most alike at the beginning.
 #
 # ## Your model
 #

@@ -50,14 +50,17 @@ together, fall = pairs.top(1)[0]
 partner = together.removeprefix(f"{best} + ")
 alone = single.get("fall_in_loss")
 print(f"{best} alone: {alone[best]:.2f} nats; {partner} alone: {alone[partner]:.2f} nats; together: {fall:.2f} nats")
-print(f"random weights, as many as in both heads: {pairs.get('random_fall')[together]:.2f} nats")
+print(f"as many random weights as in both: {pairs.get('random_fall')[together]:.2f} nats")
+print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats; of the whole model: {able.loss:.2f}")
 
 # %% [markdown]
-# Together they do more than the sum of what each does alone: they work as a circuit. Where do they look?
+# Together they do far more than the sum of what each does alone: they work as a circuit. It does not get as far as
+# the whole model, so there is more to it than two heads. Where do they look?
 
 # %%
 heads = [tuple(int(number) for number in head.removeprefix("head ").split(".")) for head in (best, partner)]
-analysis.attention_patterns(model, task.tokens[0][:40], heads=heads).plot()
+short = analysis.repeated_random_tokens(model, prompts=1, period=9)
+analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
 
 # %% [markdown]
 # The pictures read from top to bottom: a row is a position, its bright cell where the head looks from there. The head

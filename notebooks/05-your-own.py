@@ -43,7 +43,7 @@ def sentence():
 
 
 documents = [" ".join(sentence() for _ in range(30)) for _ in range(600)]
-print(documents[0][:93])
+print(*documents[0].split(" . ")[:6], sep="\n")
 
 # %% [markdown]
 # ## A model
