@@ -76,7 +76,7 @@ analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
 both = bigram
 for layer, head in heads:
     both = both.keep_head(layer, head)
-both.save("bigram-and-induction.safetensors")
+both.save("runs/bigram-and-induction.safetensors")
 both
 
 # %% [markdown]

@@ -73,8 +73,8 @@ for _ in range(300):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-llama.save_pretrained("my-model")
-tokenizer.save_pretrained("my-model")
+llama.save_pretrained("runs/tiny-llama")
+tokenizer.save_pretrained("runs/tiny-llama")
 print(f"{loss.item():.2f} nats per token")
 
 # %% [markdown]
@@ -84,10 +84,10 @@ print(f"{loss.item():.2f} nats per token")
 # and datasets of the hub. Which documents are held out is decided by their content, so it is the same each time.
 
 # %%
-model = bc.load_model("my-model")
+model = bc.load_model("runs/tiny-llama")
 corpus = bc.load_corpus(documents, tokenizer=model.tokenizer, context_length=64)
 target = bc.count_ngrams(corpus.train, order=2, d_vocab=model.cfg.d_vocab)
-found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(sparsity_weight=2.0), run_dir="runs/my-model")
+found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(sparsity_weight=2.0), run_dir="runs/tiny-bigram")
 found
 
 # %%

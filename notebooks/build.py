@@ -29,6 +29,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH, HEIGHT = 900, 420  # of a picture, pixels
 SETTINGS = {
     "PLOTLY_RENDERER": "plotly_mimetype",
@@ -67,7 +68,9 @@ def execute(made: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     NotebookClient(made, timeout=1800, kernel_name="python3", resources=resources, record_timing=False).execute()
     for cell in made.cells:
         if cell.cell_type == "code":
-            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            cell.outputs = [
+                one for one in cell.outputs if one.get("name") != "stderr" and WIDGET not in one.get("data", {})
+            ]
             for output in cell.outputs:
                 if PLOTLY in output.get("data", {}):
                     output.data["image/svg+xml"] = static_picture(output.data[PLOTLY])
