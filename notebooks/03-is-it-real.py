@@ -2,7 +2,8 @@
 # # Is it real?
 #
 # Choosing weights by gradient is a way of fitting, and a mask can be made to do things that the model never does.
-# Three checks: controls of the same size, another seed, and a mask that never saw a bigram.
+# Four checks: controls of the same size; another seed; a mask that never saw a bigram; and the rest of the model taken
+# away bit by bit.
 
 # %%
 import bigram_circuits as bc

@@ -87,16 +87,17 @@ print(f"{loss.item():.2f} nats per token")
 model = bc.load_model("runs/tiny-llama")
 corpus = bc.load_corpus(documents, tokenizer=model.tokenizer, context_length=64)
 target = bc.count_ngrams(corpus.train, order=2, d_vocab=model.cfg.d_vocab)
-found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(sparsity_weight=2.0), run_dir="runs/tiny-bigram")
+found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(sparsity_weight=2.0))
 found
 
 # %%
 bc.evaluate(model, found.subnetwork, target, corpus.held_out)
 
 # %% [markdown]
-# The subnetwork follows the table nearly everywhere, with less than one weight in a hundred. But read the controls:
-# in so small a language embedding and unembedding alone (`empty`) come close, and the model without the subnetwork
-# gets by nearly as well. It is *sufficient* for bigrams, and hardly *necessary*. In a model of real text it is both.
+# The subnetwork follows the table closely, with less than one weight in a hundred. But read the controls: in so small
+# a language embedding and unembedding alone (`empty`) come close, and the model without the subnetwork gets by nearly
+# as well. It is *sufficient* for bigrams, and hardly *necessary*. In the reference model it is
+# [both](03-is-it-real.ipynb).
 #
 # ## The rule
 #

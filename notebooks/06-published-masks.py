@@ -10,6 +10,7 @@
 
 # %%
 import pickle
+import tempfile
 
 import numpy as np
 from transformers import AutoModelForCausalLM
@@ -76,8 +77,9 @@ bc.evaluate(model, published, target, corpus.held_out[::8], seeds=1)
 # And it can leave as a model of its own, which plain `transformers` loads:
 
 # %%
-folder = bc.export_huggingface(model, published, "runs/masked")
-alone = AutoModelForCausalLM.from_pretrained(folder)
+with tempfile.TemporaryDirectory() as folder:
+    bc.export_huggingface(model, published, folder)
+    alone = AutoModelForCausalLM.from_pretrained(folder)
 print(f"{type(alone).__name__}: {sum((p == 0).sum().item() for p in alone.parameters()):,} weights are 0")
 
 # %% [markdown]
