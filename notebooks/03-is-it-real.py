@@ -2,8 +2,8 @@
 # # Is it real?
 #
 # Choosing weights by gradient is a way of fitting, and a mask can be made to do things that the model never does.
-# Four checks: controls of the same size; another seed; a mask that never saw a bigram; and the rest of the model taken
-# away bit by bit.
+# Four checks: controls of the same size; another seed; a mask that never saw a bigram; and the rest of the model
+# taken away bit by bit.
 
 # %%
 import bigram_circuits as bc
@@ -19,9 +19,9 @@ bigram = found.subnetwork.named("bigram, seed 0")
 # %% [markdown]
 # ## Controls
 #
-# `evaluate` never shows a subnetwork alone. Beside it, on the same held-out text: the whole model, no maskable weight
-# at all, the whole model without the subnetwork, as many of the largest weights in every matrix, and as many random
-# ones.
+# A number alone means little, so `evaluate` puts controls beside it, on the same held-out text: the whole model, no
+# maskable weight at all, the whole model without the subnetwork, as many of the largest weights in every matrix, and
+# as many random ones.
 
 # %%
 evaluation = bc.evaluate(model, bigram, target, corpus.held_out[::4], seeds=2)
