@@ -2,6 +2,7 @@
 # make test   the tests
 # make lint   ruff and pyright
 # make docs   the documentation site, in docs/_build/html
+# make notebooks   execute the notebooks and write them with their outputs (needs Chrome or Chromium for the pictures)
 # Each makes .venv first and installs what it needs; when that is there already, this takes no time.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint docs
+.PHONY: run test lint docs notebooks
 
 run: $(INSTALLED)
 	$(BIN)/bigram-circuits find
@@ -27,6 +28,9 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/build.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -19,17 +19,26 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits import metrics
+from bigram_circuits import markup, metrics
 from bigram_circuits.corpus import in_order, token_array
 from bigram_circuits.masking import masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
 from bigram_circuits.models import batch_size_for, check_tokens
+from bigram_circuits.results import Effects, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, entropy, top1_agreement
 
 Interval = tuple[float, float]
 
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
+
+_QUANTITIES = (
+    Quantity("surprisal_correlation", "", "correlation of the model's surprisals with the target's"),
+    Quantity("cross_entropy", "nats", "mean cross-entropy from the target's distribution to the model's"),
+    Quantity("kl", "nats", "mean KL divergence from the target's distribution to the model's"),
+    Quantity("mean_surprisal", "nats", "the model's own next-token loss"),
+    Quantity("top1_agreement", "share", "positions where both have the same most likely token"),
+)
 
 
 @dataclass(frozen=True)
@@ -106,34 +115,61 @@ class Evaluation:
 
         return pd.DataFrame([asdict(value) for _, value in self.rows()], index=[name for name, _ in self.rows()])
 
+    def plot(self, quantity: str = "surprisal_correlation") -> Any:
+        """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
+        rows = dict(self.rows())
+        undefined = (math.nan, math.nan)
+        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in _QUANTITIES])
+        pairs = [[self.intervals.get(name, {}).get(one.name, undefined) for name in rows] for one in _QUANTITIES]
+        low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
+        title = "The subnetwork and its controls"
+        return Effects(title, _QUANTITIES, "condition", tuple(rows), values, low, high).plot(quantity)
+
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
         lines = [head]
-        groups = {"random": self.random, "full - random": self.full_minus_random}
-        spread = {
-            name: float(np.std([one.surprisal_correlation for one in group], ddof=1))
-            for name, group in groups.items()
-            if len(group) > 1
-        }
         for name, value in self.rows():
-            low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
-            pair = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-            if name in spread:
-                pair = f"sd {spread[name]:.3f}, {len(self.random)} seeds"
             r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
             lines.append(
-                f"{name:<15}{r:>8}{pair:>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}{value.mean_surprisal:>8.3f}"
-                f"{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}{100 * value.fraction:>7.2f}%"
+                f"{name:<15}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
+                f"{value.mean_surprisal:>8.3f}{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}"
+                f"{100 * value.fraction:>7.2f}%"
             )
         lines.append("")
-        lines.append(
-            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
-            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0."
-        )
-        lines.append("CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.")
+        lines += self._legend
         if self.full is not None:
             lines.append(self.verdict)
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table, its legend, and the verdict."""
+        columns = ["", "r", "95% interval", "CE", "KL", "loss", "top-1", "kept", "share"]
+        rows = [
+            [name, value.surprisal_correlation, self._spread(name), value.cross_entropy, value.kl,
+             value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
+            for name, value in self.rows()
+        ]  # fmt: skip
+        verdict = [self.verdict] if self.full is not None else []
+        title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
+        return markup.summary(title, verdict, markup.table(columns, rows, title), markup.small(self._legend))
+
+    @property
+    def _legend(self) -> list[str]:
+        """What the columns are."""
+        return [
+            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
+            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0.",
+            "CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.",
+        ]
+
+    def _spread(self, name: str) -> str:
+        """How sure the correlation of a row is: its interval; of the random ones, the deviation between seeds."""
+        group = {"random": self.random, "full - random": self.full_minus_random}.get(name, ())
+        if len(group) > 1:
+            deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
+            return f"sd {deviation:.3f}, {len(group)} seeds"
+        low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
+        return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
 def evaluate(

@@ -23,6 +23,25 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -
     return f'<table aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
+def summary(title: str, says: Sequence[str], *tables: str) -> str:
+    """What a notebook shows of an object: its title, sentences, and tables as they are; no script, no colour."""
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in says if sentence)
+    return f"<div><p><strong>{escape(title)}</strong></p>{sentences}{''.join(tables)}</div>"
+
+
+def small(says: Sequence[str]) -> str:
+    """Sentences below a table."""
+    return "".join(f"<p><small>{escape(sentence)}</small></p>" for sentence in says if sentence)
+
+
+def shortened(rows: Sequence[Sequence[Any]], most: int) -> list[Sequence[Any]]:
+    """At most `most` rows: the first ones, a row that says how many are left out, and the last one."""
+    if len(rows) <= most:
+        return list(rows)
+    left_out = [f"… {len(rows) - most + 1} more", *[""] * (len(rows[0]) - 1)]
+    return [*rows[: most - 2], left_out, rows[-1]]
+
+
 def _is_numeric(rows: Sequence[Sequence[Any]], at: int) -> bool:
     return at > 0 and any(isinstance(row[at], int | float) for row in rows)
 

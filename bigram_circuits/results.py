@@ -14,14 +14,14 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from bigram_circuits import metrics
+from bigram_circuits import markup, metrics
 from bigram_circuits.files import write_text
 
 _FORMAT = "bigram_circuits.result/1"
@@ -34,6 +34,10 @@ _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
 }
 _MARKED = 40  # points; of longer lines only the line is drawn
 _WIDE = 12  # columns; wider maps stand above each other
+_TALL = 14  # rows that fit into a picture of the usual height
+_UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
+_ROWS_SHOWN = 12  # of a result in a notebook
+_COLUMNS_SHOWN = 12
 _OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 
 
@@ -92,6 +96,21 @@ class Result(ABC):
         """Write it as a JSON file."""
         write_text(Path(path), json.dumps(self.to_json()) + "\n")
 
+    @abstractmethod
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """Columns and rows of the table that a notebook shows; rows beyond a few are left out of it."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the title, the first quantity as a compact table, and where the rest is."""
+        columns, rows = self._shown()
+        first, *others = self.quantities
+        says = [f"{first.label}: {first.meaning.rstrip('.')}."]
+        others = [one.name for one in others if one.name not in columns]
+        more = f"Also measured: {', '.join(others)}. " if others else ""
+        table = markup.table(columns, markup.shortened(rows, _ROWS_SHOWN), self.title)
+        end = markup.small([f"{more}All numbers: to_dataframe(); a picture: plot()."])
+        return markup.summary(self.title, says, table, end)
+
     def __str__(self) -> str:
         return f"{self.title}\n{self.to_dataframe().to_string(index=False, float_format=lambda x: f'{x:.3f}')}"
 
@@ -121,6 +140,12 @@ class Curves(Result):
         """The interval around a line."""
         at = self._at(quantity, condition)
         return np.stack([self.low[at], self.high[at]])
+
+    def only(self, *conditions: str) -> Curves:
+        """The same with some of the lines, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        parts = {name: getattr(self, name)[:, places] for name in ("values", "low", "high")}
+        return replace(self, conditions=conditions, **parts)
 
     def _at(self, quantity: str, condition: str) -> tuple[int, int]:
         names = [one.name for one in self.quantities]
@@ -153,6 +178,11 @@ class Curves(Result):
             for name in self.conditions
         ]
         return "\n".join([head, *(f"{name:<14}{row}" for name, row in zip(self.conditions, rows, strict=True))])
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.points))
+        rows = [[name, *(float(self.values[0, c, p]) for p in places)] for c, name in enumerate(self.conditions)]
+        return [self.axis, *(str(self.points[p]) for p in places)], rows
 
     def plot(self, quantity: str | None = None) -> Any:
         """Lines with their intervals as bands; of the first quantity, if none is named."""
@@ -201,6 +231,12 @@ class Maps(Result):
         names = [one.name for one in self.quantities]
         return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
 
+    def only(self, *conditions: str) -> Maps:
+        """The same with some of the panels, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        text = None if self.text is None else tuple(self.text[place] for place in places)
+        return replace(self, conditions=conditions, values=self.values[:, places], text=text)
+
     def to_dataframe(self) -> Any:
         """A row for every condition and cell; a column for every quantity, and `text` if there are words."""
         import pandas as pd
@@ -218,6 +254,22 @@ class Maps(Result):
                     table.append(cell)
         return pd.DataFrame(table)
 
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.columns))
+        several = len(self.conditions) > 1
+        rows = [
+            [*([condition] if several else []), row, *(self._cell(c, r, p) for p in places)]
+            for c, condition in enumerate(self.conditions)
+            for r, row in enumerate(self.rows)
+        ]
+        return [*(["condition"] if several else []), self.row_axis, *(self.columns[p] for p in places)], rows
+
+    def _cell(self, condition: int, row: int, column: int) -> str | float:
+        """A cell's first line of words; where there are none, its number."""
+        if self.text is not None:
+            return self.text[condition][row][column].split("\n")[0]
+        return float(self.values[0, condition, row, column])
+
     def plot(self, quantity: str | None = None) -> Any:
         """Heat maps on one colour scale, of the first quantity if none is named; wide ones stand above each other.
 
@@ -227,7 +279,7 @@ class Maps(Result):
 
         chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
         n_panels, n_rows, n_columns = len(self.conditions), len(self.rows), len(self.columns)
-        above = n_columns > _WIDE
+        above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
         figure = make_subplots(
             rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
             subplot_titles=[_plain(name) for name in self.conditions], vertical_spacing=0.25 / n_panels,
@@ -242,12 +294,16 @@ class Maps(Result):
             axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[_plain(name) for name in names])
         figure.update_xaxes(title=self.column_axis, row=n_panels if above else None)
         figure.update_yaxes(title=self.row_axis, col=1)
+        if self.row_axis not in _UPWARDS:
+            figure.update_yaxes(autorange="reversed")
         shown = self.values[self.quantities.index(chosen)]
         signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
         scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
         figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
         if above:
             figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
+        elif n_rows > _TALL:
+            figure.update_layout(height=160 + 18 * n_rows)
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
 
     def _words(self, index: int) -> dict[str, Any]:
@@ -258,6 +314,7 @@ class Maps(Result):
         return {
             "text": [[cell[0] for cell in row] for row in lines],
             "texttemplate": "%{text}",
+            "textfont": {"size": 11},
             "customdata": [["<br>".join(cell) for cell in row] for row in lines],
             "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
         }
@@ -299,6 +356,20 @@ class Effects(Result):
             if not np.isnan(self.low[q]).all():
                 columns[f"{quantity.name}_low"], columns[f"{quantity.name}_high"] = self.low[q], self.high[q]
         return pd.DataFrame(columns)
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        shown = self.quantities[: _COLUMNS_SHOWN // 2]
+        sure = not np.isnan(self.low[0]).all()
+        rows = [
+            [name, *(float(self.values[q, t]) for q in range(len(shown))), *([self._interval(t)] if sure else [])]
+            for t, name in enumerate(self.names)
+        ]
+        ends = [f"95% interval of {shown[0].name}"] if sure else []
+        return [self.subject, *(one.name for one in shown), *ends], rows
+
+    def _interval(self, thing: int) -> str:
+        low, high = self.low[0, thing], self.high[0, thing]
+        return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
     def plot(self, quantity: str | None = None) -> Any:
         """Bars with their intervals; of the first quantity, if none is named."""
@@ -393,6 +464,11 @@ def _place(kind: str, name: str, names: Sequence[str]) -> int:
     if name not in names:
         raise ValueError(f"there is no {kind} {name!r}: there are {', '.join(names)}")
     return list(names).index(name)
+
+
+def _some(n: int) -> list[int]:
+    """Places out of n for the columns of a table: all of them, or a few that are spread evenly."""
+    return sorted({int(place) for place in np.linspace(0, n - 1, min(n, _COLUMNS_SHOWN)).round()})
 
 
 def _colour(condition: str, index: int) -> str:

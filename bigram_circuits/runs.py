@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigram_circuits import markup
 from bigram_circuits.files import whole_file, write_text
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -219,6 +220,24 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what was asked, how it ended, and the answer."""
+        model, corpus = ((self.settings.get(part) or {}) for part in ("model", "corpus"))
+        reason = self.outcome.get("stopped_because")
+        asked = f"Model: {model.get('name')}. Text: {corpus.get('source')}."
+        ended = f"Stopped after {len(self.history):,} steps: {STOPS.get(str(reason), reason)}"
+        return markup.summary(
+            f"Run in {self.path}", [asked, f"{ended}.", self._answer()], self.subnetwork._repr_html_()
+        )
+
+    def _answer(self) -> str:
+        """In words: how faithful it is."""
+        if self.metrics is None:
+            return "It was not evaluated."
+        r = self.metrics["subnetwork"].get("surprisal_correlation")
+        words = "undefined" if r is None else f"{r:.3f}"
+        return f"Correlation with the target's surprisals: {words}. {self.metrics.get('verdict', '')}".strip()
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:

@@ -21,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from bigram_circuits import markup
 from bigram_circuits.files import whole_file
 from bigram_circuits.layouts import huggingface_layout
 from bigram_circuits.sites import weight_hash, weight_sites
 
 _FORMAT = "bigram_circuits.subnetwork/1"
 _RANDOM_BLOCK = 1 << 20  # weights drawn at once
+_LAYERS_SHOWN = 16  # in a notebook
 _HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 
 
@@ -270,6 +272,19 @@ class Subnetwork(Mapping[str, Tensor]):
         of = f" of {self.model_name}" if self.model_name else ""
         return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how much is kept, and where."""
+        counts = self.by_component()
+        components = sorted({component for _, component in counts})
+        rows = [
+            [str(layer), *(_words(counts.get((layer, component))) for component in components)]
+            for layer in sorted({layer for layer, _ in counts})
+        ]
+        of = f" of {self.model_name}" if self.model_name else ""
+        says = f"{self.kept:,} of {self.total:,} weights kept ({100 * self.fraction:.3g}%){of}"
+        table = markup.table(["layer", *components], markup.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
+        return markup.summary(f"Subnetwork: {self.lineage}", [says], table)
+
     # --- edits: each gives a new subnetwork ---
 
     def keep_head(self, layer: int, head: int) -> Subnetwork:
@@ -450,6 +465,11 @@ def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
         mask[start + rng.choice(block, here, replace=False, shuffle=False)] = True
         left -= here
     return mask
+
+
+def _words(count: Count | None) -> str:
+    """A count as a cell of a table."""
+    return f"{count.kept:,} ({100 * count.fraction:.2f}%)" if count else ""
 
 
 def _operand(lineage: str, sign: str = "") -> str:

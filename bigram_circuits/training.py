@@ -24,10 +24,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bigram_circuits import markup
 from bigram_circuits.corpus import Corpus, batch_of
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
-from bigram_circuits.runs import Checkpoint, RunFolder
+from bigram_circuits.results import Curves, Quantity
+from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
@@ -133,6 +135,13 @@ def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
+_LEARNED = (
+    Quantity("fraction", "", "share of the maskable weights that would be kept if learning ended now"),
+    Quantity("cross_entropy", "nats", "cross-entropy from the target to the softly masked model"),
+    Quantity("undecided", "", "share of the gates between 0.1 and 0.9"),
+)
+
+
 @dataclass(frozen=True)
 class FoundSubnetwork:
     """What `find_subnetwork` returns."""
@@ -149,6 +158,23 @@ class FoundSubnetwork:
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float
     """Time spent learning."""
+
+    def plot(self, quantity: str = "fraction") -> Any:
+        """A plotly figure of a quantity of the history, step by step: `fraction`, `cross_entropy`, `undecided`."""
+        values = np.array([[[record[one.name] for record in self.history]] for one in _LEARNED], dtype=float)
+        steps = tuple(record["step"] for record in self.history)
+        nothing = np.full_like(values, np.nan)
+        return Curves("Learning", _LEARNED, "step", steps, ("subnetwork",), values, nothing, nothing).plot(quantity)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how it ended, and what was found."""
+        last = self.history[-1]["cross_entropy"] if self.history else math.nan
+        says = (
+            f"Stopped after {len(self.history):,} steps: {STOPS[self.stopped_because]}. "
+            f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
+            f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
+        )
+        return markup.summary("A subnetwork was found", [says], self.subnetwork._repr_html_())
 
 
 def find_subnetwork(

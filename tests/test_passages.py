@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import passages
+from bigram_circuits.analysis import next_tokens, passages
 from bigram_circuits.analysis.prompts import token_word
 
 
@@ -45,3 +45,27 @@ def test_without_a_subnetwork_or_a_target_there_is_the_full_model(tiny_model, ra
         passages(tiny_model, random_tokens + 200)
     with pytest.raises(ValueError, match="vocabulary of 5"):
         passages(tiny_model, random_tokens, target=bc.count_ngrams(random_tokens % 5, 2, d_vocab=5))
+
+
+def test_next_tokens_are_the_most_likely_after_each_prompt(tiny_model, random_tokens):
+    target = bc.count_ngrams(random_tokens, 2, d_vocab=257)
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    prompts = ["a", "longer"]
+    found = next_tokens(tiny_model, prompts, some, target=target, top_k=3)
+    assert found.conditions == ("full", "subnetwork", "complement", "random", "target")
+    assert (found.rows, found.columns) == (("a", "longer"), ("1", "2", "3"))
+    for row, prompt in enumerate(prompts):
+        tokens = tiny_model.to_tokens(prompt)
+        with torch.no_grad(), bc.masked(tiny_model, some):
+            probs = tiny_model(tokens)[0, -1].softmax(-1)
+        for name, wanted in (("subnetwork", probs), ("target", target.log_probs(tokens)[0, -1].exp())):
+            top = wanted.topk(3)
+            np.testing.assert_allclose(found.get("probability", name)[row], top.values, rtol=1e-5)
+        shown = found.text[1][row]
+        assert list(shown) == [token_word(tiny_model, int(token)) for token in probs.topk(3).indices]
+    assert next_tokens(tiny_model, prompts).conditions == ("full",)
+    for wrong in ("a", []):
+        with pytest.raises(ValueError, match="a list of texts"):
+            next_tokens(tiny_model, wrong)
+    with pytest.raises(ValueError, match="from 1 to 257, not 0"):
+        next_tokens(tiny_model, prompts, top_k=0)

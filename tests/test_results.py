@@ -107,3 +107,17 @@ def test_what_is_no_result_is_told_in_one_line(tmp_path, curves):
             load_result(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError):
         load_result(tmp_path / "nothing.json")
+
+
+def test_some_conditions_can_be_chosen(curves, maps):
+    assert curves.only("subnetwork", "full").conditions == ("subnetwork", "full")
+    for result, one in ((curves, "subnetwork"), (maps, "random")):
+        chosen = result.only(one)
+        np.testing.assert_array_equal(chosen.get("kl", one), result.get("kl", one))
+        assert chosen.to_dataframe().condition.unique().tolist() == [one]
+        with pytest.raises(ValueError, match="there is no condition 'x'"):
+            result.only("x")
+    np.testing.assert_array_equal(
+        curves.only("subnetwork").interval("kl", "subnetwork"), curves.interval("kl", "subnetwork")
+    )
+    assert maps.only("random").text == maps.text[1:]

@@ -13,7 +13,7 @@ random subnetwork on the same text, side by side.
 | where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `exciting_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how did it come about? | `trajectory`, `subnetworks_over_training` |
-| how does it read a text, after which tokens is it right? | `passages`, `faithfulness_by_token` |
+| how does it read a text, after which tokens is it right? | `passages`, `next_tokens`, `faithfulness_by_token` |
 | all that, in one go | `analyze`, `layer_by_layer` |
 """  # noqa: E501
 
@@ -38,7 +38,7 @@ from bigram_circuits.analysis.location import (
     whole_neurons,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
-from bigram_circuits.analysis.passages import passages
+from bigram_circuits.analysis.passages import next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
 from bigram_circuits.analysis.tasks import (
@@ -91,6 +91,7 @@ __all__ = [
     "load_result",
     "logit_attribution",
     "logit_lens",
+    "next_tokens",
     "ordered_sequences",
     "overlap",
     "overlaps",

@@ -1,7 +1,8 @@
-"""Real passages, token by token: how surprising each token is, and what was expected in its place."""
+"""Texts, token by token: how surprising each token is, and what was expected in its place or is expected next."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
-from bigram_circuits.analysis.prompts import token_word, token_words
+from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
 from bigram_circuits.corpus import spread, token_array
 from bigram_circuits.models import check_tokens
 from bigram_circuits.results import Maps, Quantity
@@ -79,6 +80,60 @@ def passages(
         values=np.stack([values for values, _ in shown.values()])[None],
         text=tuple(words for _, words in shown.values()),
         notes={"top_k": top_k, "random_seed": seed},
+    )
+
+
+def next_tokens(
+    model: Any,
+    prompts: Sequence[str],
+    subnetwork: Subnetwork | None = None,
+    *,
+    target: Any = None,
+    top_k: int = 4,
+    seed: int = 0,
+) -> Maps:
+    """The most likely next tokens after each of some prompts, under each condition.
+
+    Args:
+        model: From `load_model`.
+        prompts: Texts, for example single words.
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
+        top_k: How many tokens to name.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `Maps` [probability, condition, prompt, rank]; the words of a cell are the token.
+
+    Raises:
+        ValueError: If there is no prompt, one has no tokens, or `top_k` is not from 1 to the size of the vocabulary.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
+    if not 1 <= top_k <= model.cfg.d_vocab:
+        raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
+    rows = [prompt_tokens(model, prompt) for prompt in prompts]
+    found: dict[str, Float[Tensor, "prompt d_vocab"]] = {}
+    with torch.no_grad():
+        for name, kept in conditions(subnetwork, seed=seed).items():
+            with reduced_to(model, kept):
+                found[name] = torch.stack([model(row)[0, -1].float().log_softmax(-1) for row in rows])
+        if target is not None and hasattr(target, "log_probs"):
+            found["target"] = torch.stack([target.log_probs(row)[0, -1].float() for row in rows])
+    tops = {name: log_probs.topk(top_k) for name, log_probs in found.items()}
+    return Maps(
+        title="Most likely next tokens",
+        quantities=(Quantity("probability", "share", "Probability of the next token."),),
+        row_axis="prompt",
+        rows=tuple(prompts),
+        column_axis="rank",
+        columns=tuple(str(rank) for rank in range(1, top_k + 1)),
+        conditions=tuple(tops),
+        values=np.stack([top.values.exp().double().cpu().numpy() for top in tops.values()])[None],
+        text=tuple(tuple(tuple(token_words(model, ids)) for ids in top.indices.tolist()) for top in tops.values()),
+        notes={"random_seed": seed},
     )
 
 

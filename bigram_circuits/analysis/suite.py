@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm.auto import tqdm
 
+from bigram_circuits import markup
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
@@ -51,6 +52,7 @@ _WORD_TOKENS = 1 << 13  # that faithfulness by token is measured on
 _PROMPT_TOKENS = 16  # of held-out text that are shown one by one
 _NEURONS_SHOWN = 12
 _HEADS_SHOWN = 6
+_QUANTITIES_SHOWN = 3
 _PERIOD = 24  # of repeated random tokens
 
 
@@ -80,6 +82,17 @@ class Analyses:
 
     def __str__(self) -> str:
         return _story(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the names of the results, what they are of, and what was left out."""
+        rows = [
+            [name, result.title, ", ".join(one.name for one in result.quantities[:_QUANTITIES_SHOWN])]
+            for name, result in self.results.items()
+        ]
+        says = ["Each is a result: results[name].plot(), .to_dataframe(). print() tells what they show."]
+        left_out = [f"Left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        table = markup.table(["name", "what was measured", "first quantities"], rows, "Analyses")
+        return markup.summary(f"{len(rows)} analyses", says, table, markup.small(left_out))
 
 
 def analyze(
