@@ -2,12 +2,17 @@
 
 A recipe that finds a good subnetwork proves little if it finds one as good in a model that has learned nothing, or for
 a target that means nothing: then the masks are the program, and say nothing about the model. And which weights are kept
-is only a finding if another seed keeps them too. So the recipe is run again
+is only a finding if another seed keeps them too. (That the model needs the weights is another finding: `evaluate`
+compares the loss without them with the loss without random ones.) So the recipe is run again
 
 - on the same model with its blocks initialised anew; embeddings, final norm and unembedding stay as trained
   (compare the supermasks of Zhou et al. 2019 and Ramanujan et al. 2020, found in random networks);
 - for a nonsense target: the same distribution under a random renaming of all tokens, P'(y | x) = P(s(y) | s(x));
 - for the same target, with other seeds: of the data order, and of what is random in the method.
+
+How far each comes is measured by the share of what the context tells about the next token, for its own target:
+1 - KL / KL0, where KL0 is that of the best constant prediction, the target's mean distribution over the text. (KL0 is
+the mutual information of context and next token under the target.)
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.corpus import Corpus
+from bigram_circuits.corpus import Corpus, in_order
 from bigram_circuits.evaluation import Evaluation, evaluate
 from bigram_circuits.layouts import huggingface_layout
 from bigram_circuits.metrics import holm
@@ -43,10 +48,15 @@ _QUANTITIES = (
     Quantity("mean_surprisal", "nats", "The masked model's own next-token loss."),
     Quantity("top1_agreement", "share", "Positions where model and target find the same token most likely."),
     Quantity("fraction", "share", "Maskable weights kept."),
+    Quantity(
+        "context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."
+    ),
 )
 _FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
-_AS_NEAR = 0.05  # of the subnetwork's KL: a control that comes so near to its target is as good,
-_AS_SMALL = 1.5  # if it keeps at most so many times its weights
+_AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,
+_AS_SMALL = 2.0  # if it keeps at most so many times its weights;
+_ROWS_AT_ONCE = 1 << 25  # probabilities of a target at once: 128 MiB
+_HALF = 0.5  # one that tells this share weakens it, however much it keeps
 _SURPRISING = 0.05  # a p-value below it
 
 
@@ -66,7 +76,7 @@ class RenamedTarget:
         self.fingerprint = f"renamed {seed} {describe(target)}"
         if hasattr(target, "positions"):
             self.positions = target.positions
-        for optional in ("entropy", "top1"):  # a target knows these or does not
+        for optional in ("entropy", "top1", "log_probs"):  # a target knows these or does not
             if hasattr(target, optional):
                 setattr(self, optional, getattr(self, f"_{optional}"))
 
@@ -85,6 +95,9 @@ class RenamedTarget:
 
     def _top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"]:
         return self._token_of(tokens.device)[self.target.top1(self._renamed(tokens))]
+
+    def _log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.target.log_probs(self._renamed(tokens))[..., self.name_of.to(tokens.device)]
 
     def _renamed(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
         return self.name_of.to(tokens.device)[tokens.long()]
@@ -133,14 +146,25 @@ class Falsification:
     @property
     def refuted(self) -> tuple[str, ...]:
         """The controls that refute the finding; empty if none does."""
-        return tuple(name for name, sentence, refutes in self._judged() if refutes)
+        return tuple(one.control for one in self._judged() if one.finding == "refuted")
 
     @property
     def says(self) -> tuple[str, ...]:
-        """What each control shows, a sentence each."""
-        return tuple(sentence for _, sentence, _ in self._judged())
+        """What each control shows, a sentence or two each."""
+        return tuple(one.says for one in self._judged())
 
-    def _judged(self) -> list[tuple[str, str, bool]]:
+    @property
+    def verdict(self) -> str:
+        """In words: which controls refute the finding, and which weaken it."""
+        judged = self._judged()
+        parts = [
+            f"{word} by: {', '.join(names)}."
+            for word, finding in (("REFUTED", "refuted"), ("Weakened", "weakened"))
+            if (names := [one.control for one in judged if one.finding == finding])
+        ]
+        return " ".join(parts) or "No control refutes or weakens it."
+
+    def _judged(self) -> list[_Judged]:
         return [*_judge_controls(self.controls), _judge_seeds(self.controls, self.seeds)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -149,10 +173,15 @@ class Falsification:
             getattr(self, name).save(Path(folder) / f"{name}.json")
 
     def __str__(self) -> str:
-        verdict = (
-            f"REFUTED by its own controls: {', '.join(self.refuted)}." if self.refuted else "No control refutes it."
-        )
-        return "\n".join([str(self.controls), "", *self.says, verdict])
+        return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
+
+
+@dataclass(frozen=True)
+class _Judged:
+    control: str
+    says: str
+    finding: str
+    """`refuted`, `weakened` or `stands`."""
 
 
 _PARTS = ("controls", "seeds", "spread")
@@ -222,16 +251,39 @@ def falsify(
     for seed in range(config.seed + 1, config.seed + 1 + seeds):
         name = f"seed {seed}"
         again[name], measured[name] = learn(name, model, target, replace(config, seed=seed))
-    result = Falsification(_controls(measured), _overlaps(again), _spread(measured))
+    constants = dict.fromkeys(measured, kl_of_best_constant(target, corpus.held_out))
+    constants[_NONSENSE] = kl_of_best_constant(nonsense, corpus.held_out)
+    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured))
     if folder is not None:
         result.save(folder)
     return result
 
 
-def _controls(measured: Mapping[str, Evaluation]) -> Effects:
-    names = [quantity.name for quantity in _QUANTITIES]
-    values = np.array([[getattr(one.subnetwork, name) for one in measured.values()] for name in names], dtype=float)
+def kl_of_best_constant(target: Any, tokens: Integer[np.ndarray, "sequence position"]) -> float:
+    """Mean KL from a target to its own mean distribution over a text, nats; nan if it does not tell its distributions.
+
+    It is the mutual information, under the target, of the context and the next token.
+    """
+    if not hasattr(target, "log_probs") or not hasattr(target, "entropy"):
+        return math.nan
+    total, entropies, n = torch.zeros(target.d_vocab, dtype=torch.float64), 0.0, 0
+    for batch in in_order(tokens, max(1, _ROWS_AT_ONCE // (tokens.shape[1] * target.d_vocab))):
+        probs = target.log_probs(batch).exp().flatten(0, -2)
+        total += probs.sum(0).double().cpu()
+        entropies += float(target.entropy(batch).double().sum())
+        n += len(probs)
+    return float(torch.special.entr(total / n).sum()) - entropies / n
+
+
+def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]) -> Effects:
+    """A row for each; `constants` is the KL of the best constant prediction for its target."""
+    rows = []
+    for name, one in measured.items():
+        values = [getattr(one.subnetwork, quantity.name) for quantity in _QUANTITIES[:-1]]
+        rows.append([*values, 1 - one.subnetwork.kl / constants[name]])
+    values = np.array(rows, dtype=float).T
     ends = np.full((2, *values.shape), np.nan)
+    names = [quantity.name for quantity in _QUANTITIES]
     for at, one in enumerate(measured.values()):
         for name, pair in one.intervals["subnetwork"].items():
             if name in names:
@@ -241,7 +293,8 @@ def _controls(measured: Mapping[str, Evaluation]) -> Effects:
 
 def _spread(measured: Mapping[str, Evaluation]) -> Effects:
     of_seeds = [one.subnetwork for name, one in measured.items() if name not in (_RANDOM_BLOCKS, _NONSENSE)]
-    rows = np.array([[getattr(one, quantity.name) for one in of_seeds] for quantity in _QUANTITIES], dtype=float)
+    numbers = [quantity.name for quantity in _QUANTITIES[:-1]]
+    rows = np.array([[getattr(one, name) for one in of_seeds] for name in numbers], dtype=float)
     values = np.stack([rows.mean(1), rows.std(1, ddof=1), rows.min(1), rows.max(1)])
     none = np.full_like(values, np.nan)
     quantities = tuple(
@@ -253,9 +306,8 @@ def _spread(measured: Mapping[str, Evaluation]) -> Effects:
             ("highest", "Of the seeds."),
         )
     )
-    names = tuple(quantity.name for quantity in _QUANTITIES)
     notes = {"seeds": len(of_seeds)}
-    return Effects("Spread over seeds", quantities, "number", names, values, none, none, notes=notes)
+    return Effects("Spread over seeds", quantities, "number", tuple(numbers), values, none, none, notes=notes)
 
 
 def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
@@ -273,48 +325,50 @@ def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
     return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
 
 
-def _judge_controls(controls: Effects) -> list[tuple[str, str, bool]]:
+_MEANS = {
+    (_RANDOM_BLOCKS, "refuted"): "Blocks that have learned nothing can be masked to do as well: "
+    "that a mask does it says nothing about what the blocks have learned.",
+    (_RANDOM_BLOCKS, "weakened"): "Blocks that have learned nothing can be masked to do much of it: "
+    "only the rest tells what the blocks have learned.",
+    (_RANDOM_BLOCKS, "stands"): "It takes trained blocks.",
+    (_NONSENSE, "refuted"): "Masks can make this model say anything: "
+    "that they can make it say the target is no evidence.",
+    (_NONSENSE, "weakened"): "Masks can teach this model much that means nothing.",
+    (_NONSENSE, "stands"): "Masks cannot make this model say anything one likes.",
+}
+
+
+def _judge_controls(controls: Effects) -> list[_Judged]:
+    done = {_RANDOM_BLOCKS: "On the model with its blocks initialised anew", _NONSENSE: "Asked for a nonsense target"}
     judged = []
-    found = _told(controls, _FOUND)
-    for name, done, holds, fails in (
-        (
-            _RANDOM_BLOCKS,
-            "On the model with its blocks initialised anew",
-            "what was found is in the trained weights.",
-            "the finding says nothing about what the model has learned.",
-        ),
-        (
-            _NONSENSE,
-            "Asked for a nonsense target",
-            "masks cannot make this model say anything one likes.",
-            "masks can make this model say anything, so that they can say the target is no evidence.",
-        ),
-    ):
-        refutes = _is_as_good(controls, name)
-        judged.append(
-            (name, f"{done}, the recipe {_told(controls, name)} ({found}): {fails if refutes else holds}", refutes)
-        )
+    for name, when in done.items():
+        finding = _finding(controls, name)
+        says = f"{when} the recipe keeps {_told(controls, name)}; what was found keeps {_told(controls, _FOUND)}."
+        judged.append(_Judged(name, f"{says} {_MEANS[name, finding]}", finding))
     return judged
 
 
 def _told(controls: Effects, name: str) -> str:
-    kept, kl, r = (controls.get(key)[name] for key in ("fraction", "kl", "surprisal_correlation"))
-    kl = f"KL {kl:.3f} nats" if kl == kl else f"cross-entropy {controls.get('cross_entropy')[name]:.3f} nats"
-    r = f"r {r:.3f}" if r == r else "r undefined"
-    verb = "found" if name == _FOUND else "keeps"
-    return f"{verb} {100 * kept:.2f}%, {kl}, {r}" if verb == "keeps" else f"{verb}: {100 * kept:.2f}%, {kl}, {r}"
+    keys = ("fraction", "context_told", "kl", "surprisal_correlation", "cross_entropy")
+    kept, told, kl, r, cross_entropy = (controls.get(key)[name] for key in keys)
+    how = f"tells {100 * told:.0f}% of what the context tells (KL {kl:.3f} nats)"
+    if math.isnan(told):
+        how = f"comes to a cross-entropy of {cross_entropy:.3f} nats"
+    return f"{100 * kept:.2f}% and {how}" if math.isnan(r) else f"{100 * kept:.2f}% and {how}, r {r:.3f}"
 
 
-def _is_as_good(controls: Effects, name: str) -> bool:
-    """Whether a control comes as near to its target with about as few weights."""
-    fraction, kl, cross_entropy = (controls.get(key) for key in ("fraction", "kl", "cross_entropy"))
-    as_small = 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]
-    if kl[name] == kl[name]:
-        return as_small and kl[name] <= (1 + _AS_NEAR) * kl[_FOUND]
-    return as_small and cross_entropy[name] <= cross_entropy[_FOUND] + _AS_NEAR
+def _finding(controls: Effects, name: str) -> str:
+    """How a control leaves the finding: refuted, weakened, or standing."""
+    fraction, told, cross_entropy = (controls.get(key) for key in ("fraction", "context_told", "cross_entropy"))
+    share = told[name] / told[_FOUND]
+    if math.isnan(share):  # the target does not know its entropy
+        share = cross_entropy[_FOUND] / cross_entropy[name]
+    if share >= _AS_GOOD and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
+        return "refuted"
+    return "weakened" if share >= _HALF and fraction[name] > 0 else "stands"
 
 
-def _judge_seeds(controls: Effects, seeds: Effects) -> tuple[str, str, bool]:
+def _judge_seeds(controls: Effects, seeds: Effects) -> _Judged:
     names = [name for name in controls.names if name not in (_RANDOM_BLOCKS, _NONSENSE)]
     r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
     spread = f"Over {len(names)} seeds, {100 * kept.min():.2f}% to {100 * kept.max():.2f}% are kept"
@@ -322,7 +376,7 @@ def _judge_seeds(controls: Effects, seeds: Effects) -> tuple[str, str, bool]:
         spread += f", and r is {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
     empty = seeds.notes["kept_nothing"]
     if empty:
-        return "other seeds", f"{spread}; nothing is kept by: {', '.join(empty)}.", True
+        return _Judged("other seeds", f"{spread}; nothing is kept by: {', '.join(empty)}.", "refuted")
     whole = [f"{pair}: all" for pair in seeds.notes["pairs"]]
     logs = holm([seeds.get("log10_p")[pair] * math.log(10) for pair in whole])
     times = np.array([seeds.get("intersection")[pair] / seeds.get("expected")[pair] for pair in whole])
@@ -333,9 +387,9 @@ def _judge_seeds(controls: Effects, seeds: Effects) -> tuple[str, str, bool]:
         if refutes
         else "more than by chance (p < 0.05 for every pair, exact null, Holm)."
     )
-    return (
+    return _Judged(
         "other seeds",
         f"{spread}. Two of them share {100 * jaccard.min():.0f}% to {100 * jaccard.max():.0f}% of the weights that "
         f"either keeps, {times.min():.1f} to {times.max():.1f} times as many as chance would have, {verdict}",
-        refutes,
+        "refuted" if refutes else "stands",
     )

@@ -11,6 +11,7 @@ from bigram_circuits.falsification import (
     Falsification,
     RenamedTarget,
     falsify,
+    kl_of_best_constant,
     load_falsification,
     with_random_blocks,
 )
@@ -36,6 +37,7 @@ def test_a_renamed_target_is_the_target_with_its_tokens_renamed():
     wanted = table[s][:, s]  # P'(y | x) = P(s(y) | s(x))
     log_q = logits.log_softmax(-1)
     torch.testing.assert_close(renamed.cross_entropy(logits, tokens), -(wanted[tokens] * log_q).sum(-1))
+    torch.testing.assert_close(renamed.log_probs(tokens).exp(), wanted[tokens])
     torch.testing.assert_close(renamed.entropy(tokens), torch.special.entr(wanted[tokens]).sum(-1))
     torch.testing.assert_close(renamed.surprisal(tokens), -wanted[tokens[:, :-1], tokens[:, 1:]].log())
     assert (wanted[tokens].gather(-1, renamed.top1(tokens)[..., None])[..., 0] == wanted[tokens].amax(-1)).all()
@@ -56,6 +58,17 @@ def test_a_renamed_target_knows_what_its_target_knows():
     assert not hasattr(RenamedTarget(Least(), D_VOCAB), "entropy")
     with pytest.raises(ValueError, match="vocabulary of 257"):
         RenamedTarget(TARGET, 300)
+
+
+def test_the_best_constant_is_the_mean_of_the_targets_distributions():
+    tokens = torch.from_numpy(TEXT)
+    probs = TARGET.log_probs(tokens).exp()
+    mean = probs.mean((0, 1))
+    by_hand = torch.where(probs > 0, probs * (probs.log() - mean.log()), 0.0).sum(-1).mean()
+    assert kl_of_best_constant(TARGET, TEXT) == pytest.approx(float(by_hand), rel=1e-4)
+    rare = RenamedTarget(TARGET, D_VOCAB)
+    assert rare.log_probs(tokens).exp().sum(-1).allclose(torch.ones(TEXT.shape), atol=1e-5)
+    assert np.isnan(kl_of_best_constant(bc.NextTokenTarget(), TEXT))
 
 
 # --- the model that learned nothing ---
@@ -100,6 +113,8 @@ def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
     assert result.controls.get("kl")["seed 2"] == measured.kl
     expected = bc.overlap(found, seed, by="component")
     assert result.seeds.get("intersection")["found, seed 2: all"] == expected.get("intersection")["all"]
+    constant = kl_of_best_constant(TARGET, CORPUS.held_out)
+    assert result.controls.get("context_told")["found"] == pytest.approx(1 - own.kl / constant)
     kl = [result.controls.get("kl")[name] for name in ("found", "seed 1", "seed 2")]
     assert result.spread.get("mean")["kl"] == pytest.approx(np.mean(kl))
     assert result.spread.get("sd")["kl"] == pytest.approx(np.std(kl, ddof=1))
@@ -127,15 +142,21 @@ def changed(result, name, **values):
 
 
 def test_a_control_that_does_as_well_with_as_few_weights_refutes(tried):
-    result = changed(tried[0], "found", kl=0.2, fraction=0.02, cross_entropy=2.0)
+    result = changed(tried[0], "found", context_told=0.9, fraction=0.02, cross_entropy=2.0)
     for name in ("blocks initialised anew", "nonsense target"):
-        good = changed(result, name, kl=0.2, fraction=0.02)
+        good = changed(result, name, context_told=0.88, fraction=0.03)
         assert name in good.refuted
-        assert "REFUTED by its own controls" in str(good)
-        assert name not in changed(result, name, kl=0.3, fraction=0.02).refuted  # further from the target
-        assert name not in changed(result, name, kl=0.2, fraction=0.2).refuted  # with ten times the weights
-        assert name not in changed(result, name, kl=5.0, fraction=0.0).refuted
-        unknown = changed(changed(result, "found", kl=np.nan), name, kl=np.nan, fraction=0.02)
+        assert f"REFUTED by: {name}" in str(good)
+        for values, verdict in (
+            ({"context_told": 0.88, "fraction": 0.05}, f"Weakened by: {name}"),  # with more than twice the weights
+            ({"context_told": 0.5, "fraction": 0.02}, f"Weakened by: {name}"),  # much of it
+            ({"context_told": 0.3, "fraction": 0.02}, ""),
+            ({"context_told": 0.9, "fraction": 0.0}, ""),
+        ):
+            other = changed(result, name, **values)
+            assert name not in other.refuted
+            assert (verdict in other.verdict) if verdict else (name not in other.verdict)
+        unknown = changed(changed(result, "found", context_told=np.nan), name, context_told=np.nan, fraction=0.02)
         assert name in changed(unknown, name, cross_entropy=2.01).refuted
         assert name not in changed(unknown, name, cross_entropy=2.5).refuted
 

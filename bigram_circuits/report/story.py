@@ -244,8 +244,7 @@ def _refuted(run: Run, results: _Results) -> Section:
         _table(tried.controls, "every attempt"), _table(tried.spread, "spread over seeds"),
         _table(tried.seeds, "overlap between seeds"),
     ]  # fmt: skip
-    label = f"REFUTED by its own controls: {', '.join(tried.refuted)}." if tried.refuted else "No control refutes it."
-    return Section("refuted", heading, [label, *tried.says], [*charts, *tables])
+    return Section("refuted", heading, [tried.verdict, *tried.says], [*charts, *tables])
 
 
 def _training(run: Run, results: _Results) -> Section:

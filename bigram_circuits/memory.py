@@ -1,0 +1,166 @@
+"""How much memory learning will take, told before it takes it.
+
+What a step holds is counted, not guessed: a forward pass over one sequence and one over two show how many bytes are
+kept for the backward pass, by sequence (`torch.autograd.graph.saved_tensors_hooks`). To this come the gates and the
+masked weights. The factors are fitted to the peaks of whole runs on the CPU (`python benchmarks/memory.py`); the one for
+what is kept is above 1 because of the backward pass's own tensors and of memory that is freed but not given back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Integer
+
+from bigram_circuits.gates import tie_gates
+from bigram_circuits.masking import gated
+from bigram_circuits.sites import weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.training import SparsifyConfig, make_gates
+
+_PER_GATE = 24  # bytes: score, its gradient, two moments, soft gate, its gradient
+_PER_WEIGHT = 12  # bytes: masked weight, its gradient, the soft gate as the backward pass needs it
+_OF_KEPT = 1.95  # times what a sequence's backward pass keeps
+_FIXED = 30_000_000  # bytes
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """What learning will hold at its peak, in bytes."""
+
+    device: str
+    """Where: `cpu`, `cuda:0`."""
+    held: int
+    """What is held now, the model included: on the CPU by the whole process."""
+    gates: int
+    """What gates, optimizer and masked weights will take."""
+    per_sequence: int
+    """What each sequence of a batch will take."""
+    batch_size: int
+    """Sequences in a batch."""
+    free: int
+    """What the device can still give."""
+
+    @property
+    def needed(self) -> int:
+        """What will be taken beyond what is held."""
+        return _FIXED + self.gates + self.per_sequence * self.batch_size
+
+    @property
+    def peak(self) -> int:
+        """The most that will be held."""
+        return self.held + self.needed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has that much."""
+        return self.needed <= self.free
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch that fits; 0 if none does."""
+        return max(0, (self.free - _FIXED - self.gates) // max(self.per_sequence, 1))
+
+    def check(self) -> None:
+        """Raise MemoryError, saying what would fit, if it does not fit."""
+        if self.fits:
+            return
+        short = f"learning needs about {_gigabytes(self.needed)} more on {self.device}, which has {_gigabytes(self.free)}"
+        if self.largest_batch:
+            raise MemoryError(
+                f"{short}: a batch_size of {self.largest_batch} would fit instead of {self.batch_size} "
+                "(--batch-size), or shorter sequences (--context-length), or dtype bfloat16 (--dtype)"
+            )
+        raise MemoryError(
+            f"{short}: not even a batch of one would fit; mask fewer layers (--layers), whole heads and neurons "
+            "(--granularity), load the model as bfloat16 (--dtype), or take a device with more memory"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"about {_gigabytes(self.peak)} at its peak on {self.device}: {_gigabytes(self.held)} held now, "
+            f"{_gigabytes(self.gates)} for gates, {_gigabytes(self.per_sequence * self.batch_size)} for "
+            f"{self.batch_size} sequences"
+        )
+
+
+def forecast_memory(
+    model: Any,
+    target: Any,
+    tokens: Integer[np.ndarray, "sequence position"],
+    config: SparsifyConfig | None = None,
+    *,
+    within: Subnetwork | None = None,
+) -> MemoryForecast:
+    """How much memory `find_subnetwork` will take at its peak.
+
+    Args:
+        model: From `load_model`.
+        target: What is asked for.
+        tokens: The text that will be learned from: `corpus.train`.
+        config: The recipe; `SparsifyConfig()` if not given.
+        within: As for `find_subnetwork`.
+
+    Raises:
+        ValueError: If model, target and recipe do not fit together.
+    """
+    config = config or SparsifyConfig()
+    sites = weight_sites(model)
+    device = sites[0].original.device
+    ties = tie_gates(sites, config.unit_of, config.layers)
+    n_gates = max(tie.start + tie.count for tie in ties)
+    gates = _PER_GATE * n_gates + _PER_WEIGHT * sum(tie.site.size for tie in ties)
+    held, free = memory_of(device)
+    counted = MemoryForecast(str(device), held, gates, 0, config.batch_size, free)
+    if not counted.fits:  # nor would the passes that count the rest
+        return counted
+    one, two = (_kept(model, target, tokens[:rows], config, within) for rows in (1, 2))
+    return MemoryForecast(str(device), held, gates, round(_OF_KEPT * max(two - one, 0)), config.batch_size, free)
+
+
+def memory_of(device: torch.device | str) -> tuple[int, int]:
+    """Bytes held on a device now, and bytes that it can still give. On the CPU: by this process, to this process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        allocated = torch.cuda.memory_allocated(device)
+        return allocated, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    held = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available
+    for path in map(Path, _CGROUP_LIMITS):
+        limit = path.read_text().strip() if path.is_file() else "max"
+        if limit.isdigit():
+            free = min(free, max(0, int(limit) - held))
+    return held, free
+
+
+def _kept(
+    model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], config: SparsifyConfig,
+    within: Subnetwork | None,
+) -> int:  # fmt: skip
+    """Bytes kept for the backward pass of some sequences."""
+    gates, _ = make_gates(weight_sites(model), config, config.seed, within)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with gated(model, gates), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        batch = torch.from_numpy(np.ascontiguousarray(tokens)).long().to(gates.scores.device)
+        penalty = gates.refresh(0)
+        loss = target.cross_entropy(model(batch), batch).mean() + penalty
+        size = sum(kept.values())
+        del loss, penalty
+    gates.soft = {}
+    return size
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
