@@ -48,9 +48,7 @@ _QUANTITIES = (
     Quantity("mean_surprisal", "nats", "The masked model's own next-token loss."),
     Quantity("top1_agreement", "share", "Positions where model and target find the same token most likely."),
     Quantity("fraction", "share", "Maskable weights kept."),
-    Quantity(
-        "context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."
-    ),
+    Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."),
 )
 _FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
 _AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,

@@ -2,13 +2,14 @@
 
 What a step holds is counted, not guessed: a forward pass over one sequence and one over two show how many bytes are
 kept for the backward pass, by sequence (`torch.autograd.graph.saved_tensors_hooks`). To this come the gates and the
-masked weights. The factors are fitted to the peaks of whole runs on the CPU (`python benchmarks/memory.py`); the one for
-what is kept is above 1 because of the backward pass's own tensors and of memory that is freed but not given back.
+masked weights. The factors are fitted to the peaks of whole runs on the CPU (`python benchmarks/memory.py`); the one
+for what is kept is above 1 because of the backward pass's own tensors and of memory that is freed but not given back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,8 @@ import psutil
 import torch
 from jaxtyping import Integer
 
-from bigram_circuits.gates import tie_gates
+from bigram_circuits.gates import Gates, Tie
 from bigram_circuits.masking import gated
-from bigram_circuits.sites import weight_sites
-from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.training import SparsifyConfig, make_gates
 
 _PER_GATE = 24  # bytes: score, its gradient, two moments, soft gate, its gradient
 _PER_WEIGHT = 12  # bytes: masked weight, its gradient, the soft gate as the backward pass needs it
@@ -71,7 +69,9 @@ class MemoryForecast:
         """Raise MemoryError, saying what would fit, if it does not fit."""
         if self.fits:
             return
-        short = f"learning needs about {_gigabytes(self.needed)} more on {self.device}, which has {_gigabytes(self.free)}"
+        short = (
+            f"learning needs about {_gigabytes(self.needed)} more on {self.device}, which has {_gigabytes(self.free)}"
+        )
         if self.largest_batch:
             raise MemoryError(
                 f"{short}: a batch_size of {self.largest_batch} would fit instead of {self.batch_size} "
@@ -90,38 +90,23 @@ class MemoryForecast:
         )
 
 
-def forecast_memory(
+def forecast(
     model: Any,
     target: Any,
     tokens: Integer[np.ndarray, "sequence position"],
-    config: SparsifyConfig | None = None,
-    *,
-    within: Subnetwork | None = None,
+    ties: Sequence[Tie],
+    make_gates: Callable[[], Gates],
+    batch_size: int,
 ) -> MemoryForecast:
-    """How much memory `find_subnetwork` will take at its peak.
-
-    Args:
-        model: From `load_model`.
-        target: What is asked for.
-        tokens: The text that will be learned from: `corpus.train`.
-        config: The recipe; `SparsifyConfig()` if not given.
-        within: As for `find_subnetwork`.
-
-    Raises:
-        ValueError: If model, target and recipe do not fit together.
-    """
-    config = config or SparsifyConfig()
-    sites = weight_sites(model)
-    device = sites[0].original.device
-    ties = tie_gates(sites, config.unit_of, config.layers)
-    n_gates = max(tie.start + tie.count for tie in ties)
-    gates = _PER_GATE * n_gates + _PER_WEIGHT * sum(tie.site.size for tie in ties)
+    """The forecast for gates laid out as `ties`; `make_gates` makes them when there is room to try."""
+    device = ties[0].site.original.device
+    gates = _PER_GATE * max(tie.start + tie.count for tie in ties) + _PER_WEIGHT * sum(tie.site.size for tie in ties)
     held, free = memory_of(device)
-    counted = MemoryForecast(str(device), held, gates, 0, config.batch_size, free)
+    counted = MemoryForecast(str(device), held, gates, 0, batch_size, free)
     if not counted.fits:  # nor would the passes that count the rest
         return counted
-    one, two = (_kept(model, target, tokens[:rows], config, within) for rows in (1, 2))
-    return MemoryForecast(str(device), held, gates, round(_OF_KEPT * max(two - one, 0)), config.batch_size, free)
+    one, two = (_kept(model, target, tokens[[0] * rows], make_gates()) for rows in (1, 2))
+    return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)))
 
 
 def memory_of(device: torch.device | str) -> tuple[int, int]:
@@ -139,12 +124,8 @@ def memory_of(device: torch.device | str) -> tuple[int, int]:
     return held, free
 
 
-def _kept(
-    model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], config: SparsifyConfig,
-    within: Subnetwork | None,
-) -> int:  # fmt: skip
+def _kept(model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], gates: Gates) -> int:
     """Bytes kept for the backward pass of some sequences."""
-    gates, _ = make_gates(weight_sites(model), config, config.seed, within)
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ LAYERS = [
     {"layouts"},
     {"subnetwork"},
     {"runs", "masking", "published", "sharing"},
-    {"evaluation", "analysis.conditions", "analysis.tasks", "analysis.prompts", "analysis.parts"},
+    {"memory", "evaluation", "analysis.conditions", "analysis.tasks", "analysis.prompts", "analysis.parts"},
     {"analysis.comparisons", "analysis.affine", "analysis.overlap", "analysis.location", "analysis.attribution"},
     {
         "analysis.lens",
