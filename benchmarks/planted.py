@@ -14,8 +14,8 @@ import torch
 import bigram_circuits as bc
 
 RECIPES = {
-    "continuous_sparsification": {"beta_growth": 1.006},
-    "hard_concrete": {"learning_rate": 0.05},
+    "continuous_sparsification": {"beta_growth": 1.012},
+    "hard_concrete": {"learning_rate": 0.1},
     "straight_through": {},
 }
 """What differs from the defaults, for the longer runs."""
@@ -45,9 +45,7 @@ def row(planted, start: tuple, how: str, subnetwork, seconds: float | None) -> s
 
 def learn(planted, method: str, steps: int, seed: int, **size: float):
     recipe = RECIPES[method] if steps > 400 else {}
-    config = bc.SparsifyConfig(
-        method=method, max_steps=steps, batch_size=32 if steps > 400 else 16, retries=0, seed=seed, **recipe, **size
-    )
+    config = bc.SparsifyConfig(method=method, max_steps=steps, retries=0, seed=seed, **recipe, **size)
     started = time.perf_counter()
     found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, config)
     return found.subnetwork, time.perf_counter() - started
@@ -59,9 +57,9 @@ def main() -> None:
     parser.add_argument("--distractors", nargs="+", type=float, default=[0.1, 0.3])
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--methods", nargs="+", default=list(RECIPES))
-    parser.add_argument("--steps", type=int, default=1500, help="at most so many; 400: the default recipe")
+    parser.add_argument("--steps", type=int, default=800, help="at most so many; 400: the default recipe")
     parser.add_argument("--sparsity-weight", type=float, help="for every method")
-    parser.add_argument("--d-vocab", type=int, default=24)
+    parser.add_argument("--d-vocab", type=int, default=16)
     parser.add_argument("--not-unique", action="store_true", help="leave detours open among the distractors")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

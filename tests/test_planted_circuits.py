@@ -95,24 +95,45 @@ def test_a_wrong_argument_is_named(wrong):
 
 # --- learning finds it ---
 
-SLOW = {"max_steps": 1000, "beta_growth": 1.012, "retries": 0}
+SMALL = {"d_vocab": 12, "successors": 3}
+LEARN = {
+    "continuous_sparsification": {"sparsity_weight": 10.0, "max_steps": 600, "beta_growth": 1.02},
+    "hard_concrete": {"sparsity_weight": 30.0, "max_steps": 600, "learning_rate": 0.1},
+}
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layers", "distractors", "settings"),
+    ("method", "architecture", "distractors", "precise"),
     [
-        ("gpt2", 1, 0.1, {"sparsity_weight": 10.0} | SLOW),
-        ("gpt2", 1, 0.3, {"sparsity_weight": 10.0} | SLOW),
-        ("llama", 1, 0.3, {"sparsity_weight": 10.0} | SLOW),
-        ("neox", 2, 0.1, {"sparsity_weight": 10.0} | SLOW),
+        ("continuous_sparsification", "gpt2", 0.1, 0.95),
+        ("continuous_sparsification", "gpt2", 0.3, 0.95),
+        ("continuous_sparsification", "llama", 0.1, 0.95),
+        ("hard_concrete", "gpt2", 0.1, 0.85),  # its noise leaves a few distractors open
     ],
 )
-def test_continuous_sparsification_finds_the_planted_weights(architecture, layers, distractors, settings):
-    planted = planted_circuit(architecture, layers=layers, distractors=distractors)
-    found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, bc.SparsifyConfig(**settings))
-    precision, recall = planted.recovery(found.subnetwork)
-    assert precision >= 0.95
+def test_the_planted_weights_are_found_and_controls_of_their_size_do_not_find_them(
+    method, architecture, distractors, precise
+):
+    planted = planted_circuit(architecture, distractors=distractors, **SMALL)
+    recipe = bc.SparsifyConfig(method=method, retries=0, **LEARN[method])
+    found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, recipe).subnetwork
+    precision, recall = planted.recovery(found)
+    assert precision >= precise
     assert recall >= 0.95
+    measured = bc.evaluate(planted.model, found, planted.target, planted.corpus.held_out, seeds=1)
+    assert measured.subnetwork.kl < 0.01
+    assert measured.random[0].kl > 0.5
+    assert max(planted.recovery(found.random_like())) < 0.25
+    if distractors >= 0.3:  # the largest weights are not all planted ones
+        assert max(planted.recovery(bc.Subnetwork.magnitude(planted.model, like=found))) < 0.9
+
+
+@pytest.mark.xfail(reason="AdamW gives every weight's score the same speed, and there is no penalty", strict=False)
+def test_straight_through_finds_the_planted_weights():
+    planted = planted_circuit("gpt2", distractors=0.1, **SMALL)
+    recipe = bc.SparsifyConfig(method="straight_through", retries=0, target_fraction=planted.circuit.fraction)
+    found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, recipe).subnetwork
+    assert min(planted.recovery(found)) >= 0.95
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
