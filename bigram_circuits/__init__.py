@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bigram_circuits.models import ActivationPoint, activation_points, checkpoints, load_model
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
     from bigram_circuits.paths import SubnetworkPath, find_path
+    from bigram_circuits.planted import Planted, plant_bigram
     from bigram_circuits.published import import_published, load_published
     from bigram_circuits.report.comparison import write_comparison
     from bigram_circuits.report.page import write_report
@@ -78,6 +79,7 @@ _HOMES = {
     "models": ("ActivationPoint", "activation_points", "checkpoints", "load_model"),
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
     "paths": ("SubnetworkPath", "find_path"),
+    "planted": ("Planted", "plant_bigram"),
     "published": ("import_published", "load_published"),
     "report.comparison": ("write_comparison",),
     "report.page": ("write_report",),

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from bigram_circuits import markup, metrics
 from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.masking import masked
+from bigram_circuits.gates import Gates
+from bigram_circuits.masking import gated, masked
 from bigram_circuits.metrics import MEASURED, Faithfulness
 from bigram_circuits.models import batch_size_for, check_tokens
 from bigram_circuits.results import Effects, Quantity
@@ -233,6 +234,58 @@ def evaluate(
     )
 
 
+GAP_MATTERS = 0.1
+"""Nats of cross-entropy between soft gates and the hard mask from which on a run should be doubted."""
+
+
+@dataclass(frozen=True)
+class SoftHardGap:
+    """What a run lost, or won, when its soft gates became a mask: CE on one batch, nats per position."""
+
+    soft: float
+    """With the last soft gates: what was learned."""
+    hard: float
+    """With the mask: what is kept."""
+
+    @property
+    def gap(self) -> float:
+        """`hard` less `soft`: above 0 the mask is worse than what was learned."""
+        return self.hard - self.soft
+
+    @property
+    def warning(self) -> str | None:
+        """What to say and do where the gap, of either sign, is at least `GAP_MATTERS`; None where it is not."""
+        if abs(self.gap) < GAP_MATTERS:
+            return None
+        worse = "above" if self.gap > 0 else "below"
+        return (
+            f"the mask's cross-entropy is {self.hard:.3f} nats, {abs(self.gap):.3f} {worse} that of the soft gates it "
+            f"was made from: the gates were not decided when learning ended; give it more steps (max_steps)"
+        )
+
+
+@torch.no_grad()
+def soft_hard_gap(
+    model: Any, gates: Gates, subnetwork: Subnetwork, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
+) -> SoftHardGap:
+    """Compare a model under soft gates with the same model under the mask made of them, on the same batch.
+
+    Args:
+        model: The model that was gated; not masked or gated now.
+        gates: As they are after the last step; their soft values at `step` are computed anew.
+        subnetwork: The mask made of them.
+        target: What was learned.
+        tokens: A batch, usually that of the last step.
+        step: The last step.
+    """
+    gates.refresh(step)
+    with gated(model, gates):
+        soft = target.cross_entropy(model(tokens), tokens).mean().item()
+    with masked(model, subnetwork):
+        hard = target.cross_entropy(model(tokens), tokens).mean().item()
+    return SoftHardGap(soft, hard)
+
+
 def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tuple[str, Subnetwork]]:
     yield "subnetwork", subnetwork
     yield "full", Subnetwork.full(model)
@@ -268,6 +321,8 @@ def _batch_sums(
         raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
     pairs = metrics.correlation_sums(x, target.surprisal(tokens).to(x))
     cross_entropy = target.cross_entropy(logits, tokens).double()
+    if not torch.isfinite(cross_entropy).all():
+        raise ValueError("the target's cross-entropy is not finite (NaN or infinity) at a held-out position")
     n = cross_entropy.shape[1]
     kl = cross_entropy - entropy(target, tokens, n).to(cross_entropy)
     agree = top1_agreement(target, logits, tokens, n).to(cross_entropy)

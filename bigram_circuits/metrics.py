@@ -67,7 +67,15 @@ def surprisals(
 
 
 def correlation_sums(x: Float[Tensor, "batch n"], y: Float[Tensor, "batch n"]) -> Float[Tensor, "batch six"]:
-    """The first six `COLUMNS` for every sequence, from surprisals; where y is not finite, the pair is left out."""
+    """The first six `COLUMNS` for every sequence, from surprisals; where y is infinite, the pair is left out.
+
+    Raises:
+        ValueError: If x is not finite, or y is NaN: then no correlation would mean anything.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("a model's surprisal is not finite (NaN or infinity in its logits)")
+    if torch.isnan(y).any():
+        raise ValueError("a target's surprisal is NaN: where it has no opinion it should be infinite")
     used = torch.isfinite(y)
     x_used, y_used = x * used, torch.where(used, y, 0.0)
     columns = (used.to(x), x_used, y_used, x_used**2, y_used**2, x_used * y_used)

@@ -34,6 +34,7 @@ __all__ = [
     "is_local",
     "load_model",
     "model_source",
+    "quiet_transformers",
     "readout",
     "record",
     "residual_streams",
@@ -89,7 +90,7 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+    with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
         model = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
     if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
         raise ValueError(
@@ -105,7 +106,7 @@ def hooked(huggingface_model: Any, *, like: Any) -> Any:
     """A Hugging Face model as a `TransformerBridge`, with the name and tokenizer of another bridge of its kind."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    with _quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
+    with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
         return TransformerBridge.boot_transformers(
             str(like.cfg.model_name),
             hf_model=huggingface_model,
@@ -128,7 +129,7 @@ def fresh_huggingface(model: Any) -> tuple[Any, Any]:
     source, revision = model_source(model)
     if is_local(source):
         _check_folder(source)
-    with _quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
+    with quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
         plain = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=model.cfg.dtype)
         return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision)
 
@@ -416,7 +417,8 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Within the block, transformers prints no warnings and no progress bars."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -186,6 +186,23 @@ def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> Level:
     )
 
 
+def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
+    """A level that holds dense rows of probabilities, for contexts 0, 1, 2 ..."""
+    sums = rows.sum(1)
+    if (rows < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-6):
+        raise ValueError("probabilities must be at least 0, and every row must sum to 1")
+    context, token = rows.nonzero(as_tuple=True)
+    lengths = (rows > 0).sum(1)
+    return Level(
+        contexts=torch.arange(len(rows)),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+        tokens=token.int(),
+        probs=rows[context, token].float(),
+        entropy=torch.special.entr(rows).sum(1).float(),
+        top=rows.argmax(1).int(),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class NGramTable:
     """P(next | previous `order - 1` tokens) as sparse rows, with backoff for contexts never seen.
@@ -200,6 +217,24 @@ class NGramTable:
     """Size of the vocabulary."""
     levels: tuple[Level, ...]
     """Level i holds the contexts of i tokens."""
+
+    @classmethod
+    def from_probs(
+        cls, probs: Float[Tensor, "d_vocab d_vocab"], unigram: Float[Tensor, " d_vocab"] | None = None
+    ) -> NGramTable:
+        """A bigram table of known probabilities, not counted ones.
+
+        Args:
+            probs: P(next | current); rows must sum to 1.
+            unigram: P(next); if not given, the mean of all rows. No context needs it, since each has its row.
+
+        Raises:
+            ValueError: If a probability is negative or a row does not sum to 1.
+        """
+        bigram = probs.double()
+        first = bigram.mean(0) if unigram is None else unigram.double()
+        levels = tuple(_level_of(rows) for rows in (first[None], bigram))
+        return cls(order=2, d_vocab=len(bigram), levels=levels)
 
     @property
     def n_entries(self) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -116,66 +117,17 @@ def random_tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, D_VOCAB, size=(6, 16))
 
 
-N_PLANTED = 24  # tokens of the planted model
+@cache
+def planted_circuit(architecture: str, **options) -> bc.Planted:
+    """A model with a planted circuit; tests leave it as they found it."""
+    return bc.plant_bigram(architecture, **options)
 
 
 @pytest.fixture(scope="session")
-def planted(tmp_path_factory):
-    """A GPT-NeoX whose first MLP computes a known bigram, the weights that do it, and text drawn from that bigram.
-
-    The residual stream has two halves. The embedding writes which token it is into the first; neuron j of the first
-    MLP fires for token j and writes its row of logits into the second, which the unembedding reads. All other weights
-    are small noise.
-    """
-    n, width = N_PLANTED, 3 * N_PLANTED
-    config = GPTNeoXConfig(
-        vocab_size=n, hidden_size=width, num_hidden_layers=3, num_attention_heads=4, intermediate_size=2 * n,
-        max_position_embeddings=64, hidden_act="relu", bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    rows = torch.randn(n, n)
-    rows = 8 * (rows - rows.mean(1, keepdim=True)) / rows.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.03)
-            elif "norm" not in name:
-                parameter.zero_()
-        eye = torch.eye(n)
-        model.gpt_neox.embed_in.weight.copy_(torch.cat([eye, torch.zeros(n, width - n)], 1))
-        model.get_output_embeddings().weight.copy_(
-            torch.cat([torch.zeros(n, n), eye, torch.zeros(n, width - 2 * n)], 1)
-        )
-        mlp = model.gpt_neox.layers[0].mlp
-        mlp.dense_h_to_4h.weight[:n, :n] += eye
-        mlp.dense_h_to_4h.bias.fill_(-2.0)
-        mlp.dense_4h_to_h.weight[n : 2 * n, :n] += rows.T / 4
-    folder = tmp_path_factory.mktemp("planted")
-    model.save_pretrained(folder)
-    byte_tokenizer_of(n).save_pretrained(folder)
-    hooked = bc.load_model(folder, device="cpu")
-    masks = {name: torch.zeros(mask.shape, dtype=torch.bool) for name, mask in bc.Subnetwork.empty(hooked).items()}
-    masks["blocks.0.mlp.W_in"][:n, :n] = torch.eye(n, dtype=torch.bool)
-    masks["blocks.0.mlp.W_out"][:n, n : 2 * n] = True
-    subnetwork = bc.Subnetwork(masks, model_name=str(folder), weight_hash=bc.weight_hash(hooked), lineage="planted")
-    with torch.no_grad(), bc.masked(hooked, subnetwork):
-        probs = hooked(torch.arange(n)[:, None])[:, 0].double().softmax(-1).numpy()
-    rng = np.random.default_rng(0)
-    tokens = np.zeros((64, 32), dtype=np.int64)
-    tokens[:, 0] = rng.integers(0, n, 64)
-    for place in range(1, 32):
-        tokens[:, place] = [rng.choice(n, p=probs[current]) for current in tokens[:, place - 1]]
-    return hooked, subnetwork, tokens
-
-
-def byte_tokenizer_of(n: int) -> PreTrainedTokenizerFast:
-    """One token for each of the first n - 1 small letters; id 0 ends a text."""
-    vocabulary = {"<|endoftext|>": 0} | {chr(ord("a") + index): index + 1 for index in range(n - 1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+def planted():
+    """A GPT-NeoX whose first MLP computes a known bigram, the weights that do it, and text drawn from that bigram."""
+    found = planted_circuit("neox", distractors=0.04, n_layers=3)
+    return found.model, found.circuit, found.corpus.train[:64]
 
 
 @pytest.fixture(scope="session")

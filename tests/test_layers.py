@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "targets"},
     {"layouts"},
     {"subnetwork"},
-    {"runs", "masking", "published", "sharing"},
+    {"runs", "masking", "published", "sharing", "planted"},
     {"memory", "evaluation", "analysis.conditions", "analysis.tasks", "analysis.prompts", "analysis.parts"},
     {"analysis.comparisons", "analysis.affine", "analysis.overlap", "analysis.location", "analysis.attribution"},
     {

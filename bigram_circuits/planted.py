@@ -1,0 +1,375 @@
+"""Models in which a known set of weights computes a known bigram distribution: does a method find what is there?
+
+The residual stream is a row of slots, and the circuit moves one number from slot to slot:
+
+- The embedding of token j writes E into slot j, and nothing else.
+- Neuron j of the first MLP reads slot j. It fires for token j alone.
+- With one layer, it writes the logits of token j's successors into the output slots, which the unembedding reads.
+  With two, it writes a number into slot j of a second row of slots. Neuron j of the second MLP reads that and writes
+  the logits.
+
+Every token has equally many successors, with the same logits in another order; all other tokens have logit 0. So the
+residual stream has the same mean and size whatever the token, and every norm divides by a constant that its own weight
+(always kept, as embeddings and biases are) undoes. An activation function that is 0 at 0 keeps the other neurons at
+exactly 0. What the circuit alone computes is therefore known in closed form:
+
+    P(v | j) = exp(logit of v after j) / sum over v' of exp(logit of v' after j)
+
+The i-th successors of the tokens are a permutation of the vocabulary, so every token is equally frequent in the long
+run. All other attention and MLP weights are distractors: normal noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from bigram_circuits.corpus import Corpus
+from bigram_circuits.models import load_model, quiet_transformers
+from bigram_circuits.ngrams import NGramTable
+from bigram_circuits.sites import weight_hash, weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+
+ARCHITECTURES = ("gpt2", "neox", "llama")
+"""Learned positions and LayerNorm; rotary positions, LayerNorm and parallel blocks; RMSNorm and gated MLPs."""
+
+_EMBEDDED, _CODE, _READ = 3.0, 3.0, 2.0  # in a token's slot, in its second slot, and what a neuron reads of either
+_LOGITS = (2.5, 4.5)  # of the least and the most likely successor
+_N_HEADS = 4
+_TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # sequences, and tokens in each
+_WRITING = ("c_proj.weight", "dense.weight", "4h_to_h.weight", "o_proj.weight", "down_proj.weight")
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A model with a planted circuit, and all that is known about it."""
+
+    model: Any
+    """From `load_model`."""
+    circuit: Subnetwork
+    """The planted weights."""
+    target: NGramTable
+    """The bigram distribution that they compute."""
+    corpus: Corpus
+    """Text drawn from it."""
+    probs: Float[Tensor, "d_vocab d_vocab"] = field(repr=False)
+    """The same distribution, P(next | current), float64."""
+
+    def recovery(self, found: Subnetwork) -> tuple[float, float]:
+        """(precision, recall): the share of `found` that is planted, and the share of the planted that was found.
+
+        Precision is nan if nothing was found.
+        """
+        both = (found & self.circuit).kept
+        return both / found.kept if found.kept else math.nan, both / self.circuit.kept
+
+
+def plant_bigram(
+    architecture: str = "gpt2",
+    *,
+    d_vocab: int = 24,
+    successors: int = 4,
+    d_model: int | None = None,
+    d_mlp: int | None = None,
+    n_layers: int = 2,
+    layers: int = 1,
+    distractors: float | int = 0.1,
+    unique: bool = True,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> Planted:
+    """Make a model whose planted weights compute a known bigram distribution, and all others are distractors.
+
+    Args:
+        architecture: `gpt2` (LayerNorm, learned positions), `neox` (LayerNorm, rotary positions, parallel blocks) or
+            `llama` (RMSNorm, gated MLP). Activation functions are the architecture's own.
+        d_vocab: Number of tokens.
+        successors: How many tokens are likely after each; with so many weights a neuron writes their logits.
+        d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`; the least that fits if not given.
+        d_mlp: Neurons of an MLP, at least `d_vocab`; twice that if not given.
+        n_layers: Number of blocks.
+        layers: Over how many MLPs the circuit is spread: 1 (the first) or 2 (the first two).
+        distractors: Standard deviation of the other weights, as a share of the root mean square of the planted weights
+            that read (for W_Q, W_K, W_V, W_in, W_gate) or write (for W_O, W_out). 0: there are none; 1: as strong.
+        unique: With two layers and strong distractors there are other ways from a token to its second neuron: past the
+            first MLP, or through neurons that are not planted. True gives the distractors on these ways a negative
+            sign, so that they lead nowhere. With one layer it changes nothing.
+        seed: Draws the bigram, the distractors and the text.
+        folder: Where to keep the model, as a Hugging Face folder; a temporary one if not given.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    width, d_mlp = d_model or _least_width(d_vocab, layers), d_mlp or 2 * d_vocab
+    _check(architecture, d_vocab, successors, width, d_mlp, n_layers, layers, distractors)
+    rng = np.random.default_rng(seed)
+    logits = _successor_logits(rng, d_vocab, successors)
+    probs = logits.softmax(-1)
+    plain = _huggingface_model(architecture, d_vocab, width, d_mlp, n_layers)
+    planted = _planted_weights(plain, logits, width, d_mlp, layers)
+    _write_weights(plain, planted, logits, layers, float(distractors), unique, seed)
+    with contextlib.ExitStack() as stack:
+        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        with quiet_transformers():
+            plain.save_pretrained(path)
+        _tokenizer(d_vocab).save_pretrained(path)
+        model = load_model(path, device="cpu")
+    if folder is None:
+        model.cfg.model_name = f"planted {architecture}"
+    masks = {site.name: torch.zeros(site.shape, dtype=torch.bool) for site in weight_sites(model)}
+    masks |= {name: weight != 0 for name, weight in planted.items()}
+    circuit = Subnetwork(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage="planted")
+    tokens = _sample(rng, probs.numpy(), _TRAIN + _HELD_OUT, _LENGTH)
+    corpus = Corpus.from_tokens(tokens[:_TRAIN], tokens[_TRAIN:], source=f"a planted bigram, seed {seed}")
+    return Planted(model, circuit, NGramTable.from_probs(probs), corpus, probs)
+
+
+def _least_width(d_vocab: int, layers: int) -> int:
+    """The least width that has all slots and divides into heads of even width."""
+    return -(-(layers + 1) * d_vocab // (2 * _N_HEADS)) * 2 * _N_HEADS
+
+
+def _check(
+    architecture: str, d_vocab: int, successors: int, d_model: int, d_mlp: int, n_layers: int, layers: int,
+    distractors: float | int,
+) -> None:  # fmt: skip
+    least = _least_width(d_vocab, layers)
+    wanted: dict[str, tuple[Any, bool, str]] = {
+        "architecture": (architecture, architecture in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}"),
+        "d_vocab": (d_vocab, d_vocab >= 4, "at least 4"),
+        "successors": (successors, 1 <= successors < d_vocab, f"from 1 to {d_vocab - 1}, below d_vocab"),
+        "layers": (layers, layers in (1, 2), "1 or 2"),
+        "n_layers": (n_layers, n_layers >= layers, f"at least {layers}"),
+        "d_model": (
+            d_model,
+            d_model >= least and d_model % (2 * _N_HEADS) == 0,
+            f"a multiple of {2 * _N_HEADS}, at least {least}",
+        ),
+        "d_mlp": (d_mlp, d_mlp >= d_vocab, f"at least d_vocab, {d_vocab}"),
+        "distractors": (distractors, 0 <= distractors < math.inf, "a number of at least 0"),
+    }
+    for name, (value, holds, words) in wanted.items():
+        if not holds:
+            raise ValueError(f"{name} must be {words}, not {value!r}")
+
+
+def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Float[Tensor, "current next"]:
+    """Logits after every token: the i-th successors of all tokens are a permutation of the vocabulary."""
+    current, following = rng.permutation(n), rng.permutation(n)
+    logits = torch.zeros(n, n, dtype=torch.float64)
+    for place, value in enumerate(np.linspace(*_LOGITS, successors)):
+        logits[current, following[(np.arange(n) + place) % n]] = float(value)
+    return logits
+
+
+def _huggingface_model(architecture: str, d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> Any:
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+    shared: dict[str, Any] = {
+        "vocab_size": d_vocab, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": d_model, "num_hidden_layers": n_layers, "num_attention_heads": _N_HEADS,
+        "intermediate_size": d_mlp, "max_position_embeddings": 2 * _LENGTH,
+    }  # fmt: skip
+    if architecture == "gpt2":
+        old: dict[str, Any] = {
+            "n_embd": d_model,
+            "n_layer": n_layers,
+            "n_head": _N_HEADS,
+            "n_inner": d_mlp,
+            "n_positions": 2 * _LENGTH,
+        }
+        config = GPT2Config(**shared, **old)
+    else:
+        config = {"neox": GPTNeoXConfig, "llama": LlamaConfig}[architecture](**shared, **sizes)
+    with torch.random.fork_rng():
+        return AutoModelForCausalLM.from_config(config)
+
+
+# --- the weights ---
+
+
+def _mlp_weights(plain: Any, layer: int) -> dict[str, Tensor]:
+    """The weights of an MLP by canonical name and in canonical axes, as views of a Hugging Face model's parameters."""
+    block = _blocks(plain)[layer].mlp
+    kind = plain.config.model_type
+    if kind == "gpt2":
+        return {"W_in": block.c_fc.weight, "W_out": block.c_proj.weight}
+    if kind == "gpt_neox":
+        return {"W_in": block.dense_h_to_4h.weight.T, "W_out": block.dense_4h_to_h.weight.T}
+    return {"W_in": block.up_proj.weight.T, "W_gate": block.gate_proj.weight.T, "W_out": block.down_proj.weight.T}
+
+
+def _blocks(plain: Any) -> Any:
+    return plain.base_model.h if plain.config.model_type == "gpt2" else plain.base_model.layers
+
+
+def _norms(plain: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """The two norms of every block, and the last one."""
+    names = ("ln_1", "ln_2") if plain.config.model_type == "gpt2" else ("input_layernorm", "post_attention_layernorm")
+    last = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "llama": "norm"}[plain.config.model_type]
+    first, second = names
+    pairs = [(getattr(block, first), getattr(block, second)) for block in _blocks(plain)]
+    return pairs, getattr(plain.base_model, last)
+
+
+def _fires(plain: Any) -> float:
+    """What a neuron passes on that reads `_READ` through a weight of 1."""
+    from transformers.activations import ACT2FN
+
+    config = plain.config
+    name = config.activation_function if config.model_type == "gpt2" else config.hidden_act
+    active = ACT2FN[name](torch.tensor(_READ, dtype=torch.float64)).item()
+    return active * _READ if config.model_type == "llama" else active
+
+
+def _planted_weights(
+    plain: Any, logits: Float[Tensor, "current next"], d_model: int, d_mlp: int, layers: int
+) -> dict[str, Tensor]:
+    """The planted weights by canonical name: 0 where none is planted."""
+    n, fires = len(logits), _fires(plain)
+    neurons = torch.arange(n)
+    planted: dict[str, Tensor] = {}
+    for layer in range(layers):
+        reads = torch.zeros(d_model, d_mlp)
+        reads[layer * n + neurons, neurons] = 1.0
+        writes = torch.zeros(d_mlp, d_model)
+        if layer == layers - 1:
+            writes[:n, layers * n : (layers + 1) * n] = (logits / fires).float()
+        else:
+            writes[neurons, n + neurons] = _CODE / fires
+        for name in _mlp_weights(plain, layer):
+            planted[f"blocks.{layer}.mlp.{name}"] = writes if name == "W_out" else reads
+    return planted
+
+
+@torch.no_grad()
+def _write_weights(
+    plain: Any, planted: Mapping[str, Tensor], logits: Float[Tensor, "current next"], layers: int,
+    distractors: float, unique: bool, seed: int,
+) -> None:  # fmt: skip
+    """Set every parameter: distractors, the circuit, embeddings, and the norms that undo their own division."""
+    n, d_model = len(logits), plain.config.hidden_size
+    writing = torch.cat([weight[weight != 0] for name, weight in planted.items() if name.endswith("W_out")])
+    strength = {True: distractors * writing.square().mean().sqrt().item(), False: distractors}
+    noise = torch.Generator().manual_seed(seed)
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim < 2 or "wpe" in name:
+            parameter.zero_()
+        else:
+            parameter.copy_(strength[name.endswith(_WRITING)] * torch.randn(parameter.shape, generator=noise))
+    for layer in range(layers):
+        for name, weight in _mlp_weights(plain, layer).items():
+            if unique:
+                _close_detours(name, weight, layer, n, layers)
+            circuit = planted[f"blocks.{layer}.mlp.{name}"]
+            weight.copy_(torch.where(circuit != 0, circuit, weight))
+    _write_embeddings(plain, n, layers * n)
+    _write_norms(plain, _streams(plain, logits, d_model, layers))
+
+
+def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int) -> None:
+    """With two layers: distractors that would lead from a token to its second neuron another way become negative.
+
+    These are the second neurons' weights from the embedding, and other neurons' weights into the second row of slots.
+    """
+    if layers == 1:
+        return
+    if layer == 0 and name == "W_out":
+        part = weight[n:, n : 2 * n]
+        part.copy_(-part.abs())
+    elif layer == 1 and name != "W_out":
+        part = weight[:n, :n]
+        part.copy_(-part.abs())
+
+
+def _write_embeddings(plain: Any, n: int, output: int) -> None:
+    embedding, unembedding = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+    embedding.zero_()
+    embedding[:, :n] = _EMBEDDED * torch.eye(n)
+    unembedding.zero_()
+    unembedding[:, output : output + n] = torch.eye(n)
+
+
+def _streams(
+    plain: Any, logits: Float[Tensor, "current next"], d_model: int, layers: int
+) -> list[tuple[Float[Tensor, " d_model"], float]]:
+    """The residual stream of the circuit alone, as each block and the last norm read it, for a token (they are alike).
+
+    Beside it is the number that the norm shall multiply by, before it divides.
+    """
+    n = len(logits)
+    stream = torch.zeros(d_model, dtype=torch.float64)
+    stream[0] = _EMBEDDED
+    streams = [(stream, _READ / _EMBEDDED)]
+    for layer in range(plain.config.num_hidden_layers):
+        stream = stream.clone()
+        if layer < layers - 1:
+            stream[n] = _CODE
+        elif layer == layers - 1:
+            stream[layers * n : (layers + 1) * n] = logits[0]
+        streams.append((stream, _READ / _CODE))
+    return [*streams[:-1], (stream, 1.0)]
+
+
+def _write_norms(plain: Any, streams: list[tuple[Float[Tensor, " d_model"], float]]) -> None:
+    """Give every norm a weight, and a bias if it has one, such that it multiplies the circuit's stream by a number."""
+    pairs, last = _norms(plain)
+    for norms, (stream, factor) in zip([*pairs, (last,)], streams, strict=True):
+        for norm in norms:
+            subtracted = stream.mean().item() if getattr(norm, "bias", None) is not None else 0.0
+            eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+            divided = math.sqrt((stream - subtracted).square().mean().item() + eps)
+            norm.weight.fill_(factor * divided)
+            if subtracted:
+                norm.bias.fill_(factor * subtracted)
+
+
+# --- the text ---
+
+
+def _sample(
+    rng: np.random.Generator, probs: Float[np.ndarray, "current next"], sequences: int, length: int
+) -> Integer[np.ndarray, "sequence position"]:
+    """Sequences from the Markov chain, begun with a uniform draw: what it is in the long run."""
+    upto = probs.cumsum(1)
+    upto[:, -1] = 1.0
+    tokens = np.zeros((sequences, length), dtype=np.int64)
+    tokens[:, 0] = rng.integers(0, len(probs), sequences)
+    for place in range(1, length):
+        tokens[:, place] = (upto[tokens[:, place - 1]] < rng.random(sequences)[:, None]).sum(1)
+    return tokens
+
+
+def _tokenizer(n: int) -> Any:
+    """A word a token, with spaces between: `<|endoftext|>`, which is token 0, `a` to `z`, `aa` to `az`, and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({_word(index): index for index in range(n)}, unk_token=_word(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **dict.fromkeys(("bos_token", "eos_token", "unk_token"), _word(0))
+    )
+
+
+def _word(index: int) -> str:
+    """The word of a token: bijective base 26."""
+    if index == 0:
+        return "<|endoftext|>"
+    letters = ""
+    while index:
+        index, letter = divmod(index - 1, 26)
+        letters = chr(ord("a") + letter) + letters
+    return letters
