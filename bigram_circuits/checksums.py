@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from bigram_circuits.files import release_pages
 _LARGEST_JSON = 1 << 28  # bytes of a JSON file: parsed, it takes about ten times as much memory
 _LARGEST_HEADER = 1 << 25  # bytes of a tensor file's header
 _HASHED_AT_ONCE = 1 << 24
+_DEEPEST_JSON = 64  # levels of brackets
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _MOST_AXES = 32
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -77,13 +80,23 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: In one line, if it is no JSON, names a field twice, or is nested too deeply.
     """
     try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        if _depth(text) > _DEEPEST_JSON:
+            raise ValueError(f"it is nested too deeply: in more than {_DEEPEST_JSON} levels")
         return json.loads(text, object_pairs_hook=_without_repeats)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("it is nested too deeply, or too large") from error
     except UnicodeError as error:
         raise ValueError("it is not UTF-8 text") from error
     except ValueError as error:  # numbers of thousands of digits also give one
         raise ValueError(_one_line(error)) from error
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets outside of strings go."""
+    plain = np.frombuffer(_STRING.sub("", text).encode("ascii", "replace"), np.uint8)
+    opened, closed = (plain == ord("[")) | (plain == ord("{")), (plain == ord("]")) | (plain == ord("}"))
+    return int(np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int64).max(initial=0))
 
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def _about(text: str) -> dict[str, Any]:
     if not isinstance(about, dict) or set(about) != set(kinds):
         raise ValueError(f"its header should say {', '.join(kinds)}, not {shown(about)}")
     wrong = [name for name, value in about.items() if type(value) not in kinds[name]]
-    if wrong or about["tokens"] < 0 or not 0 <= about["alpha"] < math.inf:
+    if wrong or not 0 <= about["tokens"] < 2**63 or not 0 <= about["alpha"] <= sys.float_info.max:
         raise ValueError(f"what its header says about it cannot be: {shown(about)}")
     return {**about, "alpha": float(about["alpha"])}
 
