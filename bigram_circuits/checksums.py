@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.files import release_pages
-
 _LARGEST_JSON = 1 << 28  # bytes of a JSON file: parsed, it takes about ten times as much memory
 _LARGEST_HEADER = 1 << 25  # bytes of a tensor file's header
 _HASHED_AT_ONCE = 1 << 24
 _DEEPEST_JSON = 64  # levels of brackets
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MOST_AXES = 32
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -50,6 +49,14 @@ The header's can be checked at once; the content's needs the whole file.
 def shown(value: Any) -> str:
     """What came, for an error: in quotes, on one line, and cut short."""
     return _SHORT.repr(value)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written: JSON can hold half of a surrogate pair, which is no character."""
+    try:
+        return value.isascii() or bool(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:
@@ -142,7 +149,11 @@ def read_record(path: str | os.PathLike[str], complaint: str) -> dict[str, Any]:
     try:
         if size > _LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST_JSON:,} that are read")
-        return unsealed(parse_json(Path(path).read_bytes()))
+        text = Path(path).read_bytes()
+        record = unsealed(parse_json(text))
+        if _SURROGATE.search(text) and not is_text(json.dumps(record, ensure_ascii=False)):
+            raise ValueError("it holds half of a surrogate pair: no character")
+        return record
     except ValueError as error:
         raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
 
@@ -177,7 +188,6 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, len(data), _HASHED_AT_ONCE):
             digest.update(data[start : start + _HASHED_AT_ONCE])
-        release_pages(arrays[name])
     return digest.hexdigest()
 
 

@@ -170,12 +170,12 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
     record = read_record(path, "is damaged")
     points = record.get("points")
-    if not {"points", "full", "empty"} <= set(record) or not isinstance(points, list):
+    if set(record) != {"points", "cpr", "cmd", "full", "empty"} or not isinstance(points, list):
         raise ValueError(f"{str(path)!r} is damaged: it is not what a path writes")
     for measured in (*points, record["full"], record["empty"]):
         if not isinstance(measured, dict) or not all(_is_number(value) for value in measured.values()):
             raise ValueError(f"{str(path)!r} is damaged: it should hold numbers by name, not {shown(measured)}")
-        if not set(_MEASURED) <= set(measured):
+        if set(measured) - {"sparsity_weight", "faithfulness"} != set(_MEASURED):
             raise ValueError(f"{str(path)!r} is damaged: it should say {', '.join(_MEASURED)} of every size")
     if any(point.get("sparsity_weight") is None for point in points):
         raise ValueError(f"{str(path)!r} is damaged: one of its sizes has no sparsity weight")
