@@ -265,6 +265,19 @@ def read_tensors(
     return arrays, metadata
 
 
+def count_tensors(path: str | os.PathLike[str]) -> int:
+    """How many tensors a safetensors file names. Raises ValueError if its header cannot be read."""
+    size = regular_size(path)
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"{str(path)!r} has a header of {length:,} bytes, and {size:,} in all")
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{str(path)!r} has a header that is a {type(header).__name__}")
+    return len(header)
+
+
 def _header(header: Any, n_bytes: int) -> tuple[dict[str, str], dict[str, tuple[np.dtype, tuple[int, ...], int, int]]]:
     """The metadata, and of every tensor its type, its shape and its place among the bytes after the header."""
     if not isinstance(header, dict):

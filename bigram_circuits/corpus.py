@@ -34,7 +34,7 @@ _PASSAGE_CHARACTERS = 2_000  # a plain text file is cut into documents of about 
 _SMALL_CORPUS_DOCUMENTS = 512  # up to here the held-out part is topped up to one whole sequence
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
 _LONGEST_LINE = 1 << 28  # characters of a line of JSON
-_MOST_UNPACKED = 1 << 31  # bytes of a column of text in one group of rows
+_MOST_UNPACKED = 1 << 32  # bytes of a group of rows of a Parquet file
 _LONGEST_NAME = 1024  # characters; a longer string is text, not the name of a source
 _DEFAULT_CONTEXT_LENGTH = 128  # the paper's
 
@@ -355,7 +355,7 @@ def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
         names = table.schema_arrow.names
         if text_column not in names:
             raise ValueError(f"{str(file)!r} has the columns {shown(names)}, but {text_column!r} is needed")
-        _check_groups(table, text_column, file)
+        _check_groups(table, file)
         for batch in table.iter_batches(batch_size=256, columns=[text_column]):
             for text in batch.column(0).to_pylist():
                 if isinstance(text, str):
@@ -369,17 +369,18 @@ def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
         raise ValueError(f"{str(file)!r} is not a Parquet file, or is damaged: {reason}") from error
 
 
-def _check_groups(table: Any, text_column: str, file: Path) -> None:
-    """Refuse text that its own header says to be larger than is read at once."""
+def _check_groups(table: Any, file: Path) -> None:
+    """Refuse groups of rows that are larger, by their own header, than is unpacked at once.
+
+    The size of one column is not asked for: on some damaged files, that ends the process (Arrow 26).
+    """
     for index in range(table.metadata.num_row_groups):
-        group = table.metadata.row_group(index)
-        for column in map(group.column, range(group.num_columns)):
-            size = column.total_uncompressed_size
-            if column.path_in_schema == text_column and size > _MOST_UNPACKED:
-                raise ValueError(
-                    f"{str(file)!r} has {size:,} bytes of text in one group of rows, more than {_MOST_UNPACKED:,}: "
-                    f"write it with smaller groups"
-                )
+        size = table.metadata.row_group(index).total_byte_size
+        if not 0 <= size <= _MOST_UNPACKED:
+            raise ValueError(
+                f"{str(file)!r} has {size:,} bytes in one group of rows, more than {_MOST_UNPACKED:,}: "
+                f"write it with smaller groups"
+            )
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.checksums import parse_json, regular_size, shown
+from bigram_circuits.checksums import count_tensors, parse_json, regular_size, shown
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 
 __all__ = [
@@ -100,6 +100,8 @@ def load_model(
     precision = _precision(dtype)
     if is_local(folder):
         _check_folder(folder)
+        with _quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+            _check_matrices(folder)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
     else:
@@ -388,19 +390,50 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
     """Refuse sizes that the weights in the folder cannot have, before a model of these sizes is made."""
-    weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.is_file()]
-    most = max(_LEAST_BOUND, sum(file.stat().st_size for file in weights) * _WEIGHTS_IN_A_BYTE)
+    weights = _weight_files(folder)
+    most = _most_weights(folder)
     for at in (config, config.get("text_config")):
         sizes = {key: value for key, value in at.items() if _SIZE.fullmatch(key)} if isinstance(at, dict) else {}
         for key, value in sizes.items():
             if type(value) is not int and value is not None and not isinstance(value, list):
                 raise ValueError(f"{str(folder / 'config.json')!r}: {key} should be a number, not {shown(value)}")
-            bound = min(most, _MOST_LAYERS) if "layer" in key else most
+            bound = min(most, _most_layers(weights)) if "layer" in key else most
             if type(value) is int and not 0 <= value <= bound:
                 raise ValueError(
                     f"{str(folder / 'config.json')!r}: {key} is {shown(value)}, but with these weights it is at most "
                     f"{bound:,}"
                 )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.is_file()]
+
+
+def _most_weights(folder: Path) -> int:
+    return max(_LEAST_BOUND, sum(file.stat().st_size for file in _weight_files(folder)) * _WEIGHTS_IN_A_BYTE)
+
+
+def _most_layers(weights: list[Path]) -> int:
+    """A layer has a tensor at least; where tensors cannot be counted, what no model has."""
+    if any(file.suffix != ".safetensors" for file in weights):
+        return _MOST_LAYERS
+    try:
+        return min(_MOST_LAYERS, sum(map(count_tensors, weights)))
+    except ValueError:
+        return _MOST_LAYERS  # damaged: loading will say so
+
+
+def _check_matrices(folder: str) -> None:
+    """Refuse matrices larger than all the weights in the folder: also those of sizes that only the library knows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    most = _most_weights(Path(folder))
+    width = getattr(config, "hidden_size", None)
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        size = getattr(config, key, None)
+        if isinstance(width, int) and isinstance(size, int) and size * width > most:
+            raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weights can be")
 
 
 def _check_hub(name: str, revision: str | None) -> None:
