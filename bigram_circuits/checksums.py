@@ -187,7 +187,7 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, len(data), _HASHED_AT_ONCE):
-            digest.update(data[start : start + _HASHED_AT_ONCE])
+            digest.update(data[start : start + _HASHED_AT_ONCE].data)
     return digest.hexdigest()
 
 
