@@ -25,6 +25,7 @@ from jaxtyping import Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.checksums import is_text, parse_json, shown
 from bigram_circuits.files import release_pages
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
@@ -32,6 +33,8 @@ _BATCH_CHARACTERS = 1 << 20  # text tokenised at once
 _PASSAGE_CHARACTERS = 2_000  # a plain text file is cut into documents of about this size
 _SMALL_CORPUS_DOCUMENTS = 512  # up to here the held-out part is topped up to one whole sequence
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
+_LONGEST_LINE = 1 << 28  # characters of a line of JSON
+_MOST_UNPACKED = 1 << 32  # bytes of a group of rows of a Parquet file
 _LONGEST_NAME = 1024  # characters; a longer string is text, not the name of a source
 _DEFAULT_CONTEXT_LENGTH = 128  # the paper's
 
@@ -60,8 +63,12 @@ class Corpus:
         held_out: Integer[np.ndarray, "held_out_sequence position"],
         source: str = "tokens",
     ) -> Corpus:
-        """A corpus of token ids that were made some other way, for example a task's prompts."""
-        parts = [np.ascontiguousarray(part, dtype=np.int32) for part in (train, held_out)]
+        """A corpus of token ids that were made some other way, for example a task's prompts.
+
+        Raises:
+            ValueError: If they are not whole numbers [sequence, position], from 0 to below 2**31.
+        """
+        parts = [_as_ids(part) for part in (train, held_out)]
         counts = (len(parts[0]), len(parts[1]))
         return cls(parts[0], parts[1], source, counts, _fingerprint(*parts), tokenizer_hash="none")
 
@@ -124,6 +131,15 @@ def load_corpus(
     tokenized = _tokenize(documents, tokenizer, salt, max_tokens, n_bytes)
     train, rest, counts = _split(tokenized, held_out, context_length, description)
     return Corpus(train, rest, description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer))
+
+
+def _as_ids(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
+    array = np.asarray(tokens)
+    if array.ndim != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"tokens are {array.dtype} {array.shape} but should be integer ids [sequence, position]")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
+        raise ValueError(f"token ids run from {array.min()} to {array.max()} but should be 0 to {2**31 - 1}")
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def batch_of(
@@ -208,6 +224,8 @@ def _open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str
                 f"{_shortened(str(source))!r} is no name of a file, folder or dataset: give text as a list of str"
             )
         path = Path(source).expanduser()
+        if path.suffix in (".npy", ".npz"):
+            raise ValueError(f"{str(source)!r} is no text: give token ids to Corpus.from_tokens, as arrays")
         if path.exists():
             files = _files_below(path)
             return str(source), _file_documents(files, text_column), _text_size(files)
@@ -256,9 +274,14 @@ def _records(records: Iterable[Any], text_column: str, name: str) -> Iterator[tu
         elif isinstance(record, dict) and text_column in record and record[text_column] is None:
             continue  # a record without text
         else:
-            has = f"the fields {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            has = f"the fields {_named(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(f"record {index} of {name} has {has}, but a text field {text_column!r} is needed")
         yield text, text
+
+
+def _named(record: dict[Any, Any]) -> str:
+    names = sorted(map(str, record))
+    return f"[{', '.join(map(shown, names[:20]))}{', ...' if len(names) > 20 else ''}]"
 
 
 def _files_below(path: Path) -> list[Path]:
@@ -308,32 +331,56 @@ def _passages(file: Path) -> Iterator[str]:
 
 def _jsonl_texts(file: Path, text_column: str) -> Iterator[str]:
     with file.open(encoding="utf-8-sig") as handle:
-        for number, line in enumerate(handle, start=1):
+        for number, line in enumerate(iter(lambda: handle.readline(_LONGEST_LINE), ""), start=1):
             if not line.strip():
                 continue
+            if len(line) == _LONGEST_LINE:
+                raise ValueError(f"line {number} of {str(file)!r} is longer than {_LONGEST_LINE:,} characters")
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"line {number} of {str(file)!r} is not JSON: {error}") from error
-            yield from (text for _, text in _records([record], text_column, f"line {number} of {str(file)!r}"))
+            for _, text in _records([record], text_column, f"line {number} of {str(file)!r}"):
+                if not is_text(text):
+                    raise ValueError(f"line {number} of {str(file)!r} holds half of a surrogate pair: no character")
+                yield text
 
 
 def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        table = ParquetFile(file)
-    except ArrowInvalid as error:
-        raise ValueError(f"{str(file)!r} is not a Parquet file: {error}") from error
-    if text_column not in table.schema_arrow.names:
-        raise ValueError(f"{str(file)!r} has the columns {table.schema_arrow.names}, but {text_column!r} is needed")
-    for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-        for text in batch.column(0).to_pylist():
-            if isinstance(text, str):
-                yield text
-            elif text is not None:
-                raise ValueError(f"column {text_column!r} of {str(file)!r} holds {type(text).__name__}, not text")
+        table = ParquetFile(file, page_checksum_verification=True)
+        names = table.schema_arrow.names
+        if text_column not in names:
+            raise ValueError(f"{str(file)!r} has the columns {shown(names)}, but {text_column!r} is needed")
+        _check_groups(table, file)
+        for batch in table.iter_batches(batch_size=256, columns=[text_column]):
+            for text in batch.column(0).to_pylist():
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise ValueError(f"column {text_column!r} of {str(file)!r} holds {type(text).__name__}, not text")
+    except UnicodeDecodeError:
+        raise
+    except (ArrowException, OSError, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{str(file)!r} is not a Parquet file, or is damaged: {reason}") from error
+
+
+def _check_groups(table: Any, file: Path) -> None:
+    """Refuse groups of rows that are larger, by their own header, than is unpacked at once.
+
+    The size of one column is not asked for: on some damaged files, that ends the process (Arrow 26).
+    """
+    for index in range(table.metadata.num_row_groups):
+        size = table.metadata.row_group(index).total_byte_size
+        if not 0 <= size <= _MOST_UNPACKED:
+            raise ValueError(
+                f"{str(file)!r} has {size:,} bytes in one group of rows, more than {_MOST_UNPACKED:,}: "
+                f"write it with smaller groups"
+            )
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
@@ -367,6 +414,8 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
     for key, text in documents:
         if not text.strip():
             continue
+        if not is_text(text):
+            raise ValueError(f"the document {shown(text)} holds half of a surrogate pair: no character")
         batch.append((key, text))
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors import SafetensorError
 from torch import Tensor
 
+from bigram_circuits.checksums import count_tensors, parse_json, regular_size, shown
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 
 __all__ = [
@@ -54,6 +54,24 @@ _PYTHIA = re.compile(
     r"(EleutherAI/)?pythia(-\d+(\.\d+)?[mb](-deduped)?)?(-v0|(-data|-weight)?-seed\d|-(hidden|attn|all)dropout)?"
 )
 _STANFORD = re.compile(r"stanford-crfm(/[a-z]+-gpt2-(small|medium)-x\d+)?")
+_SHARDS = "model.safetensors.index.json"
+_SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    _SHARDS,
+)
+_LARGEST_SETTINGS = 1 << 26  # bytes
+_WEIGHTS_IN_A_BYTE = 4  # in 2-bit precision
+_LEAST_BOUND = 1 << 16
+_MOST_LAYERS = 1_000
+_SIZE = re.compile(
+    r"vocab_size|n_embd|n_inner|n_layers?|n_heads?|d_model|d_ff|ffn_dim|head_dim|num_experts|num_local_experts"
+    r"|((hidden|intermediate|embedding|moe_intermediate|word_embed_proj)_)(size|dim)"
+    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads"
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -83,6 +101,8 @@ def load_model(
     precision = _precision(dtype)
     if is_local(folder):
         _check_folder(folder)
+        with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+            _check_matrices(folder)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
     else:
@@ -130,8 +150,10 @@ def fresh_huggingface(model: Any) -> tuple[Any, Any]:
     if is_local(source):
         _check_folder(source)
     with quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
-        plain = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=model.cfg.dtype)
-        return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision)
+        plain = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False
+        )
+        return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def checkpoints(name: str) -> tuple[str, ...]:
@@ -345,6 +367,74 @@ def _check_folder(name: str) -> None:
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
+    records = {file: _settings(folder / file) for file in _SETTINGS_FILES if (folder / file).is_file()}
+    shards = records.get(_SHARDS, {}).get("weight_map", {})
+    if not isinstance(shards, dict) or any(
+        not isinstance(file, str) or Path(file).name != file for file in shards.values()
+    ):
+        raise ValueError(f"{str(folder / _SHARDS)!r} names weights outside of its folder")
+    _check_sizes(folder, records["config.json"])
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A small JSON file of a model's folder: read here first, within bounds."""
+    if regular_size(path) > _LARGEST_SETTINGS:
+        raise ValueError(f"{str(path)!r} has {regular_size(path):,} bytes, more than settings need")
+    try:
+        record = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(record).__name__}, not settings by name")
+    return record
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that the weights in the folder cannot have, before a model of these sizes is made."""
+    weights = _weight_files(folder)
+    most = _most_weights(folder)
+    for at in (config, config.get("text_config")):
+        sizes = {key: value for key, value in at.items() if _SIZE.fullmatch(key)} if isinstance(at, dict) else {}
+        for key, value in sizes.items():
+            if type(value) is not int and value is not None and not isinstance(value, list):
+                raise ValueError(f"{str(folder / 'config.json')!r}: {key} should be a number, not {shown(value)}")
+            bound = min(most, _most_layers(weights)) if "layer" in key else most
+            if type(value) is int and not 0 <= value <= bound:
+                raise ValueError(
+                    f"{str(folder / 'config.json')!r}: {key} is {shown(value)}, but with these weights it is at most "
+                    f"{bound:,}"
+                )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.is_file()]
+
+
+def _most_weights(folder: Path) -> int:
+    return max(_LEAST_BOUND, sum(file.stat().st_size for file in _weight_files(folder)) * _WEIGHTS_IN_A_BYTE)
+
+
+def _most_layers(weights: list[Path]) -> int:
+    """A layer has a tensor at least; where tensors cannot be counted, what no model has."""
+    if any(file.suffix != ".safetensors" for file in weights):
+        return _MOST_LAYERS
+    try:
+        return min(_MOST_LAYERS, sum(map(count_tensors, weights)))
+    except ValueError:
+        return _MOST_LAYERS  # damaged: loading will say so
+
+
+def _check_matrices(folder: str) -> None:
+    """Refuse matrices larger than all the weights in the folder: also those of sizes that only the library knows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    most = _most_weights(Path(folder))
+    width = getattr(config, "hidden_size", None)
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        size = getattr(config, key, None)
+        if isinstance(width, int) and isinstance(size, int) and size * width > most:
+            raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weights can be")
 
 
 def _check_hub(name: str, revision: str | None) -> None:
@@ -411,22 +501,27 @@ def _one_line(what: str) -> Iterator[None]:
     """Turn the many-line complaints of the loading libraries into one line that says what failed."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except BaseException as error:  # a damaged file can raise nearly anything
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{what}: {reason.strip()}") from error
+        raise ValueError(f"{what}: {reason.strip()[:300]}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within the block, transformers prints no warnings and no progress bars."""
+    """Without messages, and without the question whether code that comes with a model may run: it may not."""
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
 
+    patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

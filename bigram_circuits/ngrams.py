@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,17 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.checksums import check_content, check_header, read_tensors, seal_tensors, shown
 from bigram_circuits.files import release_pages, whole_file
 
 _CHUNK_TOKENS = 1 << 24
 _GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.ngrams/1"
+_VERIFIED_BYTES = 1 << 28  # tables up to this size are read through when they are loaded: half a second
 
 Tokens = Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
 
@@ -167,6 +169,55 @@ class Level:
     """int32 most likely next token of each row (of equals, the lowest)."""
 
 
+_DTYPES = {
+    "contexts": np.int64,
+    "offsets": np.int64,
+    "tokens": np.int32,
+    "probs": np.float32,
+    "entropy": np.float32,
+    "top": np.int32,
+}  # of a level's tensors, in a file
+
+
+def _size(metadata: Mapping[str, str], name: str) -> int:
+    """A whole number of at least 1 in a file's header."""
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text)):
+        raise ValueError(f"its {name} is {shown(text)}, not a number of at least 1")
+    return int(text)
+
+
+def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
+    """Raise ValueError unless the arrays of a level fit together: without reading through them."""
+    n_contexts, n_entries = len(level["contexts"].reshape(-1)), len(level["tokens"].reshape(-1))
+    sizes = {"offsets": n_contexts + 1, "tokens": n_entries, "probs": n_entries}
+    for name, array in level.items():
+        wanted = (sizes.get(name, n_contexts),)
+        if array.shape != wanted or array.dtype != _DTYPES[name]:
+            raise ValueError(
+                f"level_{index}.{name} is {array.dtype} {shown(array.shape)} but should be "
+                f"{np.dtype(_DTYPES[name])} {wanted}"
+            )
+    if n_contexts == 0 or (level["offsets"][0], level["offsets"][-1]) != (0, n_entries):
+        raise ValueError(f"the rows of level_{index} are not those of its {n_entries} entries")
+
+
+def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> None:
+    """Raise ValueError unless every row of a level can be one."""
+    contexts, probs = level["contexts"], level["probs"]
+    if contexts[0] < 0 or contexts[-1] >= d_vocab**index or (contexts[1:] <= contexts[:-1]).any():
+        raise ValueError(f"the contexts of level_{index} are not in order or outside the vocabulary")
+    if (level["offsets"][1:] <= level["offsets"][:-1]).any():
+        raise ValueError(f"the rows of level_{index} are not in order")
+    for name in ("tokens", "top"):
+        if level[name].min() < 0 or level[name].max() >= d_vocab:
+            raise ValueError(f"level_{index}.{name} goes outside the vocabulary of {d_vocab}")
+    if not (probs.min() > 0 and probs.max() <= 1) or not (level["entropy"].min() >= 0):
+        raise ValueError(f"level_{index} holds probabilities that are none")
+    for array in level.values():
+        release_pages(array)
+
+
 def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> Level:
     contexts, tokens = np.divmod(keys, keys.dtype.type(d_vocab))
     starts = _starts(contexts)
@@ -296,7 +347,7 @@ class NGramTable:
         return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as one safetensors file."""
+        """Write the table as one safetensors file, with its checksums."""
         tensors = {
             f"level_{index}.{name}": getattr(level, name).cpu()
             for index, level in enumerate(self.levels)
@@ -304,26 +355,46 @@ class NGramTable:
         }
         metadata = {"format": _FORMAT, "order": str(self.order), "d_vocab": str(self.d_vocab)}
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, seal_tensors(arrays, metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> NGramTable:
-        """Read what `save` wrote. Raises ValueError if the file is something else."""
+    def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> NGramTable:
+        """Read what `save` wrote; the table stays in the file and is read from there where it is needed.
+
+        Args:
+            path: The file.
+            verify: Read the table through, to check every row and the checksum of all of it. If not given, this is
+                done for tables up to 256 MiB; of larger ones the header, its checksum and all sizes are checked.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is something else, or damaged.
+        """
         if os.path.isdir(path):
             raise ValueError(f"{str(path)!r} is a folder, but an n-gram table is one file")
+        arrays, metadata = read_tensors(path, "is not an n-gram table", mapped=True)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
-                order = int(metadata["order"])
-                levels = tuple(
-                    Level(**{name: file.get_tensor(f"level_{index}.{name}") for name in Level.__annotations__})
-                    for index in range(order)
-                )
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not an n-gram table: {error}") from error
-        return cls(order=order, d_vocab=int(metadata["d_vocab"]), levels=levels)
+            check_header(arrays, metadata, {"format", "order", "d_vocab"})
+            order, d_vocab = _size(metadata, "order"), _size(metadata, "d_vocab")
+            if order > 3 or d_vocab**order > 2**63:
+                raise ValueError(f"it counts {order}-grams over a vocabulary of {d_vocab}")
+            wanted = {f"level_{index}.{name}" for index in range(order) for name in _DTYPES}
+            if set(arrays) != wanted:
+                raise ValueError(f"it lacks or has too much: {shown(min(set(arrays) ^ wanted))}")
+            levels = [{name: arrays[f"level_{index}.{name}"] for name in _DTYPES} for index in range(order)]
+            for index, level in enumerate(levels):
+                _check_sizes(level, index)
+            if verify or (verify is None and sum(array.nbytes for array in arrays.values()) <= _VERIFIED_BYTES):
+                check_content(arrays, metadata)
+                for index, level in enumerate(levels):
+                    _check_rows(level, index, d_vocab)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        tensors = tuple(Level(**{name: torch.from_numpy(array) for name, array in level.items()}) for level in levels)
+        return cls(order=order, d_vocab=d_vocab, levels=tensors)
 
     # A row is addressed by (level, index in that level); `_rows` gives both for every position, flat.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigram_circuits.checksums import read_record, sealed, shown
 from bigram_circuits.corpus import Corpus
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.files import write_text
@@ -24,6 +25,8 @@ from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
 
 _FILE = "path.json"
+_MEASURED = tuple(field.name for field in fields(Faithfulness))
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def find_path(
     ]
     path = SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
     if run_dir is not None:
-        write_text(Path(run_dir) / _FILE, json.dumps(path.to_json(), indent=2) + "\n")
+        write_text(Path(run_dir) / _FILE, json.dumps(sealed(path.to_json()), indent=2) + "\n")
     return path
 
 
@@ -165,10 +168,19 @@ def with_path_metrics(run: Run) -> Run:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not {"points", "full", "empty"} <= set(record):
-            raise ValueError("it is not what a path writes")
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    record = read_record(path, "is damaged")
+    points = record.get("points")
+    if set(record) != {"points", "cpr", "cmd", "full", "empty"} or not isinstance(points, list):
+        raise ValueError(f"{str(path)!r} is damaged: it is not what a path writes")
+    for measured in (*points, record["full"], record["empty"]):
+        if not isinstance(measured, dict) or not all(_is_number(value) for value in measured.values()):
+            raise ValueError(f"{str(path)!r} is damaged: it should hold numbers by name, not {shown(measured)}")
+        if set(measured) - {"sparsity_weight", "faithfulness"} != set(_MEASURED):
+            raise ValueError(f"{str(path)!r} is damaged: it should say {', '.join(_MEASURED)} of every size")
+    if any(point.get("sparsity_weight") is None for point in points):
+        raise ValueError(f"{str(path)!r} is damaged: one of its sizes has no sparsity weight")
     return record
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < _LARGEST)

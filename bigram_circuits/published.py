@@ -9,8 +9,8 @@ and after 2.0, pickle protocols 2 to 5); they check what they are given, and no 
 
 from __future__ import annotations
 
-import io
 import math
+import mmap
 import os
 import pickle
 import pickletools
@@ -18,17 +18,19 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from bigram_circuits.checksums import check_content, check_header, read_tensors, regular_size, shown
 from bigram_circuits.models import hub_errors, is_local, load_model
 from bigram_circuits.subnetwork import Subnetwork
 
 MODEL_KEY = "orig_model_name"
 _ACCOUNT = "tylerachang"
 _FILE = re.compile(r"subnetwork_dict_(?:lambda)?([0-9.e+-]+)\.pickle")
+_MOST_UNPACKED = 1 << 32  # bytes that a compressed file may hold, if nothing is said about the model
+_LONGEST_NAME = 1024  # of a model, characters
 _MOST_OPERATIONS = 200_000  # a mask of 48 blocks has about 10,000
 _OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
     "PROTO",
@@ -80,7 +82,7 @@ def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, holds anything but boolean masks, or was made for another model.
     """
-    masks, made_for = read_masks(path)
+    masks, made_for = read_masks(path, most=sum(parameter.numel() for parameter in model.parameters()))
     ours = str(model.cfg.model_name)
     if made_for is not None and _are_comparable(made_for, ours) and _short(made_for) != _short(ours):
         raise ValueError(f"{str(path)!r} was made for the model {made_for!r}, but this model is {ours!r}")
@@ -123,8 +125,12 @@ def load_published(
     return import_published(path, load_model(model_name) if model is None else model)
 
 
-def read_masks(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str | None]:
+def read_masks(path: str | os.PathLike[str], *, most: int = _MOST_UNPACKED) -> tuple[dict[str, np.ndarray], str | None]:
     """Boolean masks by name, and the name of the model they were made for if the file says; runs nothing in the file.
+
+    Args:
+        path: The file.
+        most: How many elements a compressed file may hold in all: nothing larger is unpacked.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -134,13 +140,12 @@ def read_masks(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         ".pickle": _read_pickle,
         ".pkl": _read_pickle,
-        ".npz": _read_npz,
+        ".npz": lambda path: _read_npz(path, most),
         ".safetensors": _read_safetensors,
     }
     if path.suffix not in readers:
         raise ValueError(f"{str(path)!r} should be a .pickle, .npz or .safetensors file of masks")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    regular_size(path)
     try:
         masks = readers[path.suffix](path)
         made_for = masks.pop(MODEL_KEY, None)
@@ -149,24 +154,63 @@ def read_masks(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str
         if made_for is not None and not isinstance(made_for, str):
             raise ValueError(f"its {MODEL_KEY} is a {type(made_for).__name__}, not a name")
         for name, mask in masks.items():
+            if isinstance(mask, np.ndarray) and mask.dtype == np.bool_ and _has_other_values(mask):
+                raise ValueError(f"{shown(name)} holds values other than 0 and 1")
             if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
                 kind = f"array of {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
-                raise ValueError(f"{name!r} is a {kind}, not a boolean array")
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"{shown(name)} is a {kind}, not a boolean array")
+    except (ValueError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{str(path)!r} is not a file of masks: {reason}") from error
     return masks, made_for
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+def _has_other_values(mask: np.ndarray) -> bool:
+    return bool(mask.size) and int(mask.view(np.uint8).max()) > 1
+
+
+def _read_npz(path: Path, most: int) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = file.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError("it holds two arrays of one name")
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > most + 4 * _LONGEST_NAME * (len(members) + 1):
+                raise ValueError(f"it unpacks to {unpacked:,} bytes, but there can be {most:,} elements at most")
+            return {member.filename.removesuffix(".npy"): _member(file, member) for member in members}
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a damaged zip file can raise nearly anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _member(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array in a zip file: its header is compared with its size before there is an array."""
+    with file.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{shown(member.filename)} is an array in version {version} of its format")
+        shape, is_fortran, dtype = read(stream)
+        is_name = dtype.kind == "U" and shape == () and dtype.itemsize <= 4 * _LONGEST_NAME
+        if dtype != np.bool_ and not is_name:
+            raise ValueError(f"{shown(member.filename)} is an array of {dtype}, not a boolean array")
+        size = math.prod(shape) * dtype.itemsize
+        if any(type(n) is not int or n < 0 for n in shape) or size + stream.tell() != member.file_size:
+            raise ValueError(f"{shown(member.filename)} of shape {shown(shape)} has {member.file_size} bytes in all")
+        data = bytearray(stream.read())  # to its end, where zipfile checks the checksum
+        if len(data) != size:
+            raise ValueError(f"{shown(member.filename)} is cut short")
+    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="np") as file:
-        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        made_for = (file.metadata() or {}).get(MODEL_KEY)
+    masks, metadata = read_tensors(path, "cannot be read")
+    if any(key.endswith("_checksum") for key in metadata):  # else not one of ours, with metadata of its own
+        check_header(masks, metadata, {MODEL_KEY})
+        check_content(masks, metadata)
+    made_for = metadata.get(MODEL_KEY)
     return masks | ({} if made_for is None else {MODEL_KEY: made_for})
 
 
@@ -174,11 +218,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        _check_operations(file, path.stat().st_size)
+    size = path.stat().st_size
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        _check_operations(file, size)
         file.seek(0)
         try:
-            found = _MaskUnpickler(file).load()
+            found = _MaskUnpickler(file, size).load()
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise ValueError(f"{type(error).__name__}: {error}") from error
     if type(found) is not dict or any(type(name) is not str for name in found):
@@ -186,9 +231,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return {name: value.array if isinstance(value, _Array) else value for name, value in found.items()}
 
 
-def _check_operations(file: io.BufferedReader, size: int) -> None:
+def _check_operations(file: BinaryIO | mmap.mmap, size: int) -> None:
     """Refuse operations that a dict of arrays does not need, and numbers that would only serve to fill the memory."""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
         if operation.name not in _OPERATIONS:
             raise ValueError(f"the pickle holds the operation {operation.name}, which masks have no use for")
         if count >= _MOST_OPERATIONS:
@@ -200,12 +245,27 @@ def _check_operations(file: io.BufferedReader, size: int) -> None:
 
 
 class _MaskUnpickler(pickle.Unpickler):
-    """Knows the names that boolean arrays are pickled with, as stand-ins that only make boolean arrays."""
+    """Knows the names that boolean arrays are pickled with, as stand-ins that only make boolean arrays.
+
+    What they make in all is no larger than the file: a pickle can use one long string a thousand times.
+    """
+
+    def __init__(self, file: Any, size: int) -> None:
+        super().__init__(file)
+        self._left = size
+        self._encode = _StandIn(self._encoded)
+
+    def _encoded(self, text: Any, encoding: Any) -> bytes:
+        data = _encode(text, encoding)
+        self._left -= len(data)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it makes more bytes than the file has")
+        return data
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
-        return _STAND_INS[module, name]
+        return self._encode if name == "encode" else _STAND_INS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside the file, which is not allowed")

@@ -22,9 +22,11 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits import markup, metrics
+from bigram_circuits.checksums import read_record, sealed, shown
 from bigram_circuits.files import write_text
 
 _FORMAT = "bigram_circuits.result/1"
+_NUMBERS = ("values", "low", "high")
 _COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
     "full": "#222222",
     "subnetwork": "#0072B2",
@@ -71,6 +73,8 @@ class Result(ABC):
     """How it was measured: numbers of tokens, seeds, settings, as JSON values."""
 
     kinds: ClassVar[dict[str, type[Result]]] = {}
+    axes: ClassVar[tuple[str, ...]]
+    """The fields that name the axes of the numbers."""
 
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
@@ -93,8 +97,8 @@ class Result(ABC):
         return {"format": _FORMAT, "kind": type(self).__name__, **values}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a JSON file."""
-        write_text(Path(path), json.dumps(self.to_json()) + "\n")
+        """Write it as a JSON file, with a checksum."""
+        write_text(Path(path), json.dumps(sealed(self.to_json())) + "\n")
 
     @abstractmethod
     def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
@@ -118,6 +122,8 @@ class Result(ABC):
 @dataclass(frozen=True)
 class Curves(Result):
     """Quantities along an axis, a line for every condition."""
+
+    axes = ("quantities", "conditions", "points")
 
     axis: str
     """What the points are: `layer`, `fraction`, `checkpoint`."""
@@ -210,6 +216,8 @@ class Curves(Result):
 @dataclass(frozen=True)
 class Maps(Result):
     """A matrix for every quantity and condition."""
+
+    axes = ("quantities", "conditions", "rows", "columns")
 
     row_axis: str
     """What the rows are, for example `layer`."""
@@ -324,6 +332,8 @@ class Maps(Result):
 class Effects(Result):
     """A list of things, with numbers for each."""
 
+    axes = ("quantities", "names")
+
     subject: str
     """What the things are, for example `ablation`, `head`, `component`."""
     names: tuple[str, ...]
@@ -417,23 +427,48 @@ def load_result(path: str | os.PathLike[str]) -> Result:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a result, or of another format.
+        ValueError: If it is not a result, of another format, or damaged.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    complaint = "is not a result that can be read"
+    record = read_record(path, complaint)
     try:
-        record = json.loads(text)
         if record.get("format") != _FORMAT:
-            raise ValueError(f"its format is {record.get('format')!r}, but {_FORMAT!r} is needed")
+            raise ValueError(f"its format is {shown(record.get('format'))}, but {_FORMAT!r} is needed")
         return result_from_json(record)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is not a result that can be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
 
 
 def result_from_json(record: Mapping[str, Any]) -> Result:
-    """A result from the values that `to_json` gave."""
-    kind = Result.kinds[record["kind"]]
-    values = {one.name: _from_json(one.name, record[one.name]) for one in fields(kind)}
+    """A result from the values that `to_json` gave.
+
+    Raises:
+        ValueError: If they are not what such a result holds.
+    """
+    kind = Result.kinds.get(record["kind"]) if isinstance(record.get("kind"), str) else None
+    if kind is None:
+        raise ValueError(f"its kind is {shown(record.get('kind'))}, not one of {', '.join(Result.kinds)}")
+    names = {one.name for one in fields(kind)}
+    if set(record) != names | {"format", "kind"}:
+        raise ValueError(f"it lacks or has too much: {shown(min(set(record) ^ (names | {'format', 'kind'})))}")
+    values = {name: _from_json(name, record[name]) for name in names}
+    _check_fit(kind, values)
     return kind(**values)
+
+
+def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the numbers have the shape that the names of their axes make."""
+    shape = tuple(len(values[axis]) for axis in kind.axes)
+    for name in _NUMBERS:
+        numbers = values.get(name)
+        if numbers is not None and numbers.shape != shape:
+            raise ValueError(f"its {name} have shape {numbers.shape} but should have {shape}")
+    if values.get("text") is not None and not _is_grid(values["text"], shape[1:]):
+        raise ValueError(f"its text should be words in lists of {shape[1:]}")
+    if not isinstance(values["notes"], dict):
+        raise ValueError(f"its notes should have names, not be {shown(values['notes'])}")
+    if not values["quantities"]:
+        raise ValueError("it has no quantities")
 
 
 def _to_json(value: Any) -> Any:
@@ -449,11 +484,60 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(name: str, value: Any) -> Any:
-    if name in ("values", "low", "high"):
-        return np.array(value, dtype=float)
+    if name in _NUMBERS:
+        return _numbers(name, value)
     if name == "quantities":
-        return tuple(Quantity(**one) for one in value)
-    return _tuples(value) if isinstance(value, list) else value
+        return tuple(_quantity(one) for one in _list(name, value))
+    if name == "notes":
+        return value
+    if name == "text":
+        return None if value is None else _tuples(_list(name, value))
+    if name in ("title", "axis", "row_axis", "column_axis", "subject"):
+        return _text(name, value)
+    if name == "points":
+        return tuple(one if type(one) in (int, float) else _text(name, one) for one in _list(name, value))
+    return tuple(_text(name, one) for one in _list(name, value))
+
+
+def _numbers(name: str, value: Any) -> Float[np.ndarray, "..."]:
+    """Nested lists of numbers, with None where one is undefined."""
+    if not _are_numbers(_list(name, value)):
+        raise ValueError(f"its {name} hold something else than numbers")
+    try:
+        return np.array(value, dtype=float)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"its {name} are no table of numbers") from error
+
+
+def _are_numbers(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_are_numbers, value))
+    return value is None or type(value) in (int, float)
+
+
+def _is_grid(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these are words in nested tuples of a shape."""
+    if not shape:
+        return isinstance(value, str)
+    return isinstance(value, tuple) and len(value) == shape[0] and all(_is_grid(one, shape[1:]) for one in value)
+
+
+def _quantity(value: Any) -> Quantity:
+    if not isinstance(value, dict) or set(value) != {"name", "unit", "meaning"}:
+        raise ValueError(f"a quantity has a name, a unit and a meaning, not {shown(value)}")
+    return Quantity(**{name: _text(name, one) for name, one in value.items()})
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"its {name} should be a list, not {shown(value)}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"its {name} should be text, not {shown(value)}")
+    return value
 
 
 def _tuples(value: Any) -> Any:

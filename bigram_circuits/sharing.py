@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bigram_circuits.checksums import seal_tensors
 from bigram_circuits.files import default_mode, whole_file
 from bigram_circuits.layouts import huggingface_layout
 from bigram_circuits.models import fresh_huggingface, hub_errors, is_local
@@ -75,12 +76,13 @@ def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str
     made_for = {} if is_local(name) else {MODEL_KEY: name}  # a path says nothing to others
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file(masks, temporary, made_for)
+            arrays = {key: mask.numpy() for key, mask in masks.items()}
+            save_file(masks, temporary, seal_tensors(arrays, made_for))
         else:
             with temporary.open("wb") as file:
-                arrays: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
-                arrays |= {key: np.array(value) for key, value in made_for.items()}
-                np.savez_compressed(file, **arrays)
+                content: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
+                content |= {key: np.array(value) for key, value in made_for.items()}
+                np.savez_compressed(file, **content)  # a zip file: every member has a checksum
     return path
 
 

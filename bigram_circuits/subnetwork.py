@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from bigram_circuits import markup
+from bigram_circuits.checksums import HEADER, check_header, header_checksum, is_shape, parse_json, read_tensors, shown
 from bigram_circuits.files import whole_file
 from bigram_circuits.layouts import huggingface_layout
 from bigram_circuits.sites import weight_hash, weight_sites
 
 _FORMAT = "bigram_circuits.subnetwork/1"
+_METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
 _RANDOM_BLOCK = 1 << 20  # weights drawn at once
 _LAYERS_SHOWN = 16  # in a notebook
 _HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
@@ -404,7 +406,7 @@ class Subnetwork(Mapping[str, Tensor]):
             "checksum": self.checksum,
         }
         with whole_file(path) as temporary:
-            save_file(dict(self._packed), temporary, metadata)
+            save_file(dict(self._packed), temporary, metadata | {HEADER: header_checksum(self._packed, metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None) -> Subnetwork:
@@ -412,35 +414,18 @@ class Subnetwork(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no subnetwork or of another format version, its names, shapes or counts do not
-                agree, or, with `model`, it was made for other shapes or other weights.
+            ValueError: If the file is no subnetwork or of another format version, its names, shapes, counts or
+                checksums do not agree, or, with `model`, it was made for other shapes or other weights.
         """
         if os.path.isdir(path):
             raise ValueError(f"{str(path)!r} is a folder: give the subnetwork.safetensors in it")
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a subnetwork file: {error}") from error
+        packed, metadata = read_tensors(path, "is not a subnetwork file")
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        lengths = {name: -(-int(np.prod(shape)) // 8) for name, shape in shapes.items()}
-        if any(bits.dtype != np.uint8 for bits in packed.values()) or (
-            {name: bits.shape for name, bits in packed.items()} != {name: (size,) for name, size in lengths.items()}
-        ):
-            raise ValueError(f"{str(path)!r} is damaged: its tensors are not those its header names")
-        packed = {name: packed[name] for name in shapes}
-        if metadata.get("checksum") != _checksum(packed):
-            raise ValueError(f"{str(path)!r} is damaged: its bits are not those that were written")
-        made_for = metadata["model_name"] or None, metadata["weight_hash"] or None
-        loaded = cls._from_packed(shapes, packed, *made_for, metadata["lineage"])
-        if (loaded.kept, loaded.total) != (int(metadata["kept"]), int(metadata["total"])):
-            raise ValueError(
-                f"{str(path)!r} is damaged: it should keep {metadata['kept']} of {metadata['total']} weights, "
-                f"but keeps {loaded.kept} of {loaded.total}"
-            )
+            raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
+        try:
+            loaded = cls._from_file(packed, metadata)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
         if model is not None:
             loaded.check_fits(model)
             if loaded.weight_hash is not None and loaded.weight_hash != (found := weight_hash(model)):
@@ -449,6 +434,38 @@ class Subnetwork(Mapping[str, Tensor]):
                     f"but this model ({model.cfg.model_name!r}) has weight hash {found}"
                 )
         return loaded
+
+    @classmethod
+    def _from_file(cls, packed: dict[str, np.ndarray], metadata: Mapping[str, str]) -> Subnetwork:
+        check_header(packed, metadata, set(_METADATA))
+        missing = [name for name in _METADATA if name not in metadata]
+        if missing:
+            raise ValueError(f"its header does not say its {missing[0]}")
+        shapes = _shapes_of(metadata["shapes"])
+        wanted = {name: (-(-math.prod(shape) // 8),) for name, shape in shapes.items()}
+        if any(bits.dtype != np.uint8 for bits in packed.values()) or (
+            {name: bits.shape for name, bits in packed.items()} != wanted
+        ):
+            raise ValueError("its tensors are not those its header names")
+        packed = {name: packed[name] for name in shapes}
+        if metadata["checksum"] != _checksum(packed):
+            raise ValueError("its bits are not those that were written")
+        made_for = metadata["model_name"] or None, metadata["weight_hash"] or None
+        loaded = cls._from_packed(shapes, packed, *made_for, metadata["lineage"])
+        if (str(loaded.kept), str(loaded.total)) != (metadata["kept"], metadata["total"]):
+            raise ValueError(
+                f"it should keep {shown(metadata['kept'])} of {shown(metadata['total'])} weights, "
+                f"but keeps {loaded.kept} of {loaded.total}"
+            )
+        return loaded
+
+
+def _shapes_of(text: str) -> dict[str, tuple[int, ...]]:
+    """The shapes in a file's header."""
+    shapes = parse_json(text)
+    if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
+        raise ValueError("the shapes in its header are not shapes by name")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import trange
@@ -34,6 +34,14 @@ from bigram_circuits.analysis.conditions import (
     observe,
     reduced_to,
 )
+from bigram_circuits.checksums import (
+    check_content,
+    check_header,
+    parse_json,
+    read_tensors,
+    seal_tensors,
+    shown,
+)
 from bigram_circuits.corpus import Corpus, batch_of, spread, token_array
 from bigram_circuits.files import whole_file
 from bigram_circuits.models import check_model, check_tokens, readout, residual_streams, rows_at_once
@@ -41,6 +49,7 @@ from bigram_circuits.sites import weight_hash
 from bigram_circuits.subnetwork import Subnetwork
 
 _FORMAT = "bigram_circuits.affine_maps/1"
+_TENSORS = ("output_weight", "output_bias", "input_weight", "input_bias")
 RECALLS = (1, 5, 10)
 """The k of recall@k."""
 
@@ -75,12 +84,12 @@ class AffineMaps:
         return _affine(residual, self.input_weight[layer], self.input_bias[layer])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file."""
-        names = ("output_weight", "output_bias", "input_weight", "input_bias")
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in names}
+        """Write a safetensors file, with its checksums."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         about = {name: getattr(self, name) for name in ("weight_hash", "condition", "tokens", "alpha")}
         with whole_file(Path(path)) as temporary:
-            save_file(tensors, temporary, {"format": _FORMAT, "about": json.dumps(about)})
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any = None) -> AffineMaps:
@@ -90,20 +99,43 @@ class AffineMaps:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or something else, or was fitted on another model.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} holds no affine maps: {error}") from error
+        arrays, metadata = read_tensors(path, "holds no affine maps")
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}, but {_FORMAT!r} is needed")
-        maps = cls(**tensors, **json.loads(metadata["about"]))
+            raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
+        try:
+            check_header(arrays, metadata, {"format", "about"})
+            check_content(arrays, metadata)
+            _check_sizes(arrays)
+            about = _about(metadata.get("about", ""))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        maps = cls(**{name: torch.from_numpy(array) for name, array in arrays.items()}, **about)
         if model is not None:
             check_maps(model, {"": maps}, {"": None})
         return maps
+
+
+def _check_sizes(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless these are the four tensors, and fit together."""
+    if set(arrays) != set(_TENSORS):
+        raise ValueError(f"it should hold {', '.join(_TENSORS)}, not {shown(sorted(arrays))}")
+    shapes = [arrays[name].shape for name in _TENSORS]
+    layers, d_model, d_embed = (*shapes[0][:2], shapes[2][-1] if shapes[2] else 0) if len(shapes[0]) == 3 else (0, 0, 0)
+    wanted = [(layers, d_model, d_model), (layers, d_model), (layers, d_model, d_embed), (layers, d_embed)]
+    if shapes != wanted or any(array.dtype.kind != "f" for array in arrays.values()):
+        raise ValueError(f"its tensors do not fit together: their shapes are {', '.join(map(shown, shapes))}")
+
+
+def _about(text: str) -> dict[str, Any]:
+    """What the header of a file says about its maps."""
+    about = parse_json(text)
+    kinds = {"weight_hash": (str,), "condition": (str,), "tokens": (int,), "alpha": (int, float)}
+    if not isinstance(about, dict) or set(about) != set(kinds):
+        raise ValueError(f"its header should say {', '.join(kinds)}, not {shown(about)}")
+    wrong = [name for name, value in about.items() if type(value) not in kinds[name]]
+    if wrong or not 0 <= about["tokens"] < 2**63 or not 0 <= about["alpha"] <= sys.float_info.max:
+        raise ValueError(f"what its header says about it cannot be: {shown(about)}")
+    return {**about, "alpha": float(about["alpha"])}
 
 
 def _affine(rows: Float[Tensor, "*rows d"], weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"]) -> Tensor:
