@@ -109,7 +109,7 @@ def find_path(
 
     Raises:
         ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
-        FolderInUseError: If another process is writing `run_dir`.
+        OSError: If another process is writing `run_dir`, or it cannot be written.
     """
     weights = sorted(set(sparsity_weights))
     if len(weights) < 2:

@@ -200,10 +200,9 @@ def find_subnetwork(
     Raises:
         ValueError: If target and model do not agree, `run_dir` holds a run with other settings, or the loss is not
             finite and stays so with lower learning rates.
-        FolderInUseError: If another process is writing `run_dir`.
         MemoryError: If the device runs out of memory; the message says what to change.
-        OSError: If `run_dir` cannot be written, as when the disk is full. What was written is whole, and the run can
-            go on from it.
+        OSError: If another process is writing `run_dir` (the message says which), or it cannot be written, as when the
+            disk is full. What was written is whole, and the run can go on from it.
         KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint where there is a `run_dir`.
     """
     config = config or SparsifyConfig()
