@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         sufficiency,
     )
     from bigram_circuits.corpus import Corpus, load_corpus
-    from bigram_circuits.evaluation import Evaluation, evaluate
+    from bigram_circuits.evaluation import Evaluation, SoftHardGap, evaluate, soft_hard_gap
     from bigram_circuits.falsification import (
         Falsification,
         RenamedTarget,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from bigram_circuits.layouts import Layout, huggingface_layout
     from bigram_circuits.masking import gated, masked
+    from bigram_circuits.memory import MemoryForecast
     from bigram_circuits.metrics import Faithfulness
     from bigram_circuits.models import ActivationPoint, activation_points, checkpoints, load_model
     from bigram_circuits.ngrams import NGramCounter, NGramTable, count_ngrams
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
     from bigram_circuits.subnetwork import Count, Subnetwork
     from bigram_circuits.targets import InducedTarget, ModelTarget, NextTokenTarget, Target
-    from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+    from bigram_circuits.training import FoundSubnetwork, SparsifyConfig, find_subnetwork, forecast_memory
 
 __version__ = "0.1.0"
 
@@ -71,10 +72,11 @@ _HOMES = {
         "sufficiency",
     ),
     "corpus": ("Corpus", "load_corpus"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation", "SoftHardGap", "evaluate", "soft_hard_gap"),
     "falsification": ("Falsification", "RenamedTarget", "falsify", "load_falsification", "with_random_blocks"),
     "layouts": ("Layout", "huggingface_layout"),
     "masking": ("gated", "masked"),
+    "memory": ("MemoryForecast",),
     "metrics": ("Faithfulness",),
     "models": ("ActivationPoint", "activation_points", "checkpoints", "load_model"),
     "ngrams": ("NGramCounter", "NGramTable", "count_ngrams"),
@@ -88,7 +90,7 @@ _HOMES = {
     "sites": ("WeightSite", "weight_hash", "weight_sites"),
     "subnetwork": ("Count", "Subnetwork"),
     "targets": ("InducedTarget", "ModelTarget", "NextTokenTarget", "Target"),
-    "training": ("FoundSubnetwork", "SparsifyConfig", "find_subnetwork"),
+    "training": ("FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 the work failed or was interrupted, 2 the arguments are wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(arguments)
+        with _terminated_like_ctrl_c():
+            return arguments.command(arguments)
     except KeyboardInterrupt as stop:
-        return _say(str(stop) or "interrupted; what the run had written stays in its folder", 1)
-    except (ValueError, OSError, MemoryError) as error:
+        return _say(str(stop) or "interrupted; what the run had written stays, and the same command goes on", 1)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = _one_line(error)
+        if isinstance(error, MemoryError | RuntimeError):
+            from bigram_circuits.training import LESS_MEMORY, is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            line = line if LESS_MEMORY in line else f"out of memory: {LESS_MEMORY} ({line[:200]})"
         if arguments.traceback:
             raise
-        return _say(f"error: {_one_line(error)}", 1)
+        return _say(f"error: {line}", 1)
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Within the block, SIGTERM does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt("terminated; what the run had written stays, and the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str, code: int) -> int:
@@ -201,7 +229,7 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models import load_model
     from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import STOPS, RunFolder
-    from bigram_circuits.training import find_subnetwork, run_settings
+    from bigram_circuits.training import find_subnetwork, forecast_memory, run_settings
 
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
     corpus = load_corpus(
@@ -230,25 +258,40 @@ def _find(arguments: argparse.Namespace) -> int:
     print(f"text    {corpus!r}")
     print(f"target  {target!r}")
     print(f"run     {out}{' (found before; --fresh starts over)' if folder.is_finished else ''}", flush=True)
-    found = find_subnetwork(model, target, corpus, config, run_dir=out)
-    try:
-        evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
-        folder.write_metrics(evaluation.to_json())
-        print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n", flush=True)
-        if not arguments.no_analysis:
-            analyses = analyze(model, found.subnetwork, target, corpus)
-            analyses.save(out / "analysis")
-            print(f"{analyses}\n")
-        if arguments.falsify:
-            print(f"{falsify(model, target, corpus, config, found=found.subnetwork, run_dir=out / 'falsify')}\n")
-    except KeyboardInterrupt:
-        kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
-        raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
-    report = write_report(out)
+    if not folder.is_finished:
+        print(f"memory  {forecast_memory(model, target, corpus, config)}", flush=True)
+    with folder.lock():
+        found = find_subnetwork(model, target, corpus, config, run_dir=out)
+        try:
+            evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+            folder.write_metrics(evaluation.to_json())
+            print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n", flush=True)
+            if not arguments.no_analysis:
+                analyses = analyze(model, found.subnetwork, target, corpus)
+                analyses.save(out / "analysis")
+                print(f"{analyses}\n")
+            if arguments.falsify:
+                print(f"{falsify(model, target, corpus, config, found=found.subnetwork, run_dir=out / 'falsify')}\n")
+            report = write_report(out)
+        except KeyboardInterrupt:
+            kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
+            raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     print(
         f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
         f"{STOPS[found.stopped_because]}"
     )
+    if found.rollbacks:
+        print(
+            f"the loss exploded {len(found.rollbacks)} times, and the run went back each time (training.json); "
+            f"learning rate at the end {found.rollbacks[-1]['learning_rate']:g}"
+        )
+    if found.gap:
+        print(
+            f"on the last batch: cross-entropy {found.gap.soft:.3f} nats with soft gates, {found.gap.hard:.3f} with "
+            "the mask"
+        )
+        if found.gap.warning:
+            print(f"WARNING: {found.gap.warning}")
     print(f"{time.monotonic() - started:.0f} s in all; files in {out}/: {', '.join(folder.files())}")
     print(f"the page to look at: {report}")
     return 0
@@ -334,32 +377,45 @@ def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.report.page import write_report
-    from bigram_circuits.runs import RunFolder
 
-    model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
-    evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
-    RunFolder(arguments.run).write_metrics(evaluation.to_json())
-    print(f"{evaluation}\n\n{_where(subnetwork)}\n\nthe page to look at: {write_report(arguments.run)}")
+    with _run_to_write(arguments.run) as folder:
+        model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
+        evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
+        folder.write_metrics(evaluation.to_json())
+        print(f"{evaluation}\n\n{_where(subnetwork)}\n\nthe page to look at: {write_report(arguments.run)}")
     return 0
+
+
+@contextmanager
+def _run_to_write(path: Path) -> Iterator[Any]:
+    """The folder of a finished run, locked, so that only one process at a time writes results to it."""
+    from bigram_circuits.runs import RunFolder, load_run
+
+    load_run(path)  # a folder that holds no finished run is not touched
+    folder = RunFolder(path)
+    with folder.lock():
+        yield folder
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.report.page import write_report
 
-    model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
-    options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
-    analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
-    analyses.save(arguments.run / "analysis")
-    print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
-    print(f"the page to look at: {write_report(arguments.run)}")
+    with _run_to_write(arguments.run):
+        model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
+        options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
+        analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
+        analyses.save(arguments.run / "analysis")
+        print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
+        print(f"the page to look at: {write_report(arguments.run)}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from bigram_circuits.report.page import write_report
 
-    print(write_report(arguments.run))
+    with _run_to_write(arguments.run):
+        print(write_report(arguments.run))
     return 0
 
 

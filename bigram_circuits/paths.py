@@ -6,7 +6,6 @@ never considered again), so a smaller subnetwork is always a part of a larger on
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.checksums import read_record, sealed, shown
+from bigram_circuits.checksums import shown
 from bigram_circuits.corpus import Corpus
 from bigram_circuits.evaluation import evaluate
-from bigram_circuits.files import write_text
+from bigram_circuits.files import checked_json, read_checked_json, remove_leftovers, write_text
+from bigram_circuits.locks import lock_folder
 from bigram_circuits.metrics import Faithfulness, mean_over_log_size
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.subnetwork import Subnetwork
@@ -112,16 +112,30 @@ def find_path(
 
     Raises:
         ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
+        OSError: If another process is writing `run_dir`, or it cannot be written.
     """
     weights = sorted(set(sparsity_weights))
     if len(weights) < 2:
         raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")
     if config.target_fraction is not None:
         raise ValueError("a path goes along sparsity weights: leave out target_fraction")
+    if run_dir is None:
+        return _along(weights, model, target, corpus, config, None, rebuild)
+    with lock_folder(run_dir):
+        remove_leftovers(Path(run_dir))
+        path = _along(weights, model, target, corpus, config, Path(run_dir), rebuild)
+        write_text(Path(run_dir) / _FILE, checked_json(path.to_json()))
+    return path
+
+
+def _along(
+    weights: Sequence[float | int], model: Any, target: Any, corpus: Corpus, config: SparsifyConfig,
+    run_dir: Path | None, rebuild: Mapping[str, Any] | None,
+) -> SubnetworkPath:  # fmt: skip
     found: list[FoundSubnetwork] = []
     within = None
     for weight in weights:
-        folder = None if run_dir is None else Path(run_dir) / f"weight-{weight:g}"
+        folder = None if run_dir is None else run_dir / f"weight-{weight:g}"
         recipe = replace(config, sparsity_weight=weight)
         found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, rebuild=rebuild))
         within = found[-1].subnetwork
@@ -130,10 +144,7 @@ def find_path(
         evaluate(model, subnetwork, target, corpus.held_out, controls=False).subnetwork
         for subnetwork in (*ends, *(one.subnetwork for one in found))
     ]
-    path = SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
-    if run_dir is not None:
-        write_text(Path(run_dir) / _FILE, json.dumps(sealed(path.to_json()), indent=2) + "\n")
-    return path
+    return SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
 
 
 def is_path(folder: str | os.PathLike[str]) -> bool:
@@ -168,7 +179,7 @@ def with_path_metrics(run: Run) -> Run:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
-    record = read_record(path, "is damaged")
+    record = read_checked_json(path, "`find` with the same --sparsity-weights writes it again")
     points = record.get("points")
     if set(record) != {"points", "cpr", "cmd", "full", "empty"} or not isinstance(points, list):
         raise ValueError(f"{str(path)!r} is damaged: it is not what a path writes")

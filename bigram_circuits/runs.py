@@ -3,28 +3,45 @@
 `config.json` is written first and says everything needed to run it again; a folder whose settings differ from the ones
 asked for is never touched. While a run learns, `progress.jsonl` grows by a line a step and `checkpoint/` holds
 the state to continue from; it is removed when the subnetwork is there.
+
+Whenever a run is killed, the same command continues it to the same result. What a checkpoint needs is on the disk
+before the checkpoint is, and it vouches for it: it knows how much of `progress.jsonl` came before, and its digest.
+Who writes holds the folder's lock (`locks.py`), and first clears away what a killed process left half done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bigram_circuits import markup
-from bigram_circuits.files import whole_file, write_text
+from bigram_circuits.files import (
+    cannot_write,
+    checked_json,
+    is_leftover,
+    read_checked_json,
+    recover_folder,
+    remove_leftovers,
+    whole_file,
+    write_text,
+)
+from bigram_circuits.locks import LOCK, holder, lock_folder
 from bigram_circuits.subnetwork import Subnetwork
 
 _FORMAT = "bigram_circuits.run/1"
@@ -39,6 +56,7 @@ LEFT_OUT = "left_out.json"
 """Beside the analyses of a run: those that the model does not show, with the reasons."""
 _CHECKPOINT_SHARE = 0.02  # of the time spent learning, at most, goes into checkpoints
 _CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
+_CHECKPOINT_SPEED = 1e8  # bytes a second, as long as no checkpoint was written that could be timed
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,10 @@ class Checkpoint:
     """Which data order, from 0."""
     seconds: float
     """Time spent learning so far."""
+    rollbacks: Sequence[Mapping[str, Any]] = ()
+    """Where the loss exploded in this attempt, and what was done."""
+    good_step: int | None = None
+    """The step of the last good state, whose tensors are named `good.`; None: there is none but the attempt's start."""
 
 
 class RunFolder:
@@ -60,8 +82,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last_checkpoint = time.monotonic()
-        self._checkpoint_cost = 0.0
+        self._opened = self._last_checkpoint = time.monotonic()
+        self._checkpoint_cost: float | None = None  # of the last one, in seconds
+        self._spent = 0.0  # on all of them
+        self._progress: _Progress | None = None  # what is in progress.jsonl, once this process has written to it
 
     @classmethod
     def open(
@@ -85,29 +109,35 @@ class RunFolder:
             OSError: If it cannot be written.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
-        config = path / "config.json"
         wanted = json.loads(json.dumps(settings))
-        if config.is_file():
-            record = _read_json(config)
-            if record.get("format") != _FORMAT:  # for example a model's folder
-                raise ValueError(f"{str(config)!r} is not that of a run ({_FORMAT}): choose another folder")
-            there = record.get("settings")
-            if there != wanted:
-                raise ValueError(
-                    f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder"
-                )
-            folder = cls(path)
-            if not resume:
-                folder._clear()
+        is_there = _check_settings(path, wanted)
+        folder = cls(path)
+        if is_there and resume:
             return folder
-        if path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
-        record = {"format": _FORMAT, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "settings": wanted}
-        record |= {"rebuild": rebuild, "versions": versions()}
-        write_text(config, json.dumps(record, indent=2) + "\n")
-        return cls(path)
+        with folder.lock():
+            if _check_settings(path, wanted):  # again: another process may have been faster
+                if not resume:
+                    folder._clear()
+                return folder
+            created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            record = {"format": _FORMAT, "created": created, "settings": wanted, "rebuild": rebuild}
+            write_text(path / "config.json", checked_json(record | {"versions": versions()}))
+        return folder
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Within the block, no other process writes here; what a killed one left half done is cleared away first.
+
+        Raises:
+            FolderInUseError: If another process is writing here; the message says which.
+        """
+        with lock_folder(self.path):
+            recover_folder(self.path / "analysis")
+            for place in (self.path, self.path / "checkpoint", self.path / "analysis"):
+                remove_leftovers(place)
+            if self.is_finished:
+                shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+            yield
 
     def _clear(self) -> None:
         for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl", "report.html"):
@@ -123,45 +153,139 @@ class RunFolder:
 
     def begin_progress(self, records: list[dict[str, Any]]) -> None:
         """Start `progress.jsonl` with these records: those before a checkpoint, or none."""
-        write_text(self.path / "progress.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_text(self._progress_path, text)
+        self._progress = _Progress(text.encode())
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to `progress.jsonl`."""
-        with (self.path / "progress.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self._progress is None:
+            self.begin_progress(self.history())  # a last line that was cut short goes
+            assert self._progress is not None
+        line = (json.dumps(record) + "\n").encode()
+        with cannot_write(self._progress_path), self._progress_path.open("ab") as file:
+            file.write(line)
+        self._progress.add(line)
+
+    @property
+    def _progress_path(self) -> Path:
+        return self.path / "progress.jsonl"
+
+    def _sync_progress(self) -> dict[str, Any] | None:
+        """Have `progress.jsonl` on the disk; returns its digest and size."""
+        if self._progress is None:
+            if not self._progress_path.is_file():
+                return None
+            self._progress = _Progress(self._progress_path.read_bytes())
+        with cannot_write(self._progress_path), self._progress_path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return self._progress.state()
 
     # --- checkpoints ---
 
-    def checkpoint_is_due(self) -> bool:
-        """Whether enough time has passed that a checkpoint costs a small share of it."""
-        pause = max(_CHECKPOINT_SECONDS, self._checkpoint_cost / _CHECKPOINT_SHARE)
-        return time.monotonic() - self._last_checkpoint > pause
+    def checkpoint_is_due(self, size: int = 0) -> bool:
+        """Whether so much time has passed that all checkpoints, with one of `size` bytes now, cost little of it."""
+        now = time.monotonic()
+        cost = size / _CHECKPOINT_SPEED if self._checkpoint_cost is None else self._checkpoint_cost
+        is_cheap = self._spent + cost <= _CHECKPOINT_SHARE * (now - self._opened)
+        return is_cheap and now - self._last_checkpoint > _CHECKPOINT_SECONDS
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint by this one."""
+        """Replace the checkpoint by this one, which comes after all that is in `progress.jsonl`."""
+        self._write_checkpoint(checkpoint, self._sync_progress())
+
+    def rewind(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Go back to an earlier state, before which there were these first records of `progress.jsonl`."""
+        before = _Progress("".join(json.dumps(record) + "\n" for record in records).encode())
+        self._sync_progress()
+        self._write_checkpoint(checkpoint, before.state())  # killed here, it vouches for the first records alone
+        self.begin_progress(records)
+
+    def _write_checkpoint(self, checkpoint: Checkpoint, progress: dict[str, Any] | None) -> None:
         started = time.monotonic()
-        metadata = {"step": checkpoint.step, "attempt": checkpoint.attempt, "seconds": checkpoint.seconds}
-        with whole_file(self.path / "checkpoint" / "state.safetensors") as temporary:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-            save_file(tensors, temporary, {"state": json.dumps(metadata)})
+        fields = ("step", "attempt", "seconds", "rollbacks", "good_step")
+        state = json.dumps({name: getattr(checkpoint, name) for name in fields} | {"progress": progress})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+        with whole_file(self._checkpoint_path) as temporary:
+            save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
         self._last_checkpoint = time.monotonic()
         self._checkpoint_cost = self._last_checkpoint - started
+        self._spent += self._checkpoint_cost
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.path / "checkpoint" / "state.safetensors"
 
     def read_checkpoint(self) -> Checkpoint | None:
-        """The state to continue from, if there is one."""
-        path = self.path / "checkpoint" / "state.safetensors"
+        """The state to continue from, if there is one.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        found = self._read_checkpoint()
+        return found and found[0]
+
+    def _read_checkpoint(self) -> tuple[Checkpoint, dict[str, Any] | None] | None:
+        """With what it says about `progress.jsonl`."""
+        path = self._checkpoint_path
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return Checkpoint(tensors, **state)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            if "checksum" in metadata and metadata["checksum"] != _checksum(metadata["state"], tensors):
+                raise ValueError("its contents do not agree with its checksum")
+            state = json.loads(metadata["state"])
+            progress = state.pop("progress", None)
+            return Checkpoint(tensors, **state), progress
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+    def take_up(self) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+        """The state to continue from, and the progress made before it. What came after it is removed.
+
+        If one of them is damaged, this says so, and the run starts over.
+        """
+        try:
+            found = self._read_checkpoint()
+            checkpoint, progress = found or (None, None)
+            records = self._records_before(checkpoint, progress)
+        except ValueError as error:
+            print(f"note: {error}; learning starts over, and ends in the same subnetwork", file=sys.stderr)
+            shutil.rmtree(self._checkpoint_path.parent)
+            checkpoint, records = None, []
+        if checkpoint:
+            self._note_other_versions()
+        self.begin_progress(records)
+        return checkpoint, records
+
+    def _records_before(self, checkpoint: Checkpoint | None, progress: dict[str, Any] | None) -> list[dict[str, Any]]:
+        if checkpoint is None:
+            return []
+        if progress is None:  # written by a version that did not note it
+            place = (checkpoint.attempt, checkpoint.step)
+            return [record for record in self.history() if (record["attempt"], record["step"]) < place]
+        before = self._progress_path.read_bytes()[: progress["size"]] if self._progress_path.is_file() else b""
+        if _Progress(before).state() != progress:
+            raise ValueError(f"{str(self._progress_path)!r} is damaged: it is not what came before the checkpoint")
+        return [json.loads(line) for line in before.splitlines()]
+
+    def _note_other_versions(self) -> None:
+        then, now = _read_config(self.path).get("versions") or {}, versions()
+        other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
+        if other:
+            print(
+                f"note: this run was begun with other versions ({'; '.join(other)}): "
+                "its last bits may not be those of a run without interruption",
+                file=sys.stderr,
+            )
 
     # --- the end ---
 
     def finish(self, subnetwork: Subnetwork, outcome: Mapping[str, Any]) -> None:
         """Write the subnetwork and how the learning ended, then remove the checkpoint."""
-        write_text(self.path / "training.json", json.dumps(outcome, indent=2) + "\n")
+        write_text(self.path / "training.json", checked_json(dict(outcome) | {"progress": self._sync_progress()}))
         subnetwork.save(self.path / "subnetwork.safetensors")
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
@@ -172,15 +296,32 @@ class RunFolder:
 
     def outcome(self) -> dict[str, Any]:
         """What `finish` wrote about how the learning ended."""
-        return _read_json(self.path / "training.json")
+        return {name: value for name, value in self._read_outcome().items() if name != "progress"}
+
+    def _read_outcome(self) -> dict[str, Any]:
+        remedy = f"`find` with --fresh and --out {self.path} learns the subnetwork again"
+        return read_checked_json(self.path / "training.json", remedy)
+
+    def check_progress(self) -> None:
+        """Check that `progress.jsonl`, if it is there, is what `finish` saw.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        noted = self._read_outcome().get("progress")  # older runs have none
+        if noted and self._progress_path.is_file() and _Progress(self._progress_path.read_bytes()).state() != noted:
+            raise ValueError(
+                f"{str(self._progress_path)!r} is damaged: its lines are not those the run wrote; without the file, "
+                "the run is read without its history"
+            )
 
     def files(self) -> list[str]:
-        """Names of the files in the folder."""
-        return sorted(path.name for path in self.path.iterdir())
+        """Names of the files in the folder, but for the lock."""
+        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`."""
-        write_text(self.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_text(self.path / "metrics.json", checked_json(metrics))
 
 
 @dataclass(frozen=True)
@@ -216,7 +357,7 @@ class Run:
     def left_out(self) -> dict[str, str]:
         """What `analyze` left out because this model does not show it, with the reason."""
         path = self.path / "analysis" / LEFT_OUT
-        return _read_json(path) if path.is_file() else {}
+        return read_checked_json(path) if path.is_file() else {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"
@@ -248,24 +389,30 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         ValueError: If the run did not finish, or was written in another format.
     """
     path = Path(folder)
-    config = path / "config.json"
-    if not config.is_file():
+    if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} holds no run: it has no config.json")
-    record = _read_json(config)
-    if record.get("format") != _FORMAT:
-        raise ValueError(f"{str(config)!r} has format {record.get('format')!r}, but {_FORMAT!r} is needed")
+    record = _read_config(path)
     run = RunFolder(path)
     if not run.is_finished:
-        raise ValueError(f"the run in {str(path)!r} is not finished: give the same command again to continue it")
+        who = holder(path)
+        raise ValueError(
+            f"the run in {str(path)!r} is not finished: "
+            + (f"wait for {who}, or, if that is gone, " if who else "")
+            + "give the same command again to continue it"
+        )
+    subnetwork = Subnetwork.load(path / "subnetwork.safetensors")
+    outcome = run.outcome()
+    run.check_progress()
     metrics = path / "metrics.json"
+    remedy = f"remove it, and `evaluate {path}` writes it again"
     return Run(
         path=path,
         settings=record["settings"],
-        rebuild=record["rebuild"],
-        versions=record["versions"],
-        subnetwork=Subnetwork.load(path / "subnetwork.safetensors"),
-        outcome=run.outcome(),
-        metrics=_read_json(metrics) if metrics.is_file() else None,
+        rebuild=record.get("rebuild"),
+        versions=record.get("versions") or {},
+        subnetwork=subnetwork,
+        outcome=outcome,
+        metrics=read_checked_json(metrics, remedy) if metrics.is_file() else None,
         history=run.history(),
     )
 
@@ -281,18 +428,65 @@ def versions() -> dict[str, str]:
     return found | {"threads": str(torch.get_num_threads())}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+def _check_settings(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a folder holds the run that is wanted; False if it may become it."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
+    if (path / "config.json").is_file():
+        there = _read_config(path).get("settings")
+        if there != wanted:
+            raise ValueError(f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder")
+        return True
+    if path.is_dir() and not all(one.name == LOCK or is_leftover(one) for one in path.iterdir()):
+        raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
+    return False
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = path / "config.json"
+    remedy = "choose another folder, or remove this one and run again"
+    record = read_checked_json(config, remedy)
+    if record.get("format") != _FORMAT:  # for example a model's folder
+        raise ValueError(
+            f"{str(config)!r} is not that of a run (its format is {record.get('format')!r}, not {_FORMAT!r}): "
+            "choose another folder"
+        )
+    if not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{str(config)!r} is damaged: it has no settings; {remedy}")
+    return record
+
+
+class _Progress:
+    """How long `progress.jsonl` is, and its digest, as it grows."""
+
+    def __init__(self, data: bytes) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._size = 0
+        self.add(data)
+
+    def add(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+
+    def state(self) -> dict[str, Any]:
+        return {"size": self._size, "digest": self._hash.hexdigest()}
+
+
+def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of a checkpoint: all its bits."""
+    digest = hashlib.blake2b(state.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     try:
+        lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]  # what follows the last line end was cut short
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error

@@ -6,13 +6,20 @@ gradient of
     mean over positions of CE(target, softmax(logits))  +  sparsity_weight * mean over maskable weights of soft gate
 
 while the gates harden. The loop stops as soon as few gates are undecided. A run whose cross-entropy jumps and does not
-come back is tried again with another data order (Chang and Bergen 2025).
+come back is tried again with another data order (Chang and Bergen 2025). A loss that is not finite, or explodes, sends
+the run back to its last good state, with half the learning rate.
+
+Every step is a function of the scores, the optimizer's moments, the step's number and the records of the steps before
+it, and of where the run was sent back: a checkpoint holds just that, so a run that continues from it ends in the same
+mask, bit for bit, as one that was never interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,17 +29,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits import markup
 from bigram_circuits.corpus import Corpus, batch_of
+from bigram_circuits.evaluation import SoftHardGap, soft_hard_gap
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
+from bigram_circuits.memory import MemoryForecast, forecast
 from bigram_circuits.results import Curves, Quantity
 from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
+
+_GOOD_EVERY = 200  # steps between the states in memory that a loss that explodes sends the run back to
+_MOST_ROLLBACKS = 4  # in an attempt
+_EXPLODED = 10.0  # times the larger of the first step's CE and that of guessing among all tokens
 
 METHODS = {"continuous_sparsification": 1e-2, "hard_concrete": 0.5, "straight_through": 1e-2}
 """The masking methods, and the learning rate of each if none is given."""
@@ -158,6 +172,11 @@ class FoundSubnetwork:
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float
     """Time spent learning."""
+    gap: SoftHardGap | None = None
+    """Cross-entropy with the last soft gates, and with the mask made of them; None if an older run did not note it."""
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
+    """Each time the loss was not finite or exploded: attempt, step, what (in words), back_to (a step),
+    and the learning_rate from there on. The abandoned steps are not in `history`."""
 
     def plot(self, quantity: str = "fraction") -> Any:
         """A plotly figure of a quantity of the history, step by step: `fraction`, `cross_entropy`, `undecided`."""
@@ -175,6 +194,14 @@ class FoundSubnetwork:
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )
         return markup.summary("A subnetwork was found", [says], self.subnetwork._repr_html_())
+
+
+class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state to go back to)
+    """The loss is not finite, or exploded."""
+
+    def __init__(self, what: str, step: int, good: Checkpoint, history: list[dict[str, Any]], seconds: float) -> None:
+        super().__init__(f"{what} at step {step}")
+        self.what, self.step, self.good, self.history, self.seconds = what, step, good, history, seconds
 
 
 def find_subnetwork(
@@ -201,32 +228,90 @@ def find_subnetwork(
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
 
     Raises:
-        ValueError: If target and model do not agree, `run_dir` holds a run with other settings, or the loss is NaN.
-        KeyboardInterrupt: On Ctrl-C, after writing a checkpoint where there is a `run_dir`.
+        ValueError: If target and model do not agree, `run_dir` holds a run with other settings, or the loss is not
+            finite and stays so with lower learning rates.
+        MemoryError: If learning would not fit the device (`forecast_memory`), or the device runs out of memory; the
+            message says what to change.
+        OSError: If another process is writing `run_dir` (the message says which), or it cannot be written, as when the
+            disk is full. What was written is whole, and the run can go on from it.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint where there is a `run_dir`.
     """
     config = config or SparsifyConfig()
     check_target(target, model.cfg.d_vocab)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
-    folder = checkpoint = None
-    attempt = 0
-    if run_dir is not None:
-        settings = run_settings(model, target, corpus, config, within)
-        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild)
-        if folder.is_finished:
+    if run_dir is None:
+        return _learn(model, target, corpus, config, within, None)
+    settings = run_settings(model, target, corpus, config, within)
+    folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild)
+    if folder.is_finished:
+        return _read_found(folder, model, config)
+    with folder.lock():
+        if folder.is_finished:  # by another process, just now
             return _read_found(folder, model, config)
-        checkpoint = folder.read_checkpoint()
-        attempt = checkpoint.attempt if checkpoint else 0
-        folder.begin_progress([r for r in folder.history() if _is_before(r, checkpoint)])
-    while True:
-        found = _attempt(model, target, corpus, config, within, attempt, folder, checkpoint)
-        if found.stopped_because != "unstable" or attempt >= config.retries:
-            break
-        attempt, checkpoint = attempt + 1, None
-    if folder:
-        outcome = {"stopped_because": found.stopped_because, "seconds": found.seconds, "attempts": attempt + 1}
-        folder.finish(found.subnetwork, outcome)
+        return _learn(model, target, corpus, config, within, folder)
+
+
+def _learn(
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None, folder: RunFolder | None
+) -> FoundSubnetwork:
+    """Attempt after attempt, each from its start or where it was interrupted, until one is stable."""
+    forecast_memory(model, target, corpus, config, within=within).check()
+    start, history = _take_up(folder)
+    earlier: list[Mapping[str, Any]] = []  # rollbacks of attempts before
+    with _interrupt_after_step() as interrupt, _says_what_to_change(folder):
+        while True:
+            try:
+                found = _attempt(model, target, corpus, config, within, start, history, folder, interrupt)
+            except _Exploded as trouble:
+                start, history = _roll_back(trouble, start, config, folder), trouble.history[: trouble.good.step]
+                continue
+            if found.stopped_because != "unstable" or start.attempt >= config.retries:
+                break
+            earlier += start.rollbacks
+            start, history = Checkpoint({}, 0, start.attempt + 1, 0.0), []
+        found = replace(found, rollbacks=(*earlier, *start.rollbacks))
+        if folder:
+            outcome = {
+                "stopped_because": found.stopped_because,
+                "seconds": found.seconds,
+                "attempts": start.attempt + 1,
+                "soft_hard": None if found.gap is None else asdict(found.gap),
+                "rollbacks": list(found.rollbacks),
+            }
+            folder.finish(found.subnetwork, outcome)
+        if interrupt.is_set():
+            kept = f"is kept in {str(folder.path)!r}, and the same command goes on" if folder else "is not kept"
+            raise KeyboardInterrupt(f"interrupted when learning was done; the subnetwork {kept}")
     return found
+
+
+def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """The state to start from, and the records of the steps before it in its attempt."""
+    checkpoint, records = folder.take_up() if folder else (None, [])
+    checkpoint = checkpoint or Checkpoint({}, 0, 0, 0.0)
+    history = [record for record in records if record["attempt"] == checkpoint.attempt]
+    assert len(history) == checkpoint.step, f"{len(history)} records before step {checkpoint.step}"
+    return checkpoint, history
+
+
+def forecast_memory(
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig | None = None, *, within: Subnetwork | None = None
+) -> MemoryForecast:
+    """How much memory `find_subnetwork` would take at its peak, from two forward passes over a sequence or two.
+
+    Args: as for `find_subnetwork`, which asks this first and refuses what would not fit.
+
+    Raises:
+        ValueError: If model, target and recipe do not fit together.
+    """
+    config = config or SparsifyConfig()
+    check_target(target, model.cfg.d_vocab)
+    sites = weight_sites(model)
+    ties = tie_gates(sites, config.unit_of, config.layers)
+    return forecast(
+        model, target, corpus.train, ties, lambda: make_gates(sites, config, config.seed, within)[0], config.batch_size
+    )
 
 
 def run_settings(
@@ -313,29 +398,27 @@ def make_gates(
 
 
 def _attempt(
-    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None, attempt: int,
-    folder: RunFolder | None, checkpoint: Checkpoint | None,
+    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None, start: Checkpoint,
+    history: list[dict[str, Any]], folder: RunFolder | None, interrupt: threading.Event,
 ) -> FoundSubnetwork:  # fmt: skip
-    """Learn once, from the start or from a checkpoint."""
+    """Learn once, from a state and the records of the steps before it."""
     sites = weight_sites(model)
     total = sum(site.size for site in sites)
+    attempt = start.attempt
     seed = config.seed + 1_000_003 * attempt
     gates, wanted = make_gates(sites, config, seed, within)
     share = None if wanted is None else max(wanted, 1) / gates.n_weights
-    rate = METHODS[config.method] if config.learning_rate is None else config.learning_rate
+    rate = _learning_rate(config, len(start.rollbacks))
     optimizer = torch.optim.AdamW([gates.scores], lr=rate, weight_decay=config.weight_decay, fused=True)
-    history: list[dict[str, Any]] = []
-    if checkpoint:
-        assert folder is not None, "a checkpoint comes from a folder"
-        _restore(checkpoint, gates, optimizer)
-        history = [record for record in folder.history() if record["attempt"] == attempt]
-    first_step = len(history)
-    started = time.monotonic() - (checkpoint.seconds if checkpoint else 0.0)
+    good = _restore(start, gates, optimizer)
+    started = time.monotonic() - start.seconds
     stopped_because = "max_steps"
     description = "learning" if attempt == 0 else f"learning, attempt {attempt + 1}"
-    bar = tqdm(desc=description, initial=first_step, total=config.max_steps, unit="step", delay=2, leave=False)
-    with gated(model, gates), bar, _interrupt_after_step() as interrupt:
-        for step in range(first_step, config.max_steps):
+    bar = tqdm(desc=description, initial=start.step, total=config.max_steps, unit="step", delay=2, leave=False)
+    with gated(model, gates), bar:
+        for step in range(start.step, config.max_steps):
+            if step and step % _GOOD_EVERY == 0:
+                good = replace(start, tensors=_tensors(gates, optimizer), step=step, seconds=time.monotonic() - started)
             tokens = batch_of(corpus.train, config.batch_size, step=step, seed=seed)
             tokens = tokens.to(gates.scores.device)
             sparsity_weight = next_sparsity_weight(history, config.sparsity_weight)
@@ -362,11 +445,9 @@ def _attempt(
                 "undecided": between / gates.scores.numel(),
                 "sparsity_weight": sparsity_weight,
             }
-            if not math.isfinite(record["cross_entropy"]):
-                raise ValueError(
-                    f"the loss is {record['cross_entropy']} at step {step}: the model's logits are not finite; "
-                    "try float32, or a lower learning rate"
-                )
+            what = _explosion(record, history, gates, model.cfg.d_vocab)
+            if what:
+                raise _Exploded(what, step, good, history, time.monotonic() - started)
             history.append(record)
             bar.set_postfix_str(
                 f"CE {record['cross_entropy']:.3f}, kept {100 * record['fraction']:.2f}%, "
@@ -379,8 +460,8 @@ def _attempt(
             if between < config.stop_undecided * above:
                 stopped_because = "decided"
                 break
-            if folder and (interrupt.is_set() or folder.checkpoint_is_due()):
-                folder.write_checkpoint(_checkpoint(gates, optimizer, step + 1, attempt, time.monotonic() - started))
+            if folder and (interrupt.is_set() or folder.checkpoint_is_due(_size(gates, good))):
+                folder.write_checkpoint(_checkpoint(gates, optimizer, good, step + 1, time.monotonic() - started))
             if interrupt.is_set():
                 kept = (
                     f"its state is kept in {str(folder.path)!r}, and the same command continues it"
@@ -398,26 +479,130 @@ def _attempt(
         weight_hash=weight_hash(model),
         lineage="found" if within is None else f"found within ({within.lineage})",
     )
-    return FoundSubnetwork(subnetwork, history, config, stopped_because, time.monotonic() - started)
+    last = len(history) - 1
+    tokens = batch_of(corpus.train, config.batch_size, step=last, seed=seed).to(gates.scores.device)
+    gap = soft_hard_gap(model, gates, subnetwork, target, tokens, last)
+    return FoundSubnetwork(subnetwork, history, config, stopped_because, time.monotonic() - started, gap)
 
 
-def _checkpoint(gates: Gates, optimizer: torch.optim.Optimizer, step: int, attempt: int, seconds: float) -> Checkpoint:
-    moments = optimizer.state[gates.scores]
-    tensors = {"scores": gates.scores, **{f"adam.{name}": value for name, value in moments.items()}}
-    return Checkpoint(tensors, step=step, attempt=attempt, seconds=seconds)
+# --- states: to continue from, to go back to -------------------------------------------------------------------------
 
 
-def _restore(checkpoint: Checkpoint, gates: Gates, optimizer: torch.optim.Optimizer) -> None:
-    with torch.no_grad():
-        gates.scores.copy_(checkpoint.tensors["scores"])
-    moments = {name.removeprefix("adam."): t for name, t in checkpoint.tensors.items() if name.startswith("adam.")}
-    device = gates.scores.device
-    optimizer.state[gates.scores] = {name: tensor.to(device) for name, tensor in moments.items()}
+def _tensors(gates: Gates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A copy of the scores and the optimizer's moments, in the CPU's memory."""
+    named = {"scores": gates.scores, **{f"adam.{name}": value for name, value in optimizer.state[gates.scores].items()}}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
 
-def _is_before(record: dict[str, Any], checkpoint: Checkpoint | None) -> bool:
-    """Whether a line of progress was written before the checkpoint; without one, none was."""
-    return checkpoint is not None and (record["attempt"], record["step"]) < (checkpoint.attempt, checkpoint.step)
+def _size(gates: Gates, good: Checkpoint) -> int:
+    """Bytes of a checkpoint, nearly."""
+    return 12 * gates.scores.numel() * (2 if good.tensors else 1)
+
+
+def _checkpoint(
+    gates: Gates, optimizer: torch.optim.Optimizer, good: Checkpoint, step: int, seconds: float
+) -> Checkpoint:
+    """The state after `step` steps, and with it the last good one: without that, going back would lead elsewhere."""
+    tensors = _tensors(gates, optimizer) | {f"good.{name}": tensor for name, tensor in good.tensors.items()}
+    good_step = good.step if good.tensors else None
+    return replace(good, tensors=tensors, step=step, seconds=seconds, good_step=good_step)
+
+
+def _restore(state: Checkpoint, gates: Gates, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    """Put a state into gates and optimizer; returns the last good state known then."""
+    good = {name.removeprefix("good."): t for name, t in state.tensors.items() if name.startswith("good.")}
+    own = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("good.")}
+    if own:
+        with torch.no_grad():
+            gates.scores.copy_(own["scores"])
+        moments = {name.removeprefix("adam."): t for name, t in own.items() if name.startswith("adam.")}
+        device = gates.scores.device
+        optimizer.state[gates.scores] = {name: tensor.to(device, copy=True) for name, tensor in moments.items()}
+    if state.step and state.step == state.good_step:
+        good = own
+    return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
+
+
+def _learning_rate(config: SparsifyConfig, rollbacks: int) -> float:
+    """The optimizer's, after so many rollbacks in the attempt."""
+    rate = METHODS[config.method] if config.learning_rate is None else config.learning_rate
+    return rate * 0.5**rollbacks
+
+
+def _explosion(
+    record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], gates: Gates, d_vocab: int
+) -> str | None:
+    """In words, a loss or gradient that is not finite, or a CE far above both the first step's and that of guessing."""
+    loss = record["cross_entropy"] + record["sparsity_weight"] * record["penalty"]
+    first = history[0]["cross_entropy"] if history else math.inf
+    if not math.isfinite(loss) or record["cross_entropy"] > _EXPLODED * max(first, math.log(d_vocab)):
+        return f"the loss is {loss:.4g}"
+    return "the gradient is not finite" if gates.scores.isnan().any() else None
+
+
+def _roll_back(trouble: _Exploded, start: Checkpoint, config: SparsifyConfig, folder: RunFolder | None) -> Checkpoint:
+    """The state to go on from when the loss exploded: the last good one, or the attempt's start if it came from there.
+
+    Raises:
+        ValueError: If no lower rate can help, or enough were tried.
+    """
+    what, before = str(trouble), start.rollbacks
+    if trouble.step == 0:
+        raise ValueError(
+            f"{what}: the model's logits or gradients are not finite before anything was learned; try float32 "
+            "(--dtype float32)"
+        ) from None
+    if len(before) >= _MOST_ROLLBACKS:
+        raise ValueError(
+            f"{what}, and exploded or was not finite at learning rates from {_learning_rate(config, 0):g} down to "
+            f"{_learning_rate(config, len(before)):g}: try float32 (--dtype float32), a much lower learning rate "
+            "(--learning-rate), or another --seed"
+        ) from None
+    good = trouble.good
+    if before and good.step <= before[-1]["back_to"]:
+        good = trouble.good = Checkpoint({}, 0, good.attempt, 0.0)
+    rate = _learning_rate(config, len(before) + 1)
+    rollback = {"attempt": good.attempt, "step": trouble.step, "what": trouble.what, "back_to": good.step}
+    tqdm.write(f"{what}: back to step {good.step}, with learning rate {rate:g}", file=sys.stderr)
+    rollbacks = (*before, rollback | {"learning_rate": rate})
+    state = replace(good, seconds=trouble.seconds, rollbacks=rollbacks, good_step=good.step or None)
+    if folder:
+        earlier = [record for record in folder.history() if record["attempt"] < good.attempt]
+        folder.rewind(state, earlier + trouble.history[: good.step])
+    return state
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+LESS_MEMORY = "use a smaller --batch-size, a shorter --context-length, --dtype bfloat16, or --device cpu"
+"""What to change when memory runs out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device is used up."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
+@contextmanager
+def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
+    """Within the block, an error that says that memory or disk is full also says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kept = f"; what {str(folder.path)!r} holds is whole, and the same command continues it" if folder else ""
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MemoryError(f"out of memory while learning: {LESS_MEMORY}{kept} ({reason})") from error
+    except OSError as error:
+        if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}; free some space, and the same command continues the run"
+        ) from error
 
 
 def _read_found(folder: RunFolder, model: Any, config: SparsifyConfig) -> FoundSubnetwork:
@@ -429,12 +614,17 @@ def _read_found(folder: RunFolder, model: Any, config: SparsifyConfig) -> FoundS
         config=config,
         stopped_because=outcome["stopped_because"],
         seconds=outcome["seconds"],
+        gap=SoftHardGap(**outcome["soft_hard"]) if outcome.get("soft_hard") else None,
+        rollbacks=tuple(outcome.get("rollbacks", ())),
     )
 
 
 @contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Within the block, a first Ctrl-C only sets the event, so that a step is never cut in two; a second one raises."""
+    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that a step is never cut in two.
+
+    A second one raises at once.
+    """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
@@ -445,8 +635,9 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    before = signal.signal(signal.SIGINT, request)
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

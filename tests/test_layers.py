@@ -10,7 +10,7 @@ import bigram_circuits as bc
 
 PACKAGE = Path(bc.__file__).parent
 LAYERS = [
-    {"reference.documents", "files", "checksums"},
+    {"reference.documents", "files", "checksums", "locks"},
     {"corpus", "ngrams", "sites", "gates", "metrics", "results", "markup"},
     {"models", "targets"},
     {"layouts"},

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from bigram_circuits.analysis.passages import passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
 from bigram_circuits.corpus import Corpus, spread, token_array
-from bigram_circuits.files import write_text
+from bigram_circuits.files import whole_folder, write_text
 from bigram_circuits.models import check_tokens
 from bigram_circuits.results import Curves, Effects, Maps, Result
 from bigram_circuits.runs import LEFT_OUT
@@ -70,15 +68,11 @@ class Analyses:
 
         What was left out is written to `left_out.json`.
         """
-        folder = Path(folder)
-        fresh = folder.with_name(f"{folder.name}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        for name, result in self.results.items():
-            result.save(fresh / f"{name}.json")
-        if self.left_out:
-            write_text(fresh / LEFT_OUT, json.dumps(dict(self.left_out), indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        with whole_folder(folder) as fresh:
+            for name, result in self.results.items():
+                result.save(fresh / f"{name}.json")
+            if self.left_out:
+                write_text(fresh / LEFT_OUT, json.dumps(dict(self.left_out), indent=2) + "\n")
 
     def __str__(self) -> str:
         return _story(self)

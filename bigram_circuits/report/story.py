@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.falsification import load_falsification
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import (
@@ -264,13 +265,22 @@ def _training(run: Run, results: _Results) -> Section:
         f"{rounded(end['cross_entropy'], 2)} nats, and the share kept from {percent(first['fraction'])} to "
         f"{percent(end['fraction'])}."
     )
+    gap = outcome.get("soft_hard")
+    hardened = SoftHardGap(**gap) if gap else None
+    lost = (
+        f"On the last batch the cross-entropy was {rounded(hardened.soft)} nats with the soft gates, and is "
+        f"{rounded(hardened.hard)} with the mask made of them."
+        if hardened
+        else ""
+    )
+    warning = f"Warning: {hardened.warning}." if hardened and hardened.warning else ""
     every = max(1, math.ceil(len(history) / _MOST_STEPS))
     shown = [record for place, record in enumerate(history) if place % every == 0 or record is history[-1]]
     columns = list(dict.fromkeys(key for record in shown for key in record))
     caption = "Every step" if every == 1 else f"Every {every}th step and the last one"
     table = Numbers(caption, [_spaced(key) for key in columns], [[one.get(key) for key in columns] for one in shown])
     chart = Chart("Training", "Cross-entropy, share kept and undecided gates by step.", figures.training(history))
-    return Section("training", heading, [says], [chart, table])
+    return Section("training", heading, [says, lost, warning], [chart, table])
 
 
 def _location(run: Run, results: _Results) -> Section:
