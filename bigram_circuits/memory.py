@@ -21,10 +21,10 @@ from jaxtyping import Integer
 from bigram_circuits.gates import Gates, Tie
 from bigram_circuits.masking import gated
 
-_PER_GATE = 24  # bytes: score, its gradient, two moments, soft gate, its gradient
+_PER_GATE = 32  # bytes: score, its gradient, two moments, soft gate, its gradient, what counting them takes
 _PER_WEIGHT = 12  # bytes: masked weight, its gradient, the soft gate as the backward pass needs it
-_OF_KEPT = 1.95  # times what a sequence's backward pass keeps
-_FIXED = 30_000_000  # bytes
+_OF_KEPT = 2.3  # times what a sequence's backward pass keeps
+_FIXED = 60_000_000  # bytes
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -106,7 +106,8 @@ def forecast(
     if not counted.fits:  # nor would the passes that count the rest
         return counted
     one, two = (_kept(model, target, tokens[[0] * rows], make_gates()) for rows in (1, 2))
-    return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)))
+    held, free = memory_of(device)  # again: some of what the passes took is not given back
+    return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)), held=held, free=free)
 
 
 def memory_of(device: torch.device | str) -> tuple[int, int]:

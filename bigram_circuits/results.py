@@ -201,7 +201,7 @@ class Curves(Result):
             if not np.isnan(self.low[at]).all():
                 points = [*self.points, *reversed(self.points)]
                 edge = np.concatenate([self.high[at], self.low[at][::-1]])
-                band = {"fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
+                band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
                 figure.add_scatter(x=points, y=edge, **band, hoverinfo="skip", legendgroup=condition, showlegend=False)
             line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
             figure.add_scatter(
