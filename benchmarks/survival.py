@@ -17,7 +17,7 @@ from pathlib import Path
 import bigram_circuits as bc
 from bigram_circuits.runs import RunFolder
 
-START = "from bigram_circuits import cli, runs; runs._CHECKPOINT_SECONDS = {}; cli.run()"
+START = "from bigram_circuits import cli, runs; runs._CHECKPOINT_SECONDS = {}; runs._CHECKPOINT_SHARE = 1; cli.run()"
 
 
 def find(options: list[str], folder: Path, pause: float) -> subprocess.Popen:
@@ -90,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kill-seed", type=int, default=0)
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds between checkpoints (in use: 20)")
+    parser.add_argument(
+        "--pause", type=float, default=1.0, help="seconds between checkpoints (in use: 20, and at most 2%% of the time)"
+    )
     parser.add_argument("--no-cost", action="store_true", help="leave out the time that checkpoints take")
     arguments, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -56,7 +56,7 @@ LEFT_OUT = "left_out.json"
 """Beside the analyses of a run: those that the model does not show, with the reasons."""
 _CHECKPOINT_SHARE = 0.02  # of the time spent learning, at most, goes into checkpoints
 _CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
-_CHECKPOINT_SPEED = 1e8  # bytes a second, as long as no checkpoint was written that could be timed
+_CHECKPOINT_SPEED = 2e8  # bytes a second, as long as no checkpoint was written that could be timed
 
 
 @dataclass(frozen=True)

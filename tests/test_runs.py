@@ -173,7 +173,7 @@ def test_checkpoints_are_due_so_seldom_that_they_cost_little(folder, monkeypatch
     assert not folder.checkpoint_is_due()
     now += 2
     assert folder.checkpoint_is_due()
-    assert not folder.checkpoint_is_due(size=10**9)  # ten seconds of writing after twenty
+    assert not folder.checkpoint_is_due(size=10**9)  # five seconds of writing after twenty
     folder.write_checkpoint(Checkpoint({"a": torch.zeros(1)}, 1, 0, 1.0))
     folder._checkpoint_cost = folder._spent = 3.0
     now += 278  # 299 in all, of which two would be 6
