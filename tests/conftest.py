@@ -26,6 +26,14 @@ import bigram_circuits as bc
 settings.register_profile("tests", deadline=None, max_examples=60)  # a busy machine is no failure
 settings.load_profile("tests")
 
+LONGEST = ("test_cli.py", "test_docs.py", "test_notebooks.py", "test_planted_circuits.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 D_VOCAB = 257  # the bytes and the end of a text
 
 TINY_CONFIGS = {

@@ -41,7 +41,7 @@ from bigram_circuits.published import read_masks
 from bigram_circuits.results import Curves, Effects, Maps, Quantity, load_result
 from bigram_circuits.subnetwork import Subnetwork
 
-NOT_YET = ("run: config.json", "run: training.json", "run: metrics.json", "run: progress.jsonl")
+NOT_YET: tuple[str, ...] = ()
 """Kinds whose readers are not hardened yet."""
 SECONDS = 5.0  # a case may take
 GROWTH = 1 << 28  # bytes the process may grow by in a case
