@@ -320,11 +320,34 @@ def test_tasks(tiny_model):
     refused(lambda: analysis.ability("gpt2", outside), "a str is no model")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts should be a list of texts, not"),
+        ("one text", {}, "prompts should be a list of texts, not 'one text'"),
+        (["a"], {"top_k": 0}, "top_k must be from 1 to 257, not 0"),
+        (["a"], {"top_k": 258}, "top_k must be from 1 to 257, not 258"),
+        ([""], {}, "empty"),
+        (["a"], {"target": OTHER_VOCABULARY}, "vocabulary of 258"),
+    ],
+)
+def test_next_tokens(tiny_model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        analysis.next_tokens(tiny_model, prompts, **options)
+
+
 def test_every_public_function_is_here():
     """A new analysis comes with its bad input."""
     text = inspect.getsource(inspect.getmodule(test_tasks))
     plain = {"by_layer", "by_matrix", "by_neuron", "indirect_object", "greater_than"}  # of a subnetwork; of any number
-    in_their_own_tests = {"analyze", "layer_by_layer", "load_result", "passages", "subnetworks_over_training"}
+    in_their_own_tests = {
+        "analyze",
+        "layer_by_layer",
+        "load_result",
+        "next_tokens",
+        "passages",
+        "subnetworks_over_training",
+    }
     functions = {name for name in analysis.__all__ if inspect.isfunction(getattr(analysis, name))}
     missing = {name for name in functions if f"analysis.{name}(" not in text} - plain - in_their_own_tests
     assert not missing

@@ -281,7 +281,7 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
         {"sparsity_weight": weight, **numbers(r), "kept": one.kept, "fraction": one.fraction}
         for weight, r, one in ((1.0, 0.9, large), (10.0, 0.8, small))
     ]
-    record = {"points": points, "full": numbers(0.5), "empty": numbers(0.1)}
+    record = {"points": points, "full": numbers(0.5), "empty": numbers(0.1), "cpr": None, "cmd": None}
     (tmp_path / "path" / "path.json").write_text(json.dumps(record))
     compared = compare([tmp_path / "path", runs[0]])
     assert [one.name for one in compared.items] == ["weight-1", "weight-10", "one"]

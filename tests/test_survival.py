@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,22 @@ from safetensors.torch import save_file
 
 import bigram_circuits as bc
 from bigram_circuits import cli, files, locks, runs, training
+from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.files import checked_json, read_checked_json, whole_file, whole_folder, write_text
 from bigram_circuits.locks import LOCK, FolderInUseError, lock_folder
 from bigram_circuits.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = bc.SparsifyConfig(learning_rate=0.05, beta_growth=1.1, max_steps=20, batch_size=8, retries=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_steps():
+    """Only the steps ask the target, so that its calls can be counted: no forecast of memory, no soft-hard gap."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "forecast_memory", lambda *_, **__: SimpleNamespace(check=lambda: None))
+        patch.setattr(training, "soft_hard_gap", lambda *_: SoftHardGap(1.0, 1.0))
+        yield
 
 
 @pytest.fixture(scope="module")
