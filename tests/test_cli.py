@@ -385,7 +385,8 @@ def test_analyze_writes_every_result(run, quick):
     assert run("report", "mine")[:2] == (0, "mine/report.html\n")
     assert "<h1" in Path("mine/report.html").read_text()
     analyses = bc.load_run("mine").analyses
-    assert set(analyses) == names
+    assert {*analyses, "left_out"} == names
+    assert "induction" in bc.load_run("mine").left_out
     lens = analyses["logit_lens"]
     assert lens.table("surprisal_correlation") in out
     assert all(result.plot() is not None and len(result.to_dataframe()) for result in analyses.values())

@@ -273,6 +273,11 @@ def _training(run: Run, results: _Results) -> Section:
         if hardened
         else ""
     )
+    went_back = [
+        f"At step {one['step']} {one['what']}: the run went back to step {one['back_to']}, with the learning rate "
+        f"{one['learning_rate']:g}."
+        for one in outcome.get("rollbacks", ())
+    ]
     warning = f"Warning: {hardened.warning}." if hardened and hardened.warning else ""
     every = max(1, math.ceil(len(history) / _MOST_STEPS))
     shown = [record for place, record in enumerate(history) if place % every == 0 or record is history[-1]]
@@ -280,7 +285,7 @@ def _training(run: Run, results: _Results) -> Section:
     caption = "Every step" if every == 1 else f"Every {every}th step and the last one"
     table = Numbers(caption, [_spaced(key) for key in columns], [[one.get(key) for key in columns] for one in shown])
     chart = Chart("Training", "Cross-entropy, share kept and undecided gates by step.", figures.training(history))
-    return Section("training", heading, [says, lost, warning], [chart, table])
+    return Section("training", heading, [says, *went_back, lost, warning], [chart, table])
 
 
 def _location(run: Run, results: _Results) -> Section:
