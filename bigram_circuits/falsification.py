@@ -53,9 +53,10 @@ _QUANTITIES = (
 _FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
 _AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,
 _AS_SMALL = 2.0  # if it keeps at most so many times its weights;
-_ROWS_AT_ONCE = 1 << 25  # probabilities of a target at once: 128 MiB
 _HALF = 0.5  # one that tells this share weakens it, however much it keeps
 _SURPRISING = 0.05  # a p-value below it
+_LITTLE = 1e-4  # nats: a context that tells less tells nothing
+_AT_ONCE = 1 << 25  # probabilities of a target: 128 MiB
 
 
 class RenamedTarget:
@@ -265,7 +266,7 @@ def kl_of_best_constant(target: Any, tokens: Integer[np.ndarray, "sequence posit
     if not hasattr(target, "log_probs") or not hasattr(target, "entropy"):
         return math.nan
     total, entropies, n = torch.zeros(target.d_vocab, dtype=torch.float64), 0.0, 0
-    for batch in in_order(tokens, max(1, _ROWS_AT_ONCE // (tokens.shape[1] * target.d_vocab))):
+    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * target.d_vocab))):
         probs = target.log_probs(batch).exp().flatten(0, -2)
         total += probs.sum(0).double().cpu()
         entropies += float(target.entropy(batch).double().sum())
@@ -278,7 +279,8 @@ def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]
     rows = []
     for name, one in measured.items():
         values = [getattr(one.subnetwork, quantity.name) for quantity in _QUANTITIES[:-1]]
-        rows.append([*values, 1 - one.subnetwork.kl / constants[name]])
+        told = constants[name]
+        rows.append([*values, math.nan if told < _LITTLE else 1 - one.subnetwork.kl / told])
     values = np.array(rows, dtype=float).T
     ends = np.full((2, *values.shape), np.nan)
     names = [quantity.name for quantity in _QUANTITIES]
@@ -358,12 +360,17 @@ def _told(controls: Effects, name: str) -> str:
 def _finding(controls: Effects, name: str) -> str:
     """How a control leaves the finding: refuted, weakened, or standing."""
     fraction, told, cross_entropy = (controls.get(key) for key in ("fraction", "context_told", "cross_entropy"))
-    share = told[name] / told[_FOUND]
-    if math.isnan(share):  # the target does not know its entropy
-        share = cross_entropy[_FOUND] / cross_entropy[name]
-    if share >= _AS_GOOD and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
+    own, other = told[_FOUND], told[name]
+    if math.isnan(own) or math.isnan(other):  # the target cannot tell, or its context tells nothing
+        own, other = 1.0, cross_entropy[_FOUND] / cross_entropy[name]
+    if _is_share(_AS_GOOD, other, own) and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
         return "refuted"
-    return "weakened" if share >= _HALF and fraction[name] > 0 else "stands"
+    return "weakened" if _is_share(_HALF, other, own) and fraction[name] > 0 else "stands"
+
+
+def _is_share(share: float, other: float, own: float) -> bool:
+    """Whether one is at least a share of the other; of nothing or worse, whether it is no less."""
+    return other >= (share * own if own > 0 else own)
 
 
 def _judge_seeds(controls: Effects, seeds: Effects) -> _Judged:

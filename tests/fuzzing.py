@@ -359,7 +359,7 @@ def members(rng: random.Random, data: bytes) -> bytes:
         )
         content[name] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + b"\0" * 30
     elif how == 2:
-        content[rng.choice(["../../../x.npy", "/tmp/x.npy", "", "orig_model_name.npy", "x"])] = content.pop(name)
+        content[rng.choice(["../../../x.npy", "/absolute/x.npy", "", "orig_model_name.npy", "x"])] = content.pop(name)
     elif how == 3:
         np.save(held := io.BytesIO(), np.zeros(1 << 22, dtype=bool))  # a bomb: 4 MiB in 4 KiB
         content[name] = held.getvalue()

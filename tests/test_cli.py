@@ -369,6 +369,19 @@ def test_the_installed_command_answers():
     assert os.access(command, os.X_OK)
 
 
+def test_find_tries_to_refute_what_it_found(run, quick):
+    code, out, _ = run(*quick, "--out", "mine", "--no-analysis", "--falsify")
+    assert code == 0
+    assert "blocks initialised anew" in out
+    tried = bc.load_falsification("mine/falsify")
+    assert tried.verdict in out
+    assert tried.controls.get("kl")["found"] == bc.load_run("mine").metrics["subnetwork"]["kl"]
+    assert {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()} == {
+        "blocks-initialised-anew", "nonsense-target", "seed-1", "seed-2", "seed-3",
+    }  # fmt: skip
+    assert tried.says[0].split(";")[0] in Path("mine/report.html").read_text()
+
+
 def test_analyze_writes_every_result(run, quick):
     run(*quick, "--out", "mine")
     Path("mine/analysis").mkdir()

@@ -15,8 +15,10 @@ from bigram_circuits.falsification import (
     load_falsification,
     with_random_blocks,
 )
+from bigram_circuits.report.page import page
 
 from .conftest import D_VOCAB
+from .example_runs import make_run, measured
 
 TEXT = np.random.default_rng(0).integers(0, 12, (24, 16))
 CORPUS = bc.Corpus.from_tokens(TEXT[:16], TEXT[16:])
@@ -159,6 +161,34 @@ def test_a_control_that_does_as_well_with_as_few_weights_refutes(tried):
         unknown = changed(changed(result, "found", context_told=np.nan), name, context_told=np.nan, fraction=0.02)
         assert name in changed(unknown, name, cross_entropy=2.01).refuted
         assert name not in changed(unknown, name, cross_entropy=2.5).refuted
+
+
+def test_a_finding_that_tells_nothing_is_refuted_by_all_that_is_no_worse(tried):
+    name = "nonsense target"
+    result = changed(changed(tried[0], "found", context_told=-0.2, fraction=0.02), name, fraction=0.02)
+    assert name in changed(result, name, context_told=0.5).refuted
+    assert name in changed(result, name, context_told=-0.2).refuted
+    assert name not in changed(result, name, context_told=-0.3).verdict
+
+
+def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model):
+    unigram = bc.count_ngrams(TEXT[:16], 1, d_vocab=D_VOCAB)
+    assert abs(kl_of_best_constant(unigram, CORPUS.held_out)) < 1e-4
+    full = bc.Subnetwork.full(tiny_model)
+    result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2)
+    assert np.isnan(list(result.controls.get("context_told").values())).all()
+    assert "comes to a cross-entropy of" in result.says[0]
+
+
+def test_the_page_tells_what_refutes_it(tried, tmp_path):
+    run = make_run(tmp_path / "run", metrics=measured())
+    assert "Nobody tried" in page(run)
+    found = changed(tried[0], "found", context_told=0.9, fraction=0.5)
+    changed(found, "blocks initialised anew", context_told=0.9, fraction=0.5).save(run.path / "falsify")
+    told = page(run)
+    assert "REFUTED by its own controls: blocks initialised anew" in told
+    assert "Blocks that have learned nothing can be masked to do as well" in told
+    assert "Nobody tried" not in told
 
 
 def test_seeds_that_share_no_more_than_chance_refute(tried):

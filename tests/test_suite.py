@@ -1,12 +1,11 @@
 """The whole set of analyses: what a model does not show is left out with its reason; wrong arguments are errors."""
 
-import json
-
 import numpy as np
 import pytest
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import analyze, layer_by_layer, logit_lens
+from bigram_circuits.files import read_checked_json
 
 from .architectures import CONFIGS
 from .conftest import D_VOCAB, save_tiny
@@ -25,7 +24,7 @@ def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
     assert {"by_layer", "ablation_components", "ablation_heads", "stochastic_ablation"} <= set(found.results)
     assert f"left out: attribution: {found.left_out['attribution']}" in str(found)
     found.save(tmp_path / "analysis")
-    assert json.loads((tmp_path / "analysis" / "left_out.json").read_text()) == dict(found.left_out)
+    assert read_checked_json(tmp_path / "analysis" / "left_out.json") == dict(found.left_out)
     assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
 
 

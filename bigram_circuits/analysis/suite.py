@@ -6,7 +6,6 @@ held-out text for each condition. Ablations, of which there are many, are measur
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from bigram_circuits.analysis.passages import passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
 from bigram_circuits.corpus import Corpus, spread, token_array
-from bigram_circuits.files import whole_folder, write_text
+from bigram_circuits.files import checked_json, whole_folder, write_text
 from bigram_circuits.models import check_tokens
 from bigram_circuits.results import Curves, Effects, Maps, Result
 from bigram_circuits.runs import LEFT_OUT
@@ -72,7 +71,7 @@ class Analyses:
             for name, result in self.results.items():
                 result.save(fresh / f"{name}.json")
             if self.left_out:
-                write_text(fresh / LEFT_OUT, json.dumps(dict(self.left_out), indent=2) + "\n")
+                write_text(fresh / LEFT_OUT, checked_json(self.left_out))
 
     def __str__(self) -> str:
         return _story(self)
