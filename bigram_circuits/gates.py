@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def temperature(step: int, *, first: float, growth: float) -> float:
 
 def soft_gate(scores: Float[Tensor, " gate"], beta: float) -> Float[Tensor, " gate"]:
     """sigmoid(beta * s); it is also what is penalised."""
-    return torch.sigmoid(beta * scores)
+    return (beta * scores).sigmoid_()
 
 
 def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
@@ -44,10 +45,8 @@ def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
     return scores > 0
 
 
-def undecided(soft: Float[Tensor, " gate"]) -> tuple[int, int]:
-    """(gates between 0.1 and 0.9, gates above 0.9): the paper stops when the first is under 1% of the second."""
-    kept = int((soft > 0.9).sum())
-    return int((soft > 0.1).sum()) - kept, kept
+UNDECIDED, DECIDED = 0.1, 0.9
+"""A gate is undecided between these: the paper stops when such gates are under 1% of those above."""
 
 
 # --- hard concrete: a stretched, clipped binary concrete variable -----------------------------------------------------
@@ -57,8 +56,19 @@ CONCRETE_TEMPERATURE, STRETCH_LOW, STRETCH_HIGH = 2 / 3, -0.1, 1.1
 
 def hard_concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
     """A sample of the gate: clip(sigmoid((log u - log(1 - u) + s) / 2/3) * (1.1 + 0.1) - 0.1, 0, 1), u in (0, 1)."""
-    concrete = torch.sigmoid((uniform.log() - (1 - uniform).log() + scores) / CONCRETE_TEMPERATURE)
-    return (concrete * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+    return (_concrete(scores, uniform) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+
+
+def hard_concrete_slope(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    """D `hard_concrete` / d s: 0 where the sample is clipped."""
+    concrete = _concrete(scores, uniform)
+    stretched = concrete * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
+    slope = concrete * (1 - concrete) * ((STRETCH_HIGH - STRETCH_LOW) / CONCRETE_TEMPERATURE)
+    return slope.masked_fill_((stretched < 0) | (stretched > 1), 0)
+
+
+def _concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    return torch.sigmoid((uniform.logit() + scores) / CONCRETE_TEMPERATURE)
 
 
 def probability_open(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
@@ -67,12 +77,6 @@ def probability_open(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
 
 
 # --- straight-through top-k: the hard gate forward, the identity backward ---------------------------------------------
-
-
-def straight_through(hard: Bool[Tensor, " gate"], scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """1 where the gate is open, else 0; the gradient with respect to the scores is that of the identity."""
-    finite = scores.masked_fill(scores.isinf(), 0.0)
-    return hard.to(scores.dtype) + (finite - finite.detach())
 
 
 def kept_share(step: int, *, target: float, steps: int) -> float:
@@ -100,13 +104,17 @@ class Tie:
     count: int
     """Number of its gates."""
 
-    def spread(self, gates: Shaped[Tensor, " gate"]) -> Shaped[Tensor, "..."]:
-        """The gate of every weight, in the stored layout, or a shape that broadcasts to it.
+    @property
+    def place(self) -> slice:
+        """Where its gates are among all gates."""
+        return slice(self.start, self.start + self.count)
+
+    def spread(self, own: Shaped[Tensor, " own"]) -> Shaped[Tensor, "..."]:
+        """From a value for each of its gates: that of every weight, in the stored layout or a shape that broadcasts.
 
         With grouped queries a gate governs a query head. Its key and value head is shared by a group; the gate of these
         is the largest of the group's: they are kept as long as one head of the group is.
         """
-        own = gates[self.start : self.start + self.count]
         if self.unit == "weight":
             return own.view(self.site.original.shape)
         if self.unit == "block":
@@ -153,13 +161,21 @@ def tie_gates(
 
 # --- the gates of a model --------------------------------------------------------------------------------------------
 
+_AT_ONCE = {"cpu": 1 << 20}  # gates in one piece: what stays in the processor's cache
+_AT_ONCE_ELSEWHERE = 1 << 24  # no more, since float32 counts no further
+_SAMPLED = 1 << 22  # scores that a threshold is found from, of more
+
 
 class Gates(nn.Module, ABC):
     """One score for each gate, all in one flat parameter, and the soft gates that a method makes of them.
 
-    `refresh(step)` computes all soft gates at once, with a graph back to the scores; `soft[name]` is then the gate of
-    every weight of a matrix. So a training step computes each soft gate once, however often the weight is read.
+    A training step is `refresh(step)`, `penalise(sparsity_weight)`, and the forward and backward pass of a model in
+    which every weight is replaced by `gate(name, weight)`. For the backward pass nothing is kept but weights and
+    scores: soft gates are computed anew, and what they make of the gradient is added to `scores.grad` where it lies.
     """
+
+    steepness = 1.0
+    """What is penalised is a logistic function of the score: its slope is this times value * (1 - value)."""
 
     def __init__(
         self,
@@ -167,59 +183,98 @@ class Gates(nn.Module, ABC):
         *,
         first_score: float = 0.0,
         within: Mapping[str, Bool[Tensor, "..."]] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Start every gate at `first_score`, but drop for good what is outside.
 
         A weight that is exactly 0, or not in `within` (masks by name, stored layout), starts and stays dropped; so does
-        a tied gate all of whose weights are.
+        a tied gate all of whose weights are. `dtype` is that of the scores and their gradient.
         """
         super().__init__()
         self.ties = tuple(ties)
         self.n_weights = sum(tie.site.size for tie in ties)
         n_gates = max(tie.start + tie.count for tie in ties)
-        alive = torch.zeros(n_gates, device=ties[0].site.original.device)
+        scores = torch.full((n_gates,), -torch.inf, dtype=dtype, device=ties[0].site.original.device)
         for tie in ties:
             usable = tie.site.original != 0
             if within is not None:
                 usable &= within[tie.site.name].to(usable.device)
-            alive[tie.start : tie.start + tie.count] += _governs_any(tie, usable)
-        scores = torch.full_like(alive, first_score).masked_fill_(alive == 0, -torch.inf)
+            scores[tie.place].masked_fill_(_governs_any(tie, usable), first_score)
         self.scores = nn.Parameter(scores)
         self.threshold = 0.0  # a gate is open above it; moved by `aim`
-        self.soft: dict[str, Tensor] = {}
+        self._tie_of = {tie.site.name: tie for tie in ties}
         self._single = all(tie.unit == "weight" for tie in ties)
 
     @abstractmethod
-    def soft_gates(self, step: int) -> Float[Tensor, " gate"]:
-        """The soft value of every gate at a step."""
+    def refresh(self, step: int) -> None:
+        """Set the soft gates to a step."""
 
     @abstractmethod
-    def penalised(self, step: int) -> Float[Tensor, " gate"]:
-        """What the penalty averages, by gate."""
+    def soft(self, place: slice) -> Float[Tensor, " gate"]:
+        """The soft values of some gates, as a new tensor."""
 
     @abstractmethod
-    def undecided(self, step: int) -> tuple[int, int]:
-        """(gates not decided yet, gates decided to stay open)."""
+    def slope(self, place: slice) -> Float[Tensor, " gate"]:
+        """D soft value / d score of some gates, as a new tensor."""
+
+    @abstractmethod
+    def penalised(self, place: slice) -> Float[Tensor, " gate"]:
+        """What the penalty averages, for some gates, as a new tensor: from 0 to 1."""
+
+    def undecided(self, between: int, above: int) -> tuple[int, int]:
+        """(gates not decided yet, gates decided to stay open), if so many are penalised from 0.1 to 0.9, and above."""
+        return between, above
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the weight matrices that are gated."""
-        return frozenset(tie.site.name for tie in self.ties)
+        return frozenset(self._tie_of)
 
-    def refresh(self, step: int) -> Float[Tensor, ""]:
-        """Compute all soft gates; returns the penalty: the mean of what is penalised over all gated weights."""
-        gates = self.soft_gates(step)
-        self.soft = {tie.site.name: tie.spread(gates) for tie in self.ties}
-        return self.mean_over_weights(self.penalised(step))
+    def gate(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """A weight matrix, in stored layout, times its soft gates; only `scores` gets a gradient."""
+        tie = self._tie_of[name]
+        if tie.unit == "weight":
+            return _GatedWeight.apply(self.scores, weight, self, tie.place)  # pyright: ignore[reportReturnType]
+        soft: Tensor = _SoftGates.apply(self.scores, self, tie.place)  # pyright: ignore[reportAssignmentType]
+        return weight * tie.spread(soft).to(weight.dtype)
+
+    @torch.no_grad()
+    def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
+        """Set `scores.grad` to the gradient of the penalty, to which the backward pass then adds that of the loss.
+
+        The penalty is `sparsity_weight` times the mean over all gated weights of what is penalised.
+
+        Returns:
+            That mean; the number of gates that are not decided yet; and of those that are decided to stay open.
+        """
+        gradient = _gradient(self.scores)
+        sums = []
+        for place, ties in self._pieces():
+            value, slope = self.penalised(place), gradient[place]
+            total, share = _over_weights(value, ties)
+            sums.append(torch.stack([total, *(_above(value, edge).sum() for edge in (UNDECIDED, DECIDED))]))
+            torch.addcmul(value, value, value, value=-1, out=slope)
+            slope *= self.steepness * sparsity_weight / self.n_weights
+            if share is not None:
+                slope *= share
+        total, beyond, above = torch.stack(sums).double().sum(0).tolist()
+        return total / self.n_weights, *self.undecided(int(beyond - above), int(above))
 
     def aim(self, wanted: int) -> None:
-        """Move the threshold so that the open gates are those of highest score that govern at most `wanted` weights."""
+        """Move the threshold so that the open gates are those of highest score that govern at most `wanted` weights.
+
+        Where there are more than some million gates of single weights it is found from a sample of them, evenly spaced.
+        """
         scores = self.scores.detach()
+        if self._single and len(scores) > _SAMPLED:
+            every = -(-len(scores) // _SAMPLED)
+            scores, wanted = scores[::every], wanted // every
         wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
-        if self._single and 0 < wanted < len(scores) and scores.device.type == "cpu":
-            place = len(scores) - wanted  # a partition is several times faster here than finding the highest
+        if self._single and 0 < wanted < len(scores):
+            place = len(scores) - wanted  # a partition is several times faster than finding the highest
             below, above = (
-                float(edge) for edge in np.partition(scores.numpy(), (place - 1, place))[place - 1 : place + 1]
+                float(edge)
+                for edge in np.partition(scores.float().cpu().numpy(), (place - 1, place))[place - 1 : place + 1]
             )
         else:
             chosen = self.highest(wanted)
@@ -230,26 +285,17 @@ class Gates(nn.Module, ABC):
         else:  # all that can be open is, or nothing is
             self.threshold = above - 1.0 if math.isfinite(above) else below + 1.0
 
+    def n_kept(self) -> int:
+        """Number of gated weights that are kept."""
+        return self._n_above(self.threshold)
+
     def n_above_zero(self) -> int:
         """Number of gated weights whose score is above 0: those that would be kept without a target."""
-        return self._governed(hard_gate(self.scores.detach()))
-
-    def mean_over_weights(self, gates: Float[Tensor, " gate"]) -> Float[Tensor, ""]:
-        """Mean over the gated weights of a value by gate."""
-        if self._single:
-            return gates.mean()
-        total = torch.zeros((), device=gates.device)
-        for tie in self.ties:
-            total = total + tie.spread(gates).mean() * tie.site.size
-        return total / self.n_weights
+        return self._n_above(0.0)
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
         """Whether each gate is open, once learning is over."""
         return hard_gate(self.scores.detach() - self.threshold)
-
-    def n_kept(self) -> int:
-        """Number of gated weights that are kept."""
-        return self._governed(self.hard_gates())
 
     def masks(self, wanted: int | None = None) -> dict[str, Bool[Tensor, "..."]]:
         """The hard gate of every gated weight, by name, in stored layout.
@@ -258,8 +304,10 @@ class Gates(nn.Module, ABC):
         where a gate governs one weight.
         """
         hard = self.hard_gates() if wanted is None else self.highest(wanted)
-        shapes = {tie.site.name: tie.site.original.shape for tie in self.ties}
-        return {tie.site.name: tie.spread(hard.float()).bool().expand(shapes[tie.site.name]) for tie in self.ties}
+        return {
+            tie.site.name: tie.spread(hard[tie.place].float()).bool().expand(tie.site.original.shape)
+            for tie in self.ties
+        }
 
     def highest(self, wanted: int) -> Bool[Tensor, " gate"]:
         """The gates of highest score that together govern at most `wanted` weights."""
@@ -282,20 +330,110 @@ class Gates(nn.Module, ABC):
         chosen[order[:low]] = True
         return chosen
 
+    def _shifted(self, place: slice) -> Float[Tensor, " gate"]:
+        """Scores less the threshold."""
+        scores = self.scores.detach()[place].float()
+        return scores - self.threshold if self.threshold else scores
+
+    def _pieces(self) -> Iterator[tuple[slice, list[Tie]]]:
+        """All gates, in pieces of bounded size where each governs one weight; else with the ties that share a piece."""
+        at_once = _AT_ONCE.get(self.scores.device.type, _AT_ONCE_ELSEWHERE)
+        stretches: dict[tuple[int, int], list[Tie]] = {}
+        for tie in self.ties:
+            stretches.setdefault((tie.start, tie.start + tie.count), []).append(tie)
+        if self._single:
+            stretches = {(0, len(self.scores)): list(self.ties)}
+        for (start, end), ties in stretches.items():
+            if ties[0].unit == "weight":
+                yield from ((slice(at, min(at + at_once, end)), []) for at in range(start, end, at_once))
+            else:
+                yield slice(start, end), ties
+
+    def _n_above(self, threshold: float) -> int:
+        """Number of gated weights that are governed by gates with a score above a threshold."""
+        return self._over_weights(lambda place: _above(self.scores.detach()[place], threshold))
+
     def _governed(self, chosen: Bool[Tensor, " gate"]) -> int:
         """Number of weights that the chosen gates govern."""
-        if self._single:
-            return int(chosen.sum())
-        return round(self.mean_over_weights(chosen.double()).item() * self.n_weights)
+        return self._over_weights(lambda place: chosen[place].float())
+
+    def _over_weights(self, of: Callable[[slice], Float[Tensor, " gate"]]) -> int:
+        """The sum over weights of whole numbers by gate."""
+        sums = [_over_weights(of(place), ties)[0] for place, ties in self._pieces()]
+        return round(torch.stack(sums).double().sum().item())
 
 
-def _governs_any(tie: Tie, usable: Bool[Tensor, "..."]) -> Float[Tensor, " gate"]:
-    """1 for each gate of a tie that governs a usable weight: where the sum over these has a gradient."""
+def _over_weights(
+    values: Float[Tensor, " gate"], ties: Sequence[Tie]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " gate"] | None]:
+    """The sum over weights of a value by gate, and its gradient: how many weights count for each (None: one)."""
+    if not ties:
+        return values.sum(), None
+    with torch.enable_grad():
+        own = values.detach().double().requires_grad_()
+        total = torch.stack([tie.spread(own).mean() * tie.site.size for tie in ties]).sum()
+        (share,) = torch.autograd.grad(total, own)
+    return total.detach(), share
+
+
+def _above(values: Float[Tensor, " gate"], edge: float) -> Float[Tensor, " gate"]:
+    """1 where a value is above an edge, else 0: as numbers, which are summed faster than truth values."""
+    return torch.gt(values, edge, out=torch.empty_like(values, dtype=torch.float32))
+
+
+def _governs_any(tie: Tie, usable: Bool[Tensor, "..."]) -> Bool[Tensor, " gate"]:
+    """Whether each gate of a tie governs a usable weight: where the sum over these has a gradient."""
     if tie.unit == "weight":
-        return usable.flatten().float()
-    gates = torch.zeros(tie.start + tie.count, device=usable.device, requires_grad=True)
+        return usable.flatten()
+    gates = torch.zeros(tie.count, device=usable.device, requires_grad=True)
     (gradient,) = torch.autograd.grad((tie.spread(gates) * usable).sum(), gates)
-    return (gradient[tie.start :] > 0).float()
+    return gradient > 0
+
+
+# --- gated weights, and their gradient ---
+
+
+def _gradient(scores: nn.Parameter) -> Float[Tensor, " gate"]:
+    """The scores' gradient, which is made once and then written over."""
+    if scores.grad is None:
+        scores.grad = torch.zeros_like(scores)
+    return scores.grad
+
+
+class _GatedWeight(torch.autograd.Function):
+    """weight * soft gate, of single weights. Nothing of the weights' size is kept but the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, weight: Tensor, gates: Gates, place: slice) -> Tensor:
+        ctx.save_for_backward(scores, weight)
+        ctx.gates, ctx.place = gates, place
+        return gates.soft(place).view(weight.shape).to(weight.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        scores, weight = ctx.saved_tensors
+        from_weight = grad_outputs[0].reshape(-1) * weight.reshape(-1)
+        _gradient(scores)[ctx.place].addcmul_(ctx.gates.slope(ctx.place), from_weight)
+        return None, None, None, None
+
+
+class _SoftGates(torch.autograd.Function):
+    """The soft values of gates that govern many weights each."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, gates: Gates, place: slice) -> Tensor:
+        ctx.save_for_backward(scores)
+        ctx.gates, ctx.place = gates, place
+        return gates.soft(place)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        (scores,) = ctx.saved_tensors
+        _gradient(scores)[ctx.place] += ctx.gates.slope(ctx.place).mul_(grad_outputs[0])
+        return None, None, None
+
+
+# --- the methods ---
 
 
 class ContinuousSparsification(Gates):
@@ -306,20 +444,23 @@ class ContinuousSparsification(Gates):
     ) -> None:
         super().__init__(ties, **start)  # type: ignore[arg-type]
         self._beta: Callable[[int], float] = lambda step: temperature(step, first=beta_start, growth=beta_growth)
-        self._soft = torch.zeros(0)
 
-    def soft_gates(self, step: int) -> Float[Tensor, " gate"]:
+    def refresh(self, step: int) -> None:
+        """Set beta."""
+        self.steepness = self._beta(step)
+
+    def soft(self, place: slice) -> Float[Tensor, " gate"]:
         """sigmoid(beta * s)."""
-        self._soft = soft_gate(self.scores - self.threshold, self._beta(step))
-        return self._soft
+        return soft_gate(self._shifted(place), self.steepness)
 
-    def penalised(self, step: int) -> Float[Tensor, " gate"]:
+    def slope(self, place: slice) -> Float[Tensor, " gate"]:
+        """Beta * soft * (1 - soft)."""
+        soft = self.soft(place)
+        return torch.addcmul(soft, soft, soft, value=-1, out=soft).mul_(self.steepness)
+
+    def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """The soft gates themselves."""
-        return self._soft
-
-    def undecided(self, step: int) -> tuple[int, int]:
-        """Soft gates from 0.1 to 0.9, and above."""
-        return undecided(self._soft.detach())
+        return self.soft(place)
 
 
 class HardConcrete(Gates):
@@ -328,20 +469,24 @@ class HardConcrete(Gates):
     def __init__(self, ties: Sequence[Tie], *, seed: int = 0, **start: object) -> None:
         super().__init__(ties, **start)  # type: ignore[arg-type]
         self._seed = seed
+        self._uniform = torch.full_like(self.scores, 0.5, requires_grad=False, dtype=torch.float32)
 
-    def soft_gates(self, step: int) -> Float[Tensor, " gate"]:
-        """A sample of every gate."""
+    def refresh(self, step: int) -> None:
+        """Draw the noise."""
         generator = torch.Generator(self.scores.device).manual_seed(self._seed * 1_000_003 + step)
-        uniform = torch.rand(self.scores.shape, generator=generator, device=self.scores.device)
-        return hard_concrete(self.scores - self.threshold, uniform.clamp(1e-6, 1 - 1e-6))
+        self._uniform.uniform_(1e-6, 1 - 1e-6, generator=generator)
 
-    def penalised(self, step: int) -> Float[Tensor, " gate"]:
+    def soft(self, place: slice) -> Float[Tensor, " gate"]:
+        """A sample of every gate."""
+        return hard_concrete(self._shifted(place), self._uniform[place])
+
+    def slope(self, place: slice) -> Float[Tensor, " gate"]:
+        """0 where the sample is clipped."""
+        return hard_concrete_slope(self._shifted(place), self._uniform[place])
+
+    def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """The probability that the gate is not 0."""
-        return probability_open(self.scores - self.threshold)
-
-    def undecided(self, step: int) -> tuple[int, int]:
-        """Gates that are open with a probability from 0.1 to 0.9, and above."""
-        return undecided(probability_open(self.scores.detach() - self.threshold))
+        return probability_open(self._shifted(place))
 
 
 class StraightThrough(Gates):
@@ -350,24 +495,35 @@ class StraightThrough(Gates):
     def __init__(self, ties: Sequence[Tie], *, target: int, steps: int, **start: object) -> None:
         super().__init__(ties, **start)  # type: ignore[arg-type]
         self._share: Callable[[int], float] = lambda step: kept_share(step, target=target / self.n_weights, steps=steps)
-        self._target, self._steps = target, steps
-        self._open = torch.ones_like(self.scores, dtype=torch.bool)
+        self._target, self._steps, self._step = target, steps, 0
+        self._open = torch.ones_like(self.scores, dtype=torch.bool, requires_grad=False)
 
-    def soft_gates(self, step: int) -> Float[Tensor, " gate"]:
-        """1 or 0, with the identity's gradient."""
+    def refresh(self, step: int) -> None:
+        """Choose the open gates."""
         usable = int(self.scores.isfinite().sum()) if self._single else self.n_weights
         wanted = max(self._target, min(round(self._share(step) * self.n_weights), usable))
-        self._open = self.highest(wanted)
-        return straight_through(self._open, self.scores)
+        self._open, self._step = self.highest(wanted), step
 
-    def penalised(self, step: int) -> Float[Tensor, " gate"]:
+    def soft(self, place: slice) -> Float[Tensor, " gate"]:
+        """1 or 0."""
+        return self._open[place].float()
+
+    def slope(self, place: slice) -> Float[Tensor, " gate"]:
+        """That of the identity, open or not; 0 for what is dropped for good."""
+        return self.scores.detach()[place].isfinite().float()
+
+    def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """The open gates: their number is given, so this has no gradient."""
-        return self._open.float()
+        return self.soft(place)
 
-    def undecided(self, step: int) -> tuple[int, int]:
+    def undecided(self, between: int, above: int) -> tuple[int, int]:
         """All gates until the last step, since the scores go on competing; and the open ones."""
-        return (0 if step == self._steps - 1 else len(self._open)), int(self._open.sum())
+        return (0 if self._step == self._steps - 1 else len(self._open)), above
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
         """The gates of highest score, as many as in the last step."""
         return self._open
+
+    def n_kept(self) -> int:
+        """Number of gated weights that are kept."""
+        return self._governed(self._open)

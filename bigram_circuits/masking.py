@@ -38,7 +38,7 @@ def masked(model: Any, subnetwork: Subnetwork) -> Iterator[Any]:
 
 @contextmanager
 def gated(model: Any, gates: Gates) -> Iterator[Any]:
-    """Within the block, every gated weight is multiplied by its soft gate, `gates.soft[name]`.
+    """Within the block, every gated weight is multiplied by its soft gate (`gates.gate`).
 
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores get a gradient: all the model's
     parameters are frozen within the block and afterwards require gradients as they did before.
@@ -92,7 +92,7 @@ class _Gate(WeightGate):
 
     def __init__(self, gates: Gates, name: str) -> None:
         super().__init__()
-        self._read = lambda: gates.soft[name]  # a closure, so that the gates are no submodule of the model
+        self._gated = lambda weight: gates.gate(name, weight)  # a closure: the gates are no submodule of the model
 
     def gate(self, weight: Tensor) -> Tensor:
-        return weight * self._read().to(weight.dtype)
+        return self._gated(weight)

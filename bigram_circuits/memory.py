@@ -136,11 +136,10 @@ def _kept(model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], 
 
     with gated(model, gates), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = torch.from_numpy(np.ascontiguousarray(tokens)).long().to(gates.scores.device)
-        penalty = gates.refresh(0)
-        loss = target.cross_entropy(model(batch), batch).mean() + penalty
+        gates.refresh(0)
+        loss = target.cross_entropy(model(batch), batch).mean()
         size = sum(kept.values())
-        del loss, penalty
-    gates.soft = {}
+        del loss
     return size
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bigram_circuits.checksums import count_tensors, parse_json, regular_size, shown
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
@@ -32,10 +34,12 @@ __all__ = [
     "hooked",
     "hub_errors",
     "is_local",
+    "lean_norms",
     "load_model",
     "model_source",
     "quiet_transformers",
     "readout",
+    "recomputed",
     "record",
     "residual_streams",
     "rows_at_once",
@@ -325,6 +329,55 @@ def record(
         if name not in seen:
             raise ValueError(f"this model does not show the activation {name}")
     return seen, logits
+
+
+@contextlib.contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Within the block, what a transformer block computes is not kept for the backward pass, but computed once more.
+
+    Of each block only its input is kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    """
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
+        yield
+
+
+@contextlib.contextmanager
+def lean_norms(model: Any) -> Iterator[None]:
+    """Within the block, normalisations compute nothing but their output.
+
+    TransformerLens computes the scale and the normalised stream beside what the model's own module computes, for hooks
+    that look at them. Where there are no such hooks on entering this is left out, which changes no bit of the output.
+    """
+    from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
+
+    changed = [
+        module
+        for module in model.modules()
+        if type(module).forward is NormalizationBridge.forward
+        and (module.use_native_layernorm_autograd or getattr(module.config, "layer_norm_folding", False))
+        and not isinstance(module.original_component, torch.nn.Identity)
+        and not any(hook.fwd_hooks or hook.bwd_hooks for hook in (module.hook_scale, module.hook_normalized))
+    ]
+
+    def lean(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+        output = module.original_component(module.hook_in(hidden_states))
+        return module.hook_out(output.to(hidden_states.dtype))
+
+    with _forwards({module: functools.partial(lean, module) for module in changed}):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, modules have other forward functions, which hide those of their classes."""
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward  # setting an attribute of a bridge would set it on what it wraps
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.__dict__["forward"]
 
 
 def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:

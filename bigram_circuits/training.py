@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -38,12 +38,15 @@ from bigram_circuits.evaluation import SoftHardGap, soft_hard_gap
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
 from bigram_circuits.memory import MemoryForecast, forecast
+from bigram_circuits.models import lean_norms, recomputed
 from bigram_circuits.results import Curves, Quantity
 from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
 
+_BETAS = (0.9, 0.999)  # AdamW's own,
+_LOW_BETAS = (0.9, 0.95)  # but a second moment in bfloat16 does not move by a thousandth of itself
 _GOOD_EVERY = 200  # steps between the states in memory that a loss that explodes sends the run back to
 _MOST_ROLLBACKS = 4  # in an attempt
 _EXPLODED = 10.0  # times the larger of the first step's CE and that of guessing among all tokens
@@ -90,6 +93,9 @@ class SparsifyConfig:
     """A run whose CE jumped must have come back at least so many steps before its end."""
     retries: int = 3
     """How often to try again, with another data order, when a run was unstable."""
+    low_memory: bool = False
+    """Take less memory, at some cost in time: scores and moments are kept as bfloat16, and what a block computes is
+    computed once more for the backward pass."""
     seed: int = 0
     """Orders the data; attempt k uses seed + k * 1,000,003."""
 
@@ -109,6 +115,7 @@ class SparsifyConfig:
             "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
             "recovery_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
             "retries": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
+            "low_memory": (lambda v: isinstance(v, bool), "True or False"),
             "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number of at least 0"),
         }
         for name, (holds, wanted) in limits.items():
@@ -387,7 +394,8 @@ def make_gates(
                 f"{(total - gated_weights) / total:.4g} of all"
             )
     stored = {site.name: site.to_stored(within[site.name]) for site in sites} if within else None
-    start: dict[str, Any] = {"first_score": float(config.first_score), "within": stored}
+    dtype = torch.bfloat16 if config.low_memory else torch.float32
+    start: dict[str, Any] = {"first_score": float(config.first_score), "within": stored, "dtype": dtype}
     if config.method == "hard_concrete":
         return HardConcrete(ties, seed=seed, **start), wanted
     if config.method == "straight_through":
@@ -409,13 +417,16 @@ def _attempt(
     gates, wanted = make_gates(sites, config, seed, within)
     share = None if wanted is None else max(wanted, 1) / gates.n_weights
     rate = _learning_rate(config, len(start.rollbacks))
-    optimizer = torch.optim.AdamW([gates.scores], lr=rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        [gates.scores], lr=rate, weight_decay=config.weight_decay, betas=_LOW_BETAS if config.low_memory else _BETAS,
+        fused=True,
+    )  # fmt: skip
     good = _restore(start, gates, optimizer)
     started = time.monotonic() - start.seconds
     stopped_because = "max_steps"
     description = "learning" if attempt == 0 else f"learning, attempt {attempt + 1}"
     bar = tqdm(desc=description, initial=start.step, total=config.max_steps, unit="step", delay=2, leave=False)
-    with gated(model, gates), bar:
+    with gated(model, gates), lean_norms(model), recomputed(model) if config.low_memory else nullcontext(), bar:
         for step in range(start.step, config.max_steps):
             if step and step % _GOOD_EVERY == 0:
                 good = replace(start, tensors=_tensors(gates, optimizer), step=step, seconds=time.monotonic() - started)
@@ -426,22 +437,21 @@ def _attempt(
             due = None if share is None else share_due(step, share, config.max_steps)
             if due is not None:
                 gates.aim(round(due * gates.n_weights))
-            penalty = gates.refresh(step)
+            gates.refresh(step)
+            penalty, between, above = gates.penalise(sparsity_weight)
             cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
-            loss = cross_entropy + sparsity_weight * penalty
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            cross_entropy.backward()  # adds to the gradient of the penalty
             optimizer.step()
 
-            between, above = gates.undecided(step)
+            n_kept = gates.n_kept()
             record = {
                 "attempt": attempt,
                 "step": step,
                 "cross_entropy": cross_entropy.item(),
-                "fraction": (gates.n_kept() + total - gates.n_weights) / total,
+                "fraction": (n_kept + total - gates.n_weights) / total,
                 "due": due,
-                "above_zero": gates.n_above_zero() / gates.n_weights,
-                "penalty": penalty.item(),
+                "above_zero": (gates.n_above_zero() if due is not None else n_kept) / gates.n_weights,
+                "penalty": penalty,
                 "undecided": between / gates.scores.numel(),
                 "sparsity_weight": sparsity_weight,
             }
@@ -537,7 +547,7 @@ def _explosion(
     first = history[0]["cross_entropy"] if history else math.inf
     if not math.isfinite(loss) or record["cross_entropy"] > _EXPLODED * max(first, math.log(d_vocab)):
         return f"the loss is {loss:.4g}"
-    return "the gradient is not finite" if gates.scores.isnan().any() else None
+    return "the gradient is not finite" if gates.scores.detach().sum().isnan() else None
 
 
 def _roll_back(trouble: _Exploded, start: Checkpoint, config: SparsifyConfig, folder: RunFolder | None) -> Checkpoint:

@@ -9,15 +9,14 @@ import bigram_circuits as bc
 from bigram_circuits import gates as module
 from bigram_circuits.gates import (
     ContinuousSparsification,
+    HardConcrete,
     StraightThrough,
     hard_concrete,
     kept_share,
     probability_open,
     soft_gate,
-    straight_through,
     temperature,
     tie_gates,
-    undecided,
 )
 
 UNITS = [
@@ -40,7 +39,6 @@ def test_soft_gate_hardens_to_the_hard_gate():
     scores = torch.tensor([-0.3, -1e-3, 1e-3, 2.0])
     torch.testing.assert_close(soft_gate(scores, 2.0), 1 / (1 + torch.exp(-2 * scores)))
     assert torch.equal(soft_gate(scores, 1e9).round(), module.hard_gate(scores).float())
-    assert undecided(torch.tensor([0.05, 0.1, 0.2, 0.89, 0.95, 1.0])) == (2, 2)
 
 
 def test_hard_concrete_has_the_distribution_that_its_penalty_states():
@@ -55,16 +53,87 @@ def test_hard_concrete_has_the_distribution_that_its_penalty_states():
         assert (sampled <= 0.5).float().mean().item() == pytest.approx(1 / (1 + math.exp(score)), abs=5e-3)
 
 
-def test_straight_through_is_hard_forward_and_the_identity_backward():
-    scores = torch.tensor([0.3, -0.2, -torch.inf], requires_grad=True)
-    gates = straight_through(torch.tensor([True, False, False]), scores)
-    assert gates.tolist() == [1.0, 0.0, 0.0]
-    (gates * torch.tensor([5.0, 7.0, 9.0])).sum().backward()
-    assert scores.grad is not None
-    assert scores.grad.tolist() == [5.0, 7.0, 0.0]
+def test_the_share_of_straight_through_falls_to_its_target():
     assert kept_share(0, target=0.01, steps=100) == 1.0
     assert kept_share(25, target=0.01, steps=100) == pytest.approx(0.1)
     assert kept_share(50, target=0.01, steps=100) == kept_share(99, target=0.01, steps=100) == pytest.approx(0.01)
+
+
+# --- the objective and its gradient, by the plain formulas ---
+
+
+def plainly(gates, method, step):
+    """(soft, penalised) of all gates, with a graph back to the returned scores."""
+    scores = gates.scores.detach().clone().requires_grad_()
+    moved = scores - gates.threshold
+    if method is ContinuousSparsification:
+        soft = torch.sigmoid(temperature(step, first=2.0, growth=1.5) * moved)
+        return scores, soft, soft
+    if method is HardConcrete:
+        return scores, hard_concrete(moved, gates._uniform), probability_open(moved)
+    finite = scores.masked_fill(scores.isinf(), 0.0)
+    return scores, gates.hard_gates().float() + (finite - finite.detach()), gates.hard_gates().float()
+
+
+METHODS = {
+    ContinuousSparsification: {"beta_start": 2.0, "beta_growth": 1.5},
+    HardConcrete: {"seed": 5},
+    StraightThrough: {"target": 3000, "steps": 4},
+}
+
+
+@pytest.mark.parametrize("unit_of", [u for u in UNITS if isinstance(u, dict)] + [{"attn": "weight", "mlp": "weight"}])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at_once", [1 << 20, 1000])
+def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, method, unit_of, at_once, monkeypatch):
+    monkeypatch.setitem(module._AT_ONCE, "cpu", at_once)
+    generator = torch.Generator().manual_seed(0)
+    within = {
+        site.name: torch.rand(site.original.shape, generator=generator) < 0.9 for site in bc.weight_sites(any_model)
+    }
+    gates = method(tie_gates(bc.weight_sites(any_model), unit_of), within=within, **METHODS[method])
+    with torch.no_grad():
+        gates.scores += torch.randn(gates.scores.shape, generator=generator)
+    if method is not StraightThrough:
+        gates.threshold = 0.1
+    gates.refresh(2)
+    upstream = {tie.site.name: torch.randn(tie.site.original.shape, generator=generator) for tie in gates.ties}
+    mean, between, above = gates.penalise(7.0)
+    loss = sum(
+        (gates.gate(tie.site.name, tie.site.original.detach()) * upstream[tie.site.name]).sum() for tie in gates.ties
+    )
+    loss.backward()
+
+    scores, soft, penalised = plainly(gates, method, 2)
+    expected = sum(
+        (tie.spread(soft[tie.place]) * tie.site.original.detach() * upstream[tie.site.name]).sum() for tie in gates.ties
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    sizes = [tie.spread(penalised[tie.place]).mean() * tie.site.size for tie in gates.ties]
+    penalty = sum(sizes) / gates.n_weights
+    assert mean == pytest.approx(float(penalty.detach()), rel=1e-5)
+    (expected + 7.0 * penalty).backward()
+    torch.testing.assert_close(gates.scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
+    assert (gates.scores.grad[gates.scores.isinf()] == 0).all()
+    if method is not StraightThrough:
+        assert between == int(((penalised > 0.1) & (penalised <= 0.9)).sum())
+        assert above == int((penalised > 0.9).sum())
+    assert gates.n_kept() == sum(int(mask.sum()) for mask in gates.masks().values())
+
+
+def test_a_backward_pass_adds_to_the_gradient_that_is_there(any_model, random_tokens):
+    tokens = torch.from_numpy(random_tokens)
+    gates = ContinuousSparsification(tie_gates(bc.weight_sites(any_model), {"attn": "weight", "mlp": "weight"}))
+    with bc.gated(any_model, gates):
+        gates.refresh(0)
+        gates.penalise(3.0)
+        penalty = gates.scores.grad.clone()
+        any_model(tokens).square().mean().backward()
+        both = gates.scores.grad.clone()
+        gates.penalise(0.0)
+        assert (gates.scores.grad == 0).all()
+        any_model(tokens).square().mean().backward()
+    torch.testing.assert_close(both, penalty + gates.scores.grad)
 
 
 # --- tied gates ---
@@ -183,25 +252,14 @@ def test_a_weight_that_is_zero_starts_and_stays_dropped(tiny_folders):
     gates = ContinuousSparsification(tie_gates(bc.weight_sites(model), {"mlp": "weight"}), first_score=0.5)
     optimizer = torch.optim.AdamW([gates.scores], lr=0.1, weight_decay=0.01)
     for step in range(3):
-        optimizer.zero_grad()
-        (-gates.refresh(step)).backward()
+        gates.refresh(step)
+        gates.penalise(-1.0)
         optimizer.step()
     mask = gates.masks()[site.name]
     assert torch.equal(mask, site.original != 0)
     assert gates.n_kept() == gates.n_weights - 5
     with pytest.raises(ValueError, match=r"only \d+ are neither 0 nor excluded"):
         gates.masks(gates.n_weights)
-
-
-def test_the_penalty_is_the_mean_over_weights_whatever_they_are_tied_by(any_model):
-    sites = bc.weight_sites(any_model)
-    gates = ContinuousSparsification(tie_gates(sites, {"attn": "head", "mlp": "neuron"}))
-    with torch.no_grad():
-        gates.scores.copy_(torch.randn(gates.scores.shape, generator=torch.Generator().manual_seed(0)))
-    penalty = gates.refresh(0)
-    spread = torch.cat([gates.soft[site.name].expand(site.original.shape).flatten() for site in sites])
-    assert penalty.item() == pytest.approx(spread.mean().item(), rel=1e-5)
-    assert gates.n_kept() == sum(int(mask.sum()) for mask in gates.masks().values())
 
 
 @pytest.mark.parametrize("unit_of", [{"attn": "weight", "mlp": "weight"}, {"attn": "head", "mlp": "neuron"}], ids=str)

@@ -188,7 +188,7 @@ def test_the_gradient_of_a_gate_is_the_change_of_the_loss(tiny_model, tokens):
         return tiny_model(tokens).double().square().mean()
 
     with bc.gated(tiny_model, gates):
-        loss().backward()
+        loss().backward()  # nothing was there before: no penalty
         assert gates.scores.grad is not None
         expected = (gates.scores.grad * direction).sum().item()
         with torch.no_grad():
