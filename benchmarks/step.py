@@ -27,11 +27,14 @@ SHAPES = {"reference": 16, "gpt2": 4, "pythia-70m": 8}
 """Sequences in a batch, of 128 tokens."""
 TITLES = {"reference": "reference, 16 x 128", "gpt2": "GPT-2 small, 4 x 128", "pythia-70m": "Pythia-70M, 8 x 128"}
 LENGTH = 128
-WAYS = ("dense", "masked")
+WAYS = ("dense", "masked", "low memory")
+
+
+PYTHIA_70M = {"vocab_size": 50_304, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
 
 
 def save_model(kind: str, folder: Path, **size: int) -> None:
-    """A model of a known shape with random weights, and a byte tokenizer."""
+    """A model of a known shape with random weights, and a byte tokenizer; `size` changes Pythia-70M's."""
     import transformers as hf
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,17 +43,13 @@ def save_model(kind: str, folder: Path, **size: int) -> None:
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if kind == "reference":
         model = hf.AutoModelForCausalLM.from_pretrained(bc.models.REFERENCE_FOLDER, dtype=torch.float32)
-    elif kind == "gpt2":
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(**ends))
+        tokenizer = hf.AutoTokenizer.from_pretrained(bc.models.REFERENCE_FOLDER)
     else:
-        shape = dict(vocab_size=50_304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8) | size
-        model = hf.GPTNeoXForCausalLM(
-            hf.GPTNeoXConfig(**shape, intermediate_size=4 * shape["hidden_size"], **ends, dtype=torch.float32)
-        )
+        tokenizer = byte_tokenizer()
+        shape = PYTHIA_70M | size
+        neox = hf.GPTNeoXConfig(**shape, intermediate_size=4 * shape["hidden_size"], **ends)
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**ends)) if kind == "gpt2" else hf.GPTNeoXForCausalLM(neox)
     model.save_pretrained(folder)
-    tokenizer = (
-        hf.AutoTokenizer.from_pretrained(bc.models.REFERENCE_FOLDER) if kind == "reference" else byte_tokenizer()
-    )
     tokenizer.save_pretrained(folder)
 
 
@@ -81,52 +80,60 @@ def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) ->
     return step
 
 
-class Timed:
-    """A target that notes when it was asked for a loss."""
+class Paced:
+    """A target that notes how long each step took, from one loss to the next, and does something in between."""
 
-    def __init__(self, target: bc.NGramTable) -> None:
-        self.target, self.d_vocab, self.times = target, target.d_vocab, []
+    def __init__(self, target: bc.NGramTable, between: Callable[[], None]) -> None:
+        self.target, self.between, self.d_vocab = target, between, target.d_vocab
+        self.steps: list[float] = []
+        self._last: float | None = None
 
     def cross_entropy(self, logits: Any, tokens: Any) -> Any:
-        self.times.append(time.perf_counter())
+        """The target's."""
+        if self._last is not None:
+            self.steps.append(time.perf_counter() - self._last)
+        self.between()
+        self._last = time.perf_counter()
         return self.target.cross_entropy(logits, tokens)
 
     def surprisal(self, tokens: Any) -> Any:
+        """The target's."""
         return self.target.surprisal(tokens)
 
 
 def masked_steps(
-    folder: str, batch_size: int, device: str, dtype: torch.dtype, **recipe: Any
-) -> Callable[[int], list[float]]:
-    """Some steps of mask learning, as a function of their number that gives the seconds of each."""
+    folder: str,
+    batch_size: int,
+    device: str,
+    dtype: torch.dtype,
+    number: int,
+    between: Callable[[], None],
+    **recipe: Any,
+) -> list[float]:
+    """Seconds of each of some steps of mask learning, with something done in between that is not counted."""
     model = bc.load_model(folder, device=device, dtype=dtype)
     tokens = some_tokens(model.cfg.d_vocab, max(64, 2 * batch_size))
     corpus, table = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
-
-    def steps(number: int) -> list[float]:
-        target = Timed(table)
-        config = bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 1, retries=0, **recipe)
-        bc.find_subnetwork(model, target, corpus, config)
-        learning = target.times[2:-2]  # without the forecast of memory before, and soft against hard after
-        assert len(learning) == number + 1, f"the target was asked {len(target.times)} times"
-        return list(np.diff(learning))
-
-    return steps
+    target = Paced(table, between)
+    bc.find_subnetwork(
+        model, target, corpus, bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 2, retries=0, **recipe)
+    )
+    assert len(target.steps) == number + 5, f"the target was asked {len(target.steps) + 1} times"
+    return target.steps[3:-2]  # without the forecast before, the first step, and soft against hard after
 
 
-def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, number: int) -> dict[str, list[float]]:
     """Seconds of each step, in turns."""
-    dense, masked = (make(folder, batch_size, device, dtype) for make in (dense_step, masked_steps))
-    taken: dict[str, list[float]] = {"dense": [], "masked": []}
-    dense()
-    masked(1)
-    for _ in range(rounds):
-        taken["masked"] += masked(3)
-        for _ in range(3):
-            started = time.perf_counter()
-            dense()
-            taken["dense"].append(time.perf_counter() - started)
-    return taken
+    step = dense_step(folder, batch_size, device, dtype)
+    dense: list[float] = []
+
+    def between() -> None:
+        started = time.perf_counter()
+        step()
+        dense.append(time.perf_counter() - started)
+
+    masked = masked_steps(folder, batch_size, device, dtype, number, between)
+    return {"dense": dense[4:-2], "masked": masked}
 
 
 def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -137,13 +144,14 @@ def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: t
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 1e6
 
+    transformer_lens.model_bridge.TransformerBridge  # noqa: B018 (imported, as learning does)
     before = highest()
     if way == "dense":
         step = dense_step(folder, batch_size, device, dtype)
         for _ in range(4):
             step()
     else:
-        masked_steps(folder, batch_size, device, dtype, **({"low_memory": True} if way == "low memory" else {}))(3)
+        masked_steps(folder, batch_size, device, dtype, 3, lambda: None, low_memory=way == "low memory")
     if device == "cuda":
         return {"peak": torch.cuda.max_memory_allocated() / 1e9, "before": 0.0}
     return {"peak": highest(), "before": before}
@@ -154,14 +162,14 @@ def in_own_process(*arguments: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(kinds: list[str], rounds: int = 5, device: str = "cpu", dtype: str = "float32") -> list[tuple]:
+def measure(kinds: list[str], steps: int = 15, device: str = "cpu", dtype: str = "float32") -> list[tuple]:
     """Rows of (what, measured, goal, unit), printed as they come."""
     rows: list[tuple] = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             save_model(kind, Path(folder))
             run = [folder, str(SHAPES[kind]), device, dtype]
-            taken = in_own_process("--time", str(rounds), *run)
+            taken = in_own_process("--time", str(steps), *run)
             dense, masked = (float(np.median(taken[way])) for way in ("dense", "masked"))
             print(f"{TITLES[kind]}: dense step {dense:.3f} s, mask-learning step {masked:.3f} s", flush=True)
             rows.append((f"step time, {TITLES[kind]}", masked / dense, GOALS["time"], "x"))
@@ -180,7 +188,7 @@ def measure(kinds: list[str], rounds: int = 5, device: str = "cpu", dtype: str =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5, help="of three steps of each kind")
+    parser.add_argument("--steps", type=int, default=15, help="of each kind")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--time", nargs=5, help=argparse.SUPPRESS)
@@ -191,7 +199,7 @@ def main() -> None:
         run = (folder, int(batch_size), device, getattr(torch, dtype))
         print(json.dumps(measure_time(*run, int(first)) if arguments.time else measure_memory(first, *run)))
         return
-    for what, measured, goal, unit in measure(arguments.shapes, arguments.rounds, arguments.device, arguments.dtype):
+    for what, measured, goal, unit in measure(arguments.shapes, arguments.steps, arguments.device, arguments.dtype):
         met = "met" if measured <= goal else "NOT met"
         print(f"{what:<50}{measured:>7.2f} {unit}  goal {goal:.2f}  {met}")
 

@@ -271,11 +271,9 @@ class Gates(nn.Module, ABC):
             scores, wanted = scores[::every], wanted // every
         wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
         if self._single and 0 < wanted < len(scores):
-            place = len(scores) - wanted  # a partition is several times faster than finding the highest
-            below, above = (
-                float(edge)
-                for edge in np.partition(scores.float().cpu().numpy(), (place - 1, place))[place - 1 : place + 1]
-            )
+            at = len(scores) - wanted  # a partition is several times faster than finding the highest
+            ordered = np.partition(scores.float().cpu().numpy(), (at - 1, at))
+            below, above = float(ordered[at - 1]), float(ordered[at])
         else:
             chosen = self.highest(wanted)
             below = scores[~chosen].max().item() if not chosen.all() else -math.inf
