@@ -77,7 +77,10 @@ def test_probabilities_are_those_of_a_dictionary(text, tokens, order):
 def test_streamed_counts_are_whole_counts(text, order, chunk):
     whole = bc.count_ngrams(text, order, d_vocab=D_VOCAB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK_TOKENS", chunk)
+        patch.setattr(module, "_TOKENS_AT_ONCE", chunk)
+        patch.setattr(module, "_CHUNK_KEYS", chunk)
+        patch.setattr(module, "_KEYS_PER_DISTINCT", 1)
+        patch.setattr(module, "_ENTRIES_AT_ONCE", chunk)
         assert_same_table(bc.count_ngrams(text, order, d_vocab=D_VOCAB), whole)
     counter = NGramCounter(order, D_VOCAB)
     for row in text[::-1]:  # in any order
