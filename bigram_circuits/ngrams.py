@@ -1,9 +1,9 @@
 """The n-gram distribution of a corpus: a counter that accumulates, and the frozen table it yields.
 
 Counting. An n-gram of token ids is one integer key in base `d_vocab`. A chunk of keys is sorted and its runs are
-measured; then they are merged with those of the chunks before. A chunk has a fixed size at first, and some keys for
-every distinct one later, so merging costs a bounded share of sorting, and memory is in proportion to the distinct
-n-grams and the first chunk, whatever the length of the text.
+measured; the distinct keys then begin the next chunk. A chunk has a fixed size at first and later some times as many
+keys as are distinct, so sorting these again costs a bounded share, and memory is in proportion to the distinct n-grams
+and the first chunk, whatever the length of the text.
 
 The table. P(next | context) by maximum likelihood, with backoff in one direction only (Chang and Bergen 2025): a
 context never seen gets the distribution of the next shorter context, down to the unigram distribution; a context that
@@ -35,8 +35,8 @@ from bigram_circuits.files import release_pages, whole_file
 
 _TOKENS_AT_ONCE = 1 << 19  # tokens made into n-grams at once: what fits in a cache
 _CHUNK_KEYS = 1 << 25  # n-grams that are sorted at once: 128 MiB of uint32,
-_KEYS_PER_DISTINCT = 8  # or so many for every distinct one there is
-_ENTRIES_AT_ONCE = 1 << 15  # row entries worked out at once
+_KEYS_PER_DISTINCT = 4  # or so many for every distinct one there is
+_ENTRIES_AT_ONCE = 1 << 16  # row entries worked out at once
 _GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.ngrams/1"
@@ -123,18 +123,16 @@ class NGramCounter:
 
 
 class _Counts:
-    """How often each key came: a buffer of keys as they came, and the distinct keys before them with their counts."""
+    """How often each key came. When the buffer is full, every distinct key stays in it, once."""
 
     def __init__(self, dtype: type[np.unsignedinteger]) -> None:
-        self._distinct = np.empty(0, dtype), np.empty(0, np.int64)
         self._buffer, self._filled = np.empty(0, dtype), 0
+        self._repeated, self._besides = np.empty(0, dtype), np.empty(0, np.int64)  # keys, how often besides that
 
     def add(self, keys: np.ndarray) -> None:
         while keys.size:
             if self._filled == len(self._buffer):
-                self._fold()
-                room = max(_CHUNK_KEYS, _KEYS_PER_DISTINCT * len(self._distinct[0]))
-                self._buffer = np.empty(room, keys.dtype)  # takes memory only as it is filled
+                self._make_room()
             part = keys[: len(self._buffer) - self._filled]
             self._buffer[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
@@ -142,14 +140,18 @@ class _Counts:
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
         """Distinct keys in order, and how often each came."""
-        self._fold()
-        return self._distinct
+        keys, counts = _run_lengths(self._buffer[: self._filled])
+        counts[np.searchsorted(keys, self._repeated)] += self._besides
+        return keys, counts
 
-    def _fold(self) -> None:
-        """Empty the buffer into the distinct keys."""
-        fresh = _run_lengths(self._buffer[: self._filled])
-        self._buffer, self._filled = self._buffer[:0].copy(), 0
-        self._distinct = _merge(self._distinct, fresh)
+    def _make_room(self) -> None:
+        keys, counts = self.all()
+        repeated = counts > 1
+        self._repeated, self._besides = keys[repeated], counts[repeated] - 1
+        room = max(_CHUNK_KEYS, _KEYS_PER_DISTINCT * len(keys))
+        if room > len(self._buffer):
+            self._buffer = np.empty(room, keys.dtype)  # takes memory only as it is filled
+        self._buffer[: len(keys)], self._filled = keys, len(keys)
 
 
 def _key_type(n: int, d_vocab: int) -> type[np.unsignedinteger]:
@@ -182,8 +184,6 @@ def _merge(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add two sorted lists of (distinct keys, counts)."""
-    if not len(first[0]) or not len(second[0]):
-        return second if len(second[0]) else first
     keys = np.concatenate([first[0], second[0]])
     order = np.argsort(keys, kind="stable")  # linear time on two sorted halves
     keys = keys[order]
