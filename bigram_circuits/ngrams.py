@@ -276,24 +276,27 @@ def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> No
 def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
     """The rows of n-grams counted, and how often each context came. Worked out in parts that fit in a cache."""
     base = keys.dtype.type(d_vocab)
-    context_of = keys // base
-    starts = _starts(context_of)
+    begins = [np.zeros(1, np.int64)]
+    for at in range(0, len(keys), _ENTRIES_AT_ONCE):
+        contexts = keys[at : at + _ENTRIES_AT_ONCE + 1] // base
+        begins.append(np.flatnonzero(contexts[1:] != contexts[:-1]) + (at + 1))
+    starts = np.concatenate(begins)
     lengths = _lengths(starts, len(keys))
     totals = np.add.reduceat(counts, starts)
     tokens, probs = np.empty(len(keys), np.int32), np.empty(len(keys), np.float32)
     entropy, top = np.empty(len(starts), np.float32), np.empty(len(starts), np.int32)
     for rows in _row_parts(starts, len(keys)):
         begin, end = starts[rows][0], starts[rows][-1] + lengths[rows][-1]
-        first, repeats, own = starts[rows] - begin, lengths[rows], counts[begin:end]
-        np.subtract(keys[begin:end], context_of[begin:end] * base, out=tokens[begin:end], casting="unsafe")
+        first, grams, own = starts[rows] - begin, keys[begin:end], counts[begin:end]
+        tokens[begin:end] = grams - grams // base * base
         prob = own.astype(np.float64)
-        prob /= np.repeat(totals[rows].astype(np.float64), repeats)
+        prob /= np.repeat(totals[rows].astype(np.float64), lengths[rows])
         probs[begin:end] = prob
         entropy[rows] = -np.add.reduceat(prob * np.log(prob), first).astype(np.float32) + 0.0
-        is_best = np.flatnonzero(own == np.repeat(np.maximum.reduceat(own, first), repeats))
-        top[rows] = tokens[begin:end][is_best[np.searchsorted(is_best, first)]]
+        # one number that is largest for the largest count, and of these for the lowest token, which it tells
+        top[rows] = -np.maximum.reduceat(own * d_vocab - tokens[begin:end], first) % d_vocab
     level = Level(
-        contexts=torch.from_numpy(context_of[starts].astype(np.int64)),
+        contexts=torch.from_numpy((keys[starts] // base).astype(np.int64)),
         offsets=torch.from_numpy(np.append(starts, len(keys)).astype(np.int64)),
         tokens=torch.from_numpy(tokens),
         probs=torch.from_numpy(probs),
