@@ -62,7 +62,9 @@ def counting(millions: int, repeats: int) -> list[tuple[str, float, float, str]]
     print(f"counting {tokens.size / 1e6:.0f} million tokens, {n_entries:,} distinct bigrams")
     for name, of in seconds.items():
         print(f"  {name:<13} {of:.3f} s, {tokens.size / of / 1e6:.1f} million tokens a second")
-    print(f"  count_ngrams against numpy.unique: {seconds['count_ngrams'] / seconds['numpy.unique']:.2f} times its time")
+    print(
+        f"  count_ngrams against numpy.unique: {seconds['count_ngrams'] / seconds['numpy.unique']:.2f} times its time"
+    )
     ratio = float(np.median(np.divide(times["count_ngrams"], times["numpy's sort"])))
     return [(f"counting {millions} million bigrams, against a sort of their keys", ratio, 2.5, "x")]
 
