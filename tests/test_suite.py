@@ -33,9 +33,9 @@ def test_layers_measured_together_are_those_measured_alone(tiny_model):
     together = layer_by_layer(tiny_model, CORPUS, some, TARGET)
     alone = logit_lens(tiny_model, CORPUS, some, target=TARGET)
     np.testing.assert_array_equal(together["logit_lens"].values, alone.values)
-    covariance = covariance_similarity(tiny_model, CORPUS, some)
-    assert (together["covariance"].conditions, together["covariance"].notes) == (covariance.conditions, covariance.notes)
-    np.testing.assert_allclose(together["covariance"].values, covariance.values, atol=1e-6)
+    shared, covariance = together["covariance"], covariance_similarity(tiny_model, CORPUS, some)
+    assert (shared.conditions, shared.notes) == (covariance.conditions, covariance.notes)
+    np.testing.assert_allclose(shared.values, covariance.values, atol=1e-6)
     full = layer_by_layer(tiny_model, CORPUS)["covariance"]
     np.testing.assert_allclose(full.values, covariance.values[:, :1], atol=1e-6)
     fewer = layer_by_layer(tiny_model, CORPUS, some, TARGET, tokens=32)
