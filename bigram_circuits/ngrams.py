@@ -1,8 +1,9 @@
 """The n-gram distribution of a corpus: a counter that accumulates, and the frozen table it yields.
 
 Counting. An n-gram of token ids is one integer key in base `d_vocab`. A chunk of keys is sorted and its runs are
-measured; sorted runs of chunks are merged when they have grown to the same size, so each key is moved a logarithmic
-number of times and memory holds the distinct n-grams and one chunk, whatever the length of the text.
+measured; the distinct keys then begin the next chunk. A chunk has a fixed size at first and later some times as many
+keys as are distinct, so sorting these again costs a bounded share, and memory is in proportion to the distinct n-grams
+and the first chunk, whatever the length of the text.
 
 The table. P(next | context) by maximum likelihood, with backoff in one direction only (Chang and Bergen 2025): a
 context never seen gets the distribution of the next shorter context, down to the unigram distribution; a context that
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +33,10 @@ from tqdm.auto import tqdm
 from bigram_circuits.checksums import check_content, check_header, read_tensors, seal_tensors, shown
 from bigram_circuits.files import release_pages, whole_file
 
-_CHUNK_TOKENS = 1 << 24
+_TOKENS_AT_ONCE = 1 << 19  # tokens made into n-grams at once: what fits in a cache
+_CHUNK_KEYS = 1 << 25  # n-grams that are sorted at once: 128 MiB of uint32,
+_KEYS_PER_DISTINCT = 4  # or so many for every distinct one there is
+_ENTRIES_AT_ONCE = 1 << 16  # row entries worked out at once
 _GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.ngrams/1"
@@ -61,7 +65,7 @@ def count_ngrams(
     array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
     if array.ndim != 2:
         raise ValueError(f"tokens have shape {array.shape} but should be [sequence, position]")
-    rows = max(1, _CHUNK_TOKENS // max(1, array.shape[1]))
+    rows = max(1, _TOKENS_AT_ONCE // max(1, array.shape[1]))
     with tqdm(total=array.size, unit="token", unit_scale=True, desc="counting", delay=2, leave=False) as bar:
         for start in range(0, len(array), rows):
             chunk = array[start : start + rows]
@@ -81,7 +85,8 @@ class NGramCounter:
             raise ValueError(f"cannot count {order}-grams over a vocabulary of {d_vocab}")
         self.order = order
         self.d_vocab = d_vocab
-        self._runs: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(order)]
+        # every shorter n-gram begins a longer one, unless it is the last of its sequence: only those are counted
+        self._counts = [_Counts(_key_type(n, d_vocab)) for n in range(1, order + 1)]
 
     def add(self, tokens: Integer[np.ndarray, "sequence position"]) -> None:
         """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
@@ -95,28 +100,68 @@ class NGramCounter:
             raise ValueError(
                 f"token id {wrong} is outside the vocabulary of {self.d_vocab} (ids 0 to {self.d_vocab - 1})"
             )
-        for n, runs in enumerate(self._runs, start=1):
-            keys = _keys(tokens, n, self.d_vocab)
-            if keys.size:
-                runs.append(_run_lengths(keys))
-            while len(runs) > 1 and len(runs[-2][0]) <= 2 * len(runs[-1][0]):
-                runs.append(_merge(runs.pop(), runs.pop()))
+        for n, counts in enumerate(self._counts, start=1):
+            if n < self.order:
+                counts.add(_keys(tokens[:, -n:], n, self.d_vocab))
+                continue
+            for at in range(0, tokens.shape[1], _TOKENS_AT_ONCE):  # a long sequence in pieces
+                counts.add(_keys(tokens[:, at : at + _TOKENS_AT_ONCE + n - 1], n, self.d_vocab))
 
     def freeze(self) -> NGramTable:
         """The table of everything counted so far. Raises ValueError if that is no n-gram of the full order."""
-        if not self._runs[-1]:
+        keys, counts = self._counts[-1].all()
+        if not len(keys):
             raise ValueError(f"the text has no {self.order}-gram: every sequence is shorter than {self.order} tokens")
-        levels = []
-        for runs in self._runs:
-            while len(runs) > 1:
-                runs.append(_merge(runs.pop(), runs.pop()))
-            levels.append(_level(*runs[0], self.d_vocab))
+        levels: list[Level] = []
+        for n in range(self.order, 0, -1):
+            level, totals = _level(keys, counts, self.d_vocab)
+            levels.insert(0, level)
+            if n > 1:
+                shorter = level.contexts.numpy().astype(_key_type(n - 1, self.d_vocab)), totals
+                keys, counts = _merge(shorter, self._counts[n - 2].all())
         return NGramTable(order=self.order, d_vocab=self.d_vocab, levels=tuple(levels))
 
 
+class _Counts:
+    """How often each key came. When the buffer is full, every distinct key stays in it, once."""
+
+    def __init__(self, dtype: type[np.unsignedinteger]) -> None:
+        self._buffer, self._filled = np.empty(0, dtype), 0
+        self._repeated, self._besides = np.empty(0, dtype), np.empty(0, np.int64)  # keys, how often besides that
+
+    def add(self, keys: np.ndarray) -> None:
+        while keys.size:
+            if self._filled == len(self._buffer):
+                self._make_room()
+            part = keys[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            keys = keys[len(part) :]
+
+    def all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct keys in order, and how often each came."""
+        keys, counts = _run_lengths(self._buffer[: self._filled])
+        counts[np.searchsorted(keys, self._repeated)] += self._besides
+        return keys, counts
+
+    def _make_room(self) -> None:
+        keys, counts = self.all()
+        repeated = counts > 1
+        self._repeated, self._besides = keys[repeated], counts[repeated] - 1
+        room = max(_CHUNK_KEYS, _KEYS_PER_DISTINCT * len(keys))
+        if room > len(self._buffer):
+            self._buffer = np.empty(room, keys.dtype)  # takes memory only as it is filled
+        self._buffer[: len(keys)], self._filled = keys, len(keys)
+
+
+def _key_type(n: int, d_vocab: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds every n-gram and sorts fast."""
+    return np.uint32 if d_vocab**n <= 2**32 else np.uint64
+
+
 def _keys(tokens: Integer[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
-    """All n-grams as integers in base `d_vocab`, first token most significant; the smallest type that sorts fast."""
-    dtype = np.uint32 if d_vocab**n <= 2**32 else np.uint64
+    """All n-grams as integers in base `d_vocab`, first token most significant."""
+    dtype = _key_type(n, d_vocab)
     length = tokens.shape[1] - n + 1
     if length < 1:
         return np.zeros(0, dtype)
@@ -132,7 +177,7 @@ def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct keys in order, and how often each occurs. Sorts `keys` in place."""
     keys.sort()
     starts = _starts(keys)
-    return keys[starts], np.diff(starts, append=len(keys))
+    return keys[starts], _lengths(starts, len(keys))
 
 
 def _merge(
@@ -148,7 +193,17 @@ def _merge(
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
     """Where each run of equal values begins."""
-    return np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
+    begins = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
+
+
+def _lengths(starts: np.ndarray, end: int) -> np.ndarray:
+    """How long runs are that begin at `starts`, the last one before `end`."""
+    lengths = np.empty(len(starts), np.int64)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = end - starts[-1:]
+    return lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,23 +273,43 @@ def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> No
         release_pages(array)
 
 
-def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> Level:
-    contexts, tokens = np.divmod(keys, keys.dtype.type(d_vocab))
-    starts = _starts(contexts)
+def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
+    """The rows of n-grams counted, and how often each context came. Worked out in parts that fit in a cache."""
+    base = keys.dtype.type(d_vocab)
+    begins = [np.zeros(1, np.int64)]
+    for at in range(0, len(keys), _ENTRIES_AT_ONCE):
+        contexts = keys[at : at + _ENTRIES_AT_ONCE + 1] // base
+        begins.append(np.flatnonzero(contexts[1:] != contexts[:-1]) + (at + 1))
+    starts = np.concatenate(begins)
+    lengths = _lengths(starts, len(keys))
     totals = np.add.reduceat(counts, starts)
-    lengths = np.diff(starts, append=len(keys))
-    probs = counts / np.repeat(totals, lengths)
-    best = np.maximum.reduceat(counts, starts)
-    is_best = np.flatnonzero(counts == np.repeat(best, lengths))
-    first_best = is_best[np.searchsorted(is_best, starts)]
-    return Level(
-        contexts=torch.from_numpy(contexts[starts].astype(np.int64)),
+    tokens, probs = np.empty(len(keys), np.int32), np.empty(len(keys), np.float32)
+    entropy, top = np.empty(len(starts), np.float32), np.empty(len(starts), np.int32)
+    for rows in _row_parts(starts, len(keys)):
+        begin, end = starts[rows][0], starts[rows][-1] + lengths[rows][-1]
+        first, grams, own = starts[rows] - begin, keys[begin:end], counts[begin:end]
+        tokens[begin:end] = grams - grams // base * base
+        prob = own.astype(np.float64)
+        prob /= np.repeat(totals[rows].astype(np.float64), lengths[rows])
+        probs[begin:end] = prob
+        entropy[rows] = -np.add.reduceat(prob * np.log(prob), first).astype(np.float32) + 0.0
+        # one number that is largest for the largest count, and of these for the lowest token, which it tells
+        top[rows] = -np.maximum.reduceat(own * d_vocab - tokens[begin:end], first) % d_vocab
+    level = Level(
+        contexts=torch.from_numpy((keys[starts] // base).astype(np.int64)),
         offsets=torch.from_numpy(np.append(starts, len(keys)).astype(np.int64)),
-        tokens=torch.from_numpy(tokens.astype(np.int32)),
-        probs=torch.from_numpy(probs.astype(np.float32)),
-        entropy=torch.from_numpy(-np.add.reduceat(probs * np.log(probs), starts).astype(np.float32) + 0.0),
-        top=torch.from_numpy(tokens[first_best].astype(np.int32)),
+        tokens=torch.from_numpy(tokens),
+        probs=torch.from_numpy(probs),
+        entropy=torch.from_numpy(entropy),
+        top=torch.from_numpy(top),
     )
+    return level, totals
+
+
+def _row_parts(starts: np.ndarray, n_entries: int) -> Iterator[slice]:
+    """Rows in parts of about `_ENTRIES_AT_ONCE` entries, at least a row each."""
+    bounds = np.unique(np.searchsorted(starts, np.append(np.arange(0, n_entries, _ENTRIES_AT_ONCE), n_entries)))
+    yield from itertools.starmap(slice, itertools.pairwise(bounds))
 
 
 def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:

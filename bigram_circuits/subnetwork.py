@@ -123,10 +123,8 @@ class Subnetwork(Mapping[str, Tensor]):
         like.check_fits(model)
         masks = {}
         for site in weight_sites(model):
-            size = site.weight.float().abs().flatten().cpu()
-            mask = torch.zeros(size.shape, dtype=torch.bool)
-            mask[size.argsort(descending=True, stable=True)[: like._counts[site.name]]] = True
-            masks[site.name] = mask.view(site.shape)
+            size = site.weight.float().abs().flatten().cpu().numpy()
+            masks[site.name] = torch.from_numpy(_largest(size, like._counts[site.name])).view(site.shape)
         lineage = f"magnitude like {_operand(like.lineage)}"
         return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
@@ -481,6 +479,19 @@ def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
         here = int(rng.hypergeometric(left, size - start - left, block)) if rest else left
         mask[start + rng.choice(block, here, replace=False, shuffle=False)] = True
         left -= here
+    return mask
+
+
+def _largest(values: np.ndarray, kept: int) -> np.ndarray:
+    """Which `kept` values are largest, NaN above all; of equal ones at the threshold, the first."""
+    if kept == 0:
+        return np.zeros(len(values), dtype=bool)
+    threshold = np.partition(values, len(values) - kept)[len(values) - kept]
+    if np.isnan(threshold):
+        mask, equal = np.zeros(len(values), dtype=bool), np.isnan(values)
+    else:
+        mask, equal = ~(values <= threshold), values == threshold
+    mask[np.flatnonzero(equal)[: kept - int(mask.sum())]] = True
     return mask
 
 

@@ -1,5 +1,6 @@
 """The table against a dictionary: slow, obvious, and written from the definition."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 
@@ -73,11 +74,29 @@ def test_probabilities_are_those_of_a_dictionary(text, tokens, order):
     assert torch.equal(table.top1(tokens), expected.argmax(-1))  # of equals, the lowest
 
 
+@given(text=texts, order=orders)
+def test_the_table_is_that_of_a_plain_count_to_the_last_bit(text, order):
+    table, counts = bc.count_ngrams(text, order, d_vocab=D_VOCAB), Dictionary(text, order).counts
+    for length, level in enumerate(table.levels):
+        rows = sorted((context, sorted(row.items())) for context, row in counts.items() if len(context) == length)
+        totals = [sum(count for _, count in row) for _, row in rows]
+        keys = [sum(token * D_VOCAB**place for place, token in enumerate(reversed(context))) for context, _ in rows]
+        assert level.contexts.tolist() == keys
+        assert level.offsets.tolist() == list(itertools.accumulate((len(row) for _, row in rows), initial=0))
+        assert level.tokens.tolist() == [token for _, row in rows for token, _ in row]
+        probs = [count / total for (_, row), total in zip(rows, totals, strict=True) for _, count in row]
+        assert level.probs.tolist() == torch.tensor(probs, dtype=torch.float64).float().tolist()
+        assert level.top.tolist() == [min(row, key=lambda entry: (-entry[1], entry[0]))[0] for _, row in rows]
+
+
 @given(text=texts, order=orders, chunk=st.integers(1, 20))
 def test_streamed_counts_are_whole_counts(text, order, chunk):
     whole = bc.count_ngrams(text, order, d_vocab=D_VOCAB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK_TOKENS", chunk)
+        patch.setattr(module, "_TOKENS_AT_ONCE", chunk)
+        patch.setattr(module, "_CHUNK_KEYS", chunk)
+        patch.setattr(module, "_KEYS_PER_DISTINCT", 2)
+        patch.setattr(module, "_ENTRIES_AT_ONCE", chunk)
         assert_same_table(bc.count_ngrams(text, order, d_vocab=D_VOCAB), whole)
     counter = NGramCounter(order, D_VOCAB)
     for row in text[::-1]:  # in any order

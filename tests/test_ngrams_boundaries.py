@@ -70,7 +70,8 @@ def test_counting_makes_nothing_of_the_size_of_all_pairs():
     assert [len(level.tokens) for level in table.levels] == [3, 4]
 
 
-def test_a_counter_holds_distinct_n_grams_whatever_the_length_of_the_text():
+def test_a_counter_holds_distinct_n_grams_whatever_the_length_of_the_text(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_KEYS", 1 << 14)
     counter, rng = NGramCounter(2, D_VOCAB), np.random.default_rng(0)
     tracemalloc.start()
     held = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import analyze, layer_by_layer, logit_lens
+from bigram_circuits.analysis import analyze, covariance_similarity, layer_by_layer, logit_lens
 from bigram_circuits.files import read_checked_json
 
 from .architectures import CONFIGS
@@ -33,6 +33,11 @@ def test_layers_measured_together_are_those_measured_alone(tiny_model):
     together = layer_by_layer(tiny_model, CORPUS, some, TARGET)
     alone = logit_lens(tiny_model, CORPUS, some, target=TARGET)
     np.testing.assert_array_equal(together["logit_lens"].values, alone.values)
+    shared, covariance = together["covariance"], covariance_similarity(tiny_model, CORPUS, some)
+    assert (shared.conditions, shared.notes) == (covariance.conditions, covariance.notes)
+    np.testing.assert_allclose(shared.values, covariance.values, atol=1e-6)
+    full = layer_by_layer(tiny_model, CORPUS)["covariance"]
+    np.testing.assert_allclose(full.values, covariance.values[:, :1], atol=1e-6)
     fewer = layer_by_layer(tiny_model, CORPUS, some, TARGET, tokens=32)
     assert fewer["cosine"].notes["tokens"] == 32
 

@@ -343,16 +343,81 @@ def covariance_similarity(
                 streams = torch.cat([streams, residual_streams(model, batch)[0]])
             grams = _gram(streams.flatten(1, 2).float())
             hsic += unbiased_hsic(grams, grams).double() * batch.numel()
-    similarity = _ratio(hsic).cpu().numpy()
+    notes = {"tokens": int(tokens.size), "tokens_at_once": tokens_at_once}
+    return _covariance_maps(model, hsic, notes)
+
+
+class CovarianceSums:
+    """Adds up HSIC between layers, on some sequences of a text; an observer of the full model, or of a subnetwork.
+
+    Of the full model Gram matrices are kept until the subnetwork's were compared with them: at most `MAX_TOKENS` x
+    `TOKENS_AT_ONCE` numbers for each layer.
+    """
+
+    MAX_TOKENS = 1 << 13
+    TOKENS_AT_ONCE = 512
+
+    def __init__(
+        self,
+        tokens: Integer[np.ndarray, "sequence position"],
+        *,
+        keep: bool = False,
+        full: CovarianceSums | None = None,
+    ) -> None:
+        """Take the text that will be shown.
+
+        Args:
+            tokens: Token ids.
+            keep: Of the full model: a subnetwork's sums will be made with it.
+            full: Of a subnetwork: what has added up the full model's, and kept its Gram matrices.
+        """
+        n_sequences, length = tokens.shape
+        self._chosen = torch.zeros(n_sequences, dtype=torch.bool)
+        self._chosen[spread(np.arange(n_sequences)[:, None], self.MAX_TOKENS // length or 1)[:, 0]] = True
+        self._at_once = max(-(-4 // length), self.TOKENS_AT_ONCE // length)
+        self._keep, self._full = keep, full
+        self._kept: list[Float[Tensor, "layer token token"]] = []
+        self._waiting, self._hsic = torch.empty(0), torch.tensor(0.0, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch."""
+        here, self._chosen = self._chosen.tensor_split([len(batch.tokens)])
+        picked = batch.residual[:, here.to(batch.residual.device)].float()
+        self._waiting = torch.cat([self._waiting, picked], 1) if self._waiting.numel() else picked
+        while self._waiting.shape[1] >= self._at_once:
+            self._add(self._waiting[:, : self._at_once])
+            self._waiting = self._waiting[:, self._at_once :]
+        if not len(self._chosen) and self._waiting[0, ..., 0].numel() >= 4:  # the last of the text
+            self._add(self._waiting)
+
+    def maps(self, model: Any) -> Maps:
+        """The similarities, once the whole text was seen: as `covariance_similarity` gives them."""
+        notes = {"tokens": self._tokens, "tokens_at_once": self.TOKENS_AT_ONCE}
+        return _covariance_maps(model, self._hsic, notes)
+
+    def _add(self, residual: Float[Tensor, "layer sequence position d_model"]) -> None:
+        grams = _gram(residual.flatten(1, 2))
+        if self._keep:
+            self._kept.append(grams)
+            return
+        if self._full is not None:
+            grams = torch.cat([self._full._kept.pop(0), grams])
+        self._hsic = self._hsic + unbiased_hsic(grams, grams).double() * grams.shape[2]
+        self._tokens += grams.shape[2]
+
+
+def _covariance_maps(model: Any, hsic: Float[Tensor, "a a"], notes: dict[str, Any]) -> Maps:
+    """Of HSIC between the full model's layers, or between these and then the subnetwork's."""
+    similarity, n_layers = _ratio(hsic).cpu().numpy(), model.cfg.n_layers + 1
     panels = {"full": similarity[:n_layers, :n_layers]}
-    if subnetwork is not None:
+    if len(similarity) > n_layers:
         panels["subnetwork"] = similarity[n_layers:, n_layers:]
         panels["full (rows) and subnetwork"] = similarity[:n_layers, n_layers:]
     names = layer_names(model)
-    notes = {"tokens": int(tokens.size), "tokens_at_once": tokens_at_once, "formula": "linear CKA, unbiased HSIC"}
     return Maps(
         "Covariance similarity (linear CKA)", _CKA, "layer", names, "layer", names, tuple(panels),
-        np.stack(list(panels.values()))[None], notes=notes,
+        np.stack(list(panels.values()))[None], notes=notes | {"formula": "linear CKA, unbiased HSIC"},
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The set of analyses that tells the story of a subnetwork, in one go: `analyze`.
 
-All that is measured layer by layer (both lenses, recall, cosines) looks on at the same forward passes, one over the
-held-out text for each condition. Ablations, of which there are many, are measured on a part of the text.
+All that is measured layer by layer (both lenses, recall, cosines, covariances) looks on at the same forward passes, one
+over the held-out text for each condition. Ablations, of which there are many, are measured on a part of the text.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bigram_circuits.analysis.conditions import conditions, observe
 from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     CosineSums,
+    CovarianceSums,
     cosine_curves,
     cosine_to_unembedding,
     covariance_similarity,
@@ -137,7 +138,10 @@ def analyze(
         "layer by layer": lambda: layer_by_layer(
             model, corpus, subnetwork, target, tokens=tokens, fit_tokens=fit_tokens, seed=seed
         ),
-        "covariance": lambda: covariance_similarity(model, corpus.held_out, subnetwork),
+        "covariance": lambda: (
+            results["covariance"] if "covariance" in results
+            else covariance_similarity(model, corpus.held_out, subnetwork)
+        ),
         "prompt_lens": lambda: lens.logit_lens(model, prompt, subnetwork, seed=seed),
         "passages": lambda: passages(model, corpus.held_out, subnetwork, target=target, seed=seed),
         "prompt_cosine": lambda: cosine_to_unembedding(model, prompt, subnetwork, target=target, seed=seed),
@@ -179,8 +183,8 @@ def layer_by_layer(
     tokens: int | None = None,
     fit_tokens: int = 1 << 17,
     seed: int = 0,
-) -> dict[str, Curves]:
-    """Logit lens, affine lens, cosines and rotations over a corpus, from shared forward passes.
+) -> dict[str, Curves | Maps]:
+    """Logit lens, affine lens, cosines, rotations and covariance similarity over a corpus, from shared forward passes.
 
     Args:
         model: From `load_model`.
@@ -192,7 +196,8 @@ def layer_by_layer(
         seed: Of the matched random subnetwork.
 
     Returns:
-        `logit_lens`, `affine_lens`, `cosine`, `rotations`: as the functions of these names return them.
+        `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
+        functions of these names return them.
     """
     lens.check_readout(model)
     if target is not None:
@@ -203,17 +208,25 @@ def layer_by_layer(
     mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
     recalls = {name: RecallSums(model, maps[name]) for name in named}
     cosines = {name: CosineSums(model, target) for name in named}
-    groups = (plain, mapped, recalls, cosines)
     held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
-    observe(model, held_out, named, lambda name: [group[name] for group in groups], what="layer by layer")
+    covariances = {"full": CovarianceSums(held_out, keep=subnetwork is not None)}
+    if subnetwork is not None:
+        covariances["subnetwork"] = CovarianceSums(held_out, full=covariances["full"])
+    groups = (plain, mapped, recalls, cosines, covariances)
+    observe(
+        model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"
+    )
     notes = {"tokens": int(held_out.size), "random_seed": seed}
     fitted = notes | {"fitted_on": maps["full"].tokens, "alpha": maps["full"].alpha}
-    return {
+    found: dict[str, Curves | Maps] = {
         "logit_lens": lens.lens_curves("Logit lens", model, plain, notes),
         "affine_lens": lens.affine_curves(model, mapped, recalls, fitted),
         "cosine": cosine_curves(model, cosines, notes),
         "rotations": layer_rotations(model, maps=maps),
     }
+    if held_out.size >= 4:
+        found["covariance"] = list(covariances.values())[-1].maps(model)
+    return found
 
 
 def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subnetwork: Subnetwork, seed: int) -> Maps:

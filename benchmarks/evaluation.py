@@ -1,0 +1,95 @@
+"""What `evaluate` with all controls costs beside the forward passes it needs: `python benchmarks/evaluation.py`.
+
+The forward passes: under every condition (the subnetwork and its controls), of the same batches, nothing measured. On
+the reference model with its held-out text, and on a random model of GPT-2 small's shape with a few tokens, where the
+vocabulary is large. Medians of interleaved repetitions.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import bigram_circuits as bc
+from bigram_circuits.corpus import in_order, spread
+from bigram_circuits.models import REFERENCE_FOLDER, batch_size_for
+
+GOAL = 1.2
+
+
+def conditions(model: Any, subnetwork: bc.Subnetwork, seeds: int) -> list[bc.Subnetwork | None]:
+    """What `evaluate` runs the model under; None is all weights."""
+    random = [subnetwork.random_like(seed=seed) for seed in range(seeds)]
+    controls = [bc.Subnetwork.empty(model), ~subnetwork, bc.Subnetwork.magnitude(model, like=subnetwork)]
+    return [None, subnetwork, *controls, *random, *(~one for one in random)]
+
+
+def forward_seconds(model: Any, every: list[bc.Subnetwork | None], tokens: np.ndarray) -> float:
+    """Of the forward passes alone."""
+    total = 0.0
+    for one in every:
+        with torch.inference_mode(), nullcontext() if one is None else bc.masked(model, one):
+            started = time.perf_counter()
+            for batch in in_order(tokens, batch_size_for(model, tokens.shape[1])):
+                model(batch)
+            total += time.perf_counter() - started
+    return total
+
+
+def ratio(
+    name: str, model: Any, target: Any, tokens: np.ndarray, repeats: int, seeds: int
+) -> tuple[str, float, float, str]:
+    """Median of evaluation over forward passes, with so many random controls."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = bc.Subnetwork.full(model).shapes
+    masks = {site: torch.rand(shape, generator=generator) < 0.05 for site, shape in shapes.items()}
+    subnetwork = bc.Subnetwork(masks)
+    every = conditions(model, subnetwork, seeds)
+    model(torch.from_numpy(tokens[:1].astype(np.int64)))
+    plain, whole = [], []
+    for _ in range(repeats):
+        plain.append(forward_seconds(model, every, tokens))
+        started = time.perf_counter()
+        bc.evaluate(model, subnetwork, target, tokens, seeds=seeds)
+        whole.append(time.perf_counter() - started)
+    print(
+        f"{name}, {tokens.size:,} tokens, {len(every)} conditions: forward passes {statistics.median(plain):.2f} s, "
+        f"evaluate {statistics.median(whole):.2f} s"
+    )
+    found = statistics.median(one / other for one, other in zip(whole, plain, strict=True))
+    return f"evaluating {name}, against its forward passes", found, GOAL, "x"
+
+
+def measure(repeats: int = 3) -> list[tuple[str, float, float, str]]:
+    """Rows of (what, measured, goal, unit)."""
+    model = bc.load_model("reference", device="cpu")
+    corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
+    target = bc.count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)
+    rows = [ratio("the reference model", model, target, spread(corpus.held_out, 1 << 13), repeats, seeds=3)]
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+        for file in REFERENCE_FOLDER.glob("tokenizer*"):
+            (type(file)(folder) / file.name).write_bytes(file.read_bytes())
+        model = bc.load_model(folder, device="cpu")
+    rng = np.random.default_rng(0)
+    tokens = (model.cfg.d_vocab * rng.random((2000, 128)) ** 3).astype(np.int64)
+    target = bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
+    return [*rows, ratio("GPT-2 small's shape", model, target, tokens[:8], repeats, seeds=1)]
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    for what, measured, goal, unit in measure(parser.parse_args().repeats):
+        print(f"{what}: {measured:.3f} {unit}, goal {goal:g} {unit}: {'met' if measured <= goal else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()

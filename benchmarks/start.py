@@ -1,0 +1,41 @@
+"""How soon fresh processes are ready: `python benchmarks/start.py`. Medians, everything read once before."""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+JOBS = (
+    ("bigram-circuits --help", ["-m", "bigram_circuits.cli", "--help"], 1.0),
+    ("import bigram_circuits", ["-c", "import bigram_circuits"], 0.5),
+    ("reference model ready", ["-c", "import bigram_circuits as bc; bc.load_model('reference', device='cpu')"], 8.0),
+)
+
+
+def seconds(arguments: list[str]) -> float:
+    """Of one process, from its start to its end."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def measure(repeats: int = 5) -> list[tuple[str, float, float, str]]:
+    """Rows of (what, measured, goal, unit)."""
+    rows = []
+    for what, arguments, goal in JOBS:
+        seconds(arguments)  # so that files are in memory
+        rows.append((what, statistics.median(seconds(arguments) for _ in range(repeats)), goal, "s"))
+    return rows
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    for what, measured, goal, unit in measure(parser.parse_args().repeats):
+        print(f"{what}: {measured:.3f} {unit}, goal {goal:g} {unit}: {'met' if measured <= goal else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()
