@@ -20,6 +20,7 @@ is stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_lens
 from bigram_circuits.analysis.conditions import (
@@ -39,10 +39,9 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
-from bigram_circuits.corpus import in_order, spread, token_array
+from bigram_circuits.corpus import spread, token_array
 from bigram_circuits.models import check_model, check_tokens, residual_streams
 from bigram_circuits.results import Curves, Maps, Quantity, curves_from_sums
-from bigram_circuits.sites import full_weights
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target
 
@@ -326,41 +325,41 @@ def covariance_similarity(
     if tokens.size < 4:
         raise ValueError(f"CKA needs at least 4 tokens, not {tokens.size}")
     check_tokens(model, tokens)
-    batch_size = max(-(-4 // tokens.shape[1]), tokens_at_once // tokens.shape[1])
-    n_layers = model.cfg.n_layers + 1
-    n_streams = n_layers if subnetwork is None else 2 * n_layers
-    hsic = torch.zeros(n_streams, n_streams, dtype=torch.float64, device=model.cfg.device)
-    batches = tqdm(in_order(tokens, batch_size), total=-(-len(tokens) // batch_size), delay=2, leave=False)
-    batches.set_description("covariances", refresh=False)
-    with torch.inference_mode(), reduced_to(model, subnetwork):
-        for cpu_batch in batches:
-            batch = cpu_batch.to(model.cfg.device)
-            if batch.numel() < 4:
-                continue
-            with full_weights(model):
-                streams = residual_streams(model, batch)[0]
-            if subnetwork is not None:
-                streams = torch.cat([streams, residual_streams(model, batch)[0]])
-            grams = _gram(streams.flatten(1, 2).float())
-            hsic += unbiased_hsic(grams, grams).double() * batch.numel()
-    notes = {"tokens": int(tokens.size), "tokens_at_once": tokens_at_once}
-    return _covariance_maps(model, hsic, notes)
+    sums = covariance_sums(tokens, subnetwork, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
+    named = {"full": None} if subnetwork is None else {"full": None, "subnetwork": subnetwork}
+    observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
+    return covariance_maps(model, sums)
+
+
+def covariance_sums(
+    tokens: Integer[np.ndarray, "sequence position"],
+    subnetwork: Subnetwork | None,
+    *,
+    max_tokens: int = 1 << 13,
+    tokens_at_once: int = 512,
+) -> dict[str, CovarianceSums]:
+    """Observers for `full` and, if there is one, then for `subnetwork`, that will be shown a text of at least 4 tokens.
+
+    They look at `max_tokens` of it at most, evenly spread.
+    """
+    make = functools.partial(CovarianceSums, tokens, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
+    full = make(keep=subnetwork is not None)
+    return {"full": full} | ({} if subnetwork is None else {"subnetwork": make(full=full)})
 
 
 class CovarianceSums:
     """Adds up HSIC between layers, on some sequences of a text; an observer of the full model, or of a subnetwork.
 
-    Of the full model Gram matrices are kept until the subnetwork's were compared with them: at most `MAX_TOKENS` x
-    `TOKENS_AT_ONCE` numbers for each layer.
+    Of the full model Gram matrices are kept until the subnetwork's were compared with them: at most `max_tokens` x
+    `tokens_at_once` numbers for each layer.
     """
-
-    MAX_TOKENS = 1 << 13
-    TOKENS_AT_ONCE = 512
 
     def __init__(
         self,
         tokens: Integer[np.ndarray, "sequence position"],
         *,
+        max_tokens: int,
+        tokens_at_once: int,
         keep: bool = False,
         full: CovarianceSums | None = None,
     ) -> None:
@@ -368,17 +367,20 @@ class CovarianceSums:
 
         Args:
             tokens: Token ids.
+            max_tokens: Look at so many of them at most, evenly spread.
+            tokens_at_once: Tokens in one estimate.
             keep: Of the full model: a subnetwork's sums will be made with it.
             full: Of a subnetwork: what has added up the full model's, and kept its Gram matrices.
         """
         n_sequences, length = tokens.shape
         self._chosen = torch.zeros(n_sequences, dtype=torch.bool)
-        self._chosen[spread(np.arange(n_sequences)[:, None], self.MAX_TOKENS // length or 1)[:, 0]] = True
-        self._at_once = max(-(-4 // length), self.TOKENS_AT_ONCE // length)
+        self._chosen[spread(np.arange(n_sequences)[:, None], max_tokens // length or 1)[:, 0]] = True
+        self._at_once = max(-(-4 // length), tokens_at_once // length)
         self._keep, self._full = keep, full
         self._kept: list[Float[Tensor, "layer token token"]] = []
-        self._waiting, self._hsic = torch.empty(0), torch.tensor(0.0, dtype=torch.float64)
-        self._tokens = 0
+        self._waiting = torch.empty(0)
+        self.hsic = torch.tensor(0.0, dtype=torch.float64)
+        self.notes = {"tokens": 0, "tokens_at_once": tokens_at_once}
 
     def add(self, batch: Batch) -> None:
         """Take in a batch."""
@@ -391,11 +393,6 @@ class CovarianceSums:
         if not len(self._chosen) and self._waiting[0, ..., 0].numel() >= 4:  # the last of the text
             self._add(self._waiting)
 
-    def maps(self, model: Any) -> Maps:
-        """The similarities, once the whole text was seen: as `covariance_similarity` gives them."""
-        notes = {"tokens": self._tokens, "tokens_at_once": self.TOKENS_AT_ONCE}
-        return _covariance_maps(model, self._hsic, notes)
-
     def _add(self, residual: Float[Tensor, "layer sequence position d_model"]) -> None:
         grams = _gram(residual.flatten(1, 2))
         if self._keep:
@@ -403,13 +400,14 @@ class CovarianceSums:
             return
         if self._full is not None:
             grams = torch.cat([self._full._kept.pop(0), grams])
-        self._hsic = self._hsic + unbiased_hsic(grams, grams).double() * grams.shape[2]
-        self._tokens += grams.shape[2]
+        self.hsic = self.hsic + unbiased_hsic(grams, grams).double() * grams.shape[2]
+        self.notes["tokens"] += grams.shape[2]
 
 
-def _covariance_maps(model: Any, hsic: Float[Tensor, "a a"], notes: dict[str, Any]) -> Maps:
-    """Of HSIC between the full model's layers, or between these and then the subnetwork's."""
-    similarity, n_layers = _ratio(hsic).cpu().numpy(), model.cfg.n_layers + 1
+def covariance_maps(model: Any, sums: Mapping[str, CovarianceSums]) -> Maps:
+    """What `covariance_similarity` returns, of observers that were shown all of their text."""
+    last = list(sums.values())[-1]
+    similarity, n_layers = _ratio(last.hsic).cpu().numpy(), model.cfg.n_layers + 1
     panels = {"full": similarity[:n_layers, :n_layers]}
     if len(similarity) > n_layers:
         panels["subnetwork"] = similarity[n_layers:, n_layers:]
@@ -417,7 +415,7 @@ def _covariance_maps(model: Any, hsic: Float[Tensor, "a a"], notes: dict[str, An
     names = layer_names(model)
     return Maps(
         "Covariance similarity (linear CKA)", _CKA, "layer", names, "layer", names, tuple(panels),
-        np.stack(list(panels.values()))[None], notes=notes | {"formula": "linear CKA, unbiased HSIC"},
+        np.stack(list(panels.values()))[None], notes=last.notes | {"formula": "linear CKA, unbiased HSIC"},
     )  # fmt: skip
 
 

@@ -24,10 +24,11 @@ from bigram_circuits.analysis.conditions import conditions, observe
 from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     CosineSums,
-    CovarianceSums,
     cosine_curves,
     cosine_to_unembedding,
+    covariance_maps,
     covariance_similarity,
+    covariance_sums,
     layer_rotations,
 )
 from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
@@ -209,9 +210,7 @@ def layer_by_layer(
     recalls = {name: RecallSums(model, maps[name]) for name in named}
     cosines = {name: CosineSums(model, target) for name in named}
     held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
-    covariances = {"full": CovarianceSums(held_out, keep=subnetwork is not None)}
-    if subnetwork is not None:
-        covariances["subnetwork"] = CovarianceSums(held_out, full=covariances["full"])
+    covariances = covariance_sums(held_out, subnetwork)
     groups = (plain, mapped, recalls, cosines, covariances)
     observe(
         model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"
@@ -225,7 +224,7 @@ def layer_by_layer(
         "rotations": layer_rotations(model, maps=maps),
     }
     if held_out.size >= 4:
-        found["covariance"] = list(covariances.values())[-1].maps(model)
+        found["covariance"] = covariance_maps(model, covariances)
     return found
 
 
