@@ -129,7 +129,8 @@ def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, 
 
     def between() -> None:
         started = time.perf_counter()
-        step()
+        with torch.enable_grad():
+            step()
         dense.append(time.perf_counter() - started)
 
     masked = masked_steps(folder, batch_size, device, dtype, number, between)
@@ -138,13 +139,12 @@ def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, 
 
 def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: torch.dtype) -> dict[str, float]:
     """GB held at most by this process (on a GPU: allocated), and before the model was loaded."""
-    import transformers  # noqa: F401
+    from transformer_lens.model_bridge import TransformerBridge  # noqa: F401 (as learning does, so as not to count it)
 
     def highest() -> float:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 1e6
 
-    transformer_lens.model_bridge.TransformerBridge  # noqa: B018 (imported, as learning does)
     before = highest()
     if way == "dense":
         step = dense_step(folder, batch_size, device, dtype)

@@ -9,6 +9,7 @@ for what is kept is above 1 because of the backward pass's own tensors and of me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from jaxtyping import Integer
 
 from bigram_circuits.gates import Gates, Tie
 from bigram_circuits.masking import gated
+from bigram_circuits.models import lean_forward, recomputed
 
-_PER_GATE = 32  # bytes: score, its gradient, two moments, soft gate, its gradient, what counting them takes
-_PER_WEIGHT = 12  # bytes: masked weight, its gradient, the soft gate as the backward pass needs it
+_PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
+_OF_MASKED = 2.0  # times the masked weights, or in low memory
+_MATRICES = 8  # the largest matrix, so often: those of a block, and the gradient of one
 _OF_KEPT = 2.3  # times what a sequence's backward pass keeps
 _FIXED = 60_000_000  # bytes
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -97,15 +100,19 @@ def forecast(
     ties: Sequence[Tie],
     make_gates: Callable[[], Gates],
     batch_size: int,
+    low_memory: bool,
 ) -> MemoryForecast:
     """The forecast for gates laid out as `ties`; `make_gates` makes them when there is room to try."""
     device = ties[0].site.original.device
-    gates = _PER_GATE * max(tie.start + tie.count for tie in ties) + _PER_WEIGHT * sum(tie.site.size for tie in ties)
+    sizes = [tie.site.size * tie.site.original.element_size() for tie in ties]
+    masked = max(sizes) * _MATRICES if low_memory else sum(sizes)
+    n_gates = max(tie.start + tie.count for tie in ties)
+    gates = (_PER_GATE_LOW if low_memory else _PER_GATE) * n_gates + round(_OF_MASKED * masked)
     held, free = memory_of(device)
     counted = MemoryForecast(str(device), held, gates, 0, batch_size, free)
     if not counted.fits:  # nor would the passes that count the rest
         return counted
-    one, two = (_kept(model, target, tokens[[0] * rows], make_gates()) for rows in (1, 2))
+    one, two = (_kept(model, target, tokens[[0] * rows], make_gates(), low_memory) for rows in (1, 2))
     held, free = memory_of(device)  # again: some of what the passes took is not given back
     return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)), held=held, free=free)
 
@@ -125,16 +132,19 @@ def memory_of(device: torch.device | str) -> tuple[int, int]:
     return held, free
 
 
-def _kept(model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], gates: Gates) -> int:
+def _kept(
+    model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], gates: Gates, low_memory: bool
+) -> int:
     """Bytes kept for the backward pass of some sequences."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # or a node that keeps its own output would be kept alive by it, for good
 
-    with gated(model, gates), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with gated(model, gates), lean_forward(model), recomputed(model) if low_memory else nullcontext(), hooks:
         batch = torch.from_numpy(np.ascontiguousarray(tokens)).long().to(gates.scores.device)
         gates.refresh(0)
         loss = target.cross_entropy(model(batch), batch).mean()

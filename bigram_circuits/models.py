@@ -34,7 +34,7 @@ __all__ = [
     "hooked",
     "hub_errors",
     "is_local",
-    "lean_norms",
+    "lean_forward",
     "load_model",
     "model_source",
     "quiet_transformers",
@@ -335,7 +335,8 @@ def record(
 def recomputed(model: Any) -> Iterator[None]:
     """Within the block, what a transformer block computes is not kept for the backward pass, but computed once more.
 
-    Of each block only its input is kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    Of each block only its input is kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174). Only within
+    `lean_forward`: a block that adds to a store of keys and values cannot be computed twice.
     """
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
@@ -343,11 +344,12 @@ def recomputed(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lean_norms(model: Any) -> Iterator[None]:
-    """Within the block, normalisations compute nothing but their output.
+def lean_forward(model: Any) -> Iterator[None]:
+    """Within the block, a forward pass computes what leads to its output and nothing else; the output is the same.
 
-    TransformerLens computes the scale and the normalised stream beside what the model's own module computes, for hooks
-    that look at them. Where there are no such hooks on entering this is left out, which changes no bit of the output.
+    Keys and values are not kept for further tokens. And of normalisations TransformerLens computes the scale and the
+    normalised stream beside what the model's own module computes, for hooks that look at them: where there are no such
+    hooks on entering this is left out.
     """
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
@@ -364,8 +366,17 @@ def lean_norms(model: Any) -> Iterator[None]:
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 
-    with _forwards({module: functools.partial(lean, module) for module in changed}):
-        yield
+    config = model.original_model.config.get_text_config()
+    cached = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        with _forwards({module: functools.partial(lean, module) for module in changed}):
+            yield
+    finally:
+        config.use_cache = cached
+        for module in model.modules():
+            if getattr(module, "_pattern", None) is not None:
+                module._pattern = None  # the last attention pattern, and with it all that it was computed from
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from bigram_circuits.evaluation import SoftHardGap, soft_hard_gap
 from bigram_circuits.gates import UNITS, ContinuousSparsification, Gates, HardConcrete, StraightThrough, tie_gates
 from bigram_circuits.masking import gated
 from bigram_circuits.memory import MemoryForecast, forecast
-from bigram_circuits.models import lean_norms, recomputed
+from bigram_circuits.models import lean_forward, recomputed
 from bigram_circuits.results import Curves, Quantity
 from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
 from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
@@ -317,8 +317,9 @@ def forecast_memory(
     sites = weight_sites(model)
     ties = tie_gates(sites, config.unit_of, config.layers)
     return forecast(
-        model, target, corpus.train, ties, lambda: make_gates(sites, config, config.seed, within)[0], config.batch_size
-    )
+        model, target, corpus.train, ties, lambda: make_gates(sites, config, config.seed, within)[0],
+        config.batch_size, config.low_memory,
+    )  # fmt: skip
 
 
 def run_settings(
@@ -426,7 +427,7 @@ def _attempt(
     stopped_because = "max_steps"
     description = "learning" if attempt == 0 else f"learning, attempt {attempt + 1}"
     bar = tqdm(desc=description, initial=start.step, total=config.max_steps, unit="step", delay=2, leave=False)
-    with gated(model, gates), lean_norms(model), recomputed(model) if config.low_memory else nullcontext(), bar:
+    with gated(model, gates), lean_forward(model), recomputed(model) if config.low_memory else nullcontext(), bar:
         for step in range(start.step, config.max_steps):
             if step and step % _GOOD_EVERY == 0:
                 good = replace(start, tensors=_tensors(gates, optimizer), step=step, seconds=time.monotonic() - started)
