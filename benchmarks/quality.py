@@ -211,7 +211,8 @@ def compare(runs: pd.DataFrame, label: str) -> pd.DataFrame:
         others = runs[(runs.model == model) & (runs.label == label)]
         curves = [curve.sort_values("fraction") for _, curve in others.groupby("seed")]
         ours = {
-            name: np.array([at_fraction(curve, name, fraction) for curve in curves]) for name in ("r", "kl", "steps")
+            name: np.array([at_fraction(curve, name, fraction) for curve in curves])
+            for name in ("r", "kl", "steps", "cpu_seconds")
         }
         ours = {name: values[~np.isnan(values)] for name, values in ours.items()}
         row = {"model": model, "size": size, "fraction": fraction, "seeds": len(group), "ours_seeds": len(ours["r"])}
@@ -238,13 +239,14 @@ def comparison_table(compared: pd.DataFrame) -> str:
 
     lines = [
         f"{'model':<11}{'size set by':<14}{'share':>8}  {'paper r':<18}{'ours r':<18}{'paper KL':<18}{'ours KL':<18}"
-        f"{'steps':>8}{'ours':>7}{'ratio':>7}  verdict"
+        f"{'steps':>7}{'ours':>6}{'ratio':>7}{'CPU s':>8}{'ours':>7}  verdict"
     ]
     for row in compared.itertuples():
         lines.append(
             f"{row.model:<11}{row.size:<14}{100 * row.fraction:>7.2f}%  {spread(row, 'paper_r', 4):<18}"
             f"{spread(row, 'ours_r', 4):<18}{spread(row, 'paper_kl', 4):<18}{spread(row, 'ours_kl', 4):<18}"
-            f"{row.paper_steps:>8,.0f}{row.ours_steps:>7,.0f}{row.steps_ratio:>7.0f}  {verdict(row)}"
+            f"{row.paper_steps:>7,.0f}{row.ours_steps:>6,.0f}{row.steps_ratio:>7.0f}"
+            f"{row.paper_cpu_seconds:>8.0f}{row.ours_cpu_seconds:>7.1f}  {verdict(row)}"
         )
     return "\n".join(lines)
 
@@ -294,7 +296,7 @@ def plot(runs: pd.DataFrame, path: Path) -> None:
                 x=group.fraction, y=group[quantity], mode="markers", marker=style, text=said, name=label,
                 showlegend=False, **place,
             )  # fmt: skip
-    figure.update_xaxes(type="log", tickformat=".1%")
+    figure.update_xaxes(type="log", dtick="D2", tickformat=".1~%")
     figure.update_xaxes(title="share of the maskable weights kept", row=2)
     figure.update_yaxes(title="r with the bigram surprisals", row=1, col=1)
     figure.update_yaxes(title="KL from the bigram, nats", row=2, col=1)
