@@ -202,12 +202,12 @@ def early_table(runs: pd.DataFrame) -> str:
 def compare(runs: pd.DataFrame, label: str) -> pd.DataFrame:
     """For each size of the published recipe: the curve of another recipe at its fraction, interpolated over log.
 
-    A curve is made of the runs of one seed. Means over seeds, and the standard deviation between them; nan where no
-    curve reaches the fraction.
+    A curve is made of the runs of one seed. Means over the seeds whose curve reaches the fraction (how many these are
+    stands under `seeds`: the published recipe's, the other's), and the standard deviation between them.
     """
     rows = []
     for (model, size), group in runs[runs.label == "paper"].groupby(["model", "size"], sort=False):
-        fraction = math.exp(np.log(group.fraction).mean())
+        fraction = math.exp(np.log(group.fraction).mean())  # the geometric mean
         others = runs[(runs.model == model) & (runs.label == label)]
         curves = [curve.sort_values("fraction") for _, curve in others.groupby("seed")]
         ours = {
@@ -238,13 +238,13 @@ def comparison_table(compared: pd.DataFrame) -> str:
         return f"{value:.{digits}f}" + ("" if math.isnan(deviation) else f" sd {deviation:.{digits}f}")
 
     lines = [
-        f"{'model':<11}{'size set by':<14}{'share':>8}  {'paper r':<18}{'ours r':<18}{'paper KL':<18}{'ours KL':<18}"
-        f"{'steps':>7}{'ours':>6}{'ratio':>7}{'CPU s':>8}{'ours':>7}  verdict"
+        f"{'model':<11}{'size set by':<14}{'seeds':<7}{'share':>8}  {'paper r':<18}{'ours r':<18}{'paper KL':<18}"
+        f"{'ours KL':<18}{'steps':>7}{'ours':>6}{'ratio':>7}{'CPU s':>8}{'ours':>7}  verdict"
     ]
     for row in compared.itertuples():
         lines.append(
-            f"{row.model:<11}{row.size:<14}{100 * row.fraction:>7.2f}%  {spread(row, 'paper_r', 4):<18}"
-            f"{spread(row, 'ours_r', 4):<18}{spread(row, 'paper_kl', 4):<18}{spread(row, 'ours_kl', 4):<18}"
+            f"{row.model:<11}{row.size:<14}{f'{row.seeds}, {row.ours_seeds}':<7}{100 * row.fraction:>7.2f}%  "
+            f"{spread(row, 'paper_r', 4):<18}{spread(row, 'ours_r', 4):<18}{spread(row, 'paper_kl', 4):<18}{spread(row, 'ours_kl', 4):<18}"
             f"{row.paper_steps:>7,.0f}{row.ours_steps:>6,.0f}{row.steps_ratio:>7.0f}"
             f"{row.paper_cpu_seconds:>8.0f}{row.ours_cpu_seconds:>7.1f}  {verdict(row)}"
         )
