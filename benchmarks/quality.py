@@ -244,8 +244,8 @@ def comparison_table(compared: pd.DataFrame) -> str:
     for row in compared.itertuples():
         lines.append(
             f"{row.model:<11}{row.size:<14}{f'{row.seeds}, {row.ours_seeds}':<7}{100 * row.fraction:>7.2f}%  "
-            f"{spread(row, 'paper_r', 4):<18}{spread(row, 'ours_r', 4):<18}{spread(row, 'paper_kl', 4):<18}{spread(row, 'ours_kl', 4):<18}"
-            f"{row.paper_steps:>7,.0f}{row.ours_steps:>6,.0f}{row.steps_ratio:>7.0f}"
+            f"{spread(row, 'paper_r', 4):<18}{spread(row, 'ours_r', 4):<18}{spread(row, 'paper_kl', 4):<18}"
+            f"{spread(row, 'ours_kl', 4):<18}{row.paper_steps:>7,.0f}{row.ours_steps:>6,.0f}{row.steps_ratio:>7.0f}"
             f"{row.paper_cpu_seconds:>8.0f}{row.ours_cpu_seconds:>7.1f}  {verdict(row)}"
         )
     return "\n".join(lines)
