@@ -157,8 +157,9 @@ def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: t
     return {"peak": highest(), "before": before}
 
 
-def in_own_process(*arguments: str) -> Any:
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+def in_own_process_of(script: str, *arguments: str) -> Any:
+    """What a benchmark prints last, as JSON, when it is run apart."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -169,11 +170,11 @@ def measure(kinds: list[str], steps: int = 15, device: str = "cpu", dtype: str =
         with tempfile.TemporaryDirectory() as folder:
             save_model(kind, Path(folder))
             run = [folder, str(SHAPES[kind]), device, dtype]
-            taken = in_own_process("--time", str(steps), *run)
+            taken = in_own_process_of(__file__, "--time", str(steps), *run)
             dense, masked = (float(np.median(taken[way])) for way in ("dense", "masked"))
             print(f"{TITLES[kind]}: dense step {dense:.3f} s, mask-learning step {masked:.3f} s", flush=True)
             rows.append((f"step time, {TITLES[kind]}", masked / dense, GOALS["time"], "x"))
-            held = {way: in_own_process("--memory", way, *run) for way in WAYS}
+            held = {way: in_own_process_of(__file__, "--memory", way, *run) for way in WAYS}
             for way in WAYS:
                 peak, before = held[way]["peak"], held[way]["before"]
                 print(f"  {way:<12} peak {peak:.2f} GB, {peak - before:.2f} GB of it since the imports", flush=True)

@@ -403,15 +403,15 @@ class _GatedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weight: Tensor, gates: Gates, place: slice) -> Tensor:
-        ctx.save_for_backward(scores, weight)
+        ctx.save_for_backward(weight)
         ctx.gates, ctx.place = gates, place
         return gates.soft(place).view(weight.shape).to(weight.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
-        scores, weight = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         from_weight = grad_outputs[0].reshape(-1) * weight.reshape(-1)
-        _gradient(scores)[ctx.place].addcmul_(ctx.gates.slope(ctx.place), from_weight)
+        _gradient(ctx.gates.scores)[ctx.place].addcmul_(ctx.gates.slope(ctx.place), from_weight)
         return None, None, None, None
 
 
@@ -420,14 +420,12 @@ class _SoftGates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, gates: Gates, place: slice) -> Tensor:
-        ctx.save_for_backward(scores)
         ctx.gates, ctx.place = gates, place
         return gates.soft(place)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
-        (scores,) = ctx.saved_tensors
-        _gradient(scores)[ctx.place] += ctx.gates.slope(ctx.place).mul_(grad_outputs[0])
+        _gradient(ctx.gates.scores)[ctx.place] += ctx.gates.slope(ctx.place).mul_(grad_outputs[0])
         return None, None, None
 
 

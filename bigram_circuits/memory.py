@@ -132,9 +132,7 @@ def memory_of(device: torch.device | str) -> tuple[int, int]:
     return held, free
 
 
-def _kept(
-    model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], gates: Gates, low_memory: bool
-) -> int:
+def _kept(model: Any, target: Any, tokens: Integer[np.ndarray, "row position"], gates: Gates, low_memory: bool) -> int:
     """Bytes kept for the backward pass of some sequences."""
     kept: dict[int, int] = {}
 

@@ -1,0 +1,48 @@
+"""Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about 20 minutes on two cores).
+
+The parts are the benchmarks beside this file, which can be run by themselves: a step's time and memory (`step.py`),
+counting (`counting.py`), evaluation (`evaluation.py`), the start (`start.py`), how cost grows (`growth.py`). Quality
+for the time (`quality.py`) takes hours and is apart. Nothing else should run on the machine meanwhile.
+"""
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import counting
+import evaluation
+import growth
+import start
+import step
+import torch
+
+PARTS: dict[str, Callable[[], list[tuple[str, float, float, str]]]] = {
+    "start": start.measure,
+    "step": lambda: step.measure(list(step.SHAPES)),
+    "counting": counting.measure,
+    "evaluation": evaluation.measure,
+    "growth": growth.measure,
+}
+
+
+def main() -> None:
+    """Run the parts, then print all rows as a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table to a file")
+    arguments = parser.parse_args()
+    rows = [row for part in arguments.parts for row in PARTS[part]()]
+    versions = ", ".join(f"{name} {__import__(name).__version__}" for name in ("torch", "transformers", "numpy"))
+    lines = [f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}", ""]
+    lines += [f"{torch.get_num_threads()} threads", "", "| what | measured | goal | |", "|---|---|---|---|"]
+    for what, measured, goal, unit in rows:
+        lines.append(f"| {what} | {measured:.2f} {unit} | {goal:g} | {'met' if measured <= goal else 'missed'} |")
+    print("\n".join(lines))
+    if arguments.table:
+        arguments.table.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
