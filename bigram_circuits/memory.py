@@ -101,20 +101,23 @@ def forecast(
     make_gates: Callable[[], Gates],
     batch_size: int,
     low_memory: bool,
+    scratch: int,
 ) -> MemoryForecast:
-    """The forecast for gates laid out as `ties`; `make_gates` makes them when there is room to try."""
+    """The forecast for gates laid out as `ties`; `make_gates` makes them when there is room to try.
+
+    `scratch` is what the method needs besides, in bytes for each gate.
+    """
     device = ties[0].site.original.device
     sizes = [tie.site.size * tie.site.original.element_size() for tie in ties]
     masked = max(sizes) * _MATRICES if low_memory else sum(sizes)
     n_gates = max(tie.start + tie.count for tie in ties)
-    gates = (_PER_GATE_LOW if low_memory else _PER_GATE) * n_gates + round(_OF_MASKED * masked)
+    gates = ((_PER_GATE_LOW if low_memory else _PER_GATE) + scratch) * n_gates + round(_OF_MASKED * masked)
     held, free = memory_of(device)
     counted = MemoryForecast(str(device), held, gates, 0, batch_size, free)
     if not counted.fits:  # nor would the passes that count the rest
         return counted
     one, two = (_kept(model, target, tokens[[0] * rows], make_gates(), low_memory) for rows in (1, 2))
-    held, free = memory_of(device)  # again: some of what the passes took is not given back
-    return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)), held=held, free=free)
+    return replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)))
 
 
 def memory_of(device: torch.device | str) -> tuple[int, int]:

@@ -45,13 +45,16 @@ from bigram_circuits.sites import WeightSite, weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets import check_target, describe
 
-_BETAS = (0.9, 0.999)  # AdamW's own,
-_LOW_BETAS = (0.9, 0.95)  # but a second moment in bfloat16 does not move by a thousandth of itself
+_GROWS = 1e5  # times, beta over the most steps
+_LOW_DECAY = 0.99  # at most: a second moment in bfloat16 does not move by a thousandth of itself
+_STEERED = 3.0  # times its first value, or a third of it: how far the penalty's weight goes for a share to reach
 _GOOD_EVERY = 200  # steps between the states in memory that a loss that explodes sends the run back to
 _MOST_ROLLBACKS = 4  # in an attempt
 _EXPLODED = 10.0  # times the larger of the first step's CE and that of guessing among all tokens
 
-METHODS = {"continuous_sparsification": 1e-2, "hard_concrete": 0.5, "straight_through": 1e-2}
+_SCRATCH = {"continuous_sparsification": 0, "hard_concrete": 4, "straight_through": 16}  # bytes for each gate
+
+METHODS = {"continuous_sparsification": 2e-2, "hard_concrete": 0.5, "straight_through": 1e-2}
 """The masking methods, and the learning rate of each if none is given."""
 
 
@@ -74,15 +77,18 @@ class SparsifyConfig:
     for single weights; for larger units, the most units of highest score that do not exceed it. `straight_through`
     needs it."""
     learning_rate: float | int | None = None
-    """AdamW's, for the scores; None: 1e-2, for hard concrete 0.5."""
+    """AdamW's, for the scores; None: 2e-2, for straight-through 1e-2, for hard concrete 0.5."""
     weight_decay: float | int = 0.0
     """AdamW's, for the scores."""
+    second_moment_decay: float | int = 0.99
+    """AdamW's beta_2, for the scores: the mean of squared gradients is over about 1 / (1 - this) steps."""
     first_score: float | int = 0.0
     """Every score at the start; 0 is a soft gate of one half."""
     beta_start: float | int = 1.0
     """Continuous sparsification: beta at step 0; the soft gate is sigmoid(beta * score)."""
-    beta_growth: float | int = 1.03
-    """Continuous sparsification: factor on beta at every step."""
+    beta_growth: float | int | None = None
+    """Continuous sparsification: factor on beta at every step. None: such that beta would grow 100,000 times over
+    `max_steps`, whatever their number; most gates are decided, and learning stops, about half way."""
     max_steps: int = 400
     """Steps after which to stop in any case."""
     batch_size: int = 16
@@ -109,7 +115,8 @@ class SparsifyConfig:
             "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0"),
             "first_score": (math.isfinite, "a finite number"),
             "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
-            "beta_growth": (lambda v: 1 <= v < 2, "from 1 to below 2"),
+            "beta_growth": (lambda v: v is None or 1 <= v < 2, "from 1 to below 2"),
+            "second_moment_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
             "max_steps": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
             "batch_size": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
             "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
@@ -145,7 +152,7 @@ class SparsifyConfig:
     def paper(cls, **changes: Any) -> SparsifyConfig:
         """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""
         published = cls(
-            learning_rate=5e-5, weight_decay=0.01, first_score=0.0, beta_start=1.0, beta_growth=1.001,
+            learning_rate=5e-5, weight_decay=0.01, second_moment_decay=0.999, first_score=0.0, beta_start=1.0, beta_growth=1.001,
             max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100, retries=3,
         )  # fmt: skip
         return replace(published, **changes)
@@ -318,7 +325,7 @@ def forecast_memory(
     ties = tie_gates(sites, config.unit_of, config.layers)
     return forecast(
         model, target, corpus.train, ties, lambda: make_gates(sites, config, config.seed, within)[0],
-        config.batch_size, config.low_memory,
+        config.batch_size, config.low_memory, _SCRATCH[config.method],
     )  # fmt: skip
 
 
@@ -371,13 +378,14 @@ def next_sparsity_weight(history: Sequence[Mapping[str, Any]], first: float | in
     """The penalty's weight for the step after `history`: `first`, or, with a share to reach, steered towards it.
 
     Gates are open above a threshold that keeps just the share that is due. The weight follows until it is 0: it is
-    multiplied by (share of scores above 0 / share due) to the power 0.1, by 0.9 to 1.1 at most.
+    multiplied by (share of scores above 0 / share due) to the power 0.1, by 0.9 to 1.1 at most, and stays between a
+    third of `first` and three times that: beyond, it would decide what is kept, and not the loss.
     """
     if not history or history[-1]["due"] is None:
         return first
     last = history[-1]
     change = (max(last["above_zero"], 0.1 * last["due"]) / last["due"]) ** 0.1
-    return last["sparsity_weight"] * min(max(change, 0.9), 1.1)
+    return min(max(last["sparsity_weight"] * min(max(change, 0.9), 1.1), first / _STEERED), first * _STEERED)
 
 
 def make_gates(
@@ -402,7 +410,8 @@ def make_gates(
     if config.method == "straight_through":
         assert wanted is not None, "the config was checked"
         return StraightThrough(ties, target=wanted, steps=config.max_steps, **start), wanted
-    beta = {"beta_start": float(config.beta_start), "beta_growth": float(config.beta_growth)}
+    growth = _GROWS ** (1 / config.max_steps) if config.beta_growth is None else config.beta_growth
+    beta = {"beta_start": float(config.beta_start), "beta_growth": float(growth)}
     return ContinuousSparsification(ties, **beta, **start), wanted
 
 
@@ -418,10 +427,10 @@ def _attempt(
     gates, wanted = make_gates(sites, config, seed, within)
     share = None if wanted is None else max(wanted, 1) / gates.n_weights
     rate = _learning_rate(config, len(start.rollbacks))
+    decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
     optimizer = torch.optim.AdamW(
-        [gates.scores], lr=rate, weight_decay=config.weight_decay, betas=_LOW_BETAS if config.low_memory else _BETAS,
-        fused=True,
-    )  # fmt: skip
+        [gates.scores], lr=rate, weight_decay=config.weight_decay, betas=(0.9, decay), fused=True
+    )
     good = _restore(start, gates, optimizer)
     started = time.monotonic() - start.seconds
     stopped_because = "max_steps"
@@ -585,7 +594,7 @@ def _roll_back(trouble: _Exploded, start: Checkpoint, config: SparsifyConfig, fo
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-LESS_MEMORY = "use a smaller --batch-size, a shorter --context-length, --dtype bfloat16, or --device cpu"
+LESS_MEMORY = "use --low-memory, a smaller --batch-size, a shorter --context-length, --dtype bfloat16, or --device cpu"
 """What to change when memory runs out."""
 
 

@@ -33,10 +33,11 @@ def test_a_sequence_takes_what_its_length_and_the_model_say(tiny_model):
 
 def test_gates_take_what_their_number_says(tiny_model):
     n = sum(site.size for site in bc.weight_sites(tiny_model))
-    assert forecast(tiny_model).gates == 44 * n
+    assert forecast(tiny_model).gates == 24 * n
+    assert forecast(tiny_model, method="hard_concrete").gates == 28 * n
     tied = forecast(tiny_model, granularity={"attn": "head", "mlp": "neuron"}).gates
-    assert 12 * n < tied < 13 * n
-    assert forecast(tiny_model, layers=(0,)).gates < 44 * n
+    assert 8 * n < tied < 9 * n
+    assert forecast(tiny_model, layers=(0,)).gates < 24 * n
 
 
 def test_a_single_sequence_is_enough_to_count(tiny_model):

@@ -534,7 +534,10 @@ def test_memory_that_runs_out_says_what_to_change_and_the_run_goes_on(
             raise error
         return loss
 
-    said = "out of memory while learning: use a smaller --batch-size, a shorter --context-length, --dtype bfloat16"
+    said = (
+        "out of memory while learning: use --low-memory, a smaller --batch-size, a shorter --context-length, "
+        "--dtype bfloat16"
+    )
     with pytest.raises(MemoryError, match=said) as told:
         bc.find_subnetwork(tiny_model, Acting(bigrams, fail), corpus, RECIPE, run_dir=tmp_path / "run")
     assert "\n" not in str(told.value)
@@ -557,7 +560,7 @@ def test_the_command_says_in_one_line_that_memory_ran_out(monkeypatch, capfd):
     monkeypatch.setattr(cli, "_hooks", fail)
     assert cli.main(["hooks"]) == 1
     err = capfd.readouterr().err
-    assert re.match(r"bigram-circuits: error: out of memory: use a smaller --batch-size.*2\.00 GiB", err)
+    assert re.match(r"bigram-circuits: error: out of memory: use --low-memory, a smaller .*2\.00 GiB", err)
     assert err.count("\n") == 1
 
 
