@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("--steps", type=_whole(1), metavar="N", help="at most so many training steps")
     find.add_argument("--batch-size", type=_whole(1), metavar="N", help="sequences in a step")
     find.add_argument("--learning-rate", type=_number(0.0), metavar="X", help="of the masks' scores")
-    find.add_argument("--low-memory", action="store_true", help="take less memory, and a third more time")
+    find.add_argument("--low-memory", action="store_true", help="take less memory, and more time")
     find.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the data order (default: 0)")
     find.add_argument(
         "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"

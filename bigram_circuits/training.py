@@ -152,7 +152,8 @@ class SparsifyConfig:
     def paper(cls, **changes: Any) -> SparsifyConfig:
         """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""
         published = cls(
-            learning_rate=5e-5, weight_decay=0.01, second_moment_decay=0.999, first_score=0.0, beta_start=1.0, beta_growth=1.001,
+            learning_rate=5e-5, weight_decay=0.01, second_moment_decay=0.999, first_score=0.0,
+            beta_start=1.0, beta_growth=1.001,
             max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100, retries=3,
         )  # fmt: skip
         return replace(published, **changes)
