@@ -60,7 +60,7 @@ def hard_concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"
 
 
 def hard_concrete_slope(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """D `hard_concrete` / d s: 0 where the sample is clipped."""
+    """The derivative of `hard_concrete` with respect to s: 0 where the sample is clipped."""
     concrete = _concrete(scores, uniform)
     stretched = concrete * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
     slope = concrete * (1 - concrete) * ((STRETCH_HIGH - STRETCH_LOW) / CONCRETE_TEMPERATURE)
@@ -215,7 +215,7 @@ class Gates(nn.Module, ABC):
 
     @abstractmethod
     def slope(self, place: slice) -> Float[Tensor, " gate"]:
-        """D soft value / d score of some gates, as a new tensor."""
+        """The derivative of some soft values with respect to their scores, as a new tensor."""
 
     @abstractmethod
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:

@@ -81,7 +81,8 @@ class SparsifyConfig:
     weight_decay: float | int = 0.0
     """AdamW's, for the scores."""
     second_moment_decay: float | int = 0.99
-    """AdamW's beta_2, for the scores: the mean of squared gradients is over about 1 / (1 - this) steps."""
+    """AdamW's beta_2, for the scores: the mean of squared gradients is over about 1 / (1 - this) steps. With
+    `low_memory` at most 0.99, since a second moment in bfloat16 does not move by less."""
     first_score: float | int = 0.0
     """Every score at the start; 0 is a soft gate of one half."""
     beta_start: float | int = 1.0
