@@ -1,6 +1,7 @@
 # make run    find the bigram subnetwork of the reference model, evaluate it, save the run
-# make test   the tests
-# make lint   ruff and pyright
+# make test   lint of code and imports, and the tests
+# make quick  some of the tests, in less than a minute
+# make lint   ruff, pyright, and the layers of the imports
 # make docs   the documentation site, in docs/_build/html
 # make notebooks   execute the notebooks and write them with their outputs (needs Chrome or Chromium for the pictures)
 # Each makes .venv first and installs what it needs; when that is there already, this takes no time.
@@ -24,6 +25,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bigram_circuits import NGramTable, count_ngrams
-from bigram_circuits.ngrams import Level
+from bigram_circuits.text.ngrams import Level
 
 D_VOCAB = 50_257
 

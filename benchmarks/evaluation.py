@@ -17,8 +17,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bigram_circuits as bc
-from bigram_circuits.corpus import in_order, spread
-from bigram_circuits.models import REFERENCE_FOLDER, batch_size_for
+from bigram_circuits.models.activations import batch_size_for
+from bigram_circuits.models.loading import REFERENCE_FOLDER
+from bigram_circuits.text.corpus import in_order, spread
 
 GOAL = 1.2
 

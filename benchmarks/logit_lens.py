@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import conditions, lens
-from bigram_circuits.models import REFERENCE_FOLDER, readout, residual_streams
+from bigram_circuits.models.activations import readout, residual_streams
+from bigram_circuits.models.loading import REFERENCE_FOLDER
 
 
 def passes(model, tokens: torch.Tensor) -> None:

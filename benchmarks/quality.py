@@ -29,8 +29,8 @@ from quality_models import MODELS, Subject, load
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bigram_circuits as bc
-from bigram_circuits.sites import weight_hash, weight_sites
-from bigram_circuits.training import make_gates
+from bigram_circuits.learning.training import make_gates
+from bigram_circuits.models.weights import weight_hash, weight_sites
 
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
     "paper": lambda **size: bc.SparsifyConfig.paper(retries=0, **size),

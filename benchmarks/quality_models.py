@@ -6,6 +6,7 @@ Each is trained once, in a few minutes on one core, and written with its tokeniz
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from tqdm.auto import trange
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import bigram_circuits as bc
-from bigram_circuits.corpus import in_order
-from bigram_circuits.metrics import surprisals
-from bigram_circuits.reference.train import train_tokenizer
+from bigram_circuits.measures.statistics import surprisals
+from bigram_circuits.text.corpus import in_order
 
 D_VOCAB = 512
 CONTEXT_LENGTH = 64
@@ -86,6 +86,9 @@ def read_corpus(name: str, data: Path, tokenizer: Any) -> bc.Corpus:
 def make(name: str, folder: Path, data: Path) -> None:
     """Train tokenizer and model, and write them, with the losses on the held-out text. Only the tokenizer saw that."""
     build, paths = MODELS[name]
+    sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+    from train_reference import train_tokenizer
+
     tokenizer = train_tokenizer([(data / path).read_text(encoding="utf-8") for path in paths], D_VOCAB)
     corpus = read_corpus(name, data, tokenizer)
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import bigram_circuits as bc
+from bigram_circuits.models.loading import REFERENCE_FOLDER
 
 GOALS = {"time": 1.10, "memory": 1.25, "memory, low": 0.8}
 SHAPES = {"reference": 16, "gpt2": 4, "pythia-70m": 8}
@@ -42,8 +43,8 @@ def save_model(kind: str, folder: Path, **size: int) -> None:
 
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if kind == "reference":
-        model = hf.AutoModelForCausalLM.from_pretrained(bc.models.REFERENCE_FOLDER, dtype=torch.float32)
-        tokenizer = hf.AutoTokenizer.from_pretrained(bc.models.REFERENCE_FOLDER)
+        model = hf.AutoModelForCausalLM.from_pretrained(REFERENCE_FOLDER, dtype=torch.float32)
+        tokenizer = hf.AutoTokenizer.from_pretrained(REFERENCE_FOLDER)
     else:
         tokenizer = byte_tokenizer()
         shape = PYTHIA_70M | size

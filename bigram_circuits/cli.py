@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if isinstance(error, MemoryError | RuntimeError):
-            from bigram_circuits.training import LESS_MEMORY, is_out_of_memory
+            from bigram_circuits.learning.training import LESS_MEMORY, is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
@@ -224,13 +224,13 @@ def _find(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     config = _config(arguments)
     from bigram_circuits.analysis.suite import analyze
-    from bigram_circuits.corpus import load_corpus
     from bigram_circuits.evaluation import evaluate
-    from bigram_circuits.falsification import falsify
-    from bigram_circuits.models import load_model
+    from bigram_circuits.experiments.falsification import falsify
+    from bigram_circuits.learning.training import find_subnetwork, forecast_memory, run_settings
+    from bigram_circuits.models.loading import load_model
     from bigram_circuits.report.page import write_report
     from bigram_circuits.runs import STOPS, RunFolder
-    from bigram_circuits.training import find_subnetwork, forecast_memory, run_settings
+    from bigram_circuits.text.corpus import load_corpus
 
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
     corpus = load_corpus(
@@ -300,7 +300,7 @@ def _find(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> Any:
     """The recipe; a value it refuses is a wrong argument."""
-    from bigram_circuits.training import SparsifyConfig
+    from bigram_circuits.learning.training import SparsifyConfig
 
     changes: dict[str, Any] = {"seed": arguments.seed}
     options = {
@@ -350,8 +350,8 @@ def _find_path(
     arguments: argparse.Namespace, model: Any, corpus: Any, target: Any, config: Any, rebuild: dict[str, Any]
 ) -> int:
     """`find --sparsity-weights`: a folder with a run for each, and the curve."""
-    from bigram_circuits.paths import find_path
-    from bigram_circuits.training import run_settings
+    from bigram_circuits.experiments.sparsity_path import find_path
+    from bigram_circuits.learning.training import run_settings
 
     settings = run_settings(model, target, corpus, config) | {"weights": arguments.sparsity_weights}
     out = arguments.out or _default_folder(arguments.model, settings)
@@ -363,8 +363,10 @@ def _find_path(
 
 def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
     """The target of a run, from its names."""
-    from bigram_circuits.ngrams import count_ngrams
-    from bigram_circuits.targets import InducedTarget, ModelTarget, NextTokenTarget
+    from bigram_circuits.targets.induced import InducedTarget
+    from bigram_circuits.targets.model import ModelTarget
+    from bigram_circuits.targets.next_token import NextTokenTarget
+    from bigram_circuits.text.counting import count_ngrams
 
     if kind == "model":
         return ModelTarget(model)
@@ -422,7 +424,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.report.compared import compare
+    from bigram_circuits.experiments.comparison import compare
     from bigram_circuits.report.comparison import write_comparison
 
     comparison = compare(arguments.runs)
@@ -433,10 +435,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _parts_of_run(folder: Path, device: str | None) -> tuple[Any, Any, Any, Any]:
     """Model, subnetwork, target and corpus of a finished run, made again from its names."""
-    from bigram_circuits.corpus import load_corpus
-    from bigram_circuits.models import load_model
+    from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
     from bigram_circuits.subnetwork import Subnetwork
+    from bigram_circuits.text.corpus import load_corpus
 
     run = load_run(folder)
     if run.rebuild is None:
@@ -455,7 +457,9 @@ def _parts_of_run(folder: Path, device: str | None) -> tuple[Any, Any, Any, Any]
 
 
 def _hooks(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models import activation_points, load_model, weight_sites
+    from bigram_circuits.models.activations import activation_points
+    from bigram_circuits.models.loading import load_model
+    from bigram_circuits.models.weights import weight_sites
 
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
     print("activation points (run_with_cache, run_with_hooks)")
@@ -475,7 +479,7 @@ def _hooks(arguments: argparse.Namespace) -> int:
 
 
 def _import_published(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models import load_model
+    from bigram_circuits.models.loading import load_model
     from bigram_circuits.published import import_published, read_masks
 
     read_masks(arguments.file)  # what is wrong with the file is said before a model is loaded
@@ -487,7 +491,7 @@ def _import_published(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models import load_model
+    from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
     from bigram_circuits.sharing import check_new_folder, export_huggingface, export_masks
     from bigram_circuits.subnetwork import Subnetwork
@@ -506,7 +510,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models import checkpoints
+    from bigram_circuits.models.loading import checkpoints
 
     print("\n".join(checkpoints(arguments.model)))
     return 0

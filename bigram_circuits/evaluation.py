@@ -19,15 +19,15 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits import markup, metrics
-from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.gates import Gates
-from bigram_circuits.masking import gated, masked
-from bigram_circuits.metrics import MEASURED, Faithfulness
-from bigram_circuits.models import batch_size_for, check_tokens
-from bigram_circuits.results import Effects, Quantity
+from bigram_circuits.masking.apply import gated, masked
+from bigram_circuits.masking.gates import Gates
+from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures.results import Effects, Quantity
+from bigram_circuits.measures.statistics import MEASURED, Faithfulness
+from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target, entropy, top1_agreement
+from bigram_circuits.targets.base import check_target, entropy, top1_agreement
+from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
 
@@ -152,7 +152,7 @@ class Evaluation:
         ]  # fmt: skip
         verdict = [self.verdict] if self.full is not None else []
         title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
-        return markup.summary(title, verdict, markup.table(columns, rows, title), markup.small(self._legend))
+        return html.summary(title, verdict, html.table(columns, rows, title), html.small(self._legend))
 
     @property
     def _legend(self) -> list[str]:
@@ -210,9 +210,9 @@ def evaluate(
             bar.set_postfix_str(name, refresh=False)
             sums[name] = _sums(model, condition, target, array, bar)
     measured = {
-        name: metrics.faithfulness(rows, conditions[name].kept, subnetwork.total) for name, rows in sums.items()
+        name: statistics.faithfulness(rows, conditions[name].kept, subnetwork.total) for name, rows in sums.items()
     }
-    draws = {name: metrics.bootstrap(rows) for name, rows in sums.items()}
+    draws = {name: statistics.bootstrap(rows) for name, rows in sums.items()}
     random = tuple(value for name, value in measured.items() if name.startswith("random "))
     without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
     return Evaluation(
@@ -225,12 +225,12 @@ def evaluate(
         magnitude=measured.get("magnitude"),
         intervals={name: _intervals(rows) for name, rows in draws.items()},
         advantage={
-            name: metrics.interval(metrics.correlation(draws["subnetwork"]) - metrics.correlation(rows))
+            name: statistics.interval(statistics.correlation(draws["subnetwork"]) - statistics.correlation(rows))
             for name, rows in draws.items()
             if name in ("full", "empty", "magnitude") or name.startswith("random ")
         },
-        positions=int(sums["subnetwork"][:, metrics.COLUMNS.index("positions")].sum()),
-        used=int(sums["subnetwork"][:, metrics.COLUMNS.index("used")].sum()),
+        positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
+        used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
     )
 
 
@@ -301,7 +301,7 @@ def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tupl
 def _sums(
     model: Any, subnetwork: Subnetwork, target: Any, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
-    """One row of sums for each sequence (`metrics.COLUMNS`), from one pass over the text."""
+    """One row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
     whole = subnetwork.kept == subnetwork.total
     rows = []
@@ -316,10 +316,10 @@ def _sums(
 def _batch_sums(
     logits: Float[Tensor, "batch pos d_vocab"], target: Any, tokens: Integer[Tensor, "batch pos"]
 ) -> Float[np.ndarray, "batch column"]:
-    x = metrics.surprisals(logits, tokens).double()
+    x = statistics.surprisals(logits, tokens).double()
     if not torch.isfinite(x).all():
         raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
-    pairs = metrics.correlation_sums(x, target.surprisal(tokens).to(x))
+    pairs = statistics.correlation_sums(x, target.surprisal(tokens).to(x))
     cross_entropy = target.cross_entropy(logits, tokens).double()
     if not torch.isfinite(cross_entropy).all():
         raise ValueError("the target's cross-entropy is not finite (NaN or infinity) at a held-out position")
@@ -332,9 +332,9 @@ def _batch_sums(
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
     return {
-        "surprisal_correlation": metrics.interval(metrics.correlation(draws)),
-        "cross_entropy": metrics.interval(metrics.mean(draws, "cross_entropy")),
-        "mean_surprisal": metrics.interval(metrics.mean(draws, "surprisal")),
+        "surprisal_correlation": statistics.interval(statistics.correlation(draws)),
+        "cross_entropy": statistics.interval(statistics.mean(draws, "cross_entropy")),
+        "mean_surprisal": statistics.interval(statistics.mean(draws, "surprisal")),
     }
 
 

@@ -34,11 +34,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.corpus import Corpus
-from bigram_circuits.models import load_model, quiet_transformers
-from bigram_circuits.ngrams import NGramTable
-from bigram_circuits.sites import weight_hash, weight_sites
+from bigram_circuits.models.loading import load_model, quiet_transformers
+from bigram_circuits.models.weights import weight_hash, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import Corpus
+from bigram_circuits.text.ngrams import NGramTable
 
 ARCHITECTURES = ("gpt2", "neox", "llama")
 """Learned positions and LayerNorm; rotary positions, LayerNorm and parallel blocks; RMSNorm and gated MLPs."""

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bigram_circuits.checksums import check_content, check_header, read_tensors, regular_size, shown
-from bigram_circuits.models import hub_errors, is_local, load_model
+from bigram_circuits.models.loading import hub_errors, is_local, load_model
+from bigram_circuits.storage.records import check_content, check_header, read_tensors, regular_size, shown
 from bigram_circuits.subnetwork import Subnetwork
 
 MODEL_KEY = "orig_model_name"

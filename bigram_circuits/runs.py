@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bigram_circuits import markup
-from bigram_circuits.files import (
+from bigram_circuits.measures import html
+from bigram_circuits.storage.files import (
     cannot_write,
     checked_json,
     is_leftover,
@@ -41,9 +41,10 @@ from bigram_circuits.files import (
     whole_file,
     write_text,
 )
-from bigram_circuits.locks import LOCK, holder, lock_folder
+from bigram_circuits.storage.locks import LOCK, holder, lock_folder
 from bigram_circuits.subnetwork import Subnetwork
 
+_ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 _FORMAT = "bigram_circuits.run/1"
 _PACKAGES = ("bigram_circuits", "torch", "transformer_lens", "transformers", "tokenizers", "numpy")
 STOPS = {
@@ -348,7 +349,7 @@ class Run:
     @property
     def analyses(self) -> dict[str, Any]:
         """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
-        from bigram_circuits.results import load_result
+        from bigram_circuits.measures.results import load_result
 
         files = sorted((self.path / "analysis").glob("*.json"))
         return {path.stem: load_result(path) for path in files if path.name != LEFT_OUT}
@@ -368,9 +369,7 @@ class Run:
         reason = self.outcome.get("stopped_because")
         asked = f"Model: {model.get('name')}. Text: {corpus.get('source')}."
         ended = f"Stopped after {len(self.history):,} steps: {STOPS.get(str(reason), reason)}"
-        return markup.summary(
-            f"Run in {self.path}", [asked, f"{ended}.", self._answer()], self.subnetwork._repr_html_()
-        )
+        return html.summary(f"Run in {self.path}", [asked, f"{ended}.", self._answer()], self.subnetwork._repr_html_())
 
     def _answer(self) -> str:
         """In words: how faithful it is."""
@@ -499,3 +498,24 @@ def _difference(there: Any, wanted: Any, at: str = "") -> str:
             if there.get(key) != wanted.get(key):
                 return _difference(there.get(key), wanted.get(key), f"{at}.{key}" if at else key)
     return f"its {at or 'settings'} is {there!r}, asked for was {wanted!r}"
+
+
+def model_words(run: Run) -> str:
+    """The name of a run's model."""
+    name = (run.rebuild or {}).get("model", {}).get("name") or (run.settings.get("model") or {}).get("name")
+    name = str(name or run.subnetwork.model_name or "a model")
+    return "the reference model" if name == "reference" else name
+
+
+def target_words(run: Run) -> tuple[str, str]:
+    """The target's name, and what it is."""
+    kind = (run.rebuild or {}).get("target") or (run.settings.get("target") or {}).get("kind") or "target"
+    if kind == "ngram":
+        order = _ORDERS.get((run.rebuild or {}).get("order", 2), "n-gram")
+        return order, f"the {order} probabilities of the text"
+    named = {
+        "model": ("self-faithful", "the model's own predictions"),
+        "next-token": ("next-token", "the actual next token"),
+        "induced": ("induced bigram", "the bigram that the model itself induces"),
+    }
+    return named.get(kind, (str(kind), f"the target {kind}"))

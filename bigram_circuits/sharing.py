@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bigram_circuits.checksums import seal_tensors
-from bigram_circuits.files import default_mode, whole_file
-from bigram_circuits.layouts import huggingface_layout
-from bigram_circuits.models import fresh_huggingface, hub_errors, is_local
+from bigram_circuits.models.layouts import huggingface_layout
+from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
-from bigram_circuits.sites import weight_sites
+from bigram_circuits.storage.files import default_mode, whole_file
+from bigram_circuits.storage.records import seal_tensors
 from bigram_circuits.subnetwork import Subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"

@@ -21,11 +21,19 @@ from jaxtyping import Bool
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from bigram_circuits import markup
-from bigram_circuits.checksums import HEADER, check_header, header_checksum, is_shape, parse_json, read_tensors, shown
-from bigram_circuits.files import whole_file
-from bigram_circuits.layouts import huggingface_layout
-from bigram_circuits.sites import weight_hash, weight_sites
+from bigram_circuits.measures import html
+from bigram_circuits.models.layouts import huggingface_layout
+from bigram_circuits.models.weights import weight_hash, weight_sites
+from bigram_circuits.storage.files import whole_file
+from bigram_circuits.storage.records import (
+    HEADER,
+    check_header,
+    header_checksum,
+    is_shape,
+    parse_json,
+    read_tensors,
+    shown,
+)
 
 _FORMAT = "bigram_circuits.subnetwork/1"
 _METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
@@ -282,8 +290,8 @@ class Subnetwork(Mapping[str, Tensor]):
         ]
         of = f" of {self.model_name}" if self.model_name else ""
         says = f"{self.kept:,} of {self.total:,} weights kept ({100 * self.fraction:.3g}%){of}"
-        table = markup.table(["layer", *components], markup.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
-        return markup.summary(f"Subnetwork: {self.lineage}", [says], table)
+        table = html.table(["layer", *components], html.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
+        return html.summary(f"Subnetwork: {self.lineage}", [says], table)
 
     # --- edits: each gives a new subnetwork ---
 

@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 import numpy as np
 import torch
 
+from bigram_circuits.learning.training import SparsifyConfig
+from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
 from bigram_circuits.report.document import _circuitsvis
-from bigram_circuits.results import Curves, Effects, Maps, Quantity
 from bigram_circuits.runs import RunFolder, load_run
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.training import SparsifyConfig
 
 HOSTILE = "</script><script>alert('\"x\"')</script><img src=x onerror=alert(1)>"
 CONDITIONS = ("full", "subnetwork", "complement", "random")

@@ -34,12 +34,12 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.analysis.affine import AffineMaps
-from bigram_circuits.checksums import CONTENT, HEADER, header_checksum, sealed
-from bigram_circuits.ngrams import Level, NGramTable
-from bigram_circuits.paths import load_path_runs
+from bigram_circuits.experiments.sparsity_path import load_path_runs
+from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, load_result
 from bigram_circuits.published import read_masks
-from bigram_circuits.results import Curves, Effects, Maps, Quantity, load_result
+from bigram_circuits.storage.records import CONTENT, HEADER, header_checksum, sealed
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.ngrams import Level, NGramTable
 
 NOT_YET: tuple[str, ...] = ()
 """Kinds whose readers are not hardened yet."""
@@ -274,7 +274,7 @@ def header_text(rng: random.Random, data: bytes) -> bytes:
 
 def tensors_forged(rng: random.Random, data: bytes) -> bytes:
     """Shapes, metadata or content are changed, and the checksums made right again."""
-    from bigram_circuits.checksums import content_checksum, read_tensors
+    from bigram_circuits.storage.records import content_checksum, read_tensors
 
     way = rng.choice([header_tensors, header_values, body_bytes])
     spoiled = way(rng, data)
@@ -467,7 +467,7 @@ def saved(value: Any, folder: Path, name: str = "made") -> bytes:
 def published_files(folder: Path) -> dict[str, list[bytes]]:
     from safetensors.numpy import save
 
-    from bigram_circuits.checksums import seal_tensors
+    from bigram_circuits.storage.records import seal_tensors
 
     masks = {f"h.{index}.weight": np.random.default_rng(index).random((6, 4)) < 0.5 for index in range(3)}
     masks["h.0.weight"] = np.asfortranarray(masks["h.0.weight"])

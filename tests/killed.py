@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import cli, runs, training
+from bigram_circuits import cli, runs
 from bigram_circuits.analysis import suite
 from bigram_circuits.analysis.location import by_layer
 from bigram_circuits.analysis.suite import Analyses
+from bigram_circuits.learning import training
 from tests.conftest import TINY_CONFIGS, save_tiny
 
 ACCESSES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import models
+from bigram_circuits.models.activations import activations
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_numbers_are_their_definitions(tiny_model, some, table, random_tokens):
 
 def test_batch_size_and_order_do_not_matter(tiny_model, some, table, random_tokens, monkeypatch):
     whole = bc.evaluate(tiny_model, some, table, random_tokens, controls=False).subnetwork
-    monkeypatch.setattr(models, "_TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(activations, "_TOKENS_AT_ONCE", 16)
     single = bc.evaluate(tiny_model, some, table, random_tokens, controls=False).subnetwork
     reverse = bc.evaluate(tiny_model, some, table, random_tokens[::-1].copy(), controls=False).subnetwork
     for key in ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement"):

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import bigram_circuits as bc
-from bigram_circuits import ngrams
 from bigram_circuits.analysis.affine import AffineMaps
-from bigram_circuits.checksums import CONTENT, HEADER, parse_json, read_tensors, sealed, unsealed
-from bigram_circuits.ngrams import NGramTable
-from bigram_circuits.paths import load_path_runs
+from bigram_circuits.experiments.sparsity_path import load_path_runs
+from bigram_circuits.measures.results import load_result
 from bigram_circuits.published import import_published, read_masks
-from bigram_circuits.results import load_result
+from bigram_circuits.storage.records import CONTENT, HEADER, parse_json, read_tensors, sealed, unsealed
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text import ngrams
+from bigram_circuits.text.ngrams import NGramTable
 
 from . import fuzzing
 
@@ -431,7 +431,7 @@ def test_code_that_comes_with_a_model_is_never_trusted():
 
 def test_only_the_doors_to_the_hub_use_a_network():
     network = {"socket", "ssl", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "webbrowser"}
-    doors = {"models.py", "published.py", "sharing.py", "corpus.py"}
+    doors = {"loading.py", "published.py", "sharing.py", "sources.py"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

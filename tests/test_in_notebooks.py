@@ -11,11 +11,11 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits.analysis import Analyses
 from bigram_circuits.evaluation import Evaluation
-from bigram_circuits.metrics import Faithfulness
-from bigram_circuits.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.learning.training import FoundSubnetwork, SparsifyConfig
+from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.runs import Run
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.training import FoundSubnetwork, SparsifyConfig
 
 PACKAGE = Path(bc.__file__).parent
 HOSTILE = "<script>alert('x')</script>"

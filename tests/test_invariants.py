@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigram_circuits as bc
-from bigram_circuits import models
-from bigram_circuits.metrics import MEASURED
-
-from .conftest import TINY_CONFIGS, save_tiny
+from bigram_circuits.measures.statistics import MEASURED
+from bigram_circuits.models.activations import activations
+from tests.conftest import TINY_CONFIGS, save_tiny
 
 N_TOKENS = 257
 TABLE = bc.count_ngrams(np.random.default_rng(0).integers(0, N_TOKENS, (100, 32)), 2, d_vocab=N_TOKENS)
@@ -182,7 +181,7 @@ def test_an_evaluation_does_not_depend_on_batch_size_and_order(kind, seed, share
 
     whole = measured(tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_TOKENS_AT_ONCE", at_once)
+        patch.setattr(activations, "_TOKENS_AT_ONCE", at_once)
         for other in (measured(tokens), measured(tokens[order])):
             for name in MEASURED:
                 assert getattr(other, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-5, nan_ok=True)

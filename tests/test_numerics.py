@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigram_circuits as bc
-from bigram_circuits import analysis, metrics
+from bigram_circuits import analysis
 from bigram_circuits.analysis.overlap import jaccard
-from bigram_circuits.corpus import batch_of
 from bigram_circuits.evaluation import GAP_MATTERS, SoftHardGap, soft_hard_gap
-from bigram_circuits.gates import ContinuousSparsification, tie_gates
-
-from .conftest import D_VOCAB
+from bigram_circuits.masking.gates import tie_gates
+from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
+from bigram_circuits.measures import statistics
+from bigram_circuits.text.corpus import batch_of
+from tests.conftest import D_VOCAB
 
 # --- float32 and bfloat16: the bounds that docs/gpu.md states ---
 
@@ -94,9 +95,9 @@ def test_the_correlation_of_a_constant_is_undefined(x, n, seed):
     varied = torch.from_numpy(np.random.default_rng(seed).exponential(3, (1, n)))
     same = torch.full_like(varied, x)
     for pair in ((same, varied), (varied, same), (same, same)):
-        sums = np.pad(metrics.correlation_sums(*pair).numpy(), ((0, 0), (0, 6)), constant_values=1.0)
-        assert math.isnan(metrics.correlation(sums.sum(0)))
-        assert metrics.faithfulness(sums, 0, 1).to_json()["surprisal_correlation"] is None
+        sums = np.pad(statistics.correlation_sums(*pair).numpy(), ((0, 0), (0, 6)), constant_values=1.0)
+        assert math.isnan(statistics.correlation(sums.sum(0)))
+        assert statistics.faithfulness(sums, 0, 1).to_json()["surprisal_correlation"] is None
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
@@ -105,12 +106,12 @@ def test_nothing_is_correlated_with_infinities(wrong):
     bad = x.clone()
     bad[1, 2] = wrong
     with pytest.raises(ValueError, match="a model's surprisal is not finite"):
-        metrics.correlation_sums(bad, y)
+        statistics.correlation_sums(bad, y)
     if math.isnan(wrong):
         with pytest.raises(ValueError, match="a target's surprisal is NaN"):
-            metrics.correlation_sums(x, bad)
+            statistics.correlation_sums(x, bad)
     else:  # the zero-probability rule
-        sums = metrics.correlation_sums(x, bad)
+        sums = statistics.correlation_sums(x, bad)
         assert sums[:, 0].tolist() == [5, 4]
         assert sums.isfinite().all()
 

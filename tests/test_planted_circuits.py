@@ -7,8 +7,7 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.planted import ARCHITECTURES
-
-from .conftest import planted_circuit
+from tests.conftest import planted_circuit
 
 
 def predicted(planted, subnetwork):

@@ -10,8 +10,7 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits import published
 from bigram_circuits.published import import_published, load_published, read_masks
-
-from .conftest import hub_response
+from tests.conftest import hub_response
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt_neox"])

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bigram_circuits import runs
-from bigram_circuits.files import whole_file, write_text
 from bigram_circuits.runs import Checkpoint, RunFolder, load_run
+from bigram_circuits.storage.files import whole_file, write_text
 from bigram_circuits.subnetwork import Subnetwork
 
 SETTINGS = {"model": {"name": "m", "weight_hash": "ab"}, "config": {"steps": 10, "seed": 0}, "shape": (1, 2)}

@@ -7,9 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigram_circuits as bc
 from bigram_circuits import cli, sharing
-
-from .architectures import CONFIGS
-from .conftest import save_tiny
+from tests.architectures import CONFIGS
+from tests.conftest import save_tiny
 
 TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(3))
 

@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import bigram_circuits as bc
-from bigram_circuits import cli, files, locks, runs, training
+from bigram_circuits import cli, runs
 from bigram_circuits.evaluation import SoftHardGap
-from bigram_circuits.files import checked_json, read_checked_json, whole_file, whole_folder, write_text
-from bigram_circuits.locks import LOCK, FolderInUseError, lock_folder
+from bigram_circuits.learning import training
 from bigram_circuits.runs import RunFolder
+from bigram_circuits.storage import files, locks
+from bigram_circuits.storage.files import checked_json, read_checked_json, whole_file, whole_folder, write_text
+from bigram_circuits.storage.locks import LOCK, FolderInUseError, lock_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = bc.SparsifyConfig(learning_rate=0.05, beta_growth=1.1, max_steps=20, batch_size=8, retries=0)
@@ -301,7 +303,7 @@ def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path):
 
 HOLDS = """
 import sys, time
-from bigram_circuits.locks import FolderInUseError, lock_folder
+from bigram_circuits.storage.locks import FolderInUseError, lock_folder
 try:
     with lock_folder(sys.argv[1]):
         print("mine", flush=True)

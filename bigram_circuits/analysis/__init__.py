@@ -38,7 +38,7 @@ from bigram_circuits.analysis.location import (
     whole_neurons,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
-from bigram_circuits.analysis.passages import next_tokens, passages
+from bigram_circuits.analysis.reading import next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
 from bigram_circuits.analysis.tasks import (
@@ -53,7 +53,7 @@ from bigram_circuits.analysis.tasks import (
     repeated_random_tokens,
 )
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
-from bigram_circuits.results import Curves, Effects, Maps, Quantity, Result, load_result
+from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, Result, load_result
 
 __all__ = [
     "TASKS",

@@ -26,10 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits import metrics
-from bigram_circuits.analysis.comparisons import Job, Kept, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
-from bigram_circuits.analysis.parts import (
+from bigram_circuits.analysis.components import (
     Coordinates,
     Part,
     coordinates,
@@ -38,11 +35,14 @@ from bigram_circuits.analysis.parts import (
     random_coordinates,
     random_within,
 )
+from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
+from bigram_circuits.analysis.paired import Job, Kept, Runs, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.tasks import Task, as_task, measure
-from bigram_circuits.models import check_model, check_tokens, record
-from bigram_circuits.results import Curves, Effects, Quantity
+from bigram_circuits.measures import statistics
+from bigram_circuits.measures.results import Curves, Effects, Quantity
+from bigram_circuits.models.activations import check_model, check_tokens, record
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target
+from bigram_circuits.targets.base import check_target
 
 WAYS = ("zero", "mean", "resample", "weights")
 """Values of `by`."""
@@ -231,7 +231,7 @@ def _effects(
         rows.append([(table.random_change(base, name, mean_loss), nan, nan) for name in names])
         rows.append([(table.point(base, name, mean_loss), nan, nan) for name in names])
         if with_target:
-            rows.append([table.change(base, name, metrics.correlation) for name in names])
+            rows.append([table.change(base, name, statistics.correlation) for name in names])
         if task.wrong is not None:
             rows.append([table.change(base, name, mean_log_odds) for name in names])
     numbers = np.array(rows, dtype=float)
@@ -351,7 +351,7 @@ def stochastic_ablation(
                     if (key := kept.checksum) not in seen:
                         with reduced_to(model, kept):
                             whole = measure(model, task, target=target).sum(0)
-                        seen[key] = (float(metrics.correlation(whole)), float(mean_loss(whole)))
+                        seen[key] = (float(statistics.correlation(whole)), float(mean_loss(whole)))
                     numbers[:, row, point, draw] = seen[key]
                     bar.update(len(task))
     return Curves(

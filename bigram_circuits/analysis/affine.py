@@ -34,19 +34,12 @@ from bigram_circuits.analysis.conditions import (
     observe,
     reduced_to,
 )
-from bigram_circuits.checksums import (
-    check_content,
-    check_header,
-    parse_json,
-    read_tensors,
-    seal_tensors,
-    shown,
-)
-from bigram_circuits.corpus import Corpus, batch_of, spread, token_array
-from bigram_circuits.files import whole_file
-from bigram_circuits.models import check_model, check_tokens, readout, residual_streams, rows_at_once
-from bigram_circuits.sites import weight_hash
+from bigram_circuits.models.activations import check_model, check_tokens, readout, residual_streams, rows_at_once
+from bigram_circuits.models.weights import weight_hash
+from bigram_circuits.storage.files import whole_file
+from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import Corpus, batch_of, spread, token_array
 
 _FORMAT = "bigram_circuits.affine_maps/1"
 _TENSORS = ("output_weight", "output_bias", "input_weight", "input_bias")

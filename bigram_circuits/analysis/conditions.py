@@ -17,10 +17,10 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bigram_circuits.corpus import in_order
-from bigram_circuits.masking import masked
-from bigram_circuits.models import batch_size_for, check_tokens, residual_streams
+from bigram_circuits.masking.apply import masked
+from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import in_order
 
 Conditions = Mapping[str, Subnetwork | None]
 """By name: the weights that are kept, or None for all of them."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import Batch, conditions, observe
 from bigram_circuits.analysis.prompts import token_words
-from bigram_circuits.corpus import token_array
-from bigram_circuits.models import check_tokens
-from bigram_circuits.results import Maps, Quantity
+from bigram_circuits.measures.results import Maps, Quantity
+from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target, entropy
+from bigram_circuits.targets.base import check_target, entropy
+from bigram_circuits.text.corpus import token_array
 
 _QUANTITIES = (
     Quantity("kl", "nats", "KL(target || model), mean over the positions where this is the current token."),

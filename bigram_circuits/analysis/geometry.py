@@ -39,11 +39,11 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
-from bigram_circuits.corpus import spread, token_array
-from bigram_circuits.models import check_model, check_tokens, residual_streams
-from bigram_circuits.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.models.activations import check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target
+from bigram_circuits.targets.base import check_target
+from bigram_circuits.text.corpus import spread, token_array
 
 _DIRECTIONS = (
     Quantity("current_embedding", "", "mean cosine with the embedding of the current token"),

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits import metrics
 from bigram_circuits.analysis.affine import (
     RECALLS,
     AffineMaps,
@@ -28,14 +27,15 @@ from bigram_circuits.analysis.affine import (
 )
 from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
-from bigram_circuits.corpus import Corpus, token_array
-from bigram_circuits.models import check_model, readout, residual_streams, rows_at_once
-from bigram_circuits.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.measures import statistics
+from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.models.activations import check_model, lens_log_probs, readout, residual_streams, rows_at_once
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target
+from bigram_circuits.targets.base import check_target
+from bigram_circuits.text.corpus import Corpus, token_array
 
 _LOGITS_IN_CACHE = 1 << 18  # read again and again while they are in a cache: 1 MiB
-_PAIRS = 6  # columns of metrics.correlation_sums
+_PAIRS = 6  # columns of statistics.correlation_sums
 
 LENS_QUANTITIES = (
     Quantity("surprisal_correlation", "", "Pearson r of the lens's surprisal of the actual next token with the "
@@ -118,7 +118,7 @@ def _lens_statistics(sums: Float[np.ndarray, "... layer column"]) -> Float[np.nd
     with_target, with_output = sums[..., :_PAIRS], sums[..., _PAIRS : 2 * _PAIRS]
     count = with_output[..., :1]  # every output surprisal is finite
     means = sums[..., 2 * _PAIRS :] / count
-    curves = [metrics.correlation(with_target), metrics.correlation(with_output), *np.moveaxis(means, -1, 0)]
+    curves = [statistics.correlation(with_target), statistics.correlation(with_output), *np.moveaxis(means, -1, 0)]
     return np.stack(curves, axis=-2)
 
 
@@ -138,7 +138,7 @@ class LensSums:
         """Take in a batch. Positions with an actual next token count: all but the last of a sequence."""
         tokens, n_sequences = batch.tokens, len(batch.tokens)
         following = tokens[:, 1:].reshape(-1)
-        own = metrics.surprisals(batch.logits, tokens).double()
+        own = statistics.surprisals(batch.logits, tokens).double()
         theirs = torch.full_like(own, torch.inf) if self._target is None else self._target.surprisal(tokens).to(own)
         residual = batch.residual[:, :, :-1].flatten(1, 2)
         logits = batch.logits[:, :-1].flatten(0, 1)
@@ -149,7 +149,7 @@ class LensSums:
         ).double()  # fmt: skip
         readings = readings.unflatten(1, (n_sequences, -1))  # [layer, sequence, position, reading]
         sums = [
-            torch.cat([metrics.correlation_sums(layer[..., 0], y) for y in (theirs, own)] + [layer.sum(1)], 1)
+            torch.cat([statistics.correlation_sums(layer[..., 0], y) for y in (theirs, own)] + [layer.sum(1)], 1)
             for layer in readings
         ]
         self._rows.append(torch.stack(sums, 1).cpu().numpy())
@@ -232,17 +232,15 @@ def _prompt_lens(
     maps: Mapping[str, AffineMaps] | None,
     top_k: int,
 ) -> Maps:
-    from transformer_lens.tools.analysis import logit_lens as lens_of_transformer_lens
-
     values, texts = [], []
     following = torch.cat([tokens[0, 1:], tokens[0, :1]])  # the last has no next token; its place is overwritten
     for name, subnetwork in named.items():
         lens = None if maps is None else maps[name].to_output
         with reduced_to(model, subnetwork), torch.no_grad():
-            found = lens_of_transformer_lens(model, tokens, positions=None, return_type="log_probs", lens=lens)
+            found = lens_log_probs(model, tokens, lens)
             output = Reference.of(model(tokens)[0])
         layers, words = [], []
-        for log_probs in found.values[:, 0]:
+        for log_probs in found[:, 0]:
             surprisal, entropy, kl, _, reciprocal = readings(log_probs, following, output)
             rank, probability = (1 / reciprocal - 1).round(), (-surprisal).exp()
             rank[-1] = probability[-1] = torch.nan

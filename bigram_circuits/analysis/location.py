@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
 from bigram_circuits.analysis.prompts import token_words
-from bigram_circuits.corpus import in_order, token_array
-from bigram_circuits.models import batch_size_for, check_model, check_tokens, record
-from bigram_circuits.results import Curves, Effects, Maps, Quantity
-from bigram_circuits.sites import weight_sites
+from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Count, Subnetwork
+from bigram_circuits.text.corpus import in_order, token_array
 
 _DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
 _SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")

@@ -34,8 +34,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.signal import convolve
 
-from bigram_circuits import metrics
-from bigram_circuits.results import Effects, Maps, Quantity
+from bigram_circuits.measures import statistics
+from bigram_circuits.measures.results import Effects, Maps, Quantity
 from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,
@@ -136,7 +136,7 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
     logs = {name: log_p_value(cells, alternative) for name, cells in strata.items()}
     open_ones = [name for name, cells in strata.items() if any(cell.most > cell.least for cell in cells)]
     adjusted = dict.fromkeys(strata, 0.0) | dict(
-        zip(open_ones, metrics.holm([logs[name] for name in open_ones]), strict=True)
+        zip(open_ones, statistics.holm([logs[name] for name in open_ones]), strict=True)
     )
     everything = list(matrices.values())
     log_p = log_p_value(everything, alternative)

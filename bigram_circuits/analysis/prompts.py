@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from bigram_circuits.models import check_model, check_tokens
+from bigram_circuits.models.activations import check_model, check_tokens
 
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
 """Text, or the token ids of one sequence."""

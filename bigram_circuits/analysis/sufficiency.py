@@ -20,12 +20,12 @@ from jaxtyping import Float
 from scipy.special import log_ndtr
 from tqdm.auto import tqdm
 
-from bigram_circuits import metrics
-from bigram_circuits.analysis.comparisons import Job, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.parts import matched_counts, parse, random_within
+from bigram_circuits.analysis.components import matched_counts, parse, random_within
+from bigram_circuits.analysis.paired import Job, Runs, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.tasks import COLUMNS, as_task
-from bigram_circuits.models import check_model
-from bigram_circuits.results import Effects, Quantity
+from bigram_circuits.measures import statistics
+from bigram_circuits.measures.results import Effects, Quantity
+from bigram_circuits.models.activations import check_model
 from bigram_circuits.subnetwork import Subnetwork
 
 
@@ -120,7 +120,7 @@ def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bo
     nan = math.nan
     before = table.prompts("base", "")
     differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
-    p = np.maximum(np.exp(metrics.holm([log_p_of_fall(differences[name]) for name in names])), sys.float_info.min)
+    p = np.maximum(np.exp(statistics.holm([log_p_of_fall(differences[name]) for name in names])), sys.float_info.min)
     rows = {
         Quantity("fall_in_loss", "nats", "How much the subnetwork's loss falls with the addition."): [
             _negated(table.change("base", name, mean_loss)) for name in names

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Integer
 from tqdm.auto import tqdm
 
-from bigram_circuits import markup
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
@@ -33,16 +32,17 @@ from bigram_circuits.analysis.geometry import (
 )
 from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.analysis.passages import passages
+from bigram_circuits.analysis.reading import passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
-from bigram_circuits.corpus import Corpus, spread, token_array
-from bigram_circuits.files import checked_json, whole_folder, write_text
-from bigram_circuits.models import check_tokens
-from bigram_circuits.results import Curves, Effects, Maps, Result
+from bigram_circuits.measures import html
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result
+from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.runs import LEFT_OUT
+from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import check_target
+from bigram_circuits.targets.base import check_target
+from bigram_circuits.text.corpus import Corpus, spread, token_array
 
 _FIT_TOKENS = 1 << 14  # that affine maps are fitted on
 _TOKENS = 5 << 12  # that layers are measured on
@@ -86,8 +86,8 @@ class Analyses:
         ]
         says = ["Each is a result: results[name].plot(), .to_dataframe(). print() tells what they show."]
         left_out = [f"Left out: {name}: {reason}" for name, reason in self.left_out.items()]
-        table = markup.table(["name", "what was measured", "first quantities"], rows, "Analyses")
-        return markup.summary(f"{len(rows)} analyses", says, table, markup.small(left_out))
+        table = html.table(["name", "what was measured", "first quantities"], rows, "Analyses")
+        return html.summary(f"{len(rows)} analyses", says, table, html.small(left_out))
 
 
 def analyze(

@@ -24,13 +24,13 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from bigram_circuits import metrics
 from bigram_circuits.analysis.conditions import check_seed
-from bigram_circuits.corpus import token_array
-from bigram_circuits.models import batch_size_for, check_model, check_tokens
+from bigram_circuits.measures import statistics
+from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens
+from bigram_circuits.text.corpus import token_array
 
-COLUMNS = (*metrics.COLUMNS[:6], "places", "surprisal", "log_odds")
-"""Sums over one prompt. The first six are `metrics.correlation_sums` with a target's surprisals (0 without a target);
+COLUMNS = (*statistics.COLUMNS[:6], "places", "surprisal", "log_odds")
+"""Sums over one prompt. The first six are `statistics.correlation_sums` with a target's surprisals (0 without one);
 `places` scored predictions, their `surprisal`, and `log_odds` of right against wrong (0 if a task has no wrong)."""
 
 Hooks = Callable[[int, slice], Sequence[tuple[str, Callable[..., Any]]]]
@@ -178,7 +178,7 @@ def ability(model: Any, task: Task) -> Ability:
     sums = measure(model, task)
     whole = sums.sum(0)
     odds = float(per_place(whole, "log_odds")) if task.wrong is not None else math.nan
-    interval = metrics.interval(per_place(metrics.bootstrap(sums), "surprisal"))
+    interval = statistics.interval(per_place(statistics.bootstrap(sums), "surprisal"))
     return Ability(task.name, float(per_place(whole, "surprisal")), interval, task.chance, odds)
 
 
@@ -240,14 +240,14 @@ def _batch_sums(
     target: Any,
 ) -> Float[np.ndarray, "batch column"]:
     scored = torch.from_numpy(task.scored[part, 1:]).to(tokens.device)
-    x = metrics.surprisals(logits, tokens).double()
+    x = statistics.surprisals(logits, tokens).double()
     if not torch.isfinite(x[scored]).all():
         raise ValueError("the model's surprisal of a scored token is not finite (NaN or infinity in its logits)")
     x = torch.where(scored, x, 0.0)
     pairs = torch.zeros(len(x), 6, dtype=x.dtype, device=x.device)
     if target is not None:
         y = torch.where(scored, target.surprisal(tokens).to(x), torch.inf)
-        pairs = metrics.correlation_sums(x, y)
+        pairs = statistics.correlation_sums(x, y)
     surprisal, log_odds = x.sum(1), torch.zeros_like(x[:, 0])
     if task.right is not None or task.wrong is not None:
         places = scored.double().argmax(1)

@@ -20,14 +20,15 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
-from bigram_circuits.corpus import Corpus, token_array
 from bigram_circuits.evaluation import evaluate
-from bigram_circuits.models import check_model, check_tokens, load_model
-from bigram_circuits.results import Curves, Quantity
-from bigram_circuits.sites import weight_sites
+from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
+from bigram_circuits.measures.results import Curves, Quantity
+from bigram_circuits.models.activations import check_model, check_tokens
+from bigram_circuits.models.loading import load_model
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets import Target
-from bigram_circuits.training import SparsifyConfig, find_subnetwork
+from bigram_circuits.targets.base import Target
+from bigram_circuits.text.corpus import Corpus, token_array
 
 Measure = Callable[[Any], Mapping[str, Any]]
 """From a model to numbers by name, or to numbers by condition and name. A number may be (value, low, high)."""

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from bigram_circuits.runs import Run
-
-_ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 LAYER_CHARTS = (
     ("logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target"),
     ("affine_lens", "surprisal_correlation", "Affine lens: r with the target", "r with the target"),
@@ -107,60 +101,9 @@ class Opening:
     """A few numbers by name."""
 
 
-def span(low: float | None, high: float | None) -> str:
-    """An interval on one line; empty if there is none."""
-    return "" if low is None else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
-
-
-def percent(share: float | None) -> str:
-    """A share, in words."""
-    if share is None or math.isnan(share):
-        return "undefined"
-    return f"{100 * share:.2f}%" if abs(share) < 0.1 else f"{100 * share:.1f}%"
-
-
-def rounded(value: float | np.floating | int | None, digits: int = 3) -> str:
-    """A number, in words."""
-    return "undefined" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
-    """Nested settings as rows of name (`recipe.seed`) and value, in words."""
-    rows = []
-    for key, value in values.items():
-        name = f"{at}{key}"
-        rows += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [[name, _plain(value)]]
-    return rows
-
-
-def _plain(value: Any) -> str:
-    return "not set" if value is None else str(value)
-
-
 def interval(
     metrics: Mapping[str, Any], condition: str, quantity: str = "surprisal_correlation"
 ) -> tuple[float | None, float | None]:
     """Of r, or of another quantity; ends are None where it is undefined."""
     low, high = (metrics.get("intervals") or {}).get(condition, {}).get(quantity) or (None, None)
     return low, high
-
-
-def model_words(run: Run) -> str:
-    """The name of a run's model."""
-    name = (run.rebuild or {}).get("model", {}).get("name") or (run.settings.get("model") or {}).get("name")
-    name = str(name or run.subnetwork.model_name or "a model")
-    return "the reference model" if name == "reference" else name
-
-
-def target_words(run: Run) -> tuple[str, str]:
-    """The target's name, and what it is."""
-    kind = (run.rebuild or {}).get("target") or (run.settings.get("target") or {}).get("kind") or "target"
-    if kind == "ngram":
-        order = _ORDERS.get((run.rebuild or {}).get("order", 2), "n-gram")
-        return order, f"the {order} probabilities of the text"
-    named = {
-        "model": ("self-faithful", "the model's own predictions"),
-        "next-token": ("next-token", "the actual next token"),
-        "induced": ("induced bigram", "the bigram that the model itself induces"),
-    }
-    return named.get(kind, (str(kind), f"the target {kind}"))

@@ -13,24 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.files import write_text
-from bigram_circuits.report import figures
-from bigram_circuits.report.blocks import (
-    LAYER_CHARTS,
-    Block,
-    Chart,
-    Numbers,
-    Opening,
-    Section,
-    interval,
-    model_words,
-    percent,
-    rounded,
-    span,
+from bigram_circuits.experiments.comparison import (
+    SMALLEST,
+    Compared,
+    Comparison,
+    Pair,
+    Source,
+    compare,
+    differing_settings,
 )
-from bigram_circuits.report.compared import SMALLEST, Compared, Comparison, Pair, Source, compare, differing_settings
+from bigram_circuits.measures.results import Curves
+from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.report import figures
+from bigram_circuits.report.blocks import LAYER_CHARTS, Block, Chart, Numbers, Opening, Section, interval
 from bigram_circuits.report.document import document
-from bigram_circuits.results import Curves
+from bigram_circuits.runs import model_words
+from bigram_circuits.storage.files import write_text
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
 _MOST_NAMED = 8  # in a sentence

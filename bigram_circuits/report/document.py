@@ -12,7 +12,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from bigram_circuits.markup import escape, table
+from bigram_circuits.measures.html import escape, table
 from bigram_circuits.report.blocks import Attention, Block, Chart, Code, Opening, Reading, Section
 
 _SURPRISED = "#d55e00"

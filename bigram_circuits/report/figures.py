@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.results import Curves
+from bigram_circuits.measures.results import Curves
 
 INK = "#222222"
 """The colour that the page replaces by its text's; results draw the full model in it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bigram_circuits.files import write_text
 from bigram_circuits.report.document import document
 from bigram_circuits.report.story import opening, sections
 from bigram_circuits.runs import Run, load_run
+from bigram_circuits.storage.files import write_text
 
 
 def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:

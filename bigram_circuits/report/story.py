@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.evaluation import SoftHardGap
-from bigram_circuits.falsification import load_falsification
+from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result
+from bigram_circuits.measures.words import flat, percent, rounded, span
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import (
     LAYER_CHARTS,
@@ -26,16 +28,9 @@ from bigram_circuits.report.blocks import (
     Opening,
     Reading,
     Section,
-    flat,
     interval,
-    model_words,
-    percent,
-    rounded,
-    span,
-    target_words,
 )
-from bigram_circuits.results import Curves, Effects, Maps, Result
-from bigram_circuits.runs import STOPS, Run
+from bigram_circuits.runs import STOPS, Run, model_words, target_words
 
 _MOST_BARS = 20
 _MOST_STEPS = 60  # rows of the training table
@@ -871,7 +866,7 @@ def command_line(run: Run) -> str | None:
 
 def _recipe_options(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     """The options that make a recipe; None if it has a setting that no option sets."""
-    from bigram_circuits.training import SparsifyConfig
+    from bigram_circuits.learning.training import SparsifyConfig
 
     for name, base in (("default", SparsifyConfig()), ("paper", SparsifyConfig.paper())):
         changed = {key: recipe.get(key) for key, value in asdict(base).items() if recipe.get(key) != value}

@@ -1,0 +1,63 @@
+"""The one table of contents: every public name and its home, for type checkers and, lazily, at run time."""
+
+from . import analysis as analysis
+from .analysis import (
+    ablate as ablate,
+    affine_lens as affine_lens,
+    analyze as analyze,
+    cosine_to_unembedding as cosine_to_unembedding,
+    covariance_similarity as covariance_similarity,
+    layer_rotations as layer_rotations,
+    load_result as load_result,
+    logit_lens as logit_lens,
+    overlap as overlap,
+    sufficiency as sufficiency,
+)
+from .evaluation import (
+    Evaluation as Evaluation,
+    SoftHardGap as SoftHardGap,
+    evaluate as evaluate,
+    soft_hard_gap as soft_hard_gap,
+)
+from .experiments.falsification import (
+    Falsification as Falsification,
+    RenamedTarget as RenamedTarget,
+    falsify as falsify,
+    load_falsification as load_falsification,
+    with_random_blocks as with_random_blocks,
+)
+from .experiments.sparsity_path import SubnetworkPath as SubnetworkPath, find_path as find_path
+from .learning.memory import MemoryForecast as MemoryForecast
+from .learning.training import (
+    FoundSubnetwork as FoundSubnetwork,
+    SparsifyConfig as SparsifyConfig,
+    find_subnetwork as find_subnetwork,
+    forecast_memory as forecast_memory,
+)
+from .masking.apply import gated as gated, masked as masked
+from .measures.statistics import Faithfulness as Faithfulness
+from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
+from .models.layouts import Layout as Layout, huggingface_layout as huggingface_layout
+from .models.loading import checkpoints as checkpoints, load_model as load_model
+from .models.weights import WeightSite as WeightSite, weight_hash as weight_hash, weight_sites as weight_sites
+from .planted import Planted as Planted, plant_bigram as plant_bigram
+from .published import import_published as import_published, load_published as load_published
+from .report.comparison import write_comparison as write_comparison
+from .report.page import write_report as write_report
+from .runs import Run as Run, load_run as load_run
+from .sharing import (
+    export_huggingface as export_huggingface,
+    export_masks as export_masks,
+    pull_subnetwork as pull_subnetwork,
+    push_subnetwork as push_subnetwork,
+)
+from .subnetwork import Count as Count, Subnetwork as Subnetwork
+from .targets.base import Target as Target
+from .targets.induced import InducedTarget as InducedTarget
+from .targets.model import ModelTarget as ModelTarget
+from .targets.next_token import NextTokenTarget as NextTokenTarget
+from .text.corpus import Corpus as Corpus, load_corpus as load_corpus
+from .text.counting import NGramCounter as NGramCounter, count_ngrams as count_ngrams
+from .text.ngrams import NGramTable as NGramTable
+
+__version__: str

@@ -1,0 +1,258 @@
+"""A small language for parts of a model.
+
+    head 2.3 (or L2H3)            one attention head (layer 2, head 3)
+    neurons 0.[1,5,7] (or L0N5)   MLP neurons of a layer; neurons 0.5 for one
+    attn 1, mlp 0                 a block's whole attention, or whole MLP
+    layer 2                       both
+    head 1.2 + mlp 0              several at once
+    heads, attns, mlps, layers    each of them in turn
+    subnetwork, complement, random    the weights of a subnetwork, all others, a matched random set
+
+A part can also be a `Subnetwork`: a set of weights. A head's activation is its mixed values before W_O, a neuron's is
+what W_out reads, attention's and the MLP's are what they add to the residual stream, biases included. Biases are no
+part of a head or a neuron.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.subnetwork import Subnetwork
+
+_COMPONENT = re.compile(r"(head)\s+(\d+)\.(\d+)|(neurons)\s+(\d+)\.(\d+|\[[\d,\s]*\])|(attn|mlp|layer)\s+(\d+)")
+_SHORT = re.compile(r"\bL(\d+)([HN])(\d+)\b")  # as TransformerLens labels them
+_KINDS = {"H": "head", "N": "neurons"}
+_SWEEPS = ("heads", "attns", "mlps", "layers")
+_OF_SUBNETWORK = ("subnetwork", "complement", "random")
+_ALLOWED = (
+    "say 'head 2.3', 'neurons 0.[1,5,7]', 'attn 1', 'mlp 0' or 'layer 2', several joined by ' + ', 'heads', 'attns', "
+    "'mlps' or 'layers' for each in turn, 'subnetwork', 'complement' or 'random', or give a Subnetwork"
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model."""
+
+    kind: str
+    """`head`, `neurons`, `attn` or `mlp`."""
+    layer: int
+    """Index of the block."""
+    indices: tuple[int, ...] = ()
+    """The head, or the neurons; empty for `attn` and `mlp`, which are whole."""
+
+    def weights(self, empty: Subnetwork, *, shared: bool) -> Subnetwork:
+        """Its weights; `shared`: with W_K and W_V of a head that others of its group read too."""
+        if self.kind == "head":
+            if shared:
+                return empty.keep_head(self.layer, self.indices[0])
+            return ~(~empty).drop_head(self.layer, self.indices[0])
+        if self.kind == "neurons":
+            return empty.keep_neurons(self.layer, self.indices)
+        own = f"blocks.{self.layer}.{self.kind}."
+        return Subnetwork(
+            {name: torch.full(shape, name.startswith(own)) for name, shape in empty.shapes.items()},
+            model_name=empty.model_name,
+            weight_hash=empty.weight_hash,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that can be taken away from a model, or added to a subnetwork."""
+
+    name: str
+    """As it was said, for example `head 1.2 + mlp 0`."""
+    components: tuple[Component, ...] = ()
+    """Components of the model."""
+    subnetworks: tuple[Subnetwork, ...] = ()
+    """Sets of weights; then there are only weights, no activations, to ablate."""
+
+    def weights(self, model: Any, *, shared: bool = False) -> Subnetwork:
+        """All its weights, under its name; `shared`: with W_K and W_V that a head shares with its group."""
+        chosen = empty = Subnetwork.empty(model)
+        for component in self.components:
+            chosen |= component.weights(empty, shared=shared)
+        for subnetwork in self.subnetworks:
+            chosen |= subnetwork
+        return chosen.named(self.name)
+
+
+def parse(what: Any, model: Any, subnetwork: Subnetwork | None = None) -> tuple[Part, ...]:
+    """The parts that `what` names: a string, a `Subnetwork`, a sequence of these, or a mapping of names to them.
+
+    Raises:
+        ValueError: If a string cannot be read, a layer, head or neuron does not exist, a subnetwork is not the model's
+            or is asked for by name without there being one, or two parts have one name.
+    """
+    sizes = _sizes(model)
+    if isinstance(what, Subnetwork) or not isinstance(what, Mapping):
+        items: Iterable[Any] = [what] if isinstance(what, str | Subnetwork) else what
+        if not isinstance(items, Sequence):
+            raise ValueError(f"cannot read a part of a model from a {type(what).__name__}: {_ALLOWED}")
+        parts = [part for item in items for part in _read(item, sizes, model, subnetwork)]
+    else:
+        parts = []
+        for name, item in what.items():
+            found = _read(item, sizes, model, subnetwork)
+            if len(found) != 1:
+                raise ValueError(f"{name!r} should be one part of a model, but {item!r} stands for {len(found)}")
+            parts.append(Part(str(name), found[0].components, found[0].subnetworks))
+    if not parts:
+        raise ValueError(f"no part of the model is named: {_ALLOWED}")
+    names = [part.name for part in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two parts are called {twice!r}: give a part once, and name subnetworks with .named(...)")
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """By layer: the number of heads, and of neurons."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+    def check(self, what: str, layer: int, kind: str, indices: Iterable[int]) -> None:
+        if layer >= len(self.heads):
+            raise ValueError(f"{what!r}: there is no layer {layer}: layers are 0 to {len(self.heads) - 1}")
+        count = self.heads[layer] if kind == "head" else self.neurons[layer]
+        wrong = next((index for index in indices if index >= count), None)
+        if wrong is not None:
+            one, many = kind.removesuffix("s"), kind.removesuffix("s") + "s"
+            raise ValueError(f"{what!r}: there is no {one} {wrong} in layer {layer}: it has {many} 0 to {count - 1}")
+
+
+def _sizes(model: Any) -> _Sizes:
+    first = {matrix: {} for matrix in ("W_Q", "W_out")}
+    for site in weight_sites(model):
+        if (matrix := site.name.rsplit(".", 1)[1]) in first:
+            first[matrix][site.layer] = site.shape[0]
+    layers = range(len(first["W_Q"]))
+    return _Sizes(tuple(first["W_Q"][i] for i in layers), tuple(first["W_out"][i] for i in layers))
+
+
+def _read(item: Any, sizes: _Sizes, model: Any, subnetwork: Subnetwork | None) -> list[Part]:
+    if isinstance(item, Subnetwork):
+        item.check_fits(model)
+        return [Part(item.lineage, (), (item,))]
+    if not isinstance(item, str):
+        raise ValueError(f"cannot read a part of a model from a {type(item).__name__}: {_ALLOWED}")
+    text = " ".join(item.split())
+    layers = range(len(sizes.heads))
+    if text == "heads":
+        return [Part(f"head {i}.{h}", (Component("head", i, (h,)),)) for i in layers for h in range(sizes.heads[i])]
+    if text in ("attns", "mlps"):
+        kind = text.removesuffix("s")
+        return [Part(f"{kind} {i}", (Component(kind, i),)) for i in layers]
+    if text == "layers":
+        return [Part(f"layer {i}", (Component("attn", i), Component("mlp", i))) for i in layers]
+    components: list[Component] = []
+    subnetworks: list[Subnetwork] = []
+    spelled = _SHORT.sub(lambda short: f"{_KINDS[short[2]]} {short[1]}.{short[3]}", text)
+    for term in (term.strip() for term in spelled.split("+")):
+        if term in _OF_SUBNETWORK:
+            if subnetwork is None:
+                raise ValueError(f"{item!r} needs to know of a subnetwork: pass subnetwork=")
+            subnetwork.check_fits(model)
+            sets = {"subnetwork": lambda: subnetwork, "complement": lambda: ~subnetwork}
+            subnetworks.append(sets.get(term, lambda: subnetwork.random_like(seed=0))())
+        else:
+            components += _components(term, item, sizes)
+    return [Part(text, tuple(components), tuple(subnetworks))]
+
+
+def _components(term: str, whole: str, sizes: _Sizes) -> list[Component]:
+    found = _COMPONENT.fullmatch(term)
+    if found is None:
+        problem = f"{term!r} stands for many and cannot be joined" if term in _SWEEPS else _ALLOWED
+        raise ValueError(f"cannot read {whole!r} as a part of a model: {problem}")
+    kind = found[1] or found[4] or found[7]
+    layer = int(found[2] or found[5] or found[8])
+    listed = found[3] or found[6] or ""
+    indices = tuple(dict.fromkeys(int(number) for number in re.findall(r"\d+", listed)))
+    if kind == "neurons" and not indices:
+        raise ValueError(f"cannot read {whole!r} as a part of a model: it names no neuron, as in 'neurons 0.[1,5,7]'")
+    sizes.check(whole, layer, kind, indices)
+    return [Component(one, layer, indices) for one in (("attn", "mlp") if kind == "layer" else (kind,))]
+
+
+# --- the activations of a part, and as many random ones ---
+
+Coordinates = Mapping[str, Bool[Tensor, " _"]]
+"""By hook point: which coordinates of an activation are replaced."""
+
+
+def coordinates(model: Any, part: Part) -> dict[str, Bool[Tensor, " _"]]:
+    """The activations of a part: for every hook point, which of its coordinates (heads flattened) belong to it.
+
+    Raises:
+        ValueError: If it is a set of weights, which has no activations.
+    """
+    if part.subnetworks:
+        raise ValueError(f"{part.name!r} is a set of weights, with no activation of its own: ablate it by='weights'")
+    shapes = {site.name: site.shape for site in weight_sites(model)}
+    found: dict[str, Tensor] = {}
+    for component in part.components:
+        block = f"blocks.{component.layer}"
+        heads, d_head, d_model = shapes[f"{block}.attn.W_O"]
+        if component.kind == "head":
+            name, mask = f"{block}.attn.hook_z", torch.zeros(heads, d_head, dtype=torch.bool)
+            mask[list(component.indices)] = True
+        elif component.kind == "neurons":
+            name, mask = f"{block}.mlp.hook_post", torch.zeros(shapes[f"{block}.mlp.W_out"][0], dtype=torch.bool)
+            mask[list(component.indices)] = True
+        else:
+            name, mask = f"{block}.hook_{component.kind}_out", torch.ones(d_model, dtype=torch.bool)
+        found[name] = mask.flatten() | found.get(name, torch.zeros(mask.numel(), dtype=torch.bool))
+    return found
+
+
+def random_coordinates(chosen: Coordinates, seed: int) -> dict[str, Bool[Tensor, " _"]] | None:
+    """As many random coordinates of the same activations; None if one of them is chosen whole."""
+    if any(bool(mask.all()) for mask in chosen.values()):
+        return None
+    drawn = {}
+    for name, mask in chosen.items():
+        rng = np.random.default_rng((seed, int(name.split(".")[1]), name.endswith("post")))
+        drawn[name] = torch.zeros(mask.shape, dtype=torch.bool)
+        drawn[name][torch.from_numpy(rng.choice(mask.numel(), int(mask.sum()), replace=False))] = True
+    return drawn
+
+
+def random_within(pool: Subnetwork, counts: Mapping[str, int], seed: int = 0) -> Subnetwork:
+    """Weights drawn uniformly from a subnetwork: `counts[name]` of those it keeps in every matrix (0 if not named).
+
+    Raises:
+        ValueError: If there are fewer in the pool than that.
+    """
+    masks = {}
+    for index, (name, (kept, _)) in enumerate(pool.by_weight().items()):
+        count = counts.get(name, 0)
+        if not 0 <= count <= kept:
+            raise ValueError(f"cannot draw {count} weights of {name} from {kept}")
+        mask = torch.zeros(pool.shapes[name], dtype=torch.bool)
+        if count:
+            there = np.flatnonzero(pool[name].numpy())
+            drawn = np.random.default_rng((seed, index)).choice(there, count, replace=False, shuffle=False)
+            mask.view(-1)[torch.from_numpy(drawn)] = True
+        masks[name] = mask
+    lineage = f"random {seed} within [{pool.lineage}]"
+    return Subnetwork(masks, model_name=pool.model_name, weight_hash=pool.weight_hash, lineage=lineage)
+
+
+def matched_counts(chosen: Subnetwork, pool: Subnetwork) -> dict[str, int] | None:
+    """Weights chosen in every matrix; None if drawing as many from the pool could only give the same ones."""
+    counts = {name: count.kept for name, count in chosen.by_weight().items()}
+    there = {name: count.kept for name, count in pool.by_weight().items()}
+    return counts if any(0 < count < there[name] for name, count in counts.items()) else None

@@ -1,0 +1,287 @@
+"""What is compared: subnetworks of one model by name, what is known of them, and how far every two overlap."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, count
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_metrics
+from bigram_circuits.measures import statistics
+from bigram_circuits.measures.results import Effects, Result
+from bigram_circuits.measures.words import flat, percent, rounded
+from bigram_circuits.runs import Run, load_run, target_words
+from bigram_circuits.subnetwork import Subnetwork
+
+Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
+"""A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
+SMALLEST = sys.float_info.min
+"""Smaller p-values are given as this one; their logarithm is exact."""
+_HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # where the first differs, its hash says nothing
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of what is compared."""
+
+    name: str
+    """Unlike all others'."""
+    subnetwork: Subnetwork
+    """Its weights."""
+    run: Run | None = None
+    """The run that found it, if it is known."""
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What was measured of it; empty if nothing was."""
+        return (self.run.metrics if self.run else None) or {}
+
+    @cached_property
+    def analyses(self) -> Mapping[str, Result]:
+        """What `analyze` wrote about it; empty if nothing did."""
+        return self.run.analyses if self.run else {}
+
+    @property
+    def task(self) -> str:
+        """What it was measured with, target and text: only numbers of one task can be set against each other."""
+        settings = self.run.settings if self.run else {}
+        corpus = {key: value for key, value in (settings.get("corpus") or {}).items() if key != "source"}
+        return json.dumps([settings.get("target"), corpus], sort_keys=True)
+
+    def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
+        """A number of `metrics.json`; None if it was not measured or is undefined."""
+        group = self.metrics.get(condition) or {}
+        return (group.get("mean") or {} if condition == "random" else group).get(quantity)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of them, and how far they overlap."""
+
+    first: Compared
+    """One."""
+    second: Compared
+    """The other."""
+    effects: Effects
+    """What `overlap(first, second, by="component")` gave."""
+    log10_p: Mapping[str, float]
+    """log10 of p after Holm's correction, of `all` over the pairs, of a component over all components of all pairs."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether one was looked for inside the other, so that their overlap is no finding."""
+        both = self.get("intersection")
+        return any(
+            one.run is not None and one.run.settings.get("within") is not None and one.subnetwork.kept == both
+            for one in (self.first, self.second)
+        )
+
+    def get(self, quantity: str, stratum: str = "all") -> float:
+        """A number of the overlap."""
+        return self.effects.get(quantity)[stratum]
+
+    def ratio(self, stratum: str = "all") -> float:
+        """Weights kept by both over those expected by chance."""
+        expected = self.get("expected", stratum)
+        return self.get("intersection", stratum) / expected if expected else math.nan
+
+    def p(self, stratum: str = "all") -> float:
+        """P-value after Holm's correction; where it is too small for a float, the smallest one."""
+        return max(SMALLEST, 10 ** self.log10_p[stratum])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Subnetworks of one model, and every two of them."""
+
+    items: tuple[Compared, ...]
+    """In the order in which they were given."""
+    pairs: tuple[Pair, ...]
+    """Of those that keep any weight."""
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[row, column]: of the row's weights, the share that the column keeps too; nan of one with itself."""
+        return self._matrix("share_of_a_in_b", "share_of_b_in_a")
+
+    @property
+    def chances(self) -> np.ndarray:
+        """[row, column]: the same, expected by chance."""
+        expected = self._matrix("expected", "expected")
+        return expected / np.array([[max(one.subnetwork.kept, 1)] for one in self.items])
+
+    def _matrix(self, above: str, below: str) -> np.ndarray:
+        values = np.full((len(self.items), len(self.items)), np.nan)
+        at = {one.name: place for place, one in enumerate(self.items)}
+        for pair in self.pairs:
+            i, j = at[pair.first.name], at[pair.second.name]
+            values[i, j], values[j, i] = pair.get(above), pair.get(below)
+        return values
+
+    def __str__(self) -> str:
+        numbers = [f"[{place}]" for place in range(1, len(self.items) + 1)]
+        names = [f"{number} {' '.join(one.name.split())}" for number, one in zip(numbers, self.items, strict=True)]
+        width = max(len(name) for name in names) + 2
+        lines = [f"{'':<{width}}{'kept':>12}{'fraction':>10}{'r':>8}{'KL':>8}  weights also kept by (by chance)"]
+        lines.append(" " * (width + 38) + "".join(f"{number:>17}" for number in numbers))
+        for name, one, shares, chances in zip(names, self.items, self.shares, self.chances, strict=True):
+            r, kl = (_cell(one.measured(key)) for key in ("surprisal_correlation", "kl"))
+            cells = [_share(share, chance) for share, chance in zip(shares, chances, strict=True)]
+            sizes = f"{one.subnetwork.kept:>12,}{percent(one.subnetwork.fraction):>10}"
+            lines.append(f"{name:<{width}}{sizes}{r:>8}{kl:>8}{''.join(f'{cell:>17}' for cell in cells)}")
+        return "\n".join(lines)
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else rounded(value)
+
+
+def _share(share: float, chance: float) -> str:
+    return "-" if math.isnan(share) else f"{percent(float(share))} ({percent(float(chance))})"
+
+
+def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Comparison:
+    """Read what is compared, and let every two overlap.
+
+    Args:
+        runs: At least two runs or subnetworks of one model, by name or in a sequence. A folder written by
+            `find --sparsity-weights` counts as all its runs, and may stand alone.
+
+    Raises:
+        FileNotFoundError: If there is no run in a folder, or no such file.
+        ValueError: If there are fewer than two, a file cannot be read, or two of them are of different models.
+    """
+    if isinstance(runs, Subnetwork | Run | str | os.PathLike):
+        runs = [runs]
+    by_name = isinstance(runs, Mapping)
+    labelled = [
+        (label, subnetwork, run)
+        for name, source in (runs.items() if by_name else ((None, source) for source in runs))
+        for label, subnetwork, run in _opened(source, name)
+    ]
+    if len(labelled) < 2:
+        raise ValueError(f"a comparison needs at least two runs or subnetworks, not {len(labelled)}")
+    names = _distinct([label for label, *_ in labelled], shortest=not by_name)
+    items = tuple(Compared(name, subnetwork, run) for name, (_, subnetwork, run) in zip(names, labelled, strict=True))
+    _check_one_model(items)
+    return Comparison(items, _pairs(items))
+
+
+# --- reading and naming ---
+
+_Label: TypeAlias = tuple[str, ...]  # parts of a name, the last one first to be shown
+
+
+def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork, Run | None]]:
+    """A source as what it holds, with the parts of its name."""
+    if isinstance(source, Subnetwork):
+        yield (name or source.lineage,), source, None
+    elif isinstance(source, Run):
+        run = with_path_metrics(source)
+        yield (name,) if name else _parts(run.path), run.subnetwork, run
+    elif not isinstance(source, str | os.PathLike):
+        raise ValueError(f"cannot compare a {type(source).__name__}: give runs, subnetworks, folders or files")
+    elif Path(source).is_file():
+        path = Path(source)
+        label = (*_parts(path)[:-1], path.stem)
+        yield (name,) if name else label, Subnetwork.load(path), None
+    elif is_path(source):
+        for run in load_path_runs(source):
+            yield (name, run.path.name) if name else _parts(run.path), run.subnetwork, run
+    else:
+        yield from _opened(load_run(source), name)
+
+
+def _parts(path: Path) -> _Label:
+    return path.absolute().parts[1:] or (str(path),)
+
+
+def _distinct(labels: Sequence[_Label], *, shortest: bool) -> list[str]:
+    """A name for each: as few last parts as tell them apart; those that nothing tells apart are numbered."""
+    depths = {label: 1 if shortest else len(label) for label in labels}
+    while True:
+        names = {label: "/".join(label[-depth:]) for label, depth in depths.items()}
+        counts = Counter(names.values())
+        short = [label for label, name in names.items() if counts[name] > 1 and depths[label] < len(label)]
+        if not short:
+            break
+        depths |= {label: depths[label] + 1 for label in short}
+    taken: list[str] = []
+    for label in labels:
+        candidates = (f"{names[label]} ({number})" if number > 1 else names[label] for number in count(1))
+        taken.append(next(name for name in candidates if name not in taken))
+    return taken
+
+
+def _check_one_model(items: Sequence[Compared]) -> None:
+    """Raise ValueError unless all have the same matrices and, as far as is known, the same weights."""
+    first = items[0]
+    hashed: Compared | None = None
+    for other in items:
+        ours, theirs = first.subnetwork.shapes, other.subnetwork.shapes
+        for matrix in (*ours, *theirs):
+            if ours.get(matrix) != theirs.get(matrix):
+                shapes = f"{matrix} has shape {ours.get(matrix)} in the one, {theirs.get(matrix)} in the other"
+                raise ValueError(f"{first.name!r} and {other.name!r} are of different models: {shapes}")
+        if hashed is None:
+            hashed = other if _weight_hash(other) else None
+        elif _weight_hash(other) not in (None, _weight_hash(hashed)):
+            hashes = f"weight hash {_weight_hash(hashed)} of the one, {_weight_hash(other)} of the other"
+            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {hashes}")
+
+
+def _weight_hash(one: Compared) -> str | None:
+    settings = (one.run.settings.get("model") or {}) if one.run else {}
+    return one.subnetwork.weight_hash or settings.get("weight_hash")
+
+
+def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
+    found = [
+        (a, b, overlap(a.subnetwork, b.subnetwork, by="component"))
+        for a, b in combinations(items, 2)
+        if a.subnetwork.kept and b.subnetwork.kept
+    ]
+    families: list[list[tuple[int, str]]] = [[], []]  # the overlaps of all weights; of components that are not settled
+    for place, (_, _, effects) in enumerate(found):
+        for name, deviation in effects.get("sd").items():
+            if name == "all" or deviation > 0:
+                families[name != "all"].append((place, name))
+    logs: list[dict[str, float]] = [dict.fromkeys(effects.names, 0.0) for *_, effects in found]
+    for family in families:
+        adjusted = statistics.holm([found[place][2].get("log10_p")[name] * math.log(10) for place, name in family])
+        for (place, name), log_p in zip(family, adjusted, strict=True):
+            logs[place][name] = log_p / math.log(10)
+    return tuple(Pair(*one, log10_p) for one, log10_p in zip(found, logs, strict=True))
+
+
+# --- settings ---
+
+
+def differing_settings(items: Sequence[Compared]) -> dict[str, list[str | None]]:
+    """The settings that are not the same in all runs: name to the value of each, None where no run is known."""
+    known = [_settings(one, items) for one in items]
+    names = list(dict.fromkeys(name for settings in known if settings for name in settings))
+    columns = {name: [settings.get(name, "not set") if settings else None for settings in known] for name in names}
+    columns = {name: values for name, values in columns.items() if len(set(values) - {None}) > 1}
+    hidden = tuple(prefix for name, prefix in _HASHED.items() if name in columns)
+    return {name: values for name, values in columns.items() if not (hidden and name.startswith(hidden))}
+
+
+def _settings(one: Compared, items: Sequence[Compared]) -> dict[str, str] | None:
+    if one.run is None:
+        return None
+    settings = {"target": target_words(one.run)[0]} | dict(flat(one.run.settings))
+    named = {other.subnetwork.checksum: other.name for other in items}
+    within = settings.get("within")
+    return settings | ({"within": named.get(within, within)} if within else {})

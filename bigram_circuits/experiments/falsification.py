@@ -1,0 +1,400 @@
+"""Attempts to refute a finding: the same recipe where it should fail, and again where it should agree.
+
+A recipe that finds a good subnetwork proves little if it finds one as good in a model that has learned nothing, or for
+a target that means nothing: then the masks are the program, and say nothing about the model. And which weights are kept
+is only a finding if another seed keeps them too. (That the model needs the weights is another finding: `evaluate`
+compares the loss without them with the loss without random ones.) So the recipe is run again
+
+- on the same model with its blocks initialised anew; embeddings, final norm and unembedding stay as trained
+  (compare the supermasks of Zhou et al. 2019 and Ramanujan et al. 2020, found in random networks);
+- for a nonsense target: the same distribution under a random renaming of all tokens, P'(y | x) = P(s(y) | s(x));
+- for the same target, with other seeds: of the data order, and of what is random in the method.
+
+How far each comes is measured by the share of what the context tells about the next token, for its own target:
+1 - KL / KL0, where KL0 is that of the best constant prediction, the target's mean distribution over the text. (KL0 is
+the mutual information of context and next token under the target.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.evaluation import Evaluation, evaluate
+from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
+from bigram_circuits.measures.results import Effects, Quantity, load_result
+from bigram_circuits.measures.statistics import holm
+from bigram_circuits.models.layouts import huggingface_layout
+from bigram_circuits.models.loading import fresh_huggingface, hooked
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets.base import check_target, describe
+from bigram_circuits.text.corpus import Corpus, in_order
+
+_QUANTITIES = (
+    Quantity("surprisal_correlation", "", "r of the model's surprisals with the target's."),
+    Quantity("kl", "nats", "KL from the target that was asked for."),
+    Quantity("cross_entropy", "nats", "Cross-entropy from the target that was asked for."),
+    Quantity("mean_surprisal", "nats", "The masked model's own next-token loss."),
+    Quantity("top1_agreement", "share", "Positions where model and target find the same token most likely."),
+    Quantity("fraction", "share", "Maskable weights kept."),
+    Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."),
+)
+_FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
+_AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,
+_AS_SMALL = 2.0  # if it keeps at most so many times its weights;
+_HALF = 0.5  # one that tells this share weakens it, however much it keeps
+_SURPRISING = 0.05  # a p-value below it
+_LITTLE = 1e-4  # nats: a context that tells less tells nothing
+_AT_ONCE = 1 << 25  # probabilities of a target: 128 MiB
+
+
+class RenamedTarget:
+    """A target under a renaming of all tokens, P'(y | x) = P(s(y) | s(x)): it keeps its shape and loses its meaning."""
+
+    def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
+        """Take a target and the seed of the permutation s.
+
+        Raises:
+            ValueError: If it does not follow the protocol, or has another vocabulary.
+        """
+        check_target(target, d_vocab)
+        self.target = target
+        self.d_vocab = d_vocab
+        self.name_of = torch.from_numpy(np.random.default_rng(seed).permutation(d_vocab))
+        self.fingerprint = f"renamed {seed} {describe(target)}"
+        if hasattr(target, "positions"):
+            self.positions = target.positions
+        for optional in ("entropy", "top1", "log_probs"):  # a target knows these or does not
+            if hasattr(target, optional):
+                setattr(self, optional, getattr(self, f"_{optional}"))
+
+    def cross_entropy(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch n"]:
+        """CE from the renamed distribution to softmax(logits)."""
+        return self.target.cross_entropy(logits[..., self._token_of(logits.device)], self._renamed(tokens))
+
+    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
+        """-log P'(actual next token)."""
+        return self.target.surprisal(self._renamed(tokens))
+
+    def _entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"]:
+        return self.target.entropy(self._renamed(tokens))
+
+    def _top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"]:
+        return self._token_of(tokens.device)[self.target.top1(self._renamed(tokens))]
+
+    def _log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.target.log_probs(self._renamed(tokens))[..., self.name_of.to(tokens.device)]
+
+    def _renamed(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
+        return self.name_of.to(tokens.device)[tokens.long()]
+
+    def _token_of(self, device: torch.device) -> Integer[Tensor, " d_vocab"]:
+        """The inverse of the renaming."""
+        return self.name_of.argsort().to(device)
+
+
+def with_random_blocks(model: Any, seed: int = 0) -> Any:
+    """The same architecture with its blocks initialised anew, as Hugging Face does it; all else is as it was trained.
+
+    Returns:
+        Another hooked model, in eval mode, on the device and in the precision of `model`, which is not touched.
+
+    Raises:
+        OSError: If the model's files are gone.
+    """
+    plain, _ = fresh_huggingface(model)
+    trained = dict(plain.state_dict())
+    place = next(iter(huggingface_layout(model).places.values())).parameter
+    blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = type(plain)(plain.config).to(plain.dtype)
+    kept = {name: value for name, value in trained.items() if not name.startswith(blocks)}
+    untrained.load_state_dict(kept, strict=False)
+    if hasattr(untrained, "tie_weights"):
+        untrained.tie_weights()
+    other = hooked(untrained.eval(), like=model)
+    other.cfg.model_name = f"{model.cfg.model_name} with its blocks initialised anew (seed {seed})"
+    return other.to(model.cfg.device).eval()
+
+
+@dataclass(frozen=True)
+class Falsification:
+    """What came of the attempts to refute a finding."""
+
+    controls: Effects
+    """A row for what was found and for every attempt; r, KL, cross-entropy, loss, agreement and share kept."""
+    seeds: Effects
+    """Overlap of every two seeds' subnetworks, overall and by component, with the exact null."""
+    spread: Effects
+    """Every number over the seeds (with what was found): mean, standard deviation, lowest, highest."""
+
+    @property
+    def refuted(self) -> tuple[str, ...]:
+        """The controls that refute the finding; empty if none does."""
+        return tuple(one.control for one in self._judged() if one.finding == "refuted")
+
+    @property
+    def says(self) -> tuple[str, ...]:
+        """What each control shows, a sentence or two each."""
+        return tuple(one.says for one in self._judged())
+
+    @property
+    def verdict(self) -> str:
+        """In words: which controls refute the finding, and which weaken it."""
+        judged = self._judged()
+        parts = [
+            f"{word} by: {', '.join(names)}."
+            for word, finding in (("REFUTED", "refuted"), ("Weakened", "weakened"))
+            if (names := [one.control for one in judged if one.finding == finding])
+        ]
+        return " ".join(parts) or "No control refutes or weakens it."
+
+    def _judged(self) -> list[_Judged]:
+        return [*_judge_controls(self.controls), _judge_seeds(self.controls, self.seeds)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write its results as JSON files into a folder."""
+        for name in _PARTS:
+            getattr(self, name).save(Path(folder) / f"{name}.json")
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
+
+
+@dataclass(frozen=True)
+class _Judged:
+    control: str
+    says: str
+    finding: str
+    """`refuted`, `weakened` or `stands`."""
+
+
+_PARTS = ("controls", "seeds", "spread")
+
+
+def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
+    """What `Falsification.save` wrote, or None if nothing is there.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    if not all((Path(folder) / f"{name}.json").is_file() for name in _PARTS):
+        return None
+    parts = {name: load_result(Path(folder) / f"{name}.json") for name in _PARTS}
+    effects = {name: part for name, part in parts.items() if isinstance(part, Effects)}
+    if len(effects) < len(parts):
+        raise ValueError(f"{str(folder)!r} holds results of another kind than those of `falsify`")
+    return Falsification(**effects)
+
+
+def falsify(
+    model: Any,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig | None = None,
+    *,
+    found: Subnetwork,
+    seeds: int = 3,
+    run_dir: str | os.PathLike[str] | None = None,
+) -> Falsification:
+    """Try to refute a finding: the recipe again on a model that learned nothing, for nonsense, and with other seeds.
+
+    It takes `seeds` + 2 times what finding took, and memory for a second model.
+
+    Args:
+        model: From `load_model`.
+        target: What was asked for.
+        corpus: Learned from on its training part, measured on its held-out part.
+        config: The recipe that found it; `SparsifyConfig()` if not given.
+        found: The subnetwork that is to be refuted.
+        seeds: How many other seeds; at least 2 for a spread.
+        run_dir: A folder for the runs and the results: what was done there before is not done again.
+
+    Raises:
+        ValueError: If `seeds` is below 2, or model, target, subnetwork and corpus do not fit together.
+        OSError: If the model's files are gone: they are read again.
+    """
+    if seeds < 2:
+        raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
+    config = config or SparsifyConfig()
+    found.check_fits(model)
+    check_target(target, model.cfg.d_vocab)
+    folder = None if run_dir is None else Path(run_dir)
+
+    def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
+        to = None if folder is None else folder / name.replace(" ", "-")
+        subnetwork = find_subnetwork(of, wanted, corpus, recipe, run_dir=to).subnetwork
+        return subnetwork, evaluate(of, subnetwork, wanted, corpus.held_out, controls=False)
+
+    measured = {_FOUND: evaluate(model, found, target, corpus.held_out, controls=False)}
+    random_blocks = with_random_blocks(model, seed=config.seed)
+    measured[_RANDOM_BLOCKS] = learn(_RANDOM_BLOCKS, random_blocks, target, config)[1]
+    del random_blocks
+    nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
+    measured[_NONSENSE] = learn(_NONSENSE, model, nonsense, config)[1]
+    again = {_FOUND: found}
+    for seed in range(config.seed + 1, config.seed + 1 + seeds):
+        name = f"seed {seed}"
+        again[name], measured[name] = learn(name, model, target, replace(config, seed=seed))
+    constants = dict.fromkeys(measured, kl_of_best_constant(target, corpus.held_out))
+    constants[_NONSENSE] = kl_of_best_constant(nonsense, corpus.held_out)
+    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured))
+    if folder is not None:
+        result.save(folder)
+    return result
+
+
+def kl_of_best_constant(target: Any, tokens: Integer[np.ndarray, "sequence position"]) -> float:
+    """Mean KL from a target to its own mean distribution over a text, nats; nan if it does not tell its distributions.
+
+    It is the mutual information, under the target, of the context and the next token.
+    """
+    if not hasattr(target, "log_probs") or not hasattr(target, "entropy"):
+        return math.nan
+    total, entropies, n = torch.zeros(target.d_vocab, dtype=torch.float64), 0.0, 0
+    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * target.d_vocab))):
+        probs = target.log_probs(batch).exp().flatten(0, -2)
+        total += probs.sum(0).double().cpu()
+        entropies += float(target.entropy(batch).double().sum())
+        n += len(probs)
+    return float(torch.special.entr(total / n).sum()) - entropies / n
+
+
+def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]) -> Effects:
+    """A row for each; `constants` is the KL of the best constant prediction for its target."""
+    rows = []
+    for name, one in measured.items():
+        values = [getattr(one.subnetwork, quantity.name) for quantity in _QUANTITIES[:-1]]
+        told = constants[name]
+        rows.append([*values, math.nan if told < _LITTLE else 1 - one.subnetwork.kl / told])
+    values = np.array(rows, dtype=float).T
+    ends = np.full((2, *values.shape), np.nan)
+    names = [quantity.name for quantity in _QUANTITIES]
+    for at, one in enumerate(measured.values()):
+        for name, pair in one.intervals["subnetwork"].items():
+            if name in names:
+                ends[:, names.index(name), at] = pair
+    return Effects("Attempts to refute it", _QUANTITIES, "attempt", tuple(measured), values, ends[0], ends[1])
+
+
+def _spread(measured: Mapping[str, Evaluation]) -> Effects:
+    of_seeds = [one.subnetwork for name, one in measured.items() if name not in (_RANDOM_BLOCKS, _NONSENSE)]
+    numbers = [quantity.name for quantity in _QUANTITIES[:-1]]
+    rows = np.array([[getattr(one, name) for one in of_seeds] for name in numbers], dtype=float)
+    values = np.stack([rows.mean(1), rows.std(1, ddof=1), rows.min(1), rows.max(1)])
+    none = np.full_like(values, np.nan)
+    quantities = tuple(
+        Quantity(name, "", meaning)
+        for name, meaning in (
+            ("mean", "Over the seeds."),
+            ("sd", "Standard deviation over the seeds."),
+            ("lowest", "Of the seeds."),
+            ("highest", "Of the seeds."),
+        )
+    )
+    notes = {"seeds": len(of_seeds)}
+    return Effects("Spread over seeds", quantities, "number", tuple(numbers), values, none, none, notes=notes)
+
+
+def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
+    """Overlap of every pair, overall and by component; those that keep nothing overlap with none."""
+    some = {name: one for name, one in subnetworks.items() if one.kept}
+    pairs = {f"{a}, {b}": overlap(some[a], some[b], by="component") for a, b in combinations(some, 2)}
+    names = tuple(f"{pair}: {name}" for pair, one in pairs.items() for name in one.names)
+    quantities = next((one.quantities for one in pairs.values()), ())
+    nothing = np.zeros((len(quantities), 0))
+    values, low, high = (
+        np.concatenate([nothing, *(getattr(one, key) for one in pairs.values())], axis=1)
+        for key in ("values", "low", "high")
+    )
+    notes = {"pairs": list(pairs), "kept_nothing": [name for name, one in subnetworks.items() if not one.kept]}
+    return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
+
+
+_MEANS = {
+    (_RANDOM_BLOCKS, "refuted"): "Blocks that have learned nothing can be masked to do as well: "
+    "that a mask does it says nothing about what the blocks have learned.",
+    (_RANDOM_BLOCKS, "weakened"): "Blocks that have learned nothing can be masked to do much of it: "
+    "only the rest tells what the blocks have learned.",
+    (_RANDOM_BLOCKS, "stands"): "It takes trained blocks.",
+    (_NONSENSE, "refuted"): "Masks can make this model say anything: "
+    "that they can make it say the target is no evidence.",
+    (_NONSENSE, "weakened"): "Masks can teach this model much that means nothing.",
+    (_NONSENSE, "stands"): "Masks cannot make this model say anything one likes.",
+}
+
+
+def _judge_controls(controls: Effects) -> list[_Judged]:
+    done = {_RANDOM_BLOCKS: "On the model with its blocks initialised anew", _NONSENSE: "Asked for a nonsense target"}
+    judged = []
+    for name, when in done.items():
+        finding = _finding(controls, name)
+        says = f"{when} the recipe keeps {_told(controls, name)}; what was found keeps {_told(controls, _FOUND)}."
+        judged.append(_Judged(name, f"{says} {_MEANS[name, finding]}", finding))
+    return judged
+
+
+def _told(controls: Effects, name: str) -> str:
+    keys = ("fraction", "context_told", "kl", "surprisal_correlation", "cross_entropy")
+    kept, told, kl, r, cross_entropy = (controls.get(key)[name] for key in keys)
+    how = f"tells {100 * told:.0f}% of what the context tells (KL {kl:.3f} nats)"
+    if math.isnan(told):
+        how = f"comes to a cross-entropy of {cross_entropy:.3f} nats"
+    return f"{100 * kept:.2f}% and {how}" if math.isnan(r) else f"{100 * kept:.2f}% and {how}, r {r:.3f}"
+
+
+def _finding(controls: Effects, name: str) -> str:
+    """How a control leaves the finding: refuted, weakened, or standing."""
+    fraction, told, cross_entropy = (controls.get(key) for key in ("fraction", "context_told", "cross_entropy"))
+    own, other = told[_FOUND], told[name]
+    if math.isnan(own) or math.isnan(other):  # the target cannot tell, or its context tells nothing
+        own, other = 1.0, cross_entropy[_FOUND] / cross_entropy[name]
+    if _is_share(_AS_GOOD, other, own) and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
+        return "refuted"
+    return "weakened" if _is_share(_HALF, other, own) and fraction[name] > 0 else "stands"
+
+
+def _is_share(share: float, other: float, own: float) -> bool:
+    """Whether one is at least a share of the other; of nothing or worse, whether it is no less."""
+    return other >= (share * own if own > 0 else own)
+
+
+def _judge_seeds(controls: Effects, seeds: Effects) -> _Judged:
+    names = [name for name in controls.names if name not in (_RANDOM_BLOCKS, _NONSENSE)]
+    r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
+    spread = f"Over {len(names)} seeds, {100 * kept.min():.2f}% to {100 * kept.max():.2f}% are kept"
+    if not np.isnan(r).all():
+        spread += f", and r is {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
+    empty = seeds.notes["kept_nothing"]
+    if empty:
+        return _Judged("other seeds", f"{spread}; nothing is kept by: {', '.join(empty)}.", "refuted")
+    whole = [f"{pair}: all" for pair in seeds.notes["pairs"]]
+    logs = holm([seeds.get("log10_p")[pair] * math.log(10) for pair in whole])
+    times = np.array([seeds.get("intersection")[pair] / seeds.get("expected")[pair] for pair in whole])
+    jaccard = np.array([seeds.get("jaccard")[pair] for pair in whole])
+    refutes = not max(logs) < math.log(_SURPRISING)
+    verdict = (
+        "not more than by chance: which weights are kept is an accident of the seed."
+        if refutes
+        else "more than by chance (p < 0.05 for every pair, exact null, Holm)."
+    )
+    return _Judged(
+        "other seeds",
+        f"{spread}. Two of them share {100 * jaccard.min():.0f}% to {100 * jaccard.max():.0f}% of the weights that "
+        f"either keeps, {times.min():.1f} to {times.max():.1f} times as many as chance would have, {verdict}",
+        "refuted" if refutes else "stands",
+    )

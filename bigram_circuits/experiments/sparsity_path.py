@@ -1,0 +1,197 @@
+"""Subnetworks of several sizes, nested, and one curve of faithfulness by size.
+
+The sizes are found from the largest to the smallest, each inside the one before (a warm start: what was dropped once is
+never considered again), so a smaller subnetwork is always a part of a larger one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigram_circuits.evaluation import evaluate
+from bigram_circuits.learning.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
+from bigram_circuits.runs import Run, load_run
+from bigram_circuits.storage.files import checked_json, read_checked_json, remove_leftovers, write_text
+from bigram_circuits.storage.locks import lock_folder
+from bigram_circuits.storage.records import shown
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import Corpus
+
+_FILE = "path.json"
+_MEASURED = tuple(field.name for field in fields(Faithfulness))
+_LARGEST = 2**63
+
+
+@dataclass(frozen=True)
+class SubnetworkPath:
+    """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text."""
+
+    found: tuple[FoundSubnetwork, ...]
+    """What was found at each sparsity weight."""
+    measured: tuple[Faithfulness, ...]
+    """Its faithfulness."""
+    empty: Faithfulness
+    """That of the empty subnetwork: the zero of the scale."""
+    full: Faithfulness
+    """That of the whole model."""
+
+    @property
+    def faithfulness(self) -> tuple[float, ...]:
+        """1 - KL / KL of the empty subnetwork, of each: 1 when the target is reproduced, 0 when nothing is gained."""
+        return tuple(1 - one.kl / self.empty.kl for one in self.measured)
+
+    @property
+    def cpr(self) -> float:
+        """Mean faithfulness over log10(fraction), from the smallest to the largest of the path."""
+        return self._over_sizes(np.array(self.faithfulness))
+
+    @property
+    def cmd(self) -> float:
+        """Mean distance of faithfulness from 1 over log10(fraction)."""
+        return self._over_sizes(np.abs(1 - np.array(self.faithfulness)))
+
+    def _over_sizes(self, values: np.ndarray) -> float:
+        return mean_over_log_size(np.array([one.fraction for one in self.measured]), values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of `path.json`."""
+        points = [
+            {"sparsity_weight": found.config.sparsity_weight, "faithfulness": faithful, **one.to_json()}
+            for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True)
+        ]
+        ends = {"empty": self.empty.to_json(), "full": self.full.to_json()}
+        return {"points": points, "cpr": self.cpr, "cmd": self.cmd, **ends}
+
+    def to_dataframe(self) -> Any:
+        """A pandas table with a row for each size."""
+        import pandas as pd
+
+        weights = [found.config.sparsity_weight for found in self.found]
+        table = pd.DataFrame([asdict(one) for one in self.measured], index=pd.Index(weights, name="sparsity_weight"))
+        return table.assign(faithfulness=self.faithfulness)
+
+    def __str__(self) -> str:
+        lines = [f"{'sparsity weight':>15}{'kept':>12}{'share':>9}{'r':>8}{'KL':>8}{'faithfulness':>14}"]
+        for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True):
+            lines.append(
+                f"{found.config.sparsity_weight:>15g}{one.kept:>12,}{100 * one.fraction:>8.2f}%"
+                f"{one.surprisal_correlation:>8.3f}{one.kl:>8.3f}{faithful:>14.3f}"
+            )
+        lines.append("faithfulness: 1 - KL / KL of the empty subnetwork")
+        lines.append(f"mean over log size: faithfulness (CPR) {self.cpr:.3f}, distance from 1 (CMD) {self.cmd:.3f}")
+        return "\n".join(lines)
+
+
+def find_path(
+    model: Any,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig,
+    sparsity_weights: Sequence[float | int],
+    *,
+    run_dir: Any = None,
+    rebuild: Mapping[str, Any] | None = None,
+) -> SubnetworkPath:
+    """Find nested subnetworks along increasing sparsity weights, and measure each on held-out text.
+
+    Args:
+        model: From `load_model`.
+        target: A target that can tell its entropy, so that KL and faithfulness are defined.
+        corpus: Its training part is learned from, its held-out part measured on.
+        config: The recipe; its `sparsity_weight` is replaced by each in turn.
+        sparsity_weights: At least two different ones; taken from the smallest (largest subnetwork) to the largest.
+        run_dir: A folder for the path: one run folder for each sparsity weight, and `path.json`.
+        rebuild: How to make model, corpus and target again from names, for the run folders.
+
+    Raises:
+        ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
+        OSError: If another process is writing `run_dir`, or it cannot be written.
+    """
+    weights = sorted(set(sparsity_weights))
+    if len(weights) < 2:
+        raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")
+    if config.target_fraction is not None:
+        raise ValueError("a path goes along sparsity weights: leave out target_fraction")
+    if run_dir is None:
+        return _along(weights, model, target, corpus, config, None, rebuild)
+    with lock_folder(run_dir):
+        remove_leftovers(Path(run_dir))
+        path = _along(weights, model, target, corpus, config, Path(run_dir), rebuild)
+        write_text(Path(run_dir) / _FILE, checked_json(path.to_json()))
+    return path
+
+
+def _along(
+    weights: Sequence[float | int], model: Any, target: Any, corpus: Corpus, config: SparsifyConfig,
+    run_dir: Path | None, rebuild: Mapping[str, Any] | None,
+) -> SubnetworkPath:  # fmt: skip
+    found: list[FoundSubnetwork] = []
+    within = None
+    for weight in weights:
+        folder = None if run_dir is None else run_dir / f"weight-{weight:g}"
+        recipe = replace(config, sparsity_weight=weight)
+        found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, rebuild=rebuild))
+        within = found[-1].subnetwork
+    ends = [Subnetwork.empty(model), Subnetwork.full(model)]
+    measured = [
+        evaluate(model, subnetwork, target, corpus.held_out, controls=False).subnetwork
+        for subnetwork in (*ends, *(one.subnetwork for one in found))
+    ]
+    return SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
+
+
+def is_path(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder was written by `find_path`."""
+    return (Path(folder) / _FILE).is_file()
+
+
+def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
+    """The runs of a path, from the smallest sparsity weight (the largest subnetwork) on, with what the path measured.
+
+    Raises:
+        FileNotFoundError: If there is no path in the folder, or one of its runs is missing.
+        ValueError: If one of its files cannot be read.
+    """
+    if not is_path(folder):
+        raise FileNotFoundError(f"{str(folder)!r} holds no path: it has no {_FILE}")
+    weights = [point["sparsity_weight"] for point in _read(Path(folder))["points"]]
+    return [with_path_metrics(load_run(Path(folder) / f"weight-{weight:g}")) for weight in weights]
+
+
+def with_path_metrics(run: Run) -> Run:
+    """A run with what the path it belongs to measured of it, if it belongs to one and was not evaluated by itself."""
+    folder = run.path.absolute().parent
+    if run.metrics is not None or not is_path(folder):
+        return run
+    record = _read(folder)
+    for point in record["points"]:
+        if run.path.absolute().name == f"weight-{point['sparsity_weight']:g}" and point["kept"] == run.subnetwork.kept:
+            return replace(run, metrics={"subnetwork": point, "full": record["full"], "empty": record["empty"]})
+    return run
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _FILE
+    record = read_checked_json(path, "`find` with the same --sparsity-weights writes it again")
+    points = record.get("points")
+    if set(record) != {"points", "cpr", "cmd", "full", "empty"} or not isinstance(points, list):
+        raise ValueError(f"{str(path)!r} is damaged: it is not what a path writes")
+    for measured in (*points, record["full"], record["empty"]):
+        if not isinstance(measured, dict) or not all(_is_number(value) for value in measured.values()):
+            raise ValueError(f"{str(path)!r} is damaged: it should hold numbers by name, not {shown(measured)}")
+        if set(measured) - {"sparsity_weight", "faithfulness"} != set(_MEASURED):
+            raise ValueError(f"{str(path)!r} is damaged: it should say {', '.join(_MEASURED)} of every size")
+    if any(point.get("sparsity_weight") is None for point in points):
+        raise ValueError(f"{str(path)!r} is damaged: one of its sizes has no sparsity weight")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < _LARGEST)

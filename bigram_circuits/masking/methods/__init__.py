@@ -1,0 +1,1 @@
+"""The masking methods, one module each."""

@@ -1,0 +1,65 @@
+"""Hard concrete gates (Louizos, Welling, Kingma 2018, arXiv 1712.01312): stretched and clipped binary variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bigram_circuits.masking.gates import Gates, Tie
+
+CONCRETE_TEMPERATURE, STRETCH_LOW, STRETCH_HIGH = 2 / 3, -0.1, 1.1
+
+
+def hard_concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    """A sample of the gate: clip(sigmoid((log u - log(1 - u) + s) / 2/3) * (1.1 + 0.1) - 0.1, 0, 1), u in (0, 1)."""
+    return (_concrete(scores, uniform) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+
+
+def hard_concrete_slope(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    """The derivative of `hard_concrete` with respect to s: 0 where the sample is clipped."""
+    concrete = _concrete(scores, uniform)
+    stretched = concrete * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
+    slope = concrete * (1 - concrete) * ((STRETCH_HIGH - STRETCH_LOW) / CONCRETE_TEMPERATURE)
+    return slope.masked_fill_((stretched < 0) | (stretched > 1), 0)
+
+
+def _concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    return torch.sigmoid((uniform.logit() + scores) / CONCRETE_TEMPERATURE)
+
+
+def probability_open(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    """P(gate > 0) = sigmoid(s - 2/3 * log(0.1 / 1.1)): the expected L0 norm, which is what is penalised."""
+    return torch.sigmoid(scores - CONCRETE_TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH))
+
+
+# --- straight-through top-k: the hard gate forward, the identity backward ---------------------------------------------
+
+
+class HardConcrete(Gates):
+    """Sampled gates; the noise of a step is drawn from the seed and the step."""
+
+    def __init__(self, ties: Sequence[Tie], *, seed: int = 0, **start: object) -> None:
+        super().__init__(ties, **start)  # type: ignore[arg-type]
+        self._seed = seed
+        self._uniform = torch.full_like(self.scores, 0.5, requires_grad=False, dtype=torch.float32)
+
+    def refresh(self, step: int) -> None:
+        """Draw the noise."""
+        generator = torch.Generator(self.scores.device).manual_seed(self._seed * 1_000_003 + step)
+        self._uniform.uniform_(1e-6, 1 - 1e-6, generator=generator)
+
+    def soft(self, place: slice) -> Float[Tensor, " gate"]:
+        """A sample of every gate."""
+        return hard_concrete(self._shifted(place), self._uniform[place])
+
+    def slope(self, place: slice) -> Float[Tensor, " gate"]:
+        """0 where the sample is clipped."""
+        return hard_concrete_slope(self._shifted(place), self._uniform[place])
+
+    def penalised(self, place: slice) -> Float[Tensor, " gate"]:
+        """The probability that the gate is not 0."""
+        return probability_open(self._shifted(place))

@@ -1,0 +1,568 @@
+"""What an analysis returns: numbers with named axes, frozen, that can be tabulated, drawn, and written as JSON.
+
+Three shapes are enough. `Curves`: quantities along an axis (by layer, by size, by checkpoint), a line for every
+condition. `Maps`: a matrix for every condition (layer by position, layer by layer). `Effects`: a list of things that
+were done or looked at, with numbers for each. A condition is what the model was reduced to: `full`, `subnetwork`,
+`complement`, `random`. All of them come back from JSON as they were, so a page can be made without a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from bigram_circuits.measures import html, statistics
+from bigram_circuits.storage.files import write_text
+from bigram_circuits.storage.records import read_record, sealed, shown
+
+_FORMAT = "bigram_circuits.result/1"
+_NUMBERS = ("values", "low", "high")
+_COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
+    "full": "#222222",
+    "subnetwork": "#0072B2",
+    "complement": "#D55E00",
+    "random": "#999999",
+    "empty": "#CC79A7",
+}
+_MARKED = 40  # points; of longer lines only the line is drawn
+_WIDE = 12  # columns; wider maps stand above each other
+_TALL = 14  # rows that fit into a picture of the usual height
+_UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
+_ROWS_SHOWN = 12  # of a result in a notebook
+_COLUMNS_SHOWN = 12
+_OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number means."""
+
+    name: str
+    """Its key, for example `kl`."""
+    unit: str
+    """`nats`, `degrees`, `share`, or empty for a pure number."""
+    meaning: str
+    """One sentence."""
+
+    @property
+    def label(self) -> str:
+        """Its name in words, with the unit."""
+        words = self.name.replace("_", " ")
+        return f"{words} ({self.unit})" if self.unit else words
+
+
+@dataclass(frozen=True)
+class Result(ABC):
+    """What all results share."""
+
+    title: str
+    """What was measured, in a few words."""
+    quantities: tuple[Quantity, ...]
+    """The first axis of the numbers."""
+    notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """How it was measured: numbers of tokens, seeds, settings, as JSON values."""
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+    axes: ClassVar[tuple[str, ...]]
+    """The fields that name the axes of the numbers."""
+
+    def __init_subclass__(cls) -> None:
+        Result.kinds[cls.__name__] = cls
+
+    def quantity(self, name: str) -> Quantity:
+        """A quantity by its name. Raises ValueError if it was not measured."""
+        return self.quantities[_place("quantity", name, [quantity.name for quantity in self.quantities])]
+
+    @abstractmethod
+    def to_dataframe(self) -> Any:
+        """A pandas table."""
+
+    @abstractmethod
+    def plot(self, quantity: str | None = None) -> Any:
+        """A plotly figure of one quantity; of the first, if none is named."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a number that is undefined is None."""
+        values = {one.name: _to_json(getattr(self, one.name)) for one in fields(self)}
+        return {"format": _FORMAT, "kind": type(self).__name__, **values}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a JSON file, with a checksum."""
+        write_text(Path(path), json.dumps(sealed(self.to_json())) + "\n")
+
+    @abstractmethod
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        """Columns and rows of the table that a notebook shows; rows beyond a few are left out of it."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the title, the first quantity as a compact table, and where the rest is."""
+        columns, rows = self._shown()
+        first, *others = self.quantities
+        says = [f"{first.label}: {first.meaning.rstrip('.')}."]
+        others = [one.name for one in others if one.name not in columns]
+        more = f"Also measured: {', '.join(others)}. " if others else ""
+        table = html.table(columns, html.shortened(rows, _ROWS_SHOWN), self.title)
+        end = html.small([f"{more}All numbers: to_dataframe(); a picture: plot()."])
+        return html.summary(self.title, says, table, end)
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{self.to_dataframe().to_string(index=False, float_format=lambda x: f'{x:.3f}')}"
+
+
+@dataclass(frozen=True)
+class Curves(Result):
+    """Quantities along an axis, a line for every condition."""
+
+    axes = ("quantities", "conditions", "points")
+
+    axis: str
+    """What the points are: `layer`, `fraction`, `checkpoint`."""
+    points: tuple[str | float | int, ...]
+    """The points: names, or numbers."""
+    conditions: tuple[str, ...]
+    """The lines."""
+    values: Float[np.ndarray, "quantity condition point"]
+    """The numbers; nan where undefined."""
+    low: Float[np.ndarray, "quantity condition point"]
+    """Lower end of a 95% interval; nan where there is none."""
+    high: Float[np.ndarray, "quantity condition point"]
+    """Upper end."""
+
+    def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, " point"]:
+        """One line."""
+        return self.values[self._at(quantity, condition)]
+
+    def interval(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "low_high point"]:
+        """The interval around a line."""
+        at = self._at(quantity, condition)
+        return np.stack([self.low[at], self.high[at]])
+
+    def only(self, *conditions: str) -> Curves:
+        """The same with some of the lines, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        parts = {name: getattr(self, name)[:, places] for name in ("values", "low", "high")}
+        return replace(self, conditions=conditions, **parts)
+
+    def _at(self, quantity: str, condition: str) -> tuple[int, int]:
+        names = [one.name for one in self.quantities]
+        return _place("quantity", quantity, names), _place("condition", condition, self.conditions)
+
+    def to_dataframe(self) -> Any:
+        """A row for every condition and point; columns for every quantity, with `_low` and `_high` if it has any."""
+        import pandas as pd
+
+        rows = []
+        for c, condition in enumerate(self.conditions):
+            for p, point in enumerate(self.points):
+                row: dict[str, Any] = {"condition": condition, self.axis: point}
+                for q, quantity in enumerate(self.quantities):
+                    row[quantity.name] = self.values[q, c, p]
+                    if not np.isnan(self.low[q]).all():
+                        row[f"{quantity.name}_low"], row[f"{quantity.name}_high"] = (
+                            self.low[q, c, p],
+                            self.high[q, c, p],
+                        )
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def table(self, quantity: str) -> str:
+        """One quantity as text: a line for every condition, a column for every point."""
+        widths = [max(8, len(str(point)) + 2) for point in self.points]
+        head = f"{self.axis:<14}" + "".join(f"{point!s:>{w}}" for point, w in zip(self.points, widths, strict=True))
+        rows = [
+            "".join(f"{value:>{w}.3f}" for value, w in zip(self.get(quantity, name), widths, strict=True))
+            for name in self.conditions
+        ]
+        return "\n".join([head, *(f"{name:<14}{row}" for name, row in zip(self.conditions, rows, strict=True))])
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.points))
+        rows = [[name, *(float(self.values[0, c, p]) for p in places)] for c, name in enumerate(self.conditions)]
+        return [self.axis, *(str(self.points[p]) for p in places)], rows
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Lines with their intervals as bands; of the first quantity, if none is named."""
+        import plotly.graph_objects as go
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        figure = go.Figure()
+        for index, condition in enumerate(self.conditions):
+            colour, at = _colour(condition, index), self._at(chosen.name, condition)
+            if not np.isnan(self.low[at]).all():
+                points = [*self.points, *reversed(self.points)]
+                edge = np.concatenate([self.high[at], self.low[at][::-1]])
+                band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
+                figure.add_scatter(x=points, y=edge, **band, hoverinfo="skip", legendgroup=condition, showlegend=False)
+            line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
+            figure.add_scatter(
+                x=list(self.points), y=self.values[at], name=condition, legendgroup=condition, line=line,
+                mode="lines+markers" if len(self.points) <= _MARKED else "lines",
+            )  # fmt: skip
+        figure.update_xaxes(title=self.axis.replace("_", " "))
+        figure.update_yaxes(title=chosen.label)
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+@dataclass(frozen=True)
+class Maps(Result):
+    """A matrix for every quantity and condition."""
+
+    axes = ("quantities", "conditions", "rows", "columns")
+
+    row_axis: str
+    """What the rows are, for example `layer`."""
+    rows: tuple[str, ...]
+    """Their names."""
+    column_axis: str
+    """What the columns are, for example `position`."""
+    columns: tuple[str, ...]
+    """Their names."""
+    conditions: tuple[str, ...]
+    """The panels."""
+    values: Float[np.ndarray, "quantity condition row column"]
+    """The numbers; nan where undefined."""
+    text: tuple[tuple[tuple[str, ...], ...], ...] | None = None
+    """Words for every cell, [condition][row][column], in lines: for example the most likely tokens."""
+
+    def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "row column"]:
+        """One matrix."""
+        names = [one.name for one in self.quantities]
+        return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
+
+    def only(self, *conditions: str) -> Maps:
+        """The same with some of the panels, in this order."""
+        places = [_place("condition", name, self.conditions) for name in conditions]
+        text = None if self.text is None else tuple(self.text[place] for place in places)
+        return replace(self, conditions=conditions, values=self.values[:, places], text=text)
+
+    def to_dataframe(self) -> Any:
+        """A row for every condition and cell; a column for every quantity, and `text` if there are words."""
+        import pandas as pd
+
+        table = []
+        for c, condition in enumerate(self.conditions):
+            for r, row in enumerate(self.rows):
+                for k, column in enumerate(self.columns):
+                    cell: dict[str, Any] = {"condition": condition, self.row_axis: row, self.column_axis: column}
+                    if self.row_axis == self.column_axis:
+                        cell = {"condition": condition, f"{self.row_axis}_1": row, f"{self.row_axis}_2": column}
+                    cell |= {one.name: self.values[q, c, r, k] for q, one in enumerate(self.quantities)}
+                    if self.text is not None:
+                        cell["text"] = self.text[c][r][k].replace("\n", " | ")
+                    table.append(cell)
+        return pd.DataFrame(table)
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        places = _some(len(self.columns))
+        several = len(self.conditions) > 1
+        rows = [
+            [*([condition] if several else []), row, *(self._cell(c, r, p) for p in places)]
+            for c, condition in enumerate(self.conditions)
+            for r, row in enumerate(self.rows)
+        ]
+        return [*(["condition"] if several else []), self.row_axis, *(self.columns[p] for p in places)], rows
+
+    def _cell(self, condition: int, row: int, column: int) -> str | float:
+        """A cell's first line of words; where there are none, its number."""
+        if self.text is not None:
+            return self.text[condition][row][column].split("\n")[0]
+        return float(self.values[0, condition, row, column])
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Heat maps on one colour scale, of the first quantity if none is named; wide ones stand above each other.
+
+        Where there are words, a cell shows its first line, and all of it when pointed at.
+        """
+        from plotly.subplots import make_subplots
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        n_panels, n_rows, n_columns = len(self.conditions), len(self.rows), len(self.columns)
+        above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
+        figure = make_subplots(
+            rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
+            subplot_titles=[_plain(name) for name in self.conditions], vertical_spacing=0.25 / n_panels,
+        )  # fmt: skip
+        for index, condition in enumerate(self.conditions):
+            place = {"row": index + 1, "col": 1} if above else {"row": 1, "col": index + 1}
+            figure.add_heatmap(
+                z=self.get(chosen.name, condition), x=list(range(n_columns)), y=list(range(n_rows)),
+                coloraxis="coloraxis", **self._words(index), **place,
+            )  # fmt: skip
+        for axes, names in ((figure.update_xaxes, self.columns), (figure.update_yaxes, self.rows)):
+            axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[_plain(name) for name in names])
+        figure.update_xaxes(title=self.column_axis, row=n_panels if above else None)
+        figure.update_yaxes(title=self.row_axis, col=1)
+        if self.row_axis not in _UPWARDS:
+            figure.update_yaxes(autorange="reversed")
+        shown = self.values[self.quantities.index(chosen)]
+        signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
+        scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
+        figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
+        if above:
+            figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
+        elif n_rows > _TALL:
+            figure.update_layout(height=160 + 18 * n_rows)
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+    def _words(self, index: int) -> dict[str, Any]:
+        """What plotly needs to write words into the cells of a panel."""
+        if self.text is None:
+            return {}
+        lines = [[[_plain(line) for line in cell.split("\n")] for cell in row] for row in self.text[index]]
+        return {
+            "text": [[cell[0] for cell in row] for row in lines],
+            "texttemplate": "%{text}",
+            "textfont": {"size": 11},
+            "customdata": [["<br>".join(cell) for cell in row] for row in lines],
+            "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
+        }
+
+
+@dataclass(frozen=True)
+class Effects(Result):
+    """A list of things, with numbers for each."""
+
+    axes = ("quantities", "names")
+
+    subject: str
+    """What the things are, for example `ablation`, `head`, `component`."""
+    names: tuple[str, ...]
+    """The things."""
+    values: Float[np.ndarray, "quantity thing"]
+    """The numbers; nan where undefined."""
+    low: Float[np.ndarray, "quantity thing"]
+    """Lower end of a 95% interval; nan where there is none."""
+    high: Float[np.ndarray, "quantity thing"]
+    """Upper end."""
+
+    def get(self, quantity: str) -> dict[str, float]:
+        """One quantity, by the names of the things."""
+        at = _place("quantity", quantity, [one.name for one in self.quantities])
+        return dict(zip(self.names, self.values[at].tolist(), strict=True))
+
+    def top(self, k: int = 5, quantity: str | None = None) -> list[tuple[str, float]]:
+        """The k things with the largest numbers, of the first quantity if none is named."""
+        numbers = self.get(quantity or self.quantities[0].name)
+        known = [item for item in numbers.items() if not math.isnan(item[1])]
+        return sorted(known, key=lambda item: -item[1])[:k]
+
+    def to_dataframe(self) -> Any:
+        """A row for every thing; columns for every quantity, with `_low` and `_high` if it has any."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {self.subject: list(self.names)}
+        for q, quantity in enumerate(self.quantities):
+            columns[quantity.name] = self.values[q]
+            if not np.isnan(self.low[q]).all():
+                columns[f"{quantity.name}_low"], columns[f"{quantity.name}_high"] = self.low[q], self.high[q]
+        return pd.DataFrame(columns)
+
+    def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+        shown = self.quantities[: _COLUMNS_SHOWN // 2]
+        sure = not np.isnan(self.low[0]).all()
+        rows = [
+            [name, *(float(self.values[q, t]) for q in range(len(shown))), *([self._interval(t)] if sure else [])]
+            for t, name in enumerate(self.names)
+        ]
+        ends = [f"95% interval of {shown[0].name}"] if sure else []
+        return [self.subject, *(one.name for one in shown), *ends], rows
+
+    def _interval(self, thing: int) -> str:
+        low, high = self.low[0, thing], self.high[0, thing]
+        return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+    def plot(self, quantity: str | None = None) -> Any:
+        """Bars with their intervals; of the first quantity, if none is named."""
+        import plotly.graph_objects as go
+
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        at = self.quantities.index(chosen)
+        figure = go.Figure()
+        bars: dict[str, Any] = {}
+        if not np.isnan(self.low[at]).all():
+            above, below = self.high[at] - self.values[at], self.values[at] - self.low[at]
+            bars["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": _COLOURS["subnetwork"]}, **bars)
+        figure.update_xaxes(title=self.subject, type="category")
+        figure.update_yaxes(title=chosen.label)
+        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+
+
+def curves_from_sums(
+    title: str,
+    quantities: Sequence[Quantity],
+    axis: str,
+    points: Sequence[str],
+    sums: Mapping[str, Float[np.ndarray, "sequence point column"]],
+    statistic: Callable[[Float[np.ndarray, "... point column"]], Float[np.ndarray, "... quantity point"]],
+    notes: Mapping[str, Any],
+) -> Curves:
+    """Curves of a statistic of sums over sequences, with 95% intervals from a bootstrap over the sequences.
+
+    `sums` has a row for every sequence, so that no further forward pass is needed; `statistic` takes added-up rows.
+    """
+    values, low, high = [], [], []
+    for rows in sums.values():
+        values.append(statistic(rows.sum(0)))
+        draws = statistics.bootstrap(rows.reshape(len(rows), -1)).reshape(-1, *rows.shape[1:])
+        ends = np.quantile(statistic(draws), [0.025, 0.975], axis=0)
+        low.append(ends[0])
+        high.append(ends[1])
+    stacked = [np.stack(part, axis=1) for part in (values, low, high)]
+    return Curves(title, tuple(quantities), axis, tuple(points), tuple(sums), *stacked, notes=notes)
+
+
+def load_result(path: str | os.PathLike[str]) -> Result:
+    """Read a result from its JSON file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a result, of another format, or damaged.
+    """
+    complaint = "is not a result that can be read"
+    record = read_record(path, complaint)
+    try:
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"its format is {shown(record.get('format'))}, but {_FORMAT!r} is needed")
+        return result_from_json(record)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
+
+
+def result_from_json(record: Mapping[str, Any]) -> Result:
+    """A result from the values that `to_json` gave.
+
+    Raises:
+        ValueError: If they are not what such a result holds.
+    """
+    kind = Result.kinds.get(record["kind"]) if isinstance(record.get("kind"), str) else None
+    if kind is None:
+        raise ValueError(f"its kind is {shown(record.get('kind'))}, not one of {', '.join(Result.kinds)}")
+    names = {one.name for one in fields(kind)}
+    if set(record) != names | {"format", "kind"}:
+        raise ValueError(f"it lacks or has too much: {shown(min(set(record) ^ (names | {'format', 'kind'})))}")
+    values = {name: _from_json(name, record[name]) for name in names}
+    _check_fit(kind, values)
+    return kind(**values)
+
+
+def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the numbers have the shape that the names of their axes make."""
+    shape = tuple(len(values[axis]) for axis in kind.axes)
+    for name in _NUMBERS:
+        numbers = values.get(name)
+        if numbers is not None and numbers.shape != shape:
+            raise ValueError(f"its {name} have shape {numbers.shape} but should have {shape}")
+    if values.get("text") is not None and not _is_grid(values["text"], shape[1:]):
+        raise ValueError(f"its text should be words in lists of {shape[1:]}")
+    if not isinstance(values["notes"], dict):
+        raise ValueError(f"its notes should have names, not be {shown(values['notes'])}")
+    if not values["quantities"]:
+        raise ValueError("it has no quantities")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return _to_json(value.tolist())
+    if isinstance(value, Quantity):
+        return {"name": value.name, "unit": value.unit, "meaning": value.meaning}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if name in _NUMBERS:
+        return _numbers(name, value)
+    if name == "quantities":
+        return tuple(_quantity(one) for one in _list(name, value))
+    if name == "notes":
+        return value
+    if name == "text":
+        return None if value is None else _tuples(_list(name, value))
+    if name in ("title", "axis", "row_axis", "column_axis", "subject"):
+        return _text(name, value)
+    if name == "points":
+        return tuple(one if type(one) in (int, float) else _text(name, one) for one in _list(name, value))
+    return tuple(_text(name, one) for one in _list(name, value))
+
+
+def _numbers(name: str, value: Any) -> Float[np.ndarray, "..."]:
+    """Nested lists of numbers, with None where one is undefined."""
+    if not _are_numbers(_list(name, value)):
+        raise ValueError(f"its {name} hold something else than numbers")
+    try:
+        return np.array(value, dtype=float)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"its {name} are no table of numbers") from error
+
+
+def _are_numbers(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_are_numbers, value))
+    return value is None or type(value) in (int, float)
+
+
+def _is_grid(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these are words in nested tuples of a shape."""
+    if not shape:
+        return isinstance(value, str)
+    return isinstance(value, tuple) and len(value) == shape[0] and all(_is_grid(one, shape[1:]) for one in value)
+
+
+def _quantity(value: Any) -> Quantity:
+    if not isinstance(value, dict) or set(value) != {"name", "unit", "meaning"}:
+        raise ValueError(f"a quantity has a name, a unit and a meaning, not {shown(value)}")
+    return Quantity(**{name: _text(name, one) for name, one in value.items()})
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"its {name} should be a list, not {shown(value)}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"its {name} should be text, not {shown(value)}")
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def _place(kind: str, name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise ValueError(f"there is no {kind} {name!r}: there are {', '.join(names)}")
+    return list(names).index(name)
+
+
+def _some(n: int) -> list[int]:
+    """Places out of n for the columns of a table: all of them, or a few that are spread evenly."""
+    return sorted({int(place) for place in np.linspace(0, n - 1, min(n, _COLUMNS_SHOWN)).round()})
+
+
+def _colour(condition: str, index: int) -> str:
+    return _COLOURS.get(condition.split()[0], _OTHERS[index % len(_OTHERS)])
+
+
+def _plain(words: str) -> str:
+    """Words that plotly shall show as they are, not read as markup."""
+    return html.plain(words)
+
+
+def _dressed(figure: Any, title: str) -> Any:
+    figure.update_layout(template="plotly_white", title=_plain(title), legend={"orientation": "h", "y": -0.2})
+    return figure

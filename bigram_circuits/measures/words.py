@@ -1,0 +1,39 @@
+"""Numbers and settings in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def span(low: float | None, high: float | None) -> str:
+    """An interval on one line; empty if there is none."""
+    return "" if low is None else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
+
+
+def percent(share: float | None) -> str:
+    """A share, in words."""
+    if share is None or math.isnan(share):
+        return "undefined"
+    return f"{100 * share:.2f}%" if abs(share) < 0.1 else f"{100 * share:.1f}%"
+
+
+def rounded(value: float | np.floating | int | None, digits: int = 3) -> str:
+    """A number, in words."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
+    """Nested settings as rows of name (`recipe.seed`) and value, in words."""
+    rows = []
+    for key, value in values.items():
+        name = f"{at}{key}"
+        rows += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [[name, _plain(value)]]
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""The only door to TransformerLens: loading models, their activations, their maskable weights."""

@@ -1,0 +1,259 @@
+"""Canonical weights and Hugging Face parameters: which element is which, for any architecture, by tracing.
+
+A checkpoint stores the same weights under other names and in other shapes: queries, keys and values fused in one
+matrix (in three blocks, or head by head), gate and input matrices fused, everything transposed or not. Instead of a
+table for each architecture, the way from one to the other is observed:
+
+1. Build a model of the same configuration with one block, a tiny vocabulary and the real widths, and fill its
+   parameters with their own running numbers, in float64.
+2. Load it as any model is loaded, and read each canonical weight: its numbers say where its elements came from.
+3. Every canonical weight must come from one parameter, at `offset + sum of stride * coordinate` (where heads come in
+   groups, a coordinate for the group and one within it), and together they must cover each such parameter exactly
+   once. This is checked for every element; then offset and strides are all that is kept, and moving a mask is one
+   strided copy.
+4. The other blocks have the same names with another block number, and the same shapes: this is checked against the
+   real configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from bigram_circuits.models.loading import hooked
+from bigram_circuits.models.weights import weight_sites
+
+_TRACED_VOCABULARY = 16
+_SHOWN = 3  # names in an error message
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a canonical weight is in a Hugging Face parameter."""
+
+    parameter: str
+    """Name in the state dict."""
+    shape: tuple[int, ...]
+    """Canonical shape."""
+    sizes: tuple[int, ...]
+    """The canonical shape with its first axis split in two, (groups, in a group): some checkpoints group heads."""
+    offset: int
+    """Of the first canonical element, in the parameter read as one row."""
+    strides: tuple[int, ...]
+    """From one element to the next, along each axis of `sizes`."""
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of a contiguous parameter, or of its mask, that is this weight, with the axes of `sizes`."""
+        return parameter.as_strided(self.sizes, self.strides, parameter.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The way between canonical weights and Hugging Face parameters of one model."""
+
+    places: Mapping[str, Place] = field(repr=False)
+    """Where each canonical weight is."""
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Shape of every parameter that holds maskable weights."""
+    others: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Shape of every other entry of the state dict: embeddings, norms, biases. They are never masked."""
+
+    def to_huggingface(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Bool[Tensor, "..."]]:
+        """Masks by Hugging Face name, for every parameter that holds maskable weights, from masks by canonical name.
+
+        Raises:
+            ValueError: If a canonical weight is missing, unknown, or has another shape.
+        """
+        _check_names(masks, self.places, "canonical name")
+        found = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
+        for name, place in self.places.items():
+            mask = masks[name]
+            if tuple(mask.shape) != place.shape:
+                raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)} but should have {place.shape}")
+            place.view(found[place.parameter]).copy_(mask.view(place.sizes))
+        return found
+
+    def from_huggingface(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Bool[Tensor, "..."]]:
+        """Masks by canonical name (views where possible), from masks by Hugging Face name.
+
+        The masks of parameters that are never masked may be left out; where they are given, all must be True.
+
+        Raises:
+            ValueError: If a parameter with maskable weights is missing, a name is unknown, a shape or type is wrong,
+                or the mask of a parameter that is never masked drops something.
+        """
+        extra = {name: mask for name, mask in masks.items() if name in self.others and name not in self.shapes}
+        wanted = {name: mask for name, mask in masks.items() if name not in extra}
+        _check_names(wanted, self.shapes, "Hugging Face name")
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} has dtype {mask.dtype} but should be torch.bool")
+            shape = self.others[name] if name in extra else self.shapes[name]
+            if tuple(mask.shape) != shape:
+                raise ValueError(f"the mask of {name} has shape {tuple(mask.shape)} but should have {shape}")
+        for name, mask in extra.items():
+            if not mask.all():
+                raise ValueError(
+                    f"the mask of {name} drops {int((~mask).sum())} of {mask.numel()} weights, but embeddings, norms "
+                    f"and biases are always kept"
+                )
+        contiguous = {name: mask.contiguous() for name, mask in wanted.items()}
+        return {
+            name: place.view(contiguous[place.parameter]).reshape(place.shape) for name, place in self.places.items()
+        }
+
+
+def huggingface_layout(model: Any) -> Layout:
+    """Find the layout of a model's weights in Hugging Face's parameters, by tracing (about as costly as one block).
+
+    Raises:
+        ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over.
+    """
+    sites = weight_sites(model)
+    traced = _trace(model)
+    state = _state_shapes(model)
+    places: dict[str, Place] = {}
+    for site in sites:
+        _, layer, rest = site.name.split(".", 2)
+        pattern = traced.get(f"blocks.0.{rest}")
+        if pattern is None or pattern.shape != site.shape:
+            raise _untraceable(
+                model,
+                f"{site.name} has shape {site.shape}, unlike that of the first block, {pattern and pattern.shape}",
+            )
+        name = re.sub(r"(^|\.)0\.", rf"\g<1>{layer}.", pattern.parameter, count=1)
+        if name not in state:
+            raise _untraceable(model, f"{site.name} should be in {name}, but there is no such parameter")
+        places[site.name] = replace(pattern, parameter=name)
+    held: dict[str, int] = {}
+    for place in places.values():
+        held[place.parameter] = held.get(place.parameter, 0) + math.prod(place.shape)
+    for name, size in held.items():
+        if size != math.prod(state[name]):
+            raise _untraceable(model, f"{name} has {math.prod(state[name])} elements, but {size} are maskable weights")
+    shapes = {name: state[name] for name in held}
+    return Layout(places, shapes, {name: shape for name, shape in state.items() if name not in held})
+
+
+# --- tracing ---
+
+
+def _trace(model: Any) -> dict[str, Place]:
+    """The places of the first block's weights."""
+    small, starts = _numbered_model(model)
+    covered: dict[str, Tensor] = {}
+    places = {}
+    for site in weight_sites(hooked(small, like=model)):
+        place = _place(model, site.name, site.weight, starts)
+        if place.parameter not in covered:
+            covered[place.parameter] = torch.zeros(len(starts[place.parameter]), dtype=torch.bool)
+        elements = covered[place.parameter]
+        before = int(elements.sum())
+        place.view(elements).fill_(True)
+        if int(elements.sum()) != before + math.prod(place.shape):
+            raise _untraceable(model, f"{site.name} has elements of {place.parameter} that are used twice")
+        places[site.name] = place
+    for name, elements in covered.items():
+        if not elements.all():
+            raise _untraceable(model, f"{int((~elements).sum())} elements of {name} are in no maskable weight")
+    return places
+
+
+def _place(model: Any, name: str, numbers: Float64[Tensor, "..."], starts: Mapping[str, range]) -> Place:
+    """Read where a canonical weight came from out of the numbers it holds, and check every one."""
+    first = int(numbers.flatten()[0])
+    parameter = next((key for key, its_numbers in starts.items() if first in its_numbers), None)
+    if parameter is None:
+        raise _untraceable(model, f"{name} is computed from its parameters, not read from one")
+    along_first = numbers.flatten(1)[:, 0].long() - first
+    group = _group(along_first)
+    sizes = (len(along_first) // group, group, *numbers.shape[1:])
+    strides = (
+        int(along_first[group]) if sizes[0] > 1 else 0,
+        int(along_first[1]) if group > 1 else 0,
+        *(
+            int(numbers.select(axis, 1).flatten()[0]) - first if numbers.shape[axis] > 1 else 0
+            for axis in range(1, numbers.ndim)
+        ),
+    )
+    rest = torch.zeros((), dtype=torch.float64)
+    for stride, size in zip(strides[2:], sizes[2:], strict=True):
+        rest = rest.unsqueeze(-1) + stride * torch.arange(size, dtype=torch.float64)
+    for index, row in enumerate(numbers):  # a row at a time: no second copy of a large weight
+        start = first + index // group * strides[0] + index % group * strides[1]
+        if not torch.equal(row, start + rest):
+            raise _untraceable(model, f"{name} is not a regular part of one parameter")
+    if min(strides) < 0 or int(numbers[-1].max()) not in starts[parameter]:
+        raise _untraceable(model, f"{name} is not within the parameter {parameter}, in its order")
+    return Place(parameter, tuple(numbers.shape), sizes, first - starts[parameter].start, strides)
+
+
+def _group(along: Tensor) -> int:
+    """How many equal steps are made before the first other one, if that divides the whole; else the whole length."""
+    steps = along.diff()
+    other = (steps != steps[:1]).nonzero()
+    group = int(other[0]) + 1 if len(other) else len(along)
+    return group if len(along) % group == 0 else len(along)
+
+
+def _numbered_model(model: Any) -> tuple[Any, dict[str, range]]:
+    """A Hugging Face model with one block and the real widths, and the running numbers that its parameters hold."""
+    config = copy.deepcopy(model.original_model.config)
+    n_layers = len(model.blocks)
+    for key, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == n_layers:
+            setattr(config, key, value[:1])  # one entry for each block
+        if key.endswith("_token_id") and value is not None:
+            setattr(config, key, 0)
+    config.num_hidden_layers, config.vocab_size = 1, _TRACED_VOCABULARY
+    small = _on_meta(model, config).double().to_empty(device="cpu")
+    starts: dict[str, range] = {}
+    end = 0
+    for name, parameter in small.named_parameters():
+        starts[name] = range(end, end + parameter.numel())
+        parameter.requires_grad_(False)
+        torch.arange(end, end + parameter.numel(), out=parameter.data.view(-1))
+        end += parameter.numel()
+    return small, starts
+
+
+def _state_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict of the Hugging Face model behind a hooked one."""
+    return {
+        name: tuple(value.shape)
+        for name, value in _on_meta(model, model.original_model.config).state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _on_meta(model: Any, config: Any) -> Any:
+    """A model of this configuration, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return type(model.original_model)(copy.deepcopy(config))
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError) as error:
+        raise _untraceable(model, f"no model can be built from its configuration ({type(error).__name__})") from error
+
+
+def _untraceable(model: Any, why: str) -> ValueError:
+    return ValueError(f"cannot trace the Hugging Face layout of {model.cfg.architecture}: {why}")
+
+
+def _check_names(given: Mapping[str, Any], wanted: Mapping[str, Any], kind: str) -> None:
+    unknown = [name for name in given if name not in wanted]
+    missing = [name for name in wanted if name not in given]
+    for names, what in ((unknown, "unknown"), (missing, "missing")):
+        if names:
+            shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+            raise ValueError(
+                f"the masks do not fit the model: {what} by {kind}: {shown} (the model has {len(wanted)} such "
+                f"parameters, for example {next(iter(wanted))})"
+            )

@@ -1,0 +1,326 @@
+"""Load a model as a hooked `TransformerBridge`: from a hub name or a folder, checked before anything large is read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
+
+REFERENCE_FOLDER = Path(__file__).parent / "reference"
+_PYTHIA = re.compile(
+    r"(EleutherAI/)?pythia(-\d+(\.\d+)?[mb](-deduped)?)?(-v0|(-data|-weight)?-seed\d|-(hidden|attn|all)dropout)?"
+)
+_STANFORD = re.compile(r"stanford-crfm(/[a-z]+-gpt2-(small|medium)-x\d+)?")
+_SHARDS = "model.safetensors.index.json"
+_SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    _SHARDS,
+)
+_LARGEST_SETTINGS = 1 << 26  # bytes
+_WEIGHTS_IN_A_BYTE = 4  # in 2-bit precision
+_LEAST_BOUND = 1 << 16
+_MOST_LAYERS = 1_000
+_SIZE = re.compile(
+    r"vocab_size|n_embd|n_inner|n_layers?|n_heads?|d_model|d_ff|ffn_dim|head_dim|num_experts|num_local_experts"
+    r"|((hidden|intermediate|embedding|moe_intermediate|word_embed_proj)_)(size|dim)"
+    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads"
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_model(
+    name: str | Path = "reference",
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, on its raw weights.
+
+    Args:
+        name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
+            written by `save_pretrained` with a model and a tokenizer.
+        revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
+        device: Where to put it; CUDA if there is any, else the CPU.
+        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 if not given.
+
+    Raises:
+        FileNotFoundError: If `name` is a path to nothing, or to a folder without a model or a tokenizer.
+        OSError: If the hub cannot be reached, or has no such model or revision.
+        ValueError: If an argument is wrong, TransformerLens does not know the architecture, or the tokenizer has
+            more tokens than the model's vocabulary.
+    """
+    folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
+    precision = _precision(dtype)
+    if is_local(folder):
+        _check_folder(folder)
+        with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+            _check_matrices(folder)
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
+    else:
+        _check_hub(folder, revision)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+        model = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
+    if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
+        raise ValueError(
+            f"the tokenizer of {str(name)!r} has {len(model.tokenizer)} tokens, more than the model's vocabulary of "
+            f"{model.cfg.d_vocab}: they do not belong together"
+        )
+    model.cfg.model_name = str(name)
+    model.cfg.revision = revision  # so that the same weights can be found again
+    return model.eval()
+
+
+def hooked(huggingface_model: Any, *, like: Any) -> Any:
+    """A Hugging Face model as a `TransformerBridge`, with the name and tokenizer of another bridge of its kind."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
+        return TransformerBridge.boot_transformers(
+            str(like.cfg.model_name),
+            hf_model=huggingface_model,
+            tokenizer=copy.deepcopy(like.tokenizer),
+            device="cpu",
+            dtype=next(huggingface_model.parameters()).dtype,
+        )
+
+
+def model_source(model: Any) -> tuple[str, str | None]:
+    """The folder or hub id that a model came from, and its revision: where its Hugging Face files are."""
+    name = str(model.cfg.model_name)
+    return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
+
+
+def fresh_huggingface(model: Any) -> tuple[Any, Any]:
+    """The plain Hugging Face model and tokenizer that a hooked model was loaded from, read again, on the CPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, revision = model_source(model)
+    if is_local(source):
+        _check_folder(source)
+    with quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
+        plain = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False
+        )
+        return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def checkpoints(name: str) -> tuple[str, ...]:
+    """The training checkpoints published for a hub model, oldest first: values of `revision` for `load_model`.
+
+    Args:
+        name: A hub id such as `"EleutherAI/pythia-70m"`, or a family: `"pythia"`, `"pythia-v0"`, `"stanford-crfm"`.
+            The list is the family's schedule of publication; nothing is asked over the network.
+
+    Raises:
+        ValueError: If no checkpoints of that name are known.
+    """
+    from transformer_lens.tools.model_registry import checkpoints as registry
+
+    if _PYTHIA.fullmatch(name):
+        steps = registry.PYTHIA_V0_CHECKPOINTS if name.endswith("-v0") else registry.PYTHIA_CHECKPOINTS
+        return tuple(f"step{step}" for step in steps)
+    if _STANFORD.fullmatch(name):
+        return tuple(f"checkpoint-{step}" for step in registry.STANFORD_CRFM_CHECKPOINTS)
+    raise ValueError(
+        f"no training checkpoints of {name!r} are known; they are for 'pythia', 'pythia-v0' and 'stanford-crfm', and "
+        f"for models of these families such as 'EleutherAI/pythia-70m'"
+    )
+
+
+def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as float32 or bfloat16, not {dtype!r}")
+    return found
+
+
+def is_local(name: str) -> bool:
+    """Whether a model's name is a path on this machine, or meant as one."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {name!r}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
+    records = {file: _settings(folder / file) for file in _SETTINGS_FILES if (folder / file).is_file()}
+    shards = records.get(_SHARDS, {}).get("weight_map", {})
+    if not isinstance(shards, dict) or any(
+        not isinstance(file, str) or Path(file).name != file for file in shards.values()
+    ):
+        raise ValueError(f"{str(folder / _SHARDS)!r} names weights outside of its folder")
+    _check_sizes(folder, records["config.json"])
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A small JSON file of a model's folder: read here first, within bounds."""
+    if regular_size(path) > _LARGEST_SETTINGS:
+        raise ValueError(f"{str(path)!r} has {regular_size(path):,} bytes, more than settings need")
+    try:
+        record = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(record).__name__}, not settings by name")
+    return record
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that the weights in the folder cannot have, before a model of these sizes is made."""
+    weights = _weight_files(folder)
+    most = _most_weights(folder)
+    for at in (config, config.get("text_config")):
+        sizes = {key: value for key, value in at.items() if _SIZE.fullmatch(key)} if isinstance(at, dict) else {}
+        for key, value in sizes.items():
+            if type(value) is not int and value is not None and not isinstance(value, list):
+                raise ValueError(f"{str(folder / 'config.json')!r}: {key} should be a number, not {shown(value)}")
+            bound = min(most, _most_layers(weights)) if "layer" in key else most
+            if type(value) is int and not 0 <= value <= bound:
+                raise ValueError(
+                    f"{str(folder / 'config.json')!r}: {key} is {shown(value)}, but with these weights it is at most "
+                    f"{bound:,}"
+                )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") and file.is_file()]
+
+
+def _most_weights(folder: Path) -> int:
+    return max(_LEAST_BOUND, sum(file.stat().st_size for file in _weight_files(folder)) * _WEIGHTS_IN_A_BYTE)
+
+
+def _most_layers(weights: list[Path]) -> int:
+    """A layer has a tensor at least; where tensors cannot be counted, what no model has."""
+    if any(file.suffix != ".safetensors" for file in weights):
+        return _MOST_LAYERS
+    try:
+        return min(_MOST_LAYERS, sum(map(count_tensors, weights)))
+    except ValueError:
+        return _MOST_LAYERS  # damaged: loading will say so
+
+
+def _check_matrices(folder: str) -> None:
+    """Refuse matrices larger than all the weights in the folder: also those of sizes that only the library knows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    most = _most_weights(Path(folder))
+    width = getattr(config, "hidden_size", None)
+    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+        size = getattr(config, key, None)
+        if isinstance(width, int) and isinstance(size, int) and size * width > most:
+            raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weights can be")
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once, so that a wrong name or a missing network is said at once and not after many retries."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return  # downloaded before: no network is needed
+    except HFValidationError as error:
+        raise ValueError(
+            f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'"
+        ) from error
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise OSError(f"the model {name!r} is not on this machine, and the hub is switched off (HF_HUB_OFFLINE)")
+    with hub_errors("model", name, revision, or_else="; without a network, use 'reference' or a local folder"):
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+
+
+@contextlib.contextmanager
+def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: str = "") -> Iterator[None]:
+    """Say in one line what went wrong with the hub; `kind` is what was wanted there, for example `model`."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} cannot be a name on the hub, which is like 'user/name'") from error
+    except errors.RevisionNotFoundError as error:
+        raise OSError(f"the {kind} {name!r} has no revision {revision!r}") from error
+    except errors.GatedRepoError as error:
+        raise OSError(
+            f"the {kind} {name!r} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        no_folder = ", and no folder of that name here" if kind == "model" else ""
+        raise OSError(f"there is no {kind} {name!r} on the hub{no_folder}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(f"cannot reach the model hub for the {kind} {name!r}, not downloaded already{or_else}") from error
+    except errors.EntryNotFoundError as error:
+        raise OSError(f"the {kind} {name!r} does not have the file that was wanted") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise OSError(f"the {kind} {name!r} is not on this machine, and the hub is switched off") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no status")
+        raise OSError(f"the hub refused the {kind} {name!r} (HTTP {status}); `hf auth login` logs in") from error
+    except (_http_error(), ConnectionError, TimeoutError) as error:
+        raise OSError(
+            f"cannot reach the model hub for the {kind} {name!r}, which is not a folder here nor downloaded already "
+            f"({type(error).__name__}){or_else}"
+        ) from error
+
+
+def _http_error() -> type[Exception]:
+    """The base of all errors of the HTTP library that huggingface_hub uses; which one depends on its version."""
+    from huggingface_hub.utils import get_session
+
+    return import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn the many-line complaints of the loading libraries into one line that says what failed."""
+    try:
+        yield
+    except BaseException as error:  # a damaged file can raise nearly anything
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what}: {reason.strip()[:300]}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without messages, and without the question whether code that comes with a model may run: it may not."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import logging
+
+    patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

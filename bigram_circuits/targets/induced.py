@@ -1,0 +1,96 @@
+"""A model's own induced bigram."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.text.corpus import in_order
+
+_LOGITS_AT_ONCE = 1 << 20  # copies of logits are made in pieces of 4 MiB
+_TOKENS_AT_ONCE = 1 << 11  # in one forward pass when fitting
+
+
+class InducedTarget:
+    """A model's own induced bigram: its mean prediction given the current token, over contexts.
+
+    P(next | current) is the mean of softmax(logits) over all positions of a text whose token is `current`; a token
+    that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Against
+    the bigram table of the text it tells the model's statistics from the corpus's.
+    """
+
+    def __init__(
+        self, model: Any, tokens: Integer[np.ndarray, "sequence position"], *, max_contexts: int | None = None
+    ) -> None:
+        """Run the full model once over `tokens`, usually `corpus.train`.
+
+        Raises:
+            ValueError: If there is no text, or the table of contexts x vocabulary would take more than 2 GB.
+        """
+        if tokens.size == 0:
+            raise ValueError("an induced bigram needs text: there are no tokens")
+        self.d_vocab = model.cfg.d_vocab
+        counts = np.bincount(np.asarray(tokens).ravel(), minlength=self.d_vocab)
+        contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or self.d_vocab)]
+        size = 4 * len(contexts) * self.d_vocab
+        if size > 2e9:
+            raise ValueError(
+                f"the induced bigram of {len(contexts)} contexts over {self.d_vocab} tokens takes {size / 1e9:.1f} GB, "
+                f"more than 2: give max_contexts={int(2e9 / 4 / self.d_vocab)} or fewer"
+            )
+        device = model.cfg.device
+        self._row = torch.full((self.d_vocab,), len(contexts), device=device)
+        self._row[torch.from_numpy(contexts).to(device)] = torch.arange(len(contexts), device=device)
+        self._probs = self._fit(model, np.asarray(tokens), len(contexts))
+        self.fingerprint = f"induced {weight_hash(model)} {len(contexts)} {int(counts.sum())}"
+
+    def _fit(
+        self, model: Any, tokens: Integer[np.ndarray, "sequence position"], n: int
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Mean predictions by row; the last row is the mean over all positions."""
+        totals = torch.zeros(n + 1, self.d_vocab, device=self._row.device)
+        counts = torch.zeros(n + 1, device=self._row.device)
+        batch_size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+        batches = tqdm(in_order(tokens, batch_size), total=math.ceil(len(tokens) / batch_size), delay=2, leave=False)
+        batches.set_description("averaging predictions", refresh=False)
+        with torch.no_grad(), full_weights(model):
+            for batch in batches:
+                row = self._row[batch.to(self._row.device)].flatten()
+                probs = model(batch.to(self._row.device)).float().softmax(-1).flatten(0, 1)
+                totals.index_add_(0, row, probs)
+                counts.index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+        totals[-1] = totals.sum(0)
+        counts[-1] = counts.sum()
+        return totals / counts[:, None]
+
+    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """log P(next | current), dense: for looking at."""  # noqa: D403
+        return self._probs[self._row[tokens.long()]].log()
+
+    def cross_entropy(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos"]:
+        """CE from the induced bigram to softmax(logits)."""
+        rows, flat = self._row[tokens.flatten().long()], logits.flatten(0, 1)
+        pieces = zip(*(x.split(max(1, _LOGITS_AT_ONCE // self.d_vocab)) for x in (rows, flat)), strict=True)
+        losses = [part.float().logsumexp(-1) - (self._probs[row] * part.float()).sum(-1) for row, part in pieces]
+        return torch.cat(losses).view(tokens.shape)
+
+    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
+        """-log P(actual next token)."""
+        return -self._probs[self._row[tokens[:, :-1].long()], tokens[:, 1:].long()].log()
+
+    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+        """Entropy of the induced bigram."""
+        return torch.special.entr(self._probs).sum(-1)[self._row[tokens.long()]]
+
+    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
+        """Its most likely next token."""
+        return self._probs.argmax(-1)[self._row[tokens.long()]]

@@ -1,0 +1,226 @@
+"""Counting n-grams: a counter that accumulates, and yields the frozen table.
+
+An n-gram of token ids is one integer key in base `d_vocab`. A chunk of keys is sorted and its runs are
+measured; the distinct keys then begin the next chunk. A chunk has a fixed size at first and later some times as many
+keys as are distinct, so sorting these again costs a bounded share, and memory is in proportion to the distinct n-grams
+and the first chunk, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Integer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bigram_circuits.storage.files import release_pages
+from bigram_circuits.text.ngrams import Level, NGramTable
+
+_TOKENS_AT_ONCE = 1 << 19  # tokens made into n-grams at once: what fits in a cache
+_CHUNK_KEYS = 1 << 25  # n-grams that are sorted at once: 128 MiB of uint32,
+_KEYS_PER_DISTINCT = 4  # or so many for every distinct one there is
+_ENTRIES_AT_ONCE = 1 << 16  # row entries worked out at once
+
+
+def count_ngrams(
+    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    order: int = 2,
+    *,
+    d_vocab: int,
+) -> NGramTable:
+    """Count n-grams within sequences and return the frozen table of P(next | the `order - 1` tokens before).
+
+    Args:
+        tokens: Integer token ids [sequence, position], in memory or memory-mapped; never joined across sequences.
+        order: 1 (unigrams), 2 (bigrams) or 3 (trigrams).
+        d_vocab: Size of the vocabulary, the model's: `model.cfg.d_vocab`.
+
+    Raises:
+        ValueError: If the order is not 1, 2 or 3, a token is outside the vocabulary, or no n-gram fits in the text.
+    """
+    counter = NGramCounter(order, d_vocab)
+    array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
+    if array.ndim != 2:
+        raise ValueError(f"tokens have shape {array.shape} but should be [sequence, position]")
+    rows = max(1, _TOKENS_AT_ONCE // max(1, array.shape[1]))
+    with tqdm(total=array.size, unit="token", unit_scale=True, desc="counting", delay=2, leave=False) as bar:
+        for start in range(0, len(array), rows):
+            chunk = array[start : start + rows]
+            counter.add(chunk)
+            bar.update(chunk.size)
+            release_pages(chunk)
+    return counter.freeze()
+
+
+class NGramCounter:
+    """Accumulates counts of all n-grams up to `order`; `freeze()` yields the table."""
+
+    def __init__(self, order: int, d_vocab: int) -> None:
+        if order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, not {order!r}")
+        if d_vocab < 1 or d_vocab**order > 2**63:
+            raise ValueError(f"cannot count {order}-grams over a vocabulary of {d_vocab}")
+        self.order = order
+        self.d_vocab = d_vocab
+        # every shorter n-gram begins a longer one, unless it is the last of its sequence: only those are counted
+        self._counts = [_Counts(_key_type(n, d_vocab)) for n in range(1, order + 1)]
+
+    def add(self, tokens: Integer[np.ndarray, "sequence position"]) -> None:
+        """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
+        if tokens.size == 0:
+            return
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens have dtype {tokens.dtype} but should be integer ids")
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= self.d_vocab:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"token id {wrong} is outside the vocabulary of {self.d_vocab} (ids 0 to {self.d_vocab - 1})"
+            )
+        for n, counts in enumerate(self._counts, start=1):
+            if n < self.order:
+                counts.add(_keys(tokens[:, -n:], n, self.d_vocab))
+                continue
+            for at in range(0, tokens.shape[1], _TOKENS_AT_ONCE):  # a long sequence in pieces
+                counts.add(_keys(tokens[:, at : at + _TOKENS_AT_ONCE + n - 1], n, self.d_vocab))
+
+    def freeze(self) -> NGramTable:
+        """The table of everything counted so far. Raises ValueError if that is no n-gram of the full order."""
+        keys, counts = self._counts[-1].all()
+        if not len(keys):
+            raise ValueError(f"the text has no {self.order}-gram: every sequence is shorter than {self.order} tokens")
+        levels: list[Level] = []
+        for n in range(self.order, 0, -1):
+            level, totals = _level(keys, counts, self.d_vocab)
+            levels.insert(0, level)
+            if n > 1:
+                shorter = level.contexts.numpy().astype(_key_type(n - 1, self.d_vocab)), totals
+                keys, counts = _merge(shorter, self._counts[n - 2].all())
+        return NGramTable(order=self.order, d_vocab=self.d_vocab, levels=tuple(levels))
+
+
+class _Counts:
+    """How often each key came. When the buffer is full, every distinct key stays in it, once."""
+
+    def __init__(self, dtype: type[np.unsignedinteger]) -> None:
+        self._buffer, self._filled = np.empty(0, dtype), 0
+        self._repeated, self._besides = np.empty(0, dtype), np.empty(0, np.int64)  # keys, how often besides that
+
+    def add(self, keys: np.ndarray) -> None:
+        while keys.size:
+            if self._filled == len(self._buffer):
+                self._make_room()
+            part = keys[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            keys = keys[len(part) :]
+
+    def all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct keys in order, and how often each came."""
+        keys, counts = _run_lengths(self._buffer[: self._filled])
+        counts[np.searchsorted(keys, self._repeated)] += self._besides
+        return keys, counts
+
+    def _make_room(self) -> None:
+        keys, counts = self.all()
+        repeated = counts > 1
+        self._repeated, self._besides = keys[repeated], counts[repeated] - 1
+        room = max(_CHUNK_KEYS, _KEYS_PER_DISTINCT * len(keys))
+        if room > len(self._buffer):
+            self._buffer = np.empty(room, keys.dtype)  # takes memory only as it is filled
+        self._buffer[: len(keys)], self._filled = keys, len(keys)
+
+
+def _key_type(n: int, d_vocab: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds every n-gram and sorts fast."""
+    return np.uint32 if d_vocab**n <= 2**32 else np.uint64
+
+
+def _keys(tokens: Integer[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
+    """All n-grams as integers in base `d_vocab`, first token most significant."""
+    dtype = _key_type(n, d_vocab)
+    length = tokens.shape[1] - n + 1
+    if length < 1:
+        return np.zeros(0, dtype)
+    keys = tokens[:, :length].astype(dtype)
+    for offset in range(1, n):
+        keys *= dtype(d_vocab)
+        # `dtype`, or NumPy would add uint64 and int64 as float64 and round keys above 2**53
+        np.add(keys, tokens[:, offset : offset + length], out=keys, dtype=dtype, casting="unsafe")
+    return keys.reshape(-1)
+
+
+def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct keys in order, and how often each occurs. Sorts `keys` in place."""
+    keys.sort()
+    starts = _starts(keys)
+    return keys[starts], _lengths(starts, len(keys))
+
+
+def _merge(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add two sorted lists of (distinct keys, counts)."""
+    keys = np.concatenate([first[0], second[0]])
+    order = np.argsort(keys, kind="stable")  # linear time on two sorted halves
+    keys = keys[order]
+    starts = _starts(keys)
+    return keys[starts], np.add.reduceat(np.concatenate([first[1], second[1]])[order], starts)
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where each run of equal values begins."""
+    begins = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
+
+
+def _lengths(starts: np.ndarray, end: int) -> np.ndarray:
+    """How long runs are that begin at `starts`, the last one before `end`."""
+    lengths = np.empty(len(starts), np.int64)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = end - starts[-1:]
+    return lengths
+
+
+def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
+    """The rows of n-grams counted, and how often each context came. Worked out in parts that fit in a cache."""
+    base = keys.dtype.type(d_vocab)
+    begins = [np.zeros(1, np.int64)]
+    for at in range(0, len(keys), _ENTRIES_AT_ONCE):
+        contexts = keys[at : at + _ENTRIES_AT_ONCE + 1] // base
+        begins.append(np.flatnonzero(contexts[1:] != contexts[:-1]) + (at + 1))
+    starts = np.concatenate(begins)
+    lengths = _lengths(starts, len(keys))
+    totals = np.add.reduceat(counts, starts)
+    tokens, probs = np.empty(len(keys), np.int32), np.empty(len(keys), np.float32)
+    entropy, top = np.empty(len(starts), np.float32), np.empty(len(starts), np.int32)
+    for rows in _row_parts(starts, len(keys)):
+        begin, end = starts[rows][0], starts[rows][-1] + lengths[rows][-1]
+        first, grams, own = starts[rows] - begin, keys[begin:end], counts[begin:end]
+        tokens[begin:end] = grams - grams // base * base
+        prob = own.astype(np.float64)
+        prob /= np.repeat(totals[rows].astype(np.float64), lengths[rows])
+        probs[begin:end] = prob
+        entropy[rows] = -np.add.reduceat(prob * np.log(prob), first).astype(np.float32) + 0.0
+        # one number that is largest for the largest count, and of these for the lowest token, which it tells
+        top[rows] = -np.maximum.reduceat(own * d_vocab - tokens[begin:end], first) % d_vocab
+    level = Level(
+        contexts=torch.from_numpy((keys[starts] // base).astype(np.int64)),
+        offsets=torch.from_numpy(np.append(starts, len(keys)).astype(np.int64)),
+        tokens=torch.from_numpy(tokens),
+        probs=torch.from_numpy(probs),
+        entropy=torch.from_numpy(entropy),
+        top=torch.from_numpy(top),
+    )
+    return level, totals
+
+
+def _row_parts(starts: np.ndarray, n_entries: int) -> Iterator[slice]:
+    """Rows in parts of about `_ENTRIES_AT_ONCE` entries, at least a row each."""
+    bounds = np.unique(np.searchsorted(starts, np.append(np.arange(0, n_entries, _ENTRIES_AT_ONCE), n_entries)))
+    yield from itertools.starmap(slice, itertools.pairwise(bounds))

@@ -1,0 +1,412 @@
+"""The n-gram distribution of a corpus, as a frozen table of sparse rows.
+
+P(next | context) by maximum likelihood, with backoff in one direction only (Chang and Bergen 2025): a
+context never seen gets the distribution of the next shorter context, down to the unigram distribution; a context that
+was seen gives probability 0 to a next token never seen after it. Only the tokens seen after a context are stored, and
+the loss against logits is computed from these sparse rows:
+
+    CE = logsumexp(logits) - sum over v with P(v) > 0 of P(v) * logits[v]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bigram_circuits.storage.files import release_pages, whole_file
+from bigram_circuits.storage.records import check_content, check_header, read_tensors, seal_tensors, shown
+
+_GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
+_LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
+_FORMAT = "bigram_circuits.text.ngrams/1"
+_VERIFIED_BYTES = 1 << 28  # tables up to this size are read through when they are loaded: half a second
+
+Tokens = Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Sparse rows of P(next | context) for contexts of one length."""
+
+    contexts: Integer[Tensor, " context"]
+    """int64 keys of the contexts seen, in order; one key, 0, for the empty context."""
+    offsets: Integer[Tensor, " context_and_end"]
+    """int64: row i of `tokens` and `probs` is `offsets[i]` to `offsets[i + 1]`."""
+    tokens: Integer[Tensor, " entry"]
+    """int32 next tokens, in order within a row."""
+    probs: Float[Tensor, " entry"]
+    """float32 probabilities; every row sums to 1."""
+    entropy: Float[Tensor, " context"]
+    """float32 entropy of each row, nats."""
+    top: Integer[Tensor, " context"]
+    """int32 most likely next token of each row (of equals, the lowest)."""
+
+
+_DTYPES = {
+    "contexts": np.int64,
+    "offsets": np.int64,
+    "tokens": np.int32,
+    "probs": np.float32,
+    "entropy": np.float32,
+    "top": np.int32,
+}  # of a level's tensors, in a file
+
+
+def _size(metadata: Mapping[str, str], name: str) -> int:
+    """A whole number of at least 1 in a file's header."""
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text)):
+        raise ValueError(f"its {name} is {shown(text)}, not a number of at least 1")
+    return int(text)
+
+
+def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
+    """Raise ValueError unless the arrays of a level fit together: without reading through them."""
+    n_contexts, n_entries = len(level["contexts"].reshape(-1)), len(level["tokens"].reshape(-1))
+    sizes = {"offsets": n_contexts + 1, "tokens": n_entries, "probs": n_entries}
+    for name, array in level.items():
+        wanted = (sizes.get(name, n_contexts),)
+        if array.shape != wanted or array.dtype != _DTYPES[name]:
+            raise ValueError(
+                f"level_{index}.{name} is {array.dtype} {shown(array.shape)} but should be "
+                f"{np.dtype(_DTYPES[name])} {wanted}"
+            )
+    if n_contexts == 0 or (level["offsets"][0], level["offsets"][-1]) != (0, n_entries):
+        raise ValueError(f"the rows of level_{index} are not those of its {n_entries} entries")
+
+
+def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> None:
+    """Raise ValueError unless every row of a level can be one."""
+    contexts, probs = level["contexts"], level["probs"]
+    if contexts[0] < 0 or contexts[-1] >= d_vocab**index or (contexts[1:] <= contexts[:-1]).any():
+        raise ValueError(f"the contexts of level_{index} are not in order or outside the vocabulary")
+    if (level["offsets"][1:] <= level["offsets"][:-1]).any():
+        raise ValueError(f"the rows of level_{index} are not in order")
+    for name in ("tokens", "top"):
+        if level[name].min() < 0 or level[name].max() >= d_vocab:
+            raise ValueError(f"level_{index}.{name} goes outside the vocabulary of {d_vocab}")
+    if not (probs.min() > 0 and probs.max() <= 1) or not (level["entropy"].min() >= 0):
+        raise ValueError(f"level_{index} holds probabilities that are none")
+    for array in level.values():
+        release_pages(array)
+
+
+def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
+    """A level that holds dense rows of probabilities, for contexts 0, 1, 2 ..."""
+    sums = rows.sum(1)
+    if (rows < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-6):
+        raise ValueError("probabilities must be at least 0, and every row must sum to 1")
+    context, token = rows.nonzero(as_tuple=True)
+    lengths = (rows > 0).sum(1)
+    return Level(
+        contexts=torch.arange(len(rows)),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+        tokens=token.int(),
+        probs=rows[context, token].float(),
+        entropy=torch.special.entr(rows).sum(1).float(),
+        top=rows.argmax(1).int(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NGramTable:
+    """P(next | previous `order - 1` tokens) as sparse rows, with backoff for contexts never seen.
+
+    A target for `find_subnetwork` and `evaluate`. At a position with fewer tokens before it than the order needs,
+    the longest context there is counts. All results are on the device of what was passed in, in nats.
+    """
+
+    order: int
+    """Tokens in an n-gram: 1, 2 or 3."""
+    d_vocab: int
+    """Size of the vocabulary."""
+    levels: tuple[Level, ...]
+    """Level i holds the contexts of i tokens."""
+
+    @classmethod
+    def from_probs(
+        cls, probs: Float[Tensor, "d_vocab d_vocab"], unigram: Float[Tensor, " d_vocab"] | None = None
+    ) -> NGramTable:
+        """A bigram table of known probabilities, not counted ones.
+
+        Args:
+            probs: P(next | current); rows must sum to 1.
+            unigram: P(next); if not given, the mean of all rows. No context needs it, since each has its row.
+
+        Raises:
+            ValueError: If a probability is negative or a row does not sum to 1.
+        """
+        bigram = probs.double()
+        first = bigram.mean(0) if unigram is None else unigram.double()
+        levels = tuple(_level_of(rows) for rows in (first[None], bigram))
+        return cls(order=2, d_vocab=len(bigram), levels=levels)
+
+    @property
+    def n_entries(self) -> int:
+        """Distinct n-grams of the full order."""
+        return len(self.levels[-1].tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the whole table: equal exactly when all its rows are equal."""
+        digest = hashlib.blake2b(f"{self.order} {self.d_vocab}".encode(), digest_size=16)
+        for level in self.levels:
+            for tensor in (level.contexts, level.offsets, level.tokens, level.probs):
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        contexts = len(self.levels[-1].contexts)
+        return (
+            f"NGramTable(order={self.order}, d_vocab={self.d_vocab:,}: {self.n_entries:,} {self.order}-grams "
+            f"of {contexts:,} contexts)"
+        )
+
+    def log_probs(self, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:
+        """Log P(next | context ending at each position), dense: for looking at, not for training."""
+        tokens = self._checked(tokens)
+        position, token, prob = self._entries(self._rows(tokens))
+        dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, device=tokens.device)
+        dense[position, token] = prob.log()
+        return dense.view(*tokens.shape, self.d_vocab)
+
+    def surprisal(self, tokens: Tokens) -> Float[Tensor, "batch pos_minus_1"]:
+        """-log P(actual next token), for all positions but the last; inf where that probability is 0."""
+        tokens = self._checked(tokens)
+        following = tokens[:, 1:]
+        return -self._prob(self._rows(tokens[:, :-1]), following.reshape(-1)).log().view(following.shape)
+
+    def entropy(self, tokens: Tokens) -> Float[Tensor, "batch pos"]:
+        """Entropy of the distribution at each position; CE minus this is KL."""
+        return self._per_row(tokens, "entropy")
+
+    def top1(self, tokens: Tokens) -> Integer[Tensor, "batch pos"]:
+        """The most likely next token at each position."""
+        return self._per_row(tokens, "top").long()
+
+    def cross_entropy(self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Tokens) -> Float[Tensor, "batch pos"]:
+        """CE(P(. | context), softmax(logits)) at each position, from the sparse rows. Differentiable in `logits`.
+
+        Raises:
+            ValueError: If the logits' last axis is not this table's vocabulary, or their positions not the tokens'.
+        """
+        tokens = self._checked(tokens)
+        if logits.shape != (*tokens.shape, self.d_vocab):
+            raise ValueError(
+                f"logits have shape {tuple(logits.shape)} but should have shape {(*tokens.shape, self.d_vocab)}, "
+                f"given tokens {tuple(tokens.shape)} and a table counted over a vocabulary of {self.d_vocab}"
+            )
+        rows = self._rows(tokens.to(logits.device))
+        flat = logits.reshape(-1, self.d_vocab).contiguous()
+        return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as one safetensors file, with its checksums."""
+        tensors = {
+            f"level_{index}.{name}": getattr(level, name).cpu()
+            for index, level in enumerate(self.levels)
+            for name in Level.__annotations__
+        }
+        metadata = {"format": _FORMAT, "order": str(self.order), "d_vocab": str(self.d_vocab)}
+        with whole_file(path) as temporary:
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, seal_tensors(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> NGramTable:
+        """Read what `save` wrote; the table stays in the file and is read from there where it is needed.
+
+        Args:
+            path: The file.
+            verify: Read the table through, to check every row and the checksum of all of it. If not given, this is
+                done for tables up to 256 MiB; of larger ones the header, its checksum and all sizes are checked.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is something else, or damaged.
+        """
+        if os.path.isdir(path):
+            raise ValueError(f"{str(path)!r} is a folder, but an n-gram table is one file")
+        arrays, metadata = read_tensors(path, "is not an n-gram table", mapped=True)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
+        try:
+            check_header(arrays, metadata, {"format", "order", "d_vocab"})
+            order, d_vocab = _size(metadata, "order"), _size(metadata, "d_vocab")
+            if order > 3 or d_vocab**order > 2**63:
+                raise ValueError(f"it counts {order}-grams over a vocabulary of {d_vocab}")
+            wanted = {f"level_{index}.{name}" for index in range(order) for name in _DTYPES}
+            if set(arrays) != wanted:
+                raise ValueError(f"it lacks or has too much: {shown(min(set(arrays) ^ wanted))}")
+            levels = [{name: arrays[f"level_{index}.{name}"] for name in _DTYPES} for index in range(order)]
+            for index, level in enumerate(levels):
+                _check_sizes(level, index)
+            if verify or (verify is None and sum(array.nbytes for array in arrays.values()) <= _VERIFIED_BYTES):
+                check_content(arrays, metadata)
+                for index, level in enumerate(levels):
+                    _check_rows(level, index, d_vocab)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        tensors = tuple(Level(**{name: torch.from_numpy(array) for name, array in level.items()}) for level in levels)
+        return cls(order=order, d_vocab=d_vocab, levels=tensors)
+
+    # A row is addressed by (level, index in that level); `_rows` gives both for every position, flat.
+
+    def _checked(self, tokens: Any) -> Integer[Tensor, "batch pos"]:
+        tensor = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
+        if tensor.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tensor.shape)} but should be [batch, pos]")
+        if tensor.numel() and (int(tensor.min()) < 0 or int(tensor.max()) >= self.d_vocab):
+            raise ValueError(
+                f"tokens run from {int(tensor.min())} to {int(tensor.max())}, but this table was counted over a "
+                f"vocabulary of {self.d_vocab}"
+            )
+        return tensor.long()
+
+    def _rows(self, tokens: Integer[Tensor, "batch pos"]) -> tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]:
+        """The longest context seen at each position: its level and its row there."""
+        level = torch.zeros_like(tokens)
+        row = torch.zeros_like(tokens)
+        key = torch.zeros_like(tokens)
+        for length in range(1, self.order):
+            # the key of the last `length` tokens; positions before that many tokens keep what they have
+            older = torch.zeros_like(tokens)
+            older[:, length - 1 :] = tokens[:, : tokens.shape[1] - length + 1]
+            key = key + older * self.d_vocab ** (length - 1)
+            contexts = self._on(length, "contexts", tokens.device)
+            index = torch.searchsorted(contexts, key).clamp(max=len(contexts) - 1)
+            seen = contexts[index] == key
+            seen[:, : length - 1] = False
+            level = torch.where(seen, length, level)
+            row = torch.where(seen, index, row)
+        return level.reshape(-1), row.reshape(-1)
+
+    def _entries(
+        self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]
+    ) -> tuple[Integer[Tensor, " entry"], Integer[Tensor, " entry"], Float[Tensor, " entry"]]:
+        """All entries of the given rows: (which of the rows, next token, probability)."""
+        level, row = rows
+        parts = []
+        for number in range(self.order):
+            position = (level == number).nonzero().squeeze(1)
+            if len(position) == 0:
+                continue
+            offsets = self._on(number, "offsets", row.device)
+            start, end = offsets[row[position]], offsets[row[position] + 1]
+            lengths = end - start
+            first = lengths.cumsum(0) - lengths
+            entry = torch.arange(int(lengths.sum()), device=row.device) + (start - first).repeat_interleave(lengths)
+            parts.append(
+                (
+                    position.repeat_interleave(lengths),
+                    self._on(number, "tokens", row.device)[entry].long(),
+                    self._on(number, "probs", row.device)[entry],
+                )
+            )
+        if not parts:  # no rows were asked for
+            return level, level, torch.zeros(0, device=level.device)
+        if len(parts) == 1:  # as a rule: no context of the batch needs backoff
+            return parts[0]
+        position, token, prob = (torch.cat(part) for part in zip(*parts, strict=True))
+        return position, token, prob
+
+    def _entry_chunks(self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]) -> Any:
+        """The entries of consecutive stretches of rows, each of a bounded number of entries (or of one row).
+
+        Yields (which of the rows, place in logits [flat, d_vocab] read as one line, probability).
+        """
+        level, row = rows
+        lengths = torch.zeros_like(row)
+        for number in range(self.order):
+            offsets = self._on(number, "offsets", row.device)
+            here = level == number
+            lengths[here] = (offsets[row[here] + 1]) - offsets[row[here]]
+        stretch = lengths.cumsum(0) // _GATHERED_AT_ONCE
+        bounds = [0, *(torch.unique_consecutive(stretch, return_counts=True)[1].cumsum(0).tolist())]
+        for start, end in itertools.pairwise(bounds):
+            position, token, prob = self._entries((level[start:end], row[start:end]))
+            position += start
+            yield position, token.add_(position, alpha=self.d_vocab), prob
+
+    def _prob(
+        self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]], following: Integer[Tensor, " flat"]
+    ) -> Any:
+        """P(following | row): a binary search for the token within the row, for all rows at once."""
+        level, row = rows
+        result = torch.zeros(len(row), device=row.device)
+        for number in range(self.order):
+            here = (level == number).nonzero().squeeze(1)
+            if len(here) == 0:
+                continue
+            offsets = self._on(number, "offsets", row.device)
+            tokens = self._on(number, "tokens", row.device)
+            low, end = offsets[row[here]], offsets[row[here] + 1]
+            high = end.clone()
+            wanted = following[here]
+            for _ in range(int((high - low).max()).bit_length()):
+                middle = (low + high) // 2
+                below = tokens[middle.clamp(max=len(tokens) - 1)] < wanted
+                searching = low < high
+                low = torch.where(searching & below, middle + 1, low)
+                high = torch.where(searching & ~below, middle, high)
+            found = (low < end) & (tokens[low.clamp(max=len(tokens) - 1)] == wanted)
+            result[here[found]] = self._on(number, "probs", row.device)[low[found]]
+        return result
+
+    def _per_row(self, tokens: Tokens, name: str) -> Tensor:
+        tokens = self._checked(tokens)
+        level, row = self._rows(tokens)
+        stacked = torch.stack(
+            [
+                self._on(n, name, tokens.device)[row.clamp(max=len(self.levels[n].contexts) - 1)]
+                for n in range(self.order)
+            ]
+        )
+        return stacked.gather(0, level[None]).view(tokens.shape)
+
+    def _on(self, number: int, name: str, device: torch.device) -> Tensor:
+        """A level's tensor on a device, copied there once."""
+        tensor = getattr(self.levels[number], name)
+        if tensor.device == device:
+            return tensor
+        copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
+        key = (number, name, device)
+        if key not in copies:
+            copies[key] = tensor.to(device)
+        return copies[key]
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """logsumexp(logits) - sum of P * logits over a row's entries; gradient softmax(logits) - P, in one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, table: NGramTable, rows: tuple[Tensor, Tensor]) -> Tensor:
+        rows_at_once = max(1, _LOGITS_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
+        lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
+        expected = torch.zeros_like(lse)
+        for position, place, prob in table._entry_chunks(rows):
+            expected.index_add_(0, position, logits.view(-1).index_select(0, place).float().mul_(prob))
+        ctx.save_for_backward(logits, lse)
+        ctx.table, ctx.rows = table, rows
+        return lse - expected
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, lse = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad = logits.to(torch.float32, copy=True).sub_(lse[:, None]).exp_()
+        for _, place, prob in ctx.table._entry_chunks(ctx.rows):
+            grad.view(-1).scatter_add_(0, place, prob.neg())
+        grad *= grad_output[:, None]
+        return grad.to(logits.dtype), None, None

@@ -1,0 +1,51 @@
+"""The whole set of analyses: what a model does not show is left out with its reason; wrong arguments are errors."""
+
+import numpy as np
+import pytest
+
+import bigram_circuits as bc
+from bigram_circuits.analysis import analyze, covariance_similarity, layer_by_layer, logit_lens
+from bigram_circuits.storage.files import read_checked_json
+from tests.architectures import CONFIGS
+from tests.conftest import D_VOCAB, save_tiny
+
+TOKENS = np.random.default_rng(0).integers(0, D_VOCAB, (24, 16))
+CORPUS = bc.Corpus.from_tokens(TOKENS[:16], TOKENS[16:])
+TARGET = bc.count_ngrams(TOKENS, 2, d_vocab=D_VOCAB)
+
+
+@pytest.mark.parametrize("name", ["opt", "openai_gpt"])
+def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
+    model = bc.load_model(save_tiny(tmp_path / name, CONFIGS[name]()), device="cpu")
+    some = bc.Subnetwork.full(model).drop_layer(1)
+    found = analyze(model, some, TARGET, CORPUS)
+    assert {"layer by layer", "prompt_lens", "attribution", "induction"} <= set(found.left_out)
+    assert {"by_layer", "ablation_components", "ablation_heads", "stochastic_ablation"} <= set(found.results)
+    assert f"left out: attribution: {found.left_out['attribution']}" in str(found)
+    found.save(tmp_path / "analysis")
+    assert read_checked_json(tmp_path / "analysis" / "left_out.json") == dict(found.left_out)
+    assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
+
+
+def test_layers_measured_together_are_those_measured_alone(tiny_model):
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    together = layer_by_layer(tiny_model, CORPUS, some, TARGET)
+    alone = logit_lens(tiny_model, CORPUS, some, target=TARGET)
+    np.testing.assert_array_equal(together["logit_lens"].values, alone.values)
+    shared, covariance = together["covariance"], covariance_similarity(tiny_model, CORPUS, some)
+    assert (shared.conditions, shared.notes) == (covariance.conditions, covariance.notes)
+    np.testing.assert_allclose(shared.values, covariance.values, atol=1e-6)
+    full = layer_by_layer(tiny_model, CORPUS)["covariance"]
+    np.testing.assert_allclose(full.values, covariance.values[:, :1], atol=1e-6)
+    fewer = layer_by_layer(tiny_model, CORPUS, some, TARGET, tokens=32)
+    assert fewer["cosine"].notes["tokens"] == 32
+
+
+def test_wrong_arguments_are_errors_and_not_left_out(tiny_model):
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    with pytest.raises(ValueError, match="vocabulary of 5"):
+        analyze(tiny_model, some, bc.count_ngrams(TOKENS % 5, 2, d_vocab=5), CORPUS)
+    with pytest.raises(ValueError, match="token ids must be 0 to 256"):
+        analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS[:16], TOKENS[16:] + 200))
+    with pytest.raises(ValueError, match=r"shape \(0, 16\)"):
+        analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS, TOKENS[:0]))

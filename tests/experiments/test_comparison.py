@@ -1,0 +1,355 @@
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bigram_circuits as bc
+from bigram_circuits import cli
+from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.experiments.comparison import compare, differing_settings
+from bigram_circuits.learning.training import SparsifyConfig
+from bigram_circuits.measures.results import Curves
+from bigram_circuits.measures.statistics import holm
+from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.report.comparison import not_dominated, page, write_comparison
+from bigram_circuits.subnetwork import Subnetwork
+from tests.example_runs import (
+    HOSTILE,
+    Elements,
+    curves,
+    make_run,
+    measured,
+    numbers,
+    without_libraries,
+)
+
+SHAPES = {f"blocks.{layer}.{name}": (8, 40) for layer in range(2) for name in ("attn.W_Q", "mlp.W_in", "mlp.W_out")}
+
+
+def drawn(share, seed, *, of="model/x", hashed="ab12", shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(shape, generator=generator) < share for name, shape in shapes.items()}
+    return Subnetwork(masks, model_name=of, weight_hash=hashed, lineage=f"drawn {seed}")
+
+
+def made(folder, subnetwork, *, r=None, random=True, analysed=0, **options):
+    """A run with this subnetwork; evaluated if `r` is given, analysed on so many tokens."""
+    metrics = None
+    if r is not None:
+        own = numbers(r) | {"kl": 1 - r, "kept": subnetwork.kept, "fraction": subnetwork.fraction}
+        metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "verdict": ""})
+    names = ("surprisal_correlation", "recall_at_1", "current_embedding", "target_unembedding", "output_angle")
+    found = (
+        {name: curves(*names, tokens=analysed) for name in ("logit_lens", "affine_lens", "cosine")} if analysed else {}
+    )
+    run = make_run(folder, metrics=metrics, found=found, **options)
+    subnetwork.save(run.path / "subnetwork.safetensors")
+    return bc.load_run(run.path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs of one model: the second shares most with the first, the third is measured and no more."""
+    folder = tmp_path_factory.mktemp("comparison")
+    first, third = drawn(0.3, 0), drawn(0.5, 2)
+    second = first & drawn(0.7, 1)
+    recipe = SparsifyConfig(seed=7, target_fraction=0.25)
+    return [
+        made(folder / "one", first, r=0.95, analysed=200),
+        made(folder / f"two {HOSTILE.replace('/', '|')}", second, r=0.9, recipe=recipe, analysed=1000),
+        made(folder / "three", third, r=0.85, random=False),
+    ]
+
+
+@pytest.fixture(scope="module")
+def comparison(runs):
+    return compare({f"name {place} {HOSTILE}": run for place, run in enumerate(runs)} | {"alone": drawn(0.2, 3)})
+
+
+@pytest.fixture(scope="module")
+def told(comparison):
+    return page(comparison)
+
+
+@pytest.fixture(scope="module")
+def elements(told):
+    return Elements(without_libraries(told))
+
+
+def text_of(page_text):
+    return " ".join(Elements(without_libraries(page_text)).text)
+
+
+# --- one file, no network ---
+
+
+def test_the_page_is_one_file_that_is_replaced_whole(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "comparison.html").write_text("before")
+    assert bc.write_comparison([run.path for run in runs]).name == "comparison.html"
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.html"]
+    assert write_comparison(runs, "other.html").read_text() == (tmp_path / "comparison.html").read_text()
+    with pytest.raises(ValueError, match="is a folder"):
+        write_comparison(runs, tmp_path)
+
+
+def test_the_page_asks_for_nothing_from_anywhere(told, elements):
+    rest = without_libraries(told)
+    assert "http://" not in rest
+    assert "https://" not in rest
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", rest)
+    assert all("src" not in attributes and attributes.get("href", "#")[0] == "#" for _, attributes in elements.tags)
+
+
+def test_no_model_library_is_loaded(runs, tmp_path):
+    code = "import sys, bigram_circuits as bc; bc.write_comparison(sys.argv[2:], sys.argv[1]);"
+    code += "print([name for name in ('transformer_lens', 'transformers', 'datasets') if name in sys.modules])"
+    command = [sys.executable, "-c", code, str(tmp_path / "page.html"), *(str(run.path) for run in runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the numbers ---
+
+
+def test_the_overlaps_are_those_of_the_analysis(comparison, elements):
+    items = comparison.items
+    assert len(comparison.pairs) == 6
+    logs, there = [], set(elements.values)
+    for (a, b), pair in zip(itertools.combinations(items, 2), comparison.pairs, strict=True):
+        expected = overlap(a.subnetwork, b.subnetwork, by="component")
+        np.testing.assert_array_equal(pair.effects.values, expected.values)
+        logs.append(expected.get("log10_p")["all"] * np.log(10))
+        for stratum in expected.names:
+            for quantity in ("intersection", "expected", "share_of_a_in_b", "share_of_b_in_a", "jaccard"):
+                assert expected.get(quantity)[stratum] in there
+    adjusted = np.exp(holm(logs))
+    np.testing.assert_allclose([pair.p() for pair in comparison.pairs], adjusted, rtol=1e-9)
+    assert {pair.p() for pair in comparison.pairs} <= there
+    share = (items[0].subnetwork & items[1].subnetwork).kept / items[0].subnetwork.kept
+    assert comparison.shares[0, 1] == share
+    assert comparison.shares[1, 0] == 1  # all of the second is in the first
+    assert np.isnan(comparison.shares.diagonal()).all()
+    np.testing.assert_allclose(comparison.chances[0, 1], comparison.pairs[0].get("expected") / items[0].subnetwork.kept)
+
+
+def test_p_values_of_components_are_adjusted_over_all_pairs(comparison):
+    tested = [(pair, name) for pair in comparison.pairs for name in pair.effects.names if name != "all"]
+    adjusted = holm([pair.effects.get("log10_p")[name] * np.log(10) for pair, name in tested])
+    np.testing.assert_allclose([pair.log10_p[name] * np.log(10) for pair, name in tested], adjusted, atol=1e-9)
+
+
+def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, elements):
+    there = set(elements.values)
+    for one in comparison.items[:3]:
+        own = one.metrics["subnetwork"]
+        assert {own[key] for key in ("surprisal_correlation", "kl", "cross_entropy", "mean_surprisal")} <= there
+        assert {one.subnetwork.kept, one.subnetwork.fraction} <= there
+        for count in one.subnetwork.by_component().values():
+            assert {count.kept, count.fraction, count.kept / one.subnetwork.kept} <= there
+    assert comparison.items[0].measured("kl", "random") in there
+    text = " ".join(elements.text)
+    assert f"({rounded(0.95)}, {percent(comparison.items[0].subnetwork.fraction)} kept)" in text
+    assert "0.901 to 0.923" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "4 subnetworks of model/x, compared" in text
+
+
+def test_layer_curves_of_the_subnetworks_are_in_the_tables(comparison, elements):
+    assert "Tokens measured on: 200 in name 0" in " ".join(elements.text)
+    for one in comparison.items[:2]:
+        for name, quantity in (("logit_lens", "surprisal_correlation"), ("cosine", "current_embedding")):
+            found = one.analyses[name]
+            assert isinstance(found, Curves)
+            assert set(found.get(quantity, "subnetwork").tolist()) <= set(elements.values)
+
+
+def test_the_front_holds_those_that_nothing_dominates(tmp_path):
+    shares = {"a": (0.1, 0.5), "b": (0.2, 0.9), "c": (0.3, 0.8), "d": (0.5, 0.95), "e": (0.5, 0.9)}
+    named = {
+        name: made(tmp_path / name, drawn(share, place), r=r) for place, (name, (share, r)) in enumerate(shares.items())
+    }
+    items = compare(named).items
+    for quantity in ("surprisal_correlation", "kl"):
+        front = [items[place].name for place in not_dominated(items, quantity, items[0].task)]
+        slow = [
+            one.name
+            for one in items
+            if not any(
+                other is not one
+                and other.subnetwork.fraction <= one.subnetwork.fraction
+                and other.measured("kl") <= one.measured("kl")
+                for other in items
+            )
+        ]
+        assert front == slow
+    assert "not dominated: a, b and d. Dominated: c and e." in text_of(page(compare(named)))
+
+
+def test_other_targets_are_not_ranked(tmp_path, runs):
+    other = made(tmp_path / "other", drawn(0.4, 5), r=0.99)
+    config = json.loads((other.path / "config.json").read_text())
+    config["settings"]["target"] = {"kind": "ModelTarget"}
+    config["rebuild"]["target"] = "model"
+    del config["checksum"]
+    (other.path / "config.json").write_text(json.dumps(config))
+    compared = compare([runs[0], other.path])
+    assert differing_settings(compared.items) == {"target": ["bigram", "self-faithful"]}
+    assert all(len(not_dominated(compared.items, "kl", one.task)) == 1 for one in compared.items)
+    text = text_of(page(compared))
+    assert "cannot be ranked" in text
+    assert "the heights of such marks cannot be compared" in text
+
+
+# --- what comes from data is text ---
+
+
+def test_names_are_never_markup(told, elements):
+    assert len(elements.named("script")) == 4
+    assert "alert('" not in re.sub(r"<script.*?</script>", "", without_libraries(told), flags=re.S)
+    assert any(HOSTILE in words for words in elements.text)
+    figures = re.search(r'<script type="application/json" id="figures">(.*?)</script>', told, re.S).group(1)
+    assert "<" not in figures
+    names = {trace.get("name") for figure in json.loads(figures) for trace in figure["data"]} - {None}
+    assert not any("<" in name for name in names)
+
+
+def test_every_chart_is_told_in_words(elements):
+    charts = [attributes for attributes in elements.named("div") if "data-figure" in attributes]
+    assert len(charts) == 9  # the curve, two maps, the profiles, and five by layer
+    assert all(chart["aria-label"].strip() for chart in charts)
+
+
+# --- what differs, what is missing ---
+
+
+def test_only_settings_that_differ_are_told(comparison, elements):
+    differing = differing_settings(comparison.items)
+    assert differing == {
+        "recipe.target_fraction": ["not set", "0.25", "not set", None],
+        "recipe.seed": ["0", "7", "0", None],
+    }
+    assert "The runs differ in target fraction and seed; all their other settings agree." in " ".join(elements.text)
+
+
+def test_what_is_missing_is_said(elements):
+    text = " ".join(elements.text)
+    for words in (
+        "Not evaluated, so without r, KL and losses: alone.",
+        "Evaluated without controls, so without a verdict: name 2",
+        "Not on the curve, because nothing was measured or kept: alone.",
+        "Without a random control: name 2",
+        "Not measured layer by layer (bigram-circuits analyze RUN measures it): name 2",
+    ):
+        assert words in text
+
+
+def test_subnetworks_alone_have_overlaps_and_profiles(tmp_path):
+    drawn(0.3, 1).save(tmp_path / "file.safetensors")
+    subnetworks = [drawn(0.2, 0), tmp_path / "file.safetensors", Subnetwork.load(tmp_path / "file.safetensors"),
+                   drawn(0.0, 4)]  # fmt: skip
+    compared = compare(subnetworks)
+    assert [one.name for one in compared.items] == ["drawn 0", "file", "drawn 1", "drawn 4"]
+    text = text_of(page(compared))
+    for words in ("None of them was evaluated", "Without any weight, and so without overlaps: drawn 4.",
+                  "Where the kept weights are", "Not measured layer by layer: drawn 0, file"):  # fmt: skip
+        assert words in text
+    assert "None of them was evaluated" in text_of(page(compare([drawn(0.0, 0), drawn(0.0, 1)])))
+
+
+def test_undefined_numbers_give_a_page(tmp_path):
+    run = made(tmp_path / "run", drawn(0.2, 0), r=0.5)
+    undefined = run.metrics["subnetwork"] | {"surprisal_correlation": None, "kl": None}
+    (run.path / "metrics.json").write_text(json.dumps({"subnetwork": undefined}))
+    assert "r and KL are undefined for all of them." in text_of(page(compare([run.path, drawn(0.3, 1)])))
+
+
+# --- a path, names, errors ---
+
+
+def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
+    large = drawn(0.5, 0)
+    small = large & drawn(0.5, 1)
+    made(tmp_path / "path" / "weight-1", large)
+    made(tmp_path / "path" / "weight-10", small, within=large.checksum)
+    points = [
+        {"sparsity_weight": weight, **numbers(r), "kept": one.kept, "fraction": one.fraction}
+        for weight, r, one in ((1.0, 0.9, large), (10.0, 0.8, small))
+    ]
+    record = {"points": points, "full": numbers(0.5), "empty": numbers(0.1), "cpr": None, "cmd": None}
+    (tmp_path / "path" / "path.json").write_text(json.dumps(record))
+    compared = compare([tmp_path / "path", runs[0]])
+    assert [one.name for one in compared.items] == ["weight-1", "weight-10", "one"]
+    assert [one.measured("surprisal_correlation") for one in compared.items] == [0.9, 0.8, 0.95]
+    assert compared.items[0].measured("surprisal_correlation", "full") == 0.5
+    assert [pair.is_given for pair in compared.pairs] == [True, False, False]
+    assert differing_settings(compared.items)["within"] == ["not set", "weight-1", "not set"]
+    assert "their overlap is no finding: weight-1 with weight-10." in text_of(page(compared))
+    one = compare({"x": tmp_path / "path" / "weight-10", "y": runs[0]}).items[0]
+    assert one.measured("kl") == points[1]["kl"]
+    assert [one.name for one in compare({"p": tmp_path / "path"}).items] == ["p/weight-1", "p/weight-10"]
+    (tmp_path / "path" / "path.json").write_text("{")
+    with pytest.raises(ValueError, match=r"path\.json' is damaged"):
+        compare([tmp_path / "path"])
+
+
+def test_the_same_name_twice_is_made_distinct(tmp_path):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for seed, folder in enumerate(folders):
+        made(folder, drawn(0.3, seed))
+    assert [one.name for one in compare(folders).items] == ["a/run", "b/run"]
+    same = compare([folders[0], folders[0], drawn(0.1, 3), drawn(0.1, 3)])
+    assert [one.name for one in same.items] == ["run", "run (2)", "drawn 3", "drawn 3 (2)"]
+    assert same.shares[0, 1] == 1
+
+
+def test_other_models_are_refused_by_name(runs):
+    reshaped = drawn(0.3, 0, shapes=SHAPES | {"blocks.1.mlp.W_in": (8, 41)})
+    with pytest.raises(ValueError, match=r"'a' and 'c' .*blocks\.1\.mlp\.W_in has shape \(8, 40\) in the one"):
+        compare({"a": runs[0], "b": drawn(0.3, 0, hashed=None), "c": reshaped})
+    with pytest.raises(ValueError, match=r"'b' and 'c' .*weight hash ab12 of the one, ffff of the other"):
+        compare({"a": drawn(0.3, 0, hashed=None), "b": drawn(0.3, 1), "c": drawn(0.3, 2, hashed="ffff")})
+
+
+def test_fewer_than_two_and_other_things_are_refused(runs):
+    for one in ([], [runs[0]], runs[0], runs[0].path, str(runs[0].path), drawn(0.2, 0)):
+        with pytest.raises(ValueError, match=r"at least two runs or subnetworks, not \d"):
+            compare(one)
+
+
+# --- the command ---
+
+
+def test_the_command_writes_the_page_and_prints_the_table(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = [str(run.path) for run in runs]
+    assert cli.main(["compare", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "the page to look at: comparison.html" in out
+    assert str(compare(runs)) in out
+    for words in ("[1] one", "0.950", "0.050", percent(runs[0].subnetwork.fraction), f"{runs[0].subnetwork.kept:,}"):
+        assert words in out
+    assert cli.main(["compare", *folders, "--out", "sub/mine.html"]) == 0
+    assert (tmp_path / "sub" / "mine.html").read_text() == (tmp_path / "comparison.html").read_text()
+
+
+def test_a_mistake_gets_one_line(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = {name: torch.ones(3, 3, dtype=torch.bool) for name in SHAPES}
+    Subnetwork(other).save(tmp_path / "other.safetensors")
+    run = str(runs[0].path)
+    for arguments, said in (
+        ([run], "at least two runs or subnetworks, not 1"),
+        ([run, "nowhere"], "'nowhere' holds no run"),
+        ([run, "other.safetensors"], "'one' and 'other' are of different models"),
+        ([run, run, "--out", "."], "'.' is a folder"),
+    ):
+        assert cli.main(["compare", *arguments]) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]

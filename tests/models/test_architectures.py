@@ -1,0 +1,132 @@
+"""Every architecture: sites that add up, a layout that is exact, and masks that change what they should and no more."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import bigram_circuits as bc
+from tests.architectures import CONFIGS, REFUSED
+from tests.conftest import save_tiny
+
+TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small take longer to share out than to multiply."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request, tmp_path_factory):
+    return bc.load_model(save_tiny(tmp_path_factory.mktemp(request.param), CONFIGS[request.param]()), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """The Hugging Face model itself."""
+    return AutoModelForCausalLM.from_pretrained(model.cfg.model_name, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def half(model):
+    full = bc.Subnetwork.full(model)
+    generator = torch.Generator().manual_seed(1)
+    return bc.Subnetwork({name: torch.rand(shape, generator=generator) < 0.5 for name, shape in full.shapes.items()})
+
+
+def test_sites_are_all_matrices_of_all_blocks(model, plain):
+    listed = sum(
+        weight.numel()
+        for name, weight in plain.named_parameters()
+        if weight.ndim > 1 and any(part.isdigit() for part in name.split(".")) and "norm" not in name
+    )
+    sites = {site.name: site for site in bc.weight_sites(model)}
+    assert sum(site.size for site in sites.values()) == listed
+    config = plain.config
+    heads = getattr(config, "num_attention_heads", None)
+    for layer in range(2):
+        query, output = sites[f"blocks.{layer}.attn.W_Q"].shape, sites[f"blocks.{layer}.attn.W_O"].shape
+        assert (query[0], query[2], query[1]) == output
+        assert query[0] == heads
+        assert query[2] == (getattr(config, "head_dim", None) or query[1] // heads)
+        groups = sites[f"blocks.{layer}.attn.W_K"].shape[0]
+        assert groups == sites[f"blocks.{layer}.attn.W_V"].shape[0]
+        if (grouped := getattr(config, "num_key_value_heads", None)) is not None:
+            assert groups == grouped
+
+
+def test_masked_logits_are_those_of_a_hugging_face_model_times_the_exported_mask(model, plain, half):
+    masks = half.to_huggingface(model)
+    weights = plain.state_dict()
+    before = {name: weights[name].clone() for name in masks}
+    with torch.no_grad():
+        full = plain(TOKENS).logits
+        for name, mask in masks.items():
+            weights[name].mul_(mask)
+        expected = plain(TOKENS).logits
+        for name, weight in before.items():
+            weights[name].copy_(weight)
+    with bc.masked(model, half):
+        logits = model(TOKENS)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(logits, full, atol=1e-4)
+
+
+def test_the_round_trip_is_exact(model, half):
+    masks = half.to_huggingface(model)
+    assert bc.Subnetwork.from_huggingface(masks, model) == half
+    assert bc.Subnetwork.from_huggingface({name: mask.numpy() for name, mask in masks.items()}, model) == half
+    assert sum(int(mask.sum()) for mask in masks.values()) == half.kept
+    changed = {name: mask.clone() for name, mask in masks.items()}
+    name = next(iter(changed))
+    changed[name][3, 5] ^= True
+    assert abs(bc.Subnetwork.from_huggingface(changed, model).kept - half.kept) == 1
+
+
+def test_dropping_a_head_changes_only_that_head(model):
+    subnetwork = bc.Subnetwork.full(model).drop_head(0, 2)
+    n_heads = subnetwork.shapes["blocks.0.attn.W_Q"][0]
+    others = [head != 2 for head in range(n_heads)]
+    before, after = through(model), through(model, subnetwork)
+    assert same_by_head(before["query"], after["query"], n_heads) == others
+    if model.cfg.architecture not in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):  # they norm all queries together
+        assert same_by_head(before["heads"], after["heads"], n_heads) == others
+
+
+def same_by_head(before, after, n_heads):
+    return (before == after).reshape(-1, n_heads, before.shape[-1] // n_heads).all(2).all(0).tolist()
+
+
+def test_dropping_a_neuron_changes_only_that_neuron(model):
+    before, after = through(model), through(model, bc.Subnetwork.full(model).drop_neurons(0, [7]))
+    # what comes before this MLP is unchanged, so its other neurons are too
+    changed = (before["neurons"] != after["neurons"]).reshape(-1, before["neurons"].shape[-1]).any(0)
+    assert changed.nonzero().flatten().tolist() == [7]
+
+
+def through(model, subnetwork=None):
+    """What the first block's queries are, and what its W_O and W_out read, in a forward pass."""
+    block, seen = model.blocks[0], {}
+    handles = [
+        block.attn.q.original_component.register_forward_hook(lambda _, __, output: seen.update(query=output)),
+        block.attn.o.original_component.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0])),
+        block.mlp.out.original_component.register_forward_pre_hook(lambda _, inputs: seen.update(neurons=inputs[0])),
+    ]
+    with torch.inference_mode(), bc.masked(model, subnetwork or bc.Subnetwork.full(model)):
+        model(TOKENS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_cannot_be_masked_whole_is_refused_in_one_line(name, tmp_path):
+    make, said = REFUSED[name]
+    model = bc.load_model(save_tiny(tmp_path / name, make()))
+    with pytest.raises(ValueError, match="this model cannot be masked: .*" + said) as error:
+        bc.weight_sites(model)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,138 @@
+"""Pages in a real browser, opened from disk with the network off: what a reader sees and can do."""
+
+from contextlib import contextmanager
+
+import pytest
+
+import bigram_circuits as bc
+from tests.example_runs import HOSTILE, make_run, measured, results
+
+DRAWN = """
+Array.from(document.querySelectorAll('.chart')).every(box => box.querySelector('.plot-container')) &&
+Array.from(document.querySelectorAll('.view')).every(box => box.querySelector('.colored-tokens, canvas'))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The page of a run in whose names, tokens and path there is markup."""
+    folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
+    return bc.write_report(make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}"))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """The page about two such runs."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [make_run(folder / name, metrics=measured(), found=results(), name=HOSTILE) for name in "ab"]
+    return bc.write_comparison({f"{run.path.name} {HOSTILE}": run for run in runs}, folder / "comparison.html")
+
+
+@contextmanager
+def shown(browser, path, width=1100, theme="light"):
+    """A page when it is drawn, what it asked for, and what it complained of."""
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme, offline=True)
+    page = context.new_page()
+    requests, complaints = [], []
+    page.on("request", lambda one: requests.append(one.url))
+    page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.goto(path.as_uri())
+    for _ in range(300):  # the page's policy forbids Playwright's own way of waiting
+        if page.evaluate(DRAWN):
+            break
+        page.wait_for_timeout(100)
+    else:
+        raise AssertionError("the page was not drawn in 30 seconds")
+    yield page, requests, complaints
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, report):
+    with shown(browser, report) as page:
+        yield page
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1100, "light"), (1100, "dark"), (390, "light")])
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_everything_is_drawn_and_nothing_is_asked_for(browser, request, name, width, theme):
+    path = request.getfixturevalue(name)
+    with shown(browser, path, width, theme) as (page, requests, complaints):
+        assert not complaints
+        assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+        assert page.locator(".chart svg.main-svg").count() >= page.locator(".chart").count() > 5
+        assert page.locator(".tokens .colored-tokens").count() == (2 * 3 if name == "report" else 0)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert blank_charts(page) == []
+
+
+def blank_charts(page):
+    """Titles of the charts that show no mark."""
+    return page.locator(".chart").evaluate_all(
+        "boxes => boxes.filter(box => !box.querySelector('.trace path, .hm image, .bars path, .point'))"
+        ".map(box => box.getAttribute('aria-label'))"
+    )
+
+
+def test_attention_patterns_are_not_blank(opened):
+    page, *_ = opened
+    page.locator(".attention canvas").last.scroll_into_view_if_needed()
+    page.wait_for_timeout(1200)  # its own animation
+    colours = page.locator(".attention canvas").evaluate_all(
+        """canvases => canvases.map(canvas => {
+          const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+          return new Set(Array.from({length: pixels.length / 4}, (_, i) => pixels.slice(4 * i, 4 * i + 3).join())).size;
+        })"""
+    )
+    assert colours
+    assert all(count > 3 for count in colours)
+
+
+@pytest.mark.parametrize("how", ["hover", "click"])
+def test_pointing_at_a_token_tells_what_each_expected(opened, how):
+    page, *_ = opened
+    token = page.locator("#read .colored-tokens > span").nth(1)
+    token.scroll_into_view_if_needed()
+    assert page.locator("#pointed").is_hidden()
+    getattr(token, how)()
+    told = page.locator("#pointed").inner_text()
+    for words in (
+        "The whole model: 0.",
+        "The subnetwork: 0.",
+        "The bigram: 0.",
+        "40%",
+        f"“{HOSTILE.replace(' ', '·')}”",
+    ):
+        assert words in told
+    page.mouse.move(1, 1)
+    assert page.locator("#pointed").is_hidden()
+
+
+def test_numbers_can_be_opened_under_every_chart(opened):
+    page, *_ = opened
+    details = page.locator("details")
+    assert details.count() > 15
+    details.first.locator("summary").click()
+    assert details.first.locator("table").is_visible()
+
+
+def test_words_from_data_stand_as_text(opened):
+    page, _, complaints = opened
+    assert page.locator("b", has_text="run & more").count() == 0
+    assert HOSTILE in page.locator("h1").inner_text()
+    assert HOSTILE in page.locator("#read .colored-tokens").first.inner_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert page.locator("main img").count() == 0
+    assert not complaints
+
+
+def test_a_dark_page_is_dark_and_a_print_is_light(opened):
+    page, *_ = opened
+    lightness = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(lightness) < 150
+    page.emulate_media(media="print")
+    assert page.evaluate(lightness) == 3 * 255
+    assert len(page.pdf()) > 50_000
+    page.emulate_media(media="screen", color_scheme="light")

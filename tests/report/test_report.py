@@ -1,0 +1,197 @@
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bigram_circuits.learning.training import SparsifyConfig
+from bigram_circuits.measures.html import shown
+from bigram_circuits.report.page import page, write_report
+from bigram_circuits.report.story import command_line
+from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries
+
+
+def seen(name, result):
+    """The numbers that a page has to tell; of an attention pattern, those at or before a position."""
+    values = (
+        result.values[~np.isnan(result.values)] if name != "attention" else result.values[0][:, *np.tril_indices(3)]
+    )
+    return values.ravel()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / 'it\'s "a" <b>run & more'
+    return make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}")
+
+
+@pytest.fixture(scope="module")
+def told(run):
+    return page(run)
+
+
+@pytest.fixture(scope="module")
+def elements(told):
+    return Elements(without_libraries(told))
+
+
+# --- one file, no network ---
+
+
+def test_the_page_is_one_file_in_the_runs_folder(run):
+    before = {path.name for path in run.path.iterdir()}
+    path = write_report(run)
+    assert path == run.path / "report.html"
+    assert {path.name for path in run.path.iterdir()} == before | {"report.html"}
+    assert path.stat().st_size < 10e6
+    assert write_report(run.path, run.path / "other.html").read_text() == path.read_text()
+    (run.path / "other.html").unlink()
+
+
+def test_the_page_asks_for_nothing_from_anywhere(told, elements):
+    rest = without_libraries(told)
+    assert "http://" not in rest
+    assert "https://" not in rest
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", rest)
+    for tag, attributes in elements.tags:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#"), tag
+    policy = next(one["content"] for one in elements.named("meta") if "http-equiv" in one)
+    assert "default-src 'none'" in policy
+
+
+def test_no_model_library_is_loaded(run):
+    code = "import sys; from bigram_circuits.report.page import write_report; write_report(sys.argv[1]);"
+    code += "print([name for name in ('transformer_lens', 'transformers', 'datasets') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- what it says ---
+
+
+def test_every_number_of_the_results_and_the_metrics_is_in_the_tables(run, elements):
+    there = np.array(sorted(set(elements.values)))
+    for name, result in run.analyses.items():
+        for value in seen(name, result):
+            assert value in there
+    for name in ("subnetwork", "full", "empty", "complement", "magnitude"):
+        assert set(run.metrics[name].values()) - {14} <= set(there)
+    for seed in run.metrics["random"]["seeds"]:
+        assert seed["kl"] in there
+
+
+def test_every_result_is_named_and_every_chart_is_told_in_words(run, elements):
+    text = " ".join(elements.text)
+    for name in run.analyses:
+        assert name in text
+    charts = [attributes for attributes in elements.named("div") if "data-figure" in attributes]
+    assert len(charts) >= len(run.analyses) - 4  # two of them are tables, and two are views of tokens
+    assert all(chart["aria-label"].strip() and chart["role"] == "img" for chart in charts)
+    assert [int(chart["data-figure"]) for chart in charts] == list(range(len(charts)))
+
+
+def test_the_answer_stands_at_the_top(told):
+    answer = re.search(r'<p class="answer">(.*?)</p>', told, re.S).group(1)
+    for words in ("14.3%", "2 of 14", "r = 0.912", "0.901", "0.923", "it is fine"):
+        assert words in answer
+
+
+def test_numbers_are_shown_with_few_digits():
+    assert [shown(value) for value in (0.96198, 12345.678, 3, 0.0, 1e-9, math.inf)] == [
+        "0.9620", "12,345.7", "3", "0", "1.00e-09", "inf",
+    ]  # fmt: skip
+
+
+# --- what comes from data is text ---
+
+
+def test_words_from_data_are_never_markup(run, told, elements):
+    assert len(elements.named("script")) == 5
+    assert without_libraries(told).count("<script>") == 3  # two libraries and what draws
+    assert "alert('" not in re.sub(r"<script.*?</script>", "", without_libraries(told), flags=re.S)
+    assert any(HOSTILE in words for words in elements.text)
+    assert str(run.path) in elements.text
+    figures = re.search(r'<script type="application/json" id="figures">(.*?)</script>', told, re.S).group(1)
+    assert "<" not in figures
+    assert len(json.loads(figures)) > 10
+
+
+# --- what is not there ---
+
+
+def test_a_run_that_was_neither_evaluated_nor_analysed_gives_a_page(tmp_path):
+    told = page(make_run(tmp_path / "run"))
+    assert "was not evaluated" in told
+    assert "was not analysed" in told
+    assert "no such result is in its folder" in told
+    assert "2 of 14" in told
+
+
+def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
+    found = {name: result for name, result in results().items() if name not in ("attribution", "by_head")}
+    left_out = {"attribution": "it has <no> readout", "by_head": "it has no heads"}
+    run = make_run(tmp_path / "run", found=found)
+    (run.path / "analysis" / "left_out.json").write_text(json.dumps(left_out))
+    text = " ".join(Elements(without_libraries(page(run))).text)
+    assert "Left out: attribution: it has <no> readout." in text
+    assert "Left out: by head: it has no heads." in text
+    assert "was not attributed" not in text
+    assert set(run.analyses) == set(found)
+
+
+def test_controls_are_optional(tmp_path):
+    metrics = measured() | dict.fromkeys(("full", "empty", "complement", "magnitude", "random", "full_minus_random"))
+    metrics |= {"advantage": {}, "subnetwork": numbers(0.5) | {"surprisal_correlation": None}}
+    assert "undefined" in page(make_run(tmp_path / "run", metrics=metrics))
+
+
+@pytest.mark.parametrize("name", sorted(results()))
+def test_a_result_alone_and_without_a_number_gives_a_page(tmp_path, name):
+    from dataclasses import replace
+
+    result = results()[name]
+    empty = {
+        key: np.full_like(getattr(result, key), np.nan) for key in ("values", "low", "high") if hasattr(result, key)
+    }
+    assert result.title in page(make_run(tmp_path / "run", found={name: replace(result, **empty)}))
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.path / "analysis").mkdir()
+    (run.path / "analysis" / "logit_lens.json").write_text("{")
+    with pytest.raises(ValueError, match=r"logit_lens\.json"):
+        write_report(run)
+    assert not (run.path / "report.html").exists()
+
+
+# --- how to do it again ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (SparsifyConfig(), ""),
+        (SparsifyConfig(sparsity_weight=5.0, layers=(0, 2), seed=3), " --layers 0,2 --sparsity-weight 5.0 --seed 3"),
+        (SparsifyConfig.paper(granularity={"mlp": "neuron"}), " --recipe paper --granularity mlp=neuron"),
+    ],
+)
+def test_the_command_makes_the_same_recipe(tmp_path, recipe, options):
+    from bigram_circuits import cli
+
+    command = command_line(make_run(tmp_path / "run", recipe=recipe))
+    head = "bigram-circuits find model/x --corpus 'some texts' --context-length 64 --target ngram --order 2"
+    assert command == head + options
+    import shlex
+
+    assert cli._config(cli._parser().parse_args(shlex.split(command)[1:])) == recipe
+
+
+def test_where_no_command_can_do_it_the_page_says_why(tmp_path):
+    assert "made in Python from objects" in page(make_run(tmp_path / "a", rebuild=False))
+    assert "only be given in Python" in page(make_run(tmp_path / "b", recipe=SparsifyConfig(beta_growth=1.5)))
+    assert "inside another subnetwork" in page(make_run(tmp_path / "c", within="12ab"))
