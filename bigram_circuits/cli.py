@@ -357,7 +357,7 @@ def _find_path(
     out = arguments.out or _default_folder(arguments.model, settings)
     print(f"path    {out}", flush=True)
     path = find_path(model, target, corpus, config, arguments.sparsity_weights, run_dir=out, rebuild=rebuild)
-    print(f"\n{path}\n\nfiles in {out}/: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    print(f"\n{path}\n\nfiles in {out}/: {', '.join(sorted(file.name for file in out.glob('[!.]*')))}")
     return 0
 
 

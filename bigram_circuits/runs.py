@@ -41,7 +41,7 @@ from bigram_circuits.storage.files import (
     whole_file,
     write_text,
 )
-from bigram_circuits.storage.locks import LOCK, holder, lock_folder
+from bigram_circuits.storage.locks import holder, is_lock, lock_folder
 from bigram_circuits.subnetwork import Subnetwork
 
 _ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
@@ -318,7 +318,7 @@ class RunFolder:
 
     def files(self) -> list[str]:
         """Names of the files in the folder, but for the lock."""
-        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
+        return sorted(path.name for path in self.path.iterdir() if not is_lock(path))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`."""
@@ -436,7 +436,7 @@ def _check_settings(path: Path, wanted: dict[str, Any]) -> bool:
         if there != wanted:
             raise ValueError(f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder")
         return True
-    if path.is_dir() and not all(one.name == LOCK or is_leftover(one) for one in path.iterdir()):
+    if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
     return False
 
