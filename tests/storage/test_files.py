@@ -31,7 +31,7 @@ def test_a_file_and_its_name_are_on_the_disk_when_it_is_there(tmp_path, monkeypa
 )
 def test_a_folder_whose_replacing_was_killed_is_whole_again(tmp_path, there, left):
     for name in there.split():
-        folder = tmp_path / ("analysis" if name == "now" else f"analysis.{name}")
+        folder = tmp_path / ("analysis" if name == "now" else f".analysis.{name}")
         folder.mkdir()
         (folder / "who").write_text(name)
     files.recover_folder(tmp_path / "analysis")
@@ -48,6 +48,21 @@ def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
     assert names_in(tmp_path) == ["analysis"]
     assert names_in(tmp_path / "analysis") == ["a"]
+
+
+def test_a_folder_that_must_be_new_takes_the_place_of_nothing_but_an_empty_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "parent/new"):
+        with whole_folder(tmp_path / name, replace=False) as fresh:
+            (fresh / "a").write_text("1")
+        assert names_in(tmp_path / name) == ["a"]
+    with pytest.raises(ValueError, match="there' is not empty"), whole_folder(tmp_path / "there", replace=False):
+        pass
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "late", replace=False):  # noqa: PT012
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "b").write_text("of somebody else")
+    assert names_in(tmp_path / "late") == ["b"]
+    assert names_in(tmp_path) == ["late", "parent", "there"]
 
 
 def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
