@@ -332,7 +332,8 @@ def _import_published(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
-    from bigram_circuits.sharing import check_new_folder, export_huggingface, export_masks
+    from bigram_circuits.sharing import export_huggingface, export_masks
+    from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.subnetwork import Subnetwork
 
     run = load_run(arguments.run)

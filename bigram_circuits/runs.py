@@ -47,7 +47,7 @@ from bigram_circuits.storage.files import (
     whole_file,
     write_text,
 )
-from bigram_circuits.storage.locks import LOCK, holder, lock_folder
+from bigram_circuits.storage.locks import holder, is_lock, lock_folder
 from bigram_circuits.storage.records import parse_json, shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
@@ -485,7 +485,7 @@ class RunFolder:
 
     def files(self) -> list[str]:
         """Names of the files in the folder, but for the lock."""
-        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK)
+        return sorted(path.name for path in self.path.iterdir() if not is_lock(path))
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write `metrics.json`."""
@@ -633,7 +633,7 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
                 f"choose another folder"
             )
         return True
-    if path.is_dir() and not all(one.name == LOCK or is_leftover(one) for one in path.iterdir()):
+    if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
     return False
 

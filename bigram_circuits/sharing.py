@@ -6,10 +6,7 @@ A folder appears whole or not at all: it is built beside its place under another
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
-from bigram_circuits.storage.files import default_mode, whole_file
+from bigram_circuits.storage.files import whole_file, whole_folder
 from bigram_circuits.storage.records import seal_tensors
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -42,7 +39,7 @@ def export_huggingface(model: Any, subnetwork: Subnetwork, folder: str | os.Path
         OSError: If the folder cannot be written, or the model's files are gone.
     """
     subnetwork.check_fits(model)
-    with _whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=False) as temporary:
         layout = huggingface_layout(model)
         plain, tokenizer = fresh_huggingface(model)
         parameters = dict(plain.named_parameters())
@@ -169,32 +166,3 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "",
         ]
     )
-
-
-def check_new_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless there is nothing at this path, or an empty folder."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty: choose another folder")
-
-
-@contextmanager
-def _whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on a normal exit it takes that name, on an exception it is removed."""
-    folder = Path(folder)
-    check_new_folder(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {str(folder)!r}: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.chmod(default_mode(0o777))
-        if folder.is_dir():
-            folder.rmdir()  # empty; renaming onto a folder does not work everywhere
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def study(
         OSError: If something cannot be loaded, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
     """
+    started = time.monotonic()
     names = {"model": model, "corpus": corpus, "target": target}
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
     request = Request.of(**named, **options)
@@ -117,7 +119,8 @@ def study(
             raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     for line in _in_the_end(found):
         say(line)
-    say(f"files in {folder.path}/: {', '.join(folder.files())}\nthe page to look at: {page}")
+    say(f"{time.monotonic() - started:.0f} s in all; files in {folder.path}/: {', '.join(folder.files())}")
+    say(f"the page to look at: {page}")
     return load_run(folder.path)
 
 
@@ -211,7 +214,7 @@ def _path(
         subjects.model, subjects.target, subjects.corpus, request.config, weights, run_dir=folder,
         rebuild=subjects.inputs, callbacks=callbacks, check_memory=request.options.check_memory,
     )  # fmt: skip
-    say(f"\n{path}\n\nfiles in {folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    say(f"\n{path}\n\nfiles in {folder}/: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     return path
 
 

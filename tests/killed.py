@@ -23,6 +23,7 @@ from bigram_circuits.analysis.location import by_layer
 from bigram_circuits.analysis.suite import Analyses
 from bigram_circuits.learning import learner, training
 from tests.conftest import TINY_CONFIGS, save_tiny
+from tests.folders import names_in
 
 ACCESSES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime"}
 
@@ -65,7 +66,7 @@ def finished(work: Callable[[], object], log: Path) -> None:
 def result(folder: Path) -> tuple[str, list[dict], dict]:
     """What a finished run must end in, however often it was killed; and nothing else may lie in its folder."""
     run = bc.load_run(folder)
-    names = {path.name for path in folder.iterdir()}
+    names = set(names_in(folder))
     expected = {"config.json", "progress.jsonl", "subnetwork.safetensors", "training.json", "metrics.json", "analysis"}
     assert names - {"report.html"} == expected, names
     assert set(run.analyses) == {"by_layer"}

@@ -394,7 +394,7 @@ def test_analyze_writes_every_result(run, quick):
     assert "old" not in names
     assert "induction" not in names
     assert "cannot continue repeated random tokens" in out
-    assert not Path("mine/analysis.new").exists()
+    assert not Path("mine/.analysis.new").exists()
     assert run("report", "mine")[:2] == (0, "mine/report.html\n")
     assert "<h1" in Path("mine/report.html").read_text()
     analyses = bc.load_run("mine").analyses

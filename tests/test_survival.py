@@ -4,18 +4,16 @@ import dataclasses
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import bigram_circuits as bc
@@ -23,9 +21,9 @@ from bigram_circuits import cli, runs
 from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.learning import learner, training
 from bigram_circuits.runs import RunFolder
-from bigram_circuits.storage import files, locks
-from bigram_circuits.storage.files import checked_json, read_checked_json, whole_file, whole_folder, write_text
-from bigram_circuits.storage.locks import LOCK, FolderInUseError, lock_folder
+from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
+from bigram_circuits.storage.locks import LOCK, FolderInUseError
+from tests.folders import flips, held_folder, names_in
 
 ROOT = Path(__file__).parents[1]
 RECIPE = bc.SparsifyConfig(learning_rate=0.05, beta_growth=1.1, max_steps=20, batch_size=8, retries=0)
@@ -69,10 +67,6 @@ class Acting:
 
     def surprisal(self, tokens):
         return self.target.surprisal(tokens)
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 # --- kills ---
@@ -183,35 +177,6 @@ def test_other_versions_are_noted(stopped, goes_on, capfd):
 # --- damage ---
 
 
-def flips(path, count=25):
-    """Write the file with one bit flipped, many times over, in turn."""
-    data, rng = path.read_bytes(), random.Random(0)
-    for place in rng.sample(range(len(data)), min(count, len(data))):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(7)]) + data[place + 1 :])
-        yield place
-    path.write_bytes(data)
-
-
-def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
-    path = tmp_path / "metrics.json"
-    record = {"r": 0.123456789, "none": None, "nested": {"b": [1, 2.5], "a": "é"}, "nan": float("nan")}
-    write_text(path, checked_json(record))
-    whole = read_checked_json(path)
-    assert repr(whole) == repr(record)
-    noticed = 0
-    for _ in flips(path, 1000):
-        try:
-            read = read_checked_json(path)
-        except ValueError as error:
-            noticed += str(path) in str(error)
-            continue
-        read = {name: value for name, value in read.items() if name in record or '"checksum"' in path.read_text()}
-        assert repr(read) == repr(record)  # white space, or another name of the checksum
-    assert noticed > 50
-    write_text(path, json.dumps(record))
-    assert repr(read_checked_json(path)) == repr(record)
-
-
 def test_a_damaged_checkpoint_is_not_used(stopped, goes_on, capfd, tmp_path):
     path = stopped / "checkpoint" / "state.safetensors"
     for _ in flips(path):
@@ -257,179 +222,29 @@ def test_a_damaged_file_of_a_finished_run_is_named_with_what_to_do(goes_on, tmp_
     assert bc.load_run(folder).history == []
 
 
-# --- whole files and folders ---
-
-
-def test_a_file_and_its_name_are_on_the_disk_when_it_is_there(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-
-        def noted(first, *rest, name=name, real=real):
-            done.append((name, "folder" if name == "fsync" and os.path.isdir(f"/dev/fd/{first}") else "file"))
-            return real(first, *rest)
-
-        monkeypatch.setattr(os, name, noted)
-    write_text(tmp_path / "file.txt", "text")
-    assert done == [("fsync", "file"), ("replace", "file"), ("fsync", "folder")]
-
-
-@pytest.mark.parametrize(
-    ("there", "left"), [("new", None), ("old", "old"), ("new old", "new"), ("now new", "now"), ("now old", "now")]
-)
-def test_a_folder_whose_replacing_was_killed_is_whole_again(tmp_path, there, left):
-    for name in there.split():
-        folder = tmp_path / ("analysis" if name == "now" else f"analysis.{name}")
-        folder.mkdir()
-        (folder / "who").write_text(name)
-    files.recover_folder(tmp_path / "analysis")
-    assert names_in(tmp_path) == (["analysis"] if left else [])
-    if left:
-        assert (tmp_path / "analysis" / "who").read_text() == left
-
-
-def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path):
-    with whole_folder(tmp_path / "analysis") as fresh:
-        (fresh / "a").write_text("1")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "analysis") as fresh:  # noqa: PT012
-        (fresh / "b").write_text("2")
-        raise KeyboardInterrupt
-    assert names_in(tmp_path) == ["analysis"]
-    assert names_in(tmp_path / "analysis") == ["a"]
-
-
 # --- the lock ---
 
-HOLDS = """
-import sys, time
-from bigram_circuits.storage.locks import FolderInUseError, lock_folder
-try:
-    with lock_folder(sys.argv[1]):
-        print("mine", flush=True)
-        sys.stdin.read()
-except FolderInUseError as error:
-    print(error, flush=True)
-"""
 
-
-def start_holder(folder):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], **pipes)
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A folder that another process holds."""
-    process = start_holder(tmp_path / "run")
-    assert process.stdout.readline() == "mine\n"
-    yield process, tmp_path / "run"
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_writer_is_told_who_the_first_is(held):
-    process, folder = held
-    with pytest.raises(
-        FolderInUseError, match=rf"run' is being written by process {process.pid} on .* since 20"
-    ) as told:
-        lock_folder(folder).__enter__()
-    assert "wait until it is done, or choose another folder" in str(told.value)
-    record = json.loads((folder / LOCK).read_text())
-    assert (record["process"], record["command"].split()[0]) == (process.pid, "-c")
-    process.communicate("")
-    assert not (folder / LOCK).exists()
-    with lock_folder(folder):
-        assert json.loads((folder / LOCK).read_text())["process"] == os.getpid()
-    assert names_in(folder) == []
-
-
-def test_the_lock_of_a_killed_process_stops_nobody(held, capfd):
-    process, folder = held
-    process.kill()
-    process.wait()
-    assert (folder / LOCK).exists()
-    with lock_folder(folder):
-        pass
-    assert re.search(rf"note: .*process {process.pid} .*, which is gone; going on", capfd.readouterr().err)
-
-
-def test_of_processes_that_start_at_the_same_instant_exactly_one_runs(tmp_path):
-    for turn in range(3):
-        processes = [start_holder(tmp_path / f"run-{turn}") for _ in range(4)]
-        said = [process.stdout.readline() for process in processes]
-        assert said.count("mine\n") == 1
-        assert sum("is being written by" in line for line in said) == 3
-        for process in processes:
-            process.communicate("")
-        assert not (tmp_path / f"run-{turn}" / LOCK).exists()
-
-
-def test_a_lock_is_released_on_exceptions_nests_and_keeps_other_threads_out(tmp_path):
-    told = []
-
-    def other():
-        try:
-            lock_folder(tmp_path).__enter__()
-        except FolderInUseError as error:
-            told.append(error)
-
-    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path), lock_folder(tmp_path):  # noqa: PT012
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-        _ = 1 / 0
-    assert len(told) == 1
-    assert names_in(tmp_path) == []
-
-
-@pytest.mark.parametrize("alive", [True, False])
-@pytest.mark.parametrize("flock", [True, None])
-def test_where_the_kernel_cannot_tell_the_heartbeat_does(tmp_path, monkeypatch, alive, flock):
-    monkeypatch.setattr(locks, "_PATIENCE", 0.4)
-    monkeypatch.setattr(locks, "_SETTLED", 0.01)
-    monkeypatch.setattr(locks, "_flock", lambda handle: flock)
-    elsewhere = {"host": "elsewhere", "boot": "another", "process": 7, "started": "2025-01-01T00:00:00Z"}
-    (tmp_path / LOCK).write_text(json.dumps(elsewhere))
-    over = threading.Event()
-    heart = threading.Thread(target=lambda: [os.utime(tmp_path / LOCK) for _ in iter(lambda: over.wait(0.02), True)])
-    if alive:
-        heart.start()
-    try:
-        if alive:
-            with pytest.raises(FolderInUseError, match="process 7 on 'elsewhere'"):
-                lock_folder(tmp_path).__enter__()
-        else:
-            with lock_folder(tmp_path):
-                assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    finally:
-        over.set()
-        if alive:
-            heart.join()
-
-
-def test_a_folder_that_another_process_writes_is_left_alone(held, tiny_model, bigrams, corpus):
-    process, folder = held
-    with pytest.raises(FolderInUseError, match=f"process {process.pid}"):
-        bc.find_subnetwork(tiny_model, bigrams, corpus, RECIPE, run_dir=folder)
-    assert names_in(folder) == [LOCK]
+def test_a_folder_that_another_process_writes_is_left_alone(tiny_model, bigrams, corpus, tmp_path):
+    with held_folder(tmp_path) as process, pytest.raises(FolderInUseError, match=f"process {process.pid}"):
+        bc.find_subnetwork(tiny_model, bigrams, corpus, RECIPE, run_dir=tmp_path)
+    assert names_in(tmp_path) == [LOCK]
 
 
 def test_results_are_not_written_into_a_folder_that_another_process_writes(goes_on, tmp_path, capfd):
     folder = tmp_path / "run"
     goes_on(folder)
-    process = start_holder(folder)
-    assert process.stdout.readline() == "mine\n"
-    before = names_in(folder)
-    for command in ("evaluate", "analyze", "report"):
-        assert cli.main([command, str(folder)]) == 1
-        err = capfd.readouterr().err
-        assert f"is being written by process {process.pid}" in err
-        assert err.count("\n") == 1
-    assert names_in(folder) == before
-    (folder / "subnetwork.safetensors").unlink()
-    assert cli.main(["report", str(folder)]) == 1
-    assert f"is not finished: wait for process {process.pid} on" in capfd.readouterr().err
-    process.communicate("")
+    with held_folder(folder) as process:
+        before = names_in(folder)
+        for command in ("evaluate", "analyze", "report"):
+            assert cli.main([command, str(folder)]) == 1
+            err = capfd.readouterr().err
+            assert f"is being written by process {process.pid}" in err
+            assert err.count("\n") == 1
+        assert names_in(folder) == before
+        (folder / "subnetwork.safetensors").unlink()
+        assert cli.main(["report", str(folder)]) == 1
+        assert f"is not finished: wait for process {process.pid} on" in capfd.readouterr().err
 
 
 # --- a loss that explodes ---
@@ -589,17 +404,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(
         assert names_in(folder) == ["checkpoint", "config.json", "progress.jsonl"]
         assert names_in(folder / "checkpoint") == ["state.safetensors"]
     assert goes_on(folder) < 20
-
-
-def test_the_writers_own_word_for_a_full_disk_is_understood(tmp_path):
-    words = "Error while serializing: I/O error: No space left on device (os error 28)"
-    with (
-        pytest.raises(OSError, match=r"cannot write .*x.safetensors': No space left") as told,
-        whole_file(tmp_path / "x.safetensors"),
-    ):
-        raise SafetensorError(words)
-    assert told.value.errno == errno.ENOSPC
-    assert names_in(tmp_path) == []
 
 
 # --- little text ---

@@ -31,6 +31,7 @@ from bigram_circuits.report.blocks import (
     interval,
 )
 from bigram_circuits.runs import STOPS, Run, model_words, target_words
+from bigram_circuits.storage.locks import is_lock
 
 _MOST_BARS = 20
 _MOST_STEPS = 60  # rows of the training table
@@ -808,7 +809,9 @@ def _other(run: Run, results: _Results) -> Section:
 
 def _settings(run: Run, results: _Results) -> Section:
     lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *flat(run.settings)]
-    files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file() and not is_lock(path)
+    )
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
     told = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
     blocks: list[Block] = []

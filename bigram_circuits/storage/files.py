@@ -88,21 +88,43 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on a normal exit it takes that name, and what had it before goes."""
+def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on a normal exit it takes that name, on an exception it is removed.
+
+    Args:
+        path: The folder.
+        replace: What is there goes. False: only an empty folder may be there.
+
+    Raises:
+        ValueError: If `replace` is False and there is something else than an empty folder.
+        OSError: If the folder cannot be written.
+    """
     path = Path(path)
+    if not replace:
+        check_new_folder(path)
     recover_folder(path)
     fresh, old = _beside(path)
     try:
         with cannot_write(path):
             fresh.mkdir(parents=True)
         yield fresh
-        if path.exists():
+        if path.exists() and replace:
             path.rename(old)
+        elif path.exists():
+            path.rmdir()  # fails if anything came into it
         fresh.rename(path)
         sync_folder(path.parent)
     finally:
         recover_folder(path)
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless there is nothing at this path, or an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty: choose another folder")
 
 
 def recover_folder(path: Path) -> None:
@@ -115,7 +137,8 @@ def recover_folder(path: Path) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f"{path.name}.new"), path.with_name(f"{path.name}.old")
+    path = path.absolute()  # "." has no name of its own
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
 def checked_json(record: Mapping[str, Any]) -> str:

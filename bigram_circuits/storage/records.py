@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 _LARGEST_JSON = 1 << 28  # bytes of a JSON file: parsed, it takes about ten times as much memory
 _LARGEST_HEADER = 1 << 25  # bytes of a tensor file's header
@@ -37,6 +38,7 @@ _DTYPES = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+_FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 CONTENT, HEADER = "content_checksum", "header_checksum"
@@ -167,7 +169,9 @@ def _of_json(record: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The words of an error without line breaks and control characters, which a name in a file may hold."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 # --- tensor files (safetensors) ---
@@ -238,76 +242,85 @@ def read_tensors(
     """
     size = regular_size(path)
     try:
-        with Path(path).open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if size < 8 or start > size:
-                raise ValueError(f"it should start with the size of its header, but has {size:,} bytes in all")
-            if start > _LARGEST_HEADER:
-                raise ValueError(f"its header has {start:,} bytes, more than the {_LARGEST_HEADER:,} that are read")
-            header = parse_json(file.read(start - 8))
-            metadata, places = _header(header, size - start)
-            if mapped and size > start:
-                data = np.memmap(file, dtype=np.uint8, mode="c", offset=start, shape=(size - start,))
-            else:
-                data = np.fromfile(file, dtype=np.uint8, count=size - start)
-            if len(data) != size - start:
-                raise ValueError("it became shorter while it was read")
-    except ValueError as error:
+        start = _check_header_text(path, size)
+        with safe_open(path, framework="np") as file:  # names, types, shapes and places fit together and fill the file
+            metadata = file.metadata() or {}
+            kinds = {name: _kind(name, file.get_slice(name)) for name in file.offset_keys()}
+        arrays = _arrays(kinds, _data(path, start, size, mapped=mapped), start)
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"{str(path)!r} {complaint}: {_one_line(error)}") from error
-    arrays = {}
-    for name, (dtype, shape, begin, end) in places.items():
-        part = data[begin:end]
-        if (start + begin) % dtype.itemsize:
-            part = part.copy()
-        if dtype == np.bool_ and part.size and part.max() > 1:
-            raise ValueError(f"{str(path)!r} {complaint}: the tensor {shown(name)} holds values other than 0 and 1")
-        arrays[name] = np.asarray(part.view(dtype).reshape(shape))
     return arrays, metadata
 
 
 def count_tensors(path: str | os.PathLike[str]) -> int:
     """How many tensors a safetensors file names. Raises ValueError if its header cannot be read."""
-    size = regular_size(path)
+    try:
+        _check_header_text(path, regular_size(path))
+        with safe_open(path, framework="np") as file:
+            return len(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r}: {_one_line(error)}") from error
+
+
+def _check_header_text(path: str | os.PathLike[str], size: int) -> int:
+    """Check what `safe_open` does not: a header within bounds, nothing named twice, no unknown field.
+
+    Returns:
+        Where the tensors begin.
+    """
     with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"{str(path)!r} has a header of {length:,} bytes, and {size:,} in all")
-        header = parse_json(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError(f"{str(path)!r} has a header that is a {type(header).__name__}")
-    return len(header)
-
-
-def _header(header: Any, n_bytes: int) -> tuple[dict[str, str], dict[str, tuple[np.dtype, tuple[int, ...], int, int]]]:
-    """The metadata, and of every tensor its type, its shape and its place among the bytes after the header."""
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, _LARGEST_HEADER):
+            raise ValueError(
+                f"its header would have {start - 8:,} bytes, but the file has {size:,}, "
+                f"and no header over {_LARGEST_HEADER:,} is read"
+            )
+        header = parse_json(file.read(start - 8))
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}, not a record with names")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
-        raise ValueError("its metadata are not texts by name")
-    places = {name: _place(name, value) for name, value in header.items()}
-    reached = 0
-    for name, (_, _, begin, end) in sorted(places.items(), key=lambda item: item[1][2:]):
-        if begin != reached:
-            raise ValueError(f"the tensor {shown(name)} should begin at byte {reached}, not {shown(begin)}")
-        reached = end
-    if reached != n_bytes:
-        raise ValueError(f"its tensors have {shown(reached)} bytes, but {n_bytes} follow its header")
-    return metadata, places
+    for name, value in header.items():
+        if name != "__metadata__" and (not isinstance(value, dict) or set(value) != _FIELDS):
+            raise ValueError(
+                f"the tensor {shown(name)} should have a dtype, a shape and data_offsets, not {shown(value)}"
+            )
+    return start
 
 
-def _place(name: str, value: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the tensor {shown(name)} should have a dtype, a shape and data_offsets, not {shown(value)}")
-    if not isinstance(value["dtype"], str) or value["dtype"] not in _DTYPES:
-        raise ValueError(f"the tensor {shown(name)} has dtype {shown(value['dtype'])}, not one of {', '.join(_DTYPES)}")
-    if not is_shape(value["shape"]) or not is_shape(value["data_offsets"]) or len(value["data_offsets"]) != 2:
-        raise ValueError(f"the tensor {shown(name)} has a shape or data_offsets that are not: {shown(value)}")
-    dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
-    begin, end = value["data_offsets"]
-    if end - begin != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"the tensor {shown(name)} of shape {shown(shape)} has {shown(end - begin)} bytes")
-    return dtype, shape, begin, end
+def _kind(name: str, tensor: Any) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of a tensor that has not been read."""
+    dtype, shape = tensor.get_dtype(), tensor.get_shape()
+    if dtype not in _DTYPES:
+        raise ValueError(f"the tensor {shown(name)} has dtype {shown(dtype)}, not one of {', '.join(_DTYPES)}")
+    if not is_shape(shape):
+        raise ValueError(f"the tensor {shown(name)} has a shape that is none: {shown(shape)}")
+    return _DTYPES[dtype], tuple(shape)
+
+
+def _data(path: str | os.PathLike[str], start: int, size: int, *, mapped: bool) -> np.ndarray:
+    """The bytes from `start` on, read or mapped."""
+    if mapped and size > start:
+        return np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(size - start,))
+    data = np.fromfile(path, dtype=np.uint8, count=size - start, offset=start)
+    if len(data) != size - start:
+        raise ValueError("it became shorter while it was read")
+    return data
+
+
+def _arrays(
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], data: np.ndarray, start: int
+) -> dict[str, np.ndarray]:
+    """The tensors, which lie one after another, as views of the bytes where these are aligned."""
+    arrays, begin = {}, 0
+    for name, (dtype, shape) in kinds.items():
+        end = begin + dtype.itemsize * math.prod(shape)
+        part = data[begin:end]
+        if (start + begin) % dtype.itemsize:
+            part = part.copy()
+        if dtype == np.bool_ and part.size and part.max() > 1:
+            raise ValueError(f"the tensor {shown(name)} holds values other than 0 and 1")
+        arrays[name] = np.asarray(part.view(dtype).reshape(shape))
+        begin = end
+    return arrays
 
 
 def is_shape(value: Any) -> bool:
