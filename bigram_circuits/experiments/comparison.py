@@ -28,6 +28,7 @@ Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
 """A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are given as this one; their logarithm is exact."""
+R, KL = "surprisal_correlation", "kl"
 _HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # where the first differs, its hash says nothing
 
 
@@ -263,6 +264,38 @@ def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
         for (place, name), log_p in zip(family, adjusted, strict=True):
             logs[place][name] = log_p / math.log(10)
     return tuple(Pair(*one, log10_p) for one, log10_p in zip(found, logs, strict=True))
+
+
+# --- what was measured ---
+
+
+def known_values(items: Sequence[Compared], quantity: str) -> dict[str, float | int]:
+    """A quantity by name, of those for which it was measured and is defined."""
+    known = {one.name: one.measured(quantity) for one in items}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def measured_tasks(items: Sequence[Compared], quantity: str) -> list[str]:
+    """The tasks (target and text) with which a quantity was measured."""
+    return list(dict.fromkeys(one.task for one in items if one.measured(quantity) is not None))
+
+
+def not_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[int]:
+    """Places of those of a task than which no other keeps no more and does no worse, by fraction.
+
+    r is better when higher, other quantities when lower. Of equal ones the first stays.
+    """
+    sign = -1 if quantity == R else 1
+    known = {
+        place: (one.subnetwork.fraction, sign * value, place)
+        for place, one in enumerate(items)
+        if one.task == task and (value := one.measured(quantity)) is not None
+    }
+    front: list[int] = []
+    for place in sorted(known, key=lambda one: known[one]):
+        if not front or known[place][1] < known[front[-1]][1]:
+            front.append(place)
+    return front
 
 
 # --- settings ---

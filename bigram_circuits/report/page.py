@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
+from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
-from bigram_circuits.report.story import opening, sections
-from bigram_circuits.runs import Run, load_run
+from bigram_circuits.report.measured import interval
+from bigram_circuits.report.results import Results
+from bigram_circuits.report.sections import SECTIONS
+from bigram_circuits.runs import Run, load_run, model_words, target_words
 from bigram_circuits.storage.files import write_text
 
 
@@ -37,3 +45,44 @@ def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str]
 def page(run: Run) -> str:
     """The page as text."""
     return document(opening(run), sections(run), "Made from the files in the run's folder.")
+
+
+def sections(run: Run) -> list[Section]:
+    """All registered sections that have something to tell about a run."""
+    results = Results(run.analyses, run.left_out)
+    told = [section(run, results) for section in SECTIONS]
+    return [one for one in told if one.says or one.blocks]
+
+
+def opening(run: Run) -> Opening:
+    """The title, what was asked, and the answer in a sentence."""
+    target, model = target_words(run), model_words(run)
+    source = str((run.settings.get("corpus") or {}).get("source"))
+    text = "the reference text" if source == "reference" else f"the text {source}"
+    asked = (
+        f"Which weights of {model} suffice to reproduce {target[1]}? Learned on {text}, measured on its held-out part."
+    )
+    kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
+    title = f"The {target[0]} subnetwork of {model}"
+    if run.metrics is None:
+        return Opening(title, asked, f"{kept} were kept. How well they do is not known: the run was not evaluated.")
+    own = run.metrics["subnetwork"]
+    low, high = interval(run.metrics, "subnetwork")
+    pair = "" if low is None else f" (95% interval {span(low, high)})"
+    r = own.get("surprisal_correlation")
+    tried = load_falsification(run.path / "falsify")
+    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
+    answer = (
+        f"{kept} correlate with the target at r = {rounded(r)}{pair}. {outcome.verdict_words(run.metrics)}{refuted}"
+    )
+    return Opening(title, asked, answer, _marks(run, run.metrics))
+
+
+def _marks(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    marks = [("of the weights kept", percent(run.subnetwork.fraction))]
+    marks.append(("r with the target", rounded(metrics["subnetwork"].get("surprisal_correlation"))))
+    if metrics.get("random"):
+        marks.append(("r of matched random weights", rounded(metrics["random"]["mean"].get("surprisal_correlation"))))
+    if metrics.get("full"):
+        marks.append(("r of the whole model", rounded(metrics["full"].get("surprisal_correlation"))))
+    return marks
