@@ -206,6 +206,8 @@ def again(run: Run, results: Results) -> Content:
     return Content([] if command else [_why_no_command(run)], blocks)
 
 
+# --- the command that reproduces a run ---
+
 _OPTIONS = {
     "sparsity_weight": "--sparsity-weight",
     "target_fraction": "--target-fraction",
