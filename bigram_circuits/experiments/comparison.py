@@ -60,6 +60,27 @@ class Compared:
         corpus = {key: value for key, value in (settings.get("corpus") or {}).items() if key != "source"}
         return json.dumps([settings.get("target"), corpus], sort_keys=True)
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether anything was measured of it."""
+        return bool(self.metrics)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of its evaluation; empty if it was evaluated without controls, or not at all."""
+        return str(self.metrics.get("verdict") or "")
+
+    @property
+    def within(self) -> str | None:
+        """The checksum of the subnetwork inside which it was looked for; None if it was free."""
+        return self.run.settings.get("within") if self.run else None
+
+    def interval(self, quantity: str) -> tuple[float | None, float | None]:
+        """Ends of the subnetwork's 95% interval of a quantity; None where it is undefined."""
+        intervals = (self.metrics.get("intervals") or {}).get("subnetwork") or {}
+        low, high = intervals.get(quantity) or (None, None)
+        return low, high
+
     def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
         """A number of `metrics.json`; None if it was not measured or is undefined."""
         group = self.metrics.get(condition) or {}
@@ -83,10 +104,7 @@ class Pair:
     def is_given(self) -> bool:
         """Whether one was looked for inside the other, so that their overlap is no finding."""
         both = self.get("intersection")
-        return any(
-            one.run is not None and one.run.settings.get("within") is not None and one.subnetwork.kept == both
-            for one in (self.first, self.second)
-        )
+        return any(one.within is not None and one.subnetwork.kept == both for one in (self.first, self.second))
 
     def get(self, quantity: str, stratum: str = "all") -> float:
         """A number of the overlap."""

@@ -18,7 +18,6 @@ from bigram_circuits.measures.words import span
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import section
-from bigram_circuits.report.measured import interval
 from bigram_circuits.report.words import listed
 
 
@@ -34,20 +33,18 @@ def what(comparison: Comparison) -> Content:
     if rows and differing:
         blocks.append(Numbers("The settings that differ", ["", *names], rows, is_open=True))
     blocks.append(_measured(items))
-    unmeasured = [one.name for one in items if not one.metrics]
+    unmeasured = [one.name for one in items if not one.is_evaluated]
     if unmeasured:
         says.append(f"Not evaluated, so without r, KL and losses: {listed(unmeasured)}.")
-    if any(one.metrics for one in items):
+    if any(one.is_evaluated for one in items):
         says.append(
             "r, cross-entropy and KL are with the target, on held-out text; own loss is the masked model's next-token "
             "loss. Cross-entropy, KL and loss are in nats. Intervals: 95%, bootstrap over sequences."
         )
-    verdicts = [
-        [one.name, str(one.metrics["verdict"]).removeprefix("Verdict: ")] for one in items if one.metrics.get("verdict")
-    ]
+    verdicts = [[one.name, one.verdict.removeprefix("Verdict: ")] for one in items if one.verdict]
     if verdicts:
         blocks.append(Numbers("What each is shown to do against its controls", ["", "verdict"], verdicts, is_open=True))
-    unjudged = [one.name for one in items if one.metrics and not one.metrics.get("verdict")]
+    unjudged = [one.name for one in items if one.is_evaluated and not one.verdict]
     if unjudged:
         says.append(f"Evaluated without controls, so without a verdict: {listed(unjudged)}.")
     columns = ["", "folder", "found as", "model", "weight hash"]
@@ -74,7 +71,7 @@ def _measured(items: Sequence[Compared]) -> Numbers:
     measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
     rows = [
         [one.name, one.subnetwork.kept, one.subnetwork.fraction, *(one.measured(key) for key in measured),
-         *(span(*interval(one.metrics, "subnetwork", key)) for key in bounded)]
+         *(span(*one.interval(key)) for key in bounded)]
         for one in items
     ]  # fmt: skip
     shown = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
@@ -99,7 +96,7 @@ def _column_names(settings: Sequence[str]) -> list[str]:
 def pareto(comparison: Comparison) -> Content:
     """Faithfulness (r and KL) against the share of weights kept."""
     items = comparison.items
-    drawn = [one for one in items if one.metrics and one.subnetwork.kept]
+    drawn = [one for one in items if one.is_evaluated and one.subnetwork.kept]
     if not drawn:
         return Content(["None of them was evaluated, so there is no curve."])
     panels = [
@@ -142,7 +139,7 @@ _CONDITIONS = ("subnetwork", "random", "full")
 
 
 def _points(items: Sequence[Compared], quantity: str, title: str) -> compared_figures.Points:
-    ends = [interval(one.metrics, "subnetwork", quantity) for one in items]
+    ends = [one.interval(quantity) for one in items]
     whole = [one.measured(quantity, "full") for one in items]
     return compared_figures.Points(
         title=title,

@@ -7,12 +7,14 @@ its softer text. The page puts in the ones of its light or dark theme when it dr
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.report.facts import Step
 
 INK = "#222222"
 """The colour that the page replaces by its text's; results draw the full model in it."""
@@ -54,7 +56,7 @@ def dressed(figure: Any, height: int | None = None) -> Any:
     return figure
 
 
-def training(history: Sequence[Mapping[str, Any]]) -> Any:
+def training(steps: Sequence[Step]) -> Any:
     """Cross-entropy, share kept and share undecided by step, under each other; a line for every attempt."""
     from plotly.subplots import make_subplots
 
@@ -66,13 +68,13 @@ def training(history: Sequence[Mapping[str, Any]]) -> Any:
     figure = make_subplots(
         rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=list(panels)
     )
-    attempts = sorted({int(record.get("attempt", 0)) for record in history})
+    attempts = sorted({one.attempt for one in steps})
     for row, key in enumerate(panels.values(), start=1):
         for attempt in attempts:
-            of = [record for record in history if record.get("attempt", 0) == attempt]
+            of = [one for one in steps if one.attempt == attempt]
             colour = COLOURS["subnetwork"] if attempt == attempts[-1] else COLOURS["random"]
             figure.add_scatter(
-                x=[record.get("step") for record in of], y=[record.get(key) for record in of], mode="lines",
+                x=[one.step for one in of], y=[getattr(one, key) for one in of], mode="lines",
                 line={"color": colour, "width": 2}, name=f"attempt {attempt}", legendgroup=str(attempt),
                 showlegend=row == 1 and len(attempts) > 1, row=row, col=1,
             )  # fmt: skip
@@ -83,14 +85,13 @@ def training(history: Sequence[Mapping[str, Any]]) -> Any:
     return dressed(figure, 560)
 
 
-def controls(rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> Any:
+def controls(rows: Sequence[tuple[str, float, float | None, float | None]]) -> Any:
     """Dots with intervals: (name, value, low, high); the first row is on top."""
     import plotly.graph_objects as go
 
-    known = [row for row in rows if row[1] is not None]
+    known = [row for row in rows if not math.isnan(row[1])]
     figure = go.Figure()
     for name, value, low, high in known:
-        assert value is not None
         bars = {} if low is None or high is None else error_bars([value], [low], [high], "x")
         figure.add_scatter(
             x=[value], y=[name], mode="markers", marker={"size": 11, "color": COLOURS.get(name, MUTED)},

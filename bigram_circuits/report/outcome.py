@@ -4,67 +4,57 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bigram_circuits.evaluation import SoftHardGap
+from bigram_circuits.evaluation import ZERO_RULE, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.statistics import MEASURED
 from bigram_circuits.measures.words import flat, percent, rounded, span
-from bigram_circuits.report import figures
+from bigram_circuits.report import facts, figures
 from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
-from bigram_circuits.report.measured import interval
 from bigram_circuits.report.results import Results, result_table
 from bigram_circuits.report.sections import section
 from bigram_circuits.report.words import spaced
-from bigram_circuits.runs import STOPS, Run
+from bigram_circuits.runs import Run
 
 
 @section("controls", "Does it do the job better than chance would?")
 def controls(run: Run, results: Results) -> Content:
     """How the subnetwork compares with its controls."""
-    if run.metrics is None:
+    if not facts.is_evaluated(run):
         return Content(["This run was not evaluated, so there are no controls to compare with."])
-    metrics = run.metrics
-    rows = list(_control_rows(metrics))
-    says = [verdict_words(metrics)]
-    rule = metrics.get("zero_rule")
-    if rule:
+    rows, positions = facts.rows(run), facts.positions(run)
+    says = [facts.verdict(run)]
+    if positions:
+        used, n = positions
         says.append(
-            f"The zero-probability rule: {rule['rule']}. These are {rule['used']:,} of {rule['positions']:,} held-out "
-            f"positions ({percent(rule['share'])})."
+            f"The zero-probability rule: {ZERO_RULE}. These are {used:,} of {n:,} held-out positions "
+            f"({percent(used / n)})."
         )
-    dots = [(name, value.get("surprisal_correlation"), low, high) for name, value, low, high in rows]
-    columns = ["", "r", "interval of r", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
-    table = [
-        [name, value.get("surprisal_correlation"), span(low, high),
-         value.get("cross_entropy"), value.get("kl"), value.get("mean_surprisal"), value.get("top1_agreement"),
-         value.get("kept"), value.get("fraction")]
-        for name, value, low, high in rows
-    ]  # fmt: skip
     blocks: list[Block] = []
     if len(rows) > 1:
-        says_so = f"{_closest(rows)} {_INTERVALS}".strip()
-        blocks.append(Chart("r with the target, subnetwork and controls", says_so, figures.controls(dots)))
-    blocks.append(Numbers("Subnetwork and controls", columns, table, is_open=True))
-    blocks.append(Numbers("What the rows and columns are", ["name", "what it is"], _glossary(rows)))
-    if metrics.get("advantage"):
-        pairs = [[name, *pair] for name, pair in metrics["advantage"].items()]
+        words = f"{_closest(rows)} {_INTERVALS}".strip()
+        dots = [(row.name, row.r, *row.ends) for row in rows]
+        blocks.append(Chart("r with the target, subnetwork and controls", words, figures.controls(dots)))
+    blocks += [_control_table(rows), Numbers("What the rows and columns are", ["name", "what it is"], _glossary(rows))]
+    advantage = [[name, *ends] for name, ends in facts.advantage(run).items()]
+    if advantage:
         caption = "r of the subnetwork less r of each control: 95% paired intervals"
-        blocks.append(Numbers(caption, ["control", "low", "high"], pairs))
+        blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
     seeds = [
-        [f"{name} {one['seed']}", *(one.get(key) for key in _MEASURED)]
-        for name, key_of in (("random", "random"), ("full - random", "full_minus_random"))
-        for one in (metrics.get(key_of) or {}).get("seeds", [])
+        [f"{name} {seed}", *(getattr(numbers, key) for key in MEASURED)]
+        for name in ("random", "full - random")
+        for seed, numbers in facts.seeds(run, name).items()
     ]
     if seeds:
-        blocks.append(Numbers("Every random control by itself", ["", *map(spaced, _MEASURED)], seeds))
+        blocks.append(Numbers("Every random control by itself", ["", *map(spaced, MEASURED)], seeds))
     return Content(says, blocks)
 
 
 _MOST_STEPS = 60  # rows of the training table
 _INTERVALS = "Intervals: 95%, bootstrap over sequences; for random weights, the lowest and the highest seed."
-_MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
 _MEANINGS = {
     "subnetwork": "the model with only the subnetwork's weights",
     "full": "the whole model",
@@ -80,46 +70,29 @@ _MEANINGS = {
 }
 _NOT_ROWS = ("r", "cross-entropy, KL", "own loss", "top-1")
 
-_Row = tuple[str, Mapping[str, Any], float | None, float | None]
+
+def _control_table(rows: Sequence[facts.Row]) -> Numbers:
+    columns = ["", "r", "interval of r", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
+    table = []
+    for row in rows:
+        of = row.numbers
+        losses = [of.cross_entropy, of.kl, of.mean_surprisal, of.top1_agreement]
+        table.append([row.name, row.r, span(*row.ends), *losses, of.kept, of.fraction])
+    return Numbers("Subnetwork and controls", columns, table, is_open=True)
 
 
-def _control_rows(metrics: Mapping[str, Any]) -> Iterator[_Row]:
-    for name in ("subnetwork", "full", "complement", "magnitude"):
-        if metrics.get(name):
-            low, high = interval(metrics, name)
-            yield name, metrics[name], low, high
-    for name, key in (("random", "random"), ("full - random", "full_minus_random")):
-        group = metrics.get(key)
-        if group:
-            known = [one["surprisal_correlation"] for one in group["seeds"] if one["surprisal_correlation"] is not None]
-            low, high = (min(known), max(known)) if len(known) > 1 else (None, None)
-            yield name, group["mean"], low, high
-    if metrics.get("empty"):
-        low, high = interval(metrics, "empty")
-        yield "empty", metrics["empty"], low, high
-
-
-def _glossary(rows: Sequence[_Row]) -> list[list[str]]:
-    names = {name for name, *_ in rows}
+def _glossary(rows: Sequence[facts.Row]) -> list[list[str]]:
+    names = {row.name for row in rows}
     return [[name, meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
 
 
-def _closest(rows: Sequence[_Row]) -> str:
-    own = rows[0][1].get("surprisal_correlation")
-    known = {name: value["surprisal_correlation"] for name, value, *_ in rows[1:] if _is_known(value)}
-    if own is None or not known:
+def _closest(rows: Sequence[facts.Row]) -> str:
+    own, *others = rows
+    known = [row for row in others if not math.isnan(row.r)]
+    if math.isnan(own.r) or not known:
         return ""
-    best = max(known, key=lambda name: known[name])
-    return f"The subnetwork has r = {rounded(own)}; the highest of the others is {best}, with {rounded(known[best])}."
-
-
-def _is_known(value: Mapping[str, Any]) -> bool:
-    return value.get("surprisal_correlation") is not None
-
-
-def verdict_words(metrics: Mapping[str, Any]) -> str:
-    """The verdict; empty if there are no controls."""
-    return str(metrics.get("verdict") or "")
+    best = max(known, key=lambda row: row.r)
+    return f"The subnetwork has r = {rounded(own.r)}; the highest of the others is {best.name}, with {rounded(best.r)}."
 
 
 @section("refuted", "Could it be refuted?")
@@ -149,42 +122,37 @@ def refuted(run: Run, results: Results) -> Content:
 @section("training", "How it was found")
 def training(run: Run, results: Results) -> Content:
     """How the masks were learned."""
-    history, outcome = run.history, run.outcome
-    if not history:
+    steps = facts.steps(run)
+    if not steps:
         return Content(["The folder holds no record of the training steps."])
-    why = STOPS.get(outcome.get("stopped_because", ""), outcome.get("stopped_because"))
-    attempts = outcome.get("attempts", 1)
-    tries = "one attempt" if attempts == 1 else f"{attempts} attempts"
-    last = [record for record in history if record.get("attempt", 0) == history[-1].get("attempt", 0)]
+    outcome = facts.outcome(run)
+    tries = "one attempt" if outcome.attempts == 1 else f"{outcome.attempts} attempts"
+    last = [one for one in steps if one.attempt == steps[-1].attempt]
     first, end = last[0], last[-1]
-    seconds = rounded(outcome.get("seconds"), 0)
+    seconds = rounded(outcome.seconds, 0)
     says = (
-        f"The masks were learned in {len(last):,} steps ({tries}, {seconds} seconds in all); it stopped because {why}. "
-        f"Meanwhile the cross-entropy went from {rounded(first['cross_entropy'], 2)} to "
-        f"{rounded(end['cross_entropy'], 2)} nats, and the share kept from {percent(first['fraction'])} to "
-        f"{percent(end['fraction'])}."
+        f"The masks were learned in {len(last):,} steps ({tries}, {seconds} seconds in all); it stopped because "
+        f"{outcome.reason}. Meanwhile the cross-entropy went from {rounded(first.cross_entropy, 2)} to "
+        f"{rounded(end.cross_entropy, 2)} nats, and the share kept from {percent(first.fraction)} to "
+        f"{percent(end.fraction)}."
     )
-    gap = outcome.get("soft_hard")
-    hardened = SoftHardGap(**gap) if gap else None
-    lost = (
-        f"On the last batch the cross-entropy was {rounded(hardened.soft)} nats with the soft gates, and is "
-        f"{rounded(hardened.hard)} with the mask made of them."
-        if hardened
-        else ""
-    )
-    went_back = [
-        f"At step {one['step']} {one['what']}: the run went back to step {one['back_to']}, with the learning rate "
-        f"{one['learning_rate']:g}."
-        for one in outcome.get("rollbacks", ())
-    ]
-    warning = f"Warning: {hardened.warning}." if hardened and hardened.warning else ""
-    every = max(1, math.ceil(len(history) / _MOST_STEPS))
-    shown = [record for place, record in enumerate(history) if place % every == 0 or record is history[-1]]
-    columns = list(dict.fromkeys(key for record in shown for key in record))
+    every = max(1, math.ceil(len(steps) / _MOST_STEPS))
+    names, rows = facts.step_table(run, every)
     caption = "Every step" if every == 1 else f"Every {every}th step and the last one"
-    table = Numbers(caption, [spaced(key) for key in columns], [[one.get(key) for key in columns] for one in shown])
-    chart = Chart("Training", "Cross-entropy, share kept and undecided gates by step.", figures.training(history))
-    return Content([says, *went_back, lost, warning], [chart, table])
+    chart = Chart("Training", "Cross-entropy, share kept and undecided gates by step.", figures.training(steps))
+    table = Numbers(caption, [spaced(name) for name in names], rows)
+    return Content([says, *outcome.rollbacks, *_gap_words(outcome.gap)], [chart, table])
+
+
+def _gap_words(gap: SoftHardGap | None) -> list[str]:
+    """What making a mask of the soft gates changed."""
+    if gap is None:
+        return []
+    says = (
+        f"On the last batch the cross-entropy was {rounded(gap.soft)} nats with the soft gates, and is "
+        f"{rounded(gap.hard)} with the mask made of them."
+    )
+    return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
 
 
 @section("again", "How to do it again")

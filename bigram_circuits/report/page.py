@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bigram_circuits.experiments.falsification import load_falsification
 from bigram_circuits.measures.words import percent, rounded, span
-from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
+from bigram_circuits.report import facts, inside, outcome, reading  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
-from bigram_circuits.report.measured import interval
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
 from bigram_circuits.runs import Run, load_run, model_words, target_words
@@ -57,32 +54,28 @@ def sections(run: Run) -> list[Section]:
 def opening(run: Run) -> Opening:
     """The title, what was asked, and the answer in a sentence."""
     target, model = target_words(run), model_words(run)
-    source = str((run.settings.get("corpus") or {}).get("source"))
-    text = "the reference text" if source == "reference" else f"the text {source}"
     asked = (
-        f"Which weights of {model} suffice to reproduce {target[1]}? Learned on {text}, measured on its held-out part."
+        f"Which weights of {model} suffice to reproduce {target[1]}? Learned on {facts.text_name(run)}, measured on "
+        "its held-out part."
     )
     kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
     title = f"The {target[0]} subnetwork of {model}"
-    if run.metrics is None:
+    if not facts.is_evaluated(run):
         return Opening(title, asked, f"{kept} were kept. How well they do is not known: the run was not evaluated.")
-    own = run.metrics["subnetwork"]
-    low, high = interval(run.metrics, "subnetwork")
-    pair = "" if low is None else f" (95% interval {span(low, high)})"
-    r = own.get("surprisal_correlation")
+    rows = {row.name: row for row in facts.rows(run)}
+    own = rows["subnetwork"]
+    pair = "" if own.ends[0] is None else f" (95% interval {span(*own.ends)})"
     tried = load_falsification(run.path / "falsify")
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
-    answer = (
-        f"{kept} correlate with the target at r = {rounded(r)}{pair}. {outcome.verdict_words(run.metrics)}{refuted}"
-    )
-    return Opening(title, asked, answer, _marks(run, run.metrics))
-
-
-def _marks(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    answer = f"{kept} correlate with the target at r = {rounded(own.r)}{pair}. {facts.verdict(run)}{refuted}"
     marks = [("of the weights kept", percent(run.subnetwork.fraction))]
-    marks.append(("r with the target", rounded(metrics["subnetwork"].get("surprisal_correlation"))))
-    if metrics.get("random"):
-        marks.append(("r of matched random weights", rounded(metrics["random"]["mean"].get("surprisal_correlation"))))
-    if metrics.get("full"):
-        marks.append(("r of the whole model", rounded(metrics["full"].get("surprisal_correlation"))))
-    return marks
+    marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
+    return Opening(title, asked, answer, marks)
+
+
+_MARKS = {
+    "subnetwork": "r with the target",
+    "random": "r of matched random weights",
+    "full": "r of the whole model",
+}
+"""What stands large at the top, by row."""
