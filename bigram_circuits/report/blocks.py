@@ -1,20 +1,10 @@
-"""What a page is made of, in plain text: sections of sentences, charts and tables; numbers and settings in words."""
+"""What a page is made of, in plain text: sections of sentences, charts and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-LAYER_CHARTS = (
-    ("logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target"),
-    ("affine_lens", "surprisal_correlation", "Affine lens: r with the target", "r with the target"),
-    ("affine_lens", "recall_at_1", "Recall of the current token", "the share of tokens found first"),
-    ("cosine", "current_embedding", "Cosine with the current token's embedding", "the mean cosine"),
-    ("cosine", "target_unembedding", "Cosine with the unembedding of the target's next token", "the mean cosine"),
-    ("rotations", "output_angle", "Rotation of the map to the output", "the median angle in degrees"),
-)  # fmt: skip
-"""Result, quantity, title and words of what is drawn by layer."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +71,27 @@ Block = Chart | Numbers | Reading | Attention | Code
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a section tells."""
+
+    says: Sequence[str] = ()
+    """Sentences; empty ones are left out."""
+    blocks: Sequence[Block] = ()
+    """What stands below them."""
+
+
+@dataclass(frozen=True)
 class Section:
-    """A step of the story."""
+    """A section of a page."""
 
     key: str
+    """Its anchor in the page."""
     heading: str
+    """Its heading."""
     says: Sequence[str] = ()
+    """Sentences; empty ones are left out."""
     blocks: Sequence[Block] = ()
+    """What stands below them."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,5 @@ class Opening:
     title: str
     asked: str
     answer: str
-    marks: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    marks: Sequence[tuple[str, str]] = ()
     """A few numbers by name."""
-
-
-def interval(
-    metrics: Mapping[str, Any], condition: str, quantity: str = "surprisal_correlation"
-) -> tuple[float | None, float | None]:
-    """Of r, or of another quantity; ends are None where it is undefined."""
-    low, high = (metrics.get("intervals") or {}).get(condition, {}).get(quantity) or (None, None)
-    return low, high

@@ -11,12 +11,12 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.experiments.comparison import compare, differing_settings
+from bigram_circuits.experiments.comparison import compare, differing_settings, not_dominated
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.report.comparison import not_dominated, page, write_comparison
+from bigram_circuits.report.comparison import page, write_comparison
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import (
     HOSTILE,

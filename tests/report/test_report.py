@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from bigram_circuits.measures.html import shown
-from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.report.page import page, write_report
-from bigram_circuits.report.story import command_line
+from bigram_circuits.report.blocks import Content
+from bigram_circuits.report.outcome import command_line
+from bigram_circuits.report.page import SECTIONS, page, sections, write_report
+from bigram_circuits.report.sections import Sections
 from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries
 
 
@@ -104,6 +105,31 @@ def test_numbers_are_shown_with_few_digits():
     assert [shown(value) for value in (0.96198, 12345.678, 3, 0.0, 1e-9, math.inf)] == [
         "0.9620", "12,345.7", "3", "0", "1.00e-09", "inf",
     ]  # fmt: skip
+
+
+# --- the registry of sections ---
+
+
+def test_every_registered_section_is_on_the_page_and_in_its_contents(run, told, elements):
+    kinds = list(SECTIONS)
+    assert [one.key for one in sections(run)] == [one.key for one in kinds]
+    assert [one["id"] for one in elements.named("section")] == [one.key for one in kinds]
+    links = [one["href"] for one in elements.named("a")]
+    assert links == [f"#{one.key}" for one in kinds]
+    for one in kinds:
+        assert elements.text.count(one.heading) == 2, one.key
+        assert one.tell.__doc__, one.key
+    assert [one.key for one in kinds][-2:] == ["other", "again"]
+
+
+def test_a_new_section_stands_before_the_last_ones():
+    registry = Sections(first=("a",), last=("z",))
+    for key in ("z", "b", "a", "c"):
+        registry.add(key, f"Heading of {key}")(lambda: Content(["says"]))
+    assert [one.key for one in registry] == ["a", "b", "c", "z"]
+    assert next(iter(registry))().heading == "Heading of a"
+    with pytest.raises(ValueError, match="section 'b' already"):
+        registry.add("b", "again")(lambda: Content())
 
 
 # --- what comes from data is text ---
