@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bigram_circuits.measures.html import shown
+from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report.blocks import Content
 from bigram_circuits.report.outcome import command_line
 from bigram_circuits.report.page import SECTIONS, page, sections, write_report
