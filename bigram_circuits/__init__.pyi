@@ -26,14 +26,15 @@ from .experiments.falsification import (
     load_falsification as load_falsification,
     with_random_blocks as with_random_blocks,
 )
-from .experiments.sparsity_path import SubnetworkPath as SubnetworkPath, find_path as find_path
-from .learning.memory import MemoryForecast as MemoryForecast
-from .learning.training import (
-    FoundSubnetwork as FoundSubnetwork,
-    SparsifyConfig as SparsifyConfig,
-    find_subnetwork as find_subnetwork,
-    forecast_memory as forecast_memory,
+from .experiments.sparsity_path import (
+    SubnetworkPath as SubnetworkPath,
+    find_path as find_path,
+    sparsity_path as sparsity_path,
 )
+from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
+from .learning.found import FoundSubnetwork as FoundSubnetwork
+from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
+from .learning.training import find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked
 from .measures.statistics import Faithfulness as Faithfulness
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
@@ -42,9 +43,10 @@ from .models.loading import checkpoints as checkpoints, load_model as load_model
 from .models.weights import WeightSite as WeightSite, weight_hash as weight_hash, weight_sites as weight_sites
 from .planted import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published
+from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
 from .report.page import write_report as write_report
-from .runs import Run as Run, load_run as load_run
+from .runs import Run as Run, StepRecord as StepRecord, load_run as load_run
 from .sharing import (
     export_huggingface as export_huggingface,
     export_masks as export_masks,
@@ -59,5 +61,6 @@ from .targets.next_token import NextTokenTarget as NextTokenTarget
 from .text.corpus import Corpus as Corpus, load_corpus as load_corpus
 from .text.counting import NGramCounter as NGramCounter, count_ngrams as count_ngrams
 from .text.ngrams import NGramTable as NGramTable
+from .workflow import study as study
 
 __version__: str

@@ -1,22 +1,19 @@
-"""The command line: parsing and wiring only. Heavy imports wait until a command needs them."""
+"""The command line: parsing only. What is heavy is imported when a command needs it."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import re
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-METHODS = ("continuous_sparsification", "hard_concrete", "straight_through")
+from bigram_circuits.recipe import PARTS, Option, Request, SparsifyConfig, options_of, whole
 
 _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
@@ -37,18 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 the work failed or was interrupted, 2 the arguments are wrong."""
     arguments = _parser().parse_args(argv)
     try:
-        with _terminated_like_ctrl_c():
+        with _terminated_like_ctrl_c(), _warnings_in_a_line():
             return arguments.command(arguments)
     except KeyboardInterrupt as stop:
         return _say(str(stop) or "interrupted; what the run had written stays, and the same command goes on", 1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if isinstance(error, MemoryError | RuntimeError):
-            from bigram_circuits.learning.training import LESS_MEMORY, is_out_of_memory
+            from bigram_circuits.learning.memory import LESS_MEMORY, is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
-            line = line if LESS_MEMORY in line else f"out of memory: {LESS_MEMORY} ({line[:200]})"
+            line = (
+                line
+                if LESS_MEMORY in line or "--batch-size" in line
+                else f"out of memory: {LESS_MEMORY} ({line[:200]})"
+            )
         if arguments.traceback:
             raise
         return _say(f"error: {line}", 1)
@@ -71,6 +72,24 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Within the block, our warnings are lines on stderr; those of others are as they were."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__module__.startswith("bigram_circuits."):
+            _say(f"warning: {message}", 0)
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
 def _say(line: str, code: int) -> int:
     print(f"bigram-circuits: {line}", file=sys.stderr)
     return code
@@ -78,6 +97,12 @@ def _say(line: str, code: int) -> int:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- the parser ---
+
+_SEEDS = whole(0).read
+_COUNT = whole(1).read
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,67 +119,52 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     shared.add_argument("--traceback", action="store_true", help="show where an error arose")
+    _add_find(commands, shared)
+    _add_work_on_runs(commands, shared)
+    _add_exchange(commands, shared)
+    return parser
 
+
+def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """`find`, whose options are the fields of the dataclasses in `recipe.py`."""
     find = commands.add_parser(
         "find", parents=[shared], help="find a subnetwork, evaluate and analyse it, save the run"
     )
     find.set_defaults(command=_find)
-    find.add_argument(
-        "model", nargs="?", default="reference", help="'reference', a hub id, or a folder (default: reference)"
-    )
-    find.add_argument("--revision", metavar="R", help="revision of a hub model, for example step1000")
-    find.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model's weights"
-    )
-    find.add_argument(
-        "--corpus", default="reference", metavar="SOURCE", help="'reference', a file or folder of text, or a dataset"
-    )
-    find.add_argument("--context-length", type=_whole(2), metavar="N", help="tokens in a sequence (default: 128)")
-    find.add_argument("--max-tokens", type=_whole(1), metavar="N", help="read at most so much of the corpus")
-    find.add_argument(
-        "--order", type=int, choices=(1, 2, 3), default=2, help="of the n-gram target (default: 2, bigrams)"
-    )
-    find.add_argument(
-        "--target",
-        choices=("ngram", "model", "next-token", "induced"),
-        default="ngram",
-        help="the n-gram table, the full model's own distribution, the next token, or the model's induced bigram",
-    )
-    size = find.add_mutually_exclusive_group()
-    size.add_argument("--sparsity-weights", type=_numbers, metavar="X,Y,..", help="nested subnetworks, and one curve")
-    size.add_argument("--sparsity-weight", type=_number(0.0), metavar="X", help="penalty on kept weights (default: 10)")
-    size.add_argument(
-        "--target-fraction", type=_number(0.0), metavar="X", help="keep exactly this share of the weights"
-    )
-    find.add_argument("--method", choices=METHODS, help="how masks are learned (default: continuous_sparsification)")
-    find.add_argument(
-        "--granularity", type=_granularity, metavar="G", help="weight, neuron, head, block; or attn=head,mlp=weight"
-    )
-    find.add_argument("--layers", type=_layers, metavar="I,J,..", help="mask only these layers")
-    find.add_argument("--recipe", choices=("default", "paper"), default="default", help="ours, or the published one")
-    find.add_argument("--steps", type=_whole(1), metavar="N", help="at most so many training steps")
-    find.add_argument("--batch-size", type=_whole(1), metavar="N", help="sequences in a step")
-    find.add_argument("--learning-rate", type=_number(0.0), metavar="X", help="of the masks' scores")
-    find.add_argument("--low-memory", action="store_true", help="take less memory, and more time")
-    find.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the data order (default: 0)")
-    find.add_argument(
-        "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"
-    )
+    for part in PARTS:
+        group = find.add_argument_group("how masks are learned") if part is SparsifyConfig else find
+        for name, option in options_of(part).items():
+            _add_option(group, name, option, part.__dataclass_fields__[name].default)
     find.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)"
     )
-    find.add_argument("--no-analysis", action="store_true", help="stop when the subnetwork is evaluated")
-    find.add_argument(
-        "--falsify", action="store_true",
-        help="also try to refute it: untrained blocks, a nonsense target, 3 other seeds (5 times the learning)",
-    )  # fmt: skip
     find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
 
+
+def _add_option(group: Any, name: str, option: Option, default: Any) -> None:
+    """A field as an option. What is not given is None: the field's default is then taken."""
+    if option.kind is None:
+        group.add_argument(
+            *option.flags, dest=name, action="store_const", const=not default, default=None, help=option.help
+        )
+        return
+    help = f"{option.help} (default: {option.says or (option.kind.write(default) if default is not None else 'none')})"
+    settings: dict[str, Any] = {"type": option.kind.read, "help": help.replace("%", "%%"), "default": None}
+    choices = None if option.choices is None else list(option.choices())
+    settings |= {"metavar": option.kind.metavar} if choices is None else {"choices": choices}
+    if not option.flag.startswith("-"):
+        group.add_argument(name, nargs="?", **settings | {"metavar": name.upper()})
+        return
+    group.add_argument(*option.flags, dest=name, **settings)
+
+
+def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """The commands that take a finished run up again, and those that only look."""
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
     evaluate.add_argument(
-        "--random-seeds", type=_whole(1), default=3, metavar="N", help="matched random controls (default: 3)"
+        "--random-seeds", type=_COUNT, default=3, metavar="N", help="matched random controls (default: 3)"
     )
 
     analyze = commands.add_parser(
@@ -162,8 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     analyze.set_defaults(command=_analyze)
     analyze.add_argument("run", type=Path, help="the run's folder")
-    analyze.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of the random controls (default: 0)")
-    analyze.add_argument("--tokens", type=_whole(1), metavar="N", help="measure layers on so many (default: 20480)")
+    analyze.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of the random controls (default: 0)")
+    analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="measure layers on this many (default: 20480)")
 
     report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
     report.set_defaults(command=_report)
@@ -174,12 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
     compare.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
+        "runs", type=Path, nargs="+", metavar="RUN",
         help="a run's folder, a path's, or a subnetwork's file; two or more",
-    )
+    )  # fmt: skip
     compare.add_argument(
         "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
     )
@@ -188,9 +195,6 @@ def _parser() -> argparse.ArgumentParser:
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
     hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
-
-    _add_exchange(commands, shared)
-    return parser
 
 
 def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -217,176 +221,22 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
     checkpoints.add_argument("model", help="a hub id such as EleutherAI/pythia-70m, or a family such as pythia")
 
 
-# --- find ---
+# --- the commands ---
 
 
 def _find(arguments: argparse.Namespace) -> int:
-    started = time.monotonic()
-    config = _config(arguments)
-    from bigram_circuits.analysis.suite import analyze
-    from bigram_circuits.evaluation import evaluate
-    from bigram_circuits.experiments.falsification import falsify
-    from bigram_circuits.learning.training import find_subnetwork, forecast_memory, run_settings
-    from bigram_circuits.models.loading import load_model
-    from bigram_circuits.report.page import write_report
-    from bigram_circuits.runs import STOPS, RunFolder
-    from bigram_circuits.text.corpus import load_corpus
-
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device, dtype=arguments.dtype)
-    corpus = load_corpus(
-        arguments.corpus,
-        tokenizer=model.tokenizer,
-        context_length=arguments.context_length,
-        max_tokens=arguments.max_tokens,
-    )
-    target = _target(arguments.target, arguments.order, model, corpus)
-    settings = run_settings(model, target, corpus, config)
-    out = arguments.out or _default_folder(arguments.model, settings)
-    rebuild = {
-        "model": {"name": arguments.model, "revision": arguments.revision, "dtype": arguments.dtype},
-        "corpus": {
-            "source": arguments.corpus,
-            "context_length": arguments.context_length,
-            "max_tokens": arguments.max_tokens,
-        },
-        "target": arguments.target,
-        "order": arguments.order,
-    }
-    if arguments.sparsity_weights:
-        return _find_path(arguments, model, corpus, target, config, rebuild)
-    folder = RunFolder.open(out, settings, resume=not arguments.fresh, rebuild=rebuild)
-    print(f"model   {arguments.model}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}, {model.cfg.device}")
-    print(f"text    {corpus!r}")
-    print(f"target  {target!r}")
-    print(f"run     {out}{' (found before; --fresh starts over)' if folder.is_finished else ''}", flush=True)
-    if not folder.is_finished:
-        print(f"memory  {forecast_memory(model, target, corpus, config)}", flush=True)
-    with folder.lock():
-        found = find_subnetwork(model, target, corpus, config, run_dir=out)
-        try:
-            evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
-            folder.write_metrics(evaluation.to_json())
-            print(f"\n{evaluation}\n\n{_where(found.subnetwork)}\n", flush=True)
-            if not arguments.no_analysis:
-                analyses = analyze(model, found.subnetwork, target, corpus)
-                analyses.save(out / "analysis")
-                print(f"{analyses}\n")
-            if arguments.falsify:
-                print(f"{falsify(model, target, corpus, config, found=found.subnetwork, run_dir=out / 'falsify')}\n")
-            report = write_report(out)
-        except KeyboardInterrupt:
-            kept = f"the subnetwork is kept in {str(out)!r}, and the same command goes on"
-            raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
-    print(
-        f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because "
-        f"{STOPS[found.stopped_because]}"
-    )
-    if found.rollbacks:
-        print(
-            f"the loss exploded {len(found.rollbacks)} times, and the run went back each time (training.json); "
-            f"learning rate at the end {found.rollbacks[-1]['learning_rate']:g}"
-        )
-    if found.gap:
-        print(
-            f"on the last batch: cross-entropy {found.gap.soft:.3f} nats with soft gates, {found.gap.hard:.3f} with "
-            "the mask"
-        )
-        if found.gap.warning:
-            print(f"WARNING: {found.gap.warning}")
-    print(f"{time.monotonic() - started:.0f} s in all; files in {out}/: {', '.join(folder.files())}")
-    print(f"the page to look at: {report}")
-    return 0
-
-
-def _config(arguments: argparse.Namespace) -> Any:
-    """The recipe; a value it refuses is a wrong argument."""
-    from bigram_circuits.learning.training import SparsifyConfig
-
-    changes: dict[str, Any] = {"seed": arguments.seed}
-    options = {
-        "sparsity_weight": arguments.sparsity_weight,
-        "target_fraction": arguments.target_fraction,
-        "max_steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
-        "method": arguments.method,
-        "granularity": arguments.granularity,
-        "layers": arguments.layers,
-        "low_memory": arguments.low_memory or None,
-    }
-    changes |= {name: value for name, value in options.items() if value is not None}
+    options = {name: getattr(arguments, name) for part in PARTS for name in options_of(part)}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        return SparsifyConfig.paper(**changes) if arguments.recipe == "paper" else SparsifyConfig(**changes)
-    except ValueError as error:
+        Request.of(**given)
+    except ValueError as error:  # said before anything heavy is loaded
         raise SystemExit(_say(f"error: {error}", 2)) from error
+    from bigram_circuits.workflow import study
 
-
-def _default_folder(model: str, settings: Any) -> Path:
-    """One folder for one set of settings, so that the same command continues the same run."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return Path("runs") / f"{name}-{digest}"
-
-
-def _where(subnetwork: Any) -> str:
-    """Where the kept weights are, by layer and component: share of all kept weights, and of the component's own."""
-    counts = subnetwork.by_component()
-    components = sorted({component for _, component in counts})
-    lines = ["where the kept weights are (share of them; in brackets, share of the component that is kept)"]
-    lines.append(f"{'layer':<8}" + "".join(f"{component:>20}" for component in components))
-    for layer in sorted({layer for layer, _ in counts}):
-        cells = [
-            f"{100 * counts[layer, c].kept / max(subnetwork.kept, 1):.1f}% ({100 * counts[layer, c].fraction:.2f}%)"
-            for c in components
-        ]
-        lines.append(f"{layer:<8}" + "".join(f"{cell:>20}" for cell in cells))
-    totals = [sum(n.kept for (_, c), n in counts.items() if c == component) for component in components]
-    shares = [f"{100 * total / max(subnetwork.kept, 1):.1f}%" for total in totals]
-    lines.append(f"{'all':<8}" + "".join(f"{share:>20}" for share in shares))
-    return "\n".join(lines)
-
-
-def _find_path(
-    arguments: argparse.Namespace, model: Any, corpus: Any, target: Any, config: Any, rebuild: dict[str, Any]
-) -> int:
-    """`find --sparsity-weights`: a folder with a run for each, and the curve."""
-    from bigram_circuits.experiments.sparsity_path import find_path
-    from bigram_circuits.learning.training import run_settings
-
-    settings = run_settings(model, target, corpus, config) | {"weights": arguments.sparsity_weights}
-    out = arguments.out or _default_folder(arguments.model, settings)
-    print(f"path    {out}", flush=True)
-    path = find_path(model, target, corpus, config, arguments.sparsity_weights, run_dir=out, rebuild=rebuild)
-    print(f"\n{path}\n\nfiles in {out}/: {', '.join(sorted(file.name for file in out.glob('[!.]*')))}")
-    return 0
-
-
-def _target(kind: str, order: int, model: Any, corpus: Any) -> Any:
-    """The target of a run, from its names."""
-    from bigram_circuits.targets.induced import InducedTarget
-    from bigram_circuits.targets.model import ModelTarget
-    from bigram_circuits.targets.next_token import NextTokenTarget
-    from bigram_circuits.text.counting import count_ngrams
-
-    if kind == "model":
-        return ModelTarget(model)
-    if kind == "induced":
-        return InducedTarget(model, corpus.train)
-    return NextTokenTarget() if kind == "next-token" else count_ngrams(corpus.train, order, d_vocab=model.cfg.d_vocab)
-
-
-# --- evaluate, analyze, report, compare, hooks ---
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.evaluation import evaluate
-    from bigram_circuits.report.page import write_report
-
-    with _run_to_write(arguments.run) as folder:
-        model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
-        evaluation = evaluate(model, subnetwork, target, corpus.held_out, seeds=arguments.random_seeds)
-        folder.write_metrics(evaluation.to_json())
-        print(f"{evaluation}\n\n{_where(subnetwork)}\n\nthe page to look at: {write_report(arguments.run)}")
+    study(
+        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh,
+        tell=lambda line: print(line, flush=True),
+    )  # fmt: skip
     return 0
 
 
@@ -401,14 +251,29 @@ def _run_to_write(path: Path) -> Iterator[Any]:
         yield folder
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.report.page import write_report
+    from bigram_circuits.workflow import reopen
+
+    with _run_to_write(arguments.run) as folder:
+        run, of = reopen(arguments.run, arguments.device)
+        seeds = arguments.random_seeds
+        evaluation = evaluate(of.model, run.subnetwork, of.target, of.corpus.held_out, seeds=seeds)
+        folder.write_evaluation(evaluation)
+        print(f"{evaluation}\n\n{run.subnetwork.table()}\n\nthe page to look at: {write_report(arguments.run)}")
+    return 0
+
+
 def _analyze(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.report.page import write_report
+    from bigram_circuits.workflow import reopen
 
     with _run_to_write(arguments.run):
-        model, subnetwork, target, corpus = _parts_of_run(arguments.run, arguments.device)
+        run, of = reopen(arguments.run, arguments.device)
         options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
-        analyses = analyze(model, subnetwork, target, corpus, seed=arguments.seed, **options)
+        analyses = analyze(of.model, run.subnetwork, of.target, of.corpus, seed=arguments.seed, **options)
         analyses.save(arguments.run / "analysis")
         print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
         print(f"the page to look at: {write_report(arguments.run)}")
@@ -433,29 +298,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parts_of_run(folder: Path, device: str | None) -> tuple[Any, Any, Any, Any]:
-    """Model, subnetwork, target and corpus of a finished run, made again from its names."""
-    from bigram_circuits.models.loading import load_model
-    from bigram_circuits.runs import load_run
-    from bigram_circuits.subnetwork import Subnetwork
-    from bigram_circuits.text.corpus import load_corpus
-
-    run = load_run(folder)
-    if run.rebuild is None:
-        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: evaluate or analyse it there")
-    model = load_model(**run.rebuild["model"], device=device)
-    corpus = load_corpus(**run.rebuild["corpus"], tokenizer=model.tokenizer)
-    if corpus.fingerprint != run.settings["corpus"]["fingerprint"]:
-        print(
-            f"bigram-circuits: note: the text of {corpus.source!r} is not what the run was made on "
-            f"(fingerprint {corpus.fingerprint}, then {run.settings['corpus']['fingerprint']})",
-            file=sys.stderr,
-        )
-    target = _target(run.rebuild["target"], run.rebuild["order"], model, corpus)
-    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
-    return model, subnetwork, target, corpus
-
-
 def _hooks(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.activations import activation_points
     from bigram_circuits.models.loading import load_model
@@ -475,9 +317,6 @@ def _hooks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# --- import-published, export, checkpoints ---
-
-
 def _import_published(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.published import import_published, read_masks
@@ -486,7 +325,7 @@ def _import_published(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
-    print(f"{subnetwork!r}\n\n{_where(subnetwork)}\n\nwritten to {arguments.out}")
+    print(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
     return 0
 
 
@@ -503,7 +342,9 @@ def _export(arguments: argparse.Namespace) -> int:
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)
-    model = load_model(**run.rebuild["model"], device=arguments.device)
+    model = load_model(
+        run.rebuild.model, revision=run.rebuild.revision, dtype=run.rebuild.dtype, device=arguments.device
+    )
     subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
     (export_masks if masks_alone else export_huggingface)(model, subnetwork, arguments.out)
     print(f"{subnetwork!r}\nwritten to {arguments.out}")
@@ -515,49 +356,6 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
     print("\n".join(checkpoints(arguments.model)))
     return 0
-
-
-# --- argument types ---
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
-def _number(least: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least:g}")
-        return value
-
-    return parse
-
-
-def _numbers(text: str) -> list[float]:
-    numbers = [_number(0.0)(part) for part in text.split(",")]
-    if len(set(numbers)) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of at least two different numbers, as in 1,10,100")
-    return numbers
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(_whole(0)(part) for part in text.split(","))
-
-
-def _granularity(text: str) -> str | dict[str, str]:
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
-    return {component: unit for component, _, unit in pairs}
 
 
 def _silence() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.results import Effects, Quantity
 from bigram_circuits.measures.statistics import MEASURED, Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.storage.records import shown
+from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target, entropy, top1_agreement
+from bigram_circuits.targets.base import Target, as_target, entropy, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
@@ -48,25 +50,25 @@ class Evaluation:
 
     subnetwork: Faithfulness
     """The model with only the subnetwork's weights."""
-    full: Faithfulness | None
+    full: Faithfulness | None = None
     """The whole model; this and what follows are None if evaluated without controls."""
-    empty: Faithfulness | None
+    empty: Faithfulness | None = None
     """The model with no maskable weight."""
-    complement: Faithfulness | None
+    complement: Faithfulness | None = None
     """The whole model without the subnetwork."""
-    random: tuple[Faithfulness, ...]
+    random: tuple[Faithfulness, ...] = ()
     """Matched random subnetworks, one for each seed."""
-    full_minus_random: tuple[Faithfulness, ...]
+    full_minus_random: tuple[Faithfulness, ...] = ()
     """The whole model without each of these."""
-    magnitude: Faithfulness | None
+    magnitude: Faithfulness | None = None
     """The largest weights, as many in every matrix as the subnetwork keeps."""
-    intervals: Mapping[str, Mapping[str, Interval]]
+    intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     """95% bootstrap intervals over sequences: condition -> quantity -> (low, high)."""
-    advantage: Mapping[str, Interval]
+    advantage: Mapping[str, Interval] = field(default_factory=dict)
     """95% paired bootstrap intervals of the subnetwork's correlation less a control's, by control."""
-    positions: int
-    """Next-token positions evaluated."""
-    used: int
+    positions: int | None = None
+    """Next-token positions evaluated; None if a summary of several runs did not note it."""
+    used: int | None = None
     """Of these, the ones that enter the correlations, by the zero-probability rule."""
 
     @property
@@ -84,21 +86,37 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of a run's `metrics.json`."""
-        one = {name: getattr(self, name) for name in ("subnetwork", "full", "empty", "complement", "magnitude")}
         return {
-            **{name: None if value is None else value.to_json() for name, value in one.items()},
-            "random": _spread(self.random),
-            "full_minus_random": _spread(self.full_minus_random),
-            "zero_rule": {
-                "positions": self.positions,
-                "used": self.used,
-                "share": self.used / self.positions,
-                "rule": ZERO_RULE,
-            },
-            "intervals": {name: {k: _json_pair(v) for k, v in of.items()} for name, of in self.intervals.items()},
-            "advantage": {name: _json_pair(pair) for name, pair in self.advantage.items()},
+            **{name: to_json(getattr(self, name)) for name in _SINGLE},
+            **{name: _spread(getattr(self, name)) for name in _REPEATED},
+            "zero_rule": None if self.positions is None or self.used is None else _zero_rule(self.positions, self.used),
+            "intervals": to_json(self.intervals),
+            "advantage": to_json(self.advantage),
             "verdict": self.verdict,
         }
+
+    @classmethod
+    def from_json(cls, record: Any) -> Evaluation:
+        """What `to_json` gave: means, deviations and the verdict are computed again.
+
+        Raises:
+            ValueError: If it is something else, in words that follow `is damaged:`.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"it should be values by name, not {shown(record)}")
+        unknown = set(record) - {*_SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
+        if unknown:
+            raise ValueError(f"it holds {shown(min(unknown))}, which is not known")
+        rule = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
+        return cls(
+            subnetwork=from_json(Faithfulness, record.get("subnetwork"), "subnetwork"),
+            **{name: from_json(Faithfulness | None, record.get(name), name) for name in _SINGLE[1:]},
+            **{name: _seeds(record.get(name), name) for name in _REPEATED},
+            intervals=from_json(Mapping[str, Mapping[str, Interval]], record.get("intervals", {}), "intervals"),
+            advantage=from_json(Mapping[str, Interval], record.get("advantage", {}), "advantage"),
+            positions=rule and rule.positions,
+            used=rule and rule.used,
+        )
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
         """(name, numbers) of the subnetwork and every control; the random ones as means over seeds."""
@@ -110,6 +128,10 @@ class Evaluation:
             yield "random", _mean(self.random)
             yield "full - random", _mean(self.full_minus_random)
 
+    def interval(self, condition: str, quantity: str = "surprisal_correlation") -> Interval:
+        """The 95% interval around a number of a condition; (nan, nan) where there is none."""
+        return self.intervals.get(condition, {}).get(quantity, (math.nan, math.nan))
+
     def to_dataframe(self) -> Any:
         """A pandas table: a row for the subnetwork and every control, the random ones as means over seeds."""
         import pandas as pd
@@ -119,9 +141,8 @@ class Evaluation:
     def plot(self, quantity: str = "surprisal_correlation") -> Any:
         """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
         rows = dict(self.rows())
-        undefined = (math.nan, math.nan)
         values = np.array([[getattr(value, one.name) for value in rows.values()] for one in _QUANTITIES])
-        pairs = [[self.intervals.get(name, {}).get(one.name, undefined) for name in rows] for one in _QUANTITIES]
+        pairs = [[self.interval(name, one.name) for name in rows] for one in _QUANTITIES]
         low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
         title = "The subnetwork and its controls"
         return Effects(title, _QUANTITIES, "condition", tuple(rows), values, low, high).plot(quantity)
@@ -157,9 +178,12 @@ class Evaluation:
     @property
     def _legend(self) -> list[str]:
         """What the columns are."""
+        where = ""
+        if self.positions is not None and self.used is not None:
+            where = f", on the {self.used:,} of {self.positions:,} held-out positions "
+            where += f"({100 * self.used / self.positions:.1f}%) where the target's probability is above 0"
         return [
-            f"r: correlation of surprisals with the target's, on the {self.used:,} of {self.positions:,} held-out "
-            f"positions ({100 * self.used / self.positions:.1f}%) where the target's probability is above 0.",
+            f"r: correlation of surprisals with the target's{where}.",
             "CE, KL: from the target, nats. loss: the masked model's own next-token loss, nats.",
         ]
 
@@ -169,8 +193,45 @@ class Evaluation:
         if len(group) > 1:
             deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
             return f"sd {deviation:.3f}, {len(group)} seeds"
-        low, high = self.intervals.get(name, {}).get("surprisal_correlation", (math.nan, math.nan))
+        low, high = self.interval(name)
         return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+_SINGLE = ("subnetwork", "full", "empty", "complement", "magnitude")
+_REPEATED = ("random", "full_minus_random")
+
+
+@dataclass(frozen=True)
+class _ZeroRule(Record):
+    """What `metrics.json` says of the zero-probability rule."""
+
+    positions: int
+    used: int
+    share: float
+    rule: str
+
+
+@dataclass(frozen=True)
+class _OfSeed(Faithfulness):
+    """The numbers of one random control."""
+
+    seed: int
+
+
+def _zero_rule(positions: int, used: int) -> dict[str, Any]:
+    return _ZeroRule(positions, used, used / positions, ZERO_RULE).to_json()
+
+
+def _seeds(group: Any, name: str) -> tuple[Faithfulness, ...]:
+    """The numbers of every seed, from what `_spread` gave."""
+    if group is None:
+        return ()
+    if not isinstance(group, dict) or set(group) != {"mean", "std", "seeds"}:
+        raise ValueError(f"{name} should have a mean, an std and seeds, not {shown(group)}")
+    of_seeds = from_json(tuple[_OfSeed, ...], group["seeds"], f"{name}.seeds")
+    return tuple(
+        Faithfulness(**{one.name: getattr(seed, one.name) for one in fields(Faithfulness)}) for seed in of_seeds
+    )
 
 
 def evaluate(
@@ -201,7 +262,7 @@ def evaluate(
     check_tokens(model, array)
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
-    check_target(target, model.cfg.d_vocab)
+    target = as_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
     conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
@@ -239,7 +300,7 @@ GAP_MATTERS = 0.1
 
 
 @dataclass(frozen=True)
-class SoftHardGap:
+class SoftHardGap(Record):
     """What a run lost, or won, when its soft gates became a mask: CE on one batch, nats per position."""
 
     soft: float
@@ -299,7 +360,7 @@ def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tupl
 
 
 def _sums(
-    model: Any, subnetwork: Subnetwork, target: Any, tokens: Integer[np.ndarray, "sequence position"], bar: Any
+    model: Any, subnetwork: Subnetwork, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """One row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
@@ -314,7 +375,7 @@ def _sums(
 
 
 def _batch_sums(
-    logits: Float[Tensor, "batch pos d_vocab"], target: Any, tokens: Integer[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos d_vocab"], target: Target, tokens: Integer[Tensor, "batch pos"]
 ) -> Float[np.ndarray, "batch column"]:
     x = statistics.surprisals(logits, tokens).double()
     if not torch.isfinite(x).all():
@@ -353,17 +414,9 @@ def _spread(values: tuple[Faithfulness, ...]) -> dict[str, Any] | None:
     std = table.std(0, ddof=1) if len(rows) > 1 else np.full(table.shape[1], np.nan)
     return {
         "mean": _mean(values).to_json(),
-        "std": {key: _json_number(v) for key, v in zip(rows[0], std, strict=True)},
+        "std": {key: to_json(float(v)) for key, v in zip(rows[0], std, strict=True)},
         "seeds": [{"seed": seed, **value.to_json()} for seed, value in enumerate(values)],
     }
-
-
-def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _json_pair(pair: Interval) -> list[float | None]:
-    return [_json_number(pair[0]), _json_number(pair[1])]
 
 
 def _verdict(evaluation: Evaluation) -> str:
@@ -382,9 +435,9 @@ def _verdict(evaluation: Evaluation) -> str:
         (beaten if won else unbeaten).append(label)
     words = []
     if beaten:
-        words.append(f"r is above that of: {', '.join(beaten)} (95% paired intervals)")
+        words.append(f"r beats that of: {', '.join(beaten)} (95% paired intervals)")
     if unbeaten:
-        words.append(f"r is NOT shown to be above that of: {', '.join(unbeaten)}")
+        words.append(f"r is NOT shown to beat that of: {', '.join(unbeaten)}")
     rise, random_rise = evaluation.necessity
     words.append(
         f"dropping it raises the model's loss by {rise:.2f} nats, dropping a matched random one by {random_rise:.2f}"

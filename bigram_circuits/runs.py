@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.measures import html
+from bigram_circuits.measures.results import Result, load_result
+from bigram_circuits.measures.words import rounded
+from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.storage.files import (
     cannot_write,
     checked_json,
+    damaged,
     is_leftover,
     read_checked_json,
     recover_folder,
@@ -42,9 +48,10 @@ from bigram_circuits.storage.files import (
     write_text,
 )
 from bigram_circuits.storage.locks import holder, is_lock, lock_folder
+from bigram_circuits.storage.records import parse_json, shown
+from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
 
-_ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 _FORMAT = "bigram_circuits.run/1"
 _PACKAGES = ("bigram_circuits", "torch", "transformer_lens", "transformers", "tokenizers", "numpy")
 STOPS = {
@@ -60,6 +67,159 @@ _CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
 _CHECKPOINT_SPEED = 2e8  # bytes a second, as long as no checkpoint was written that could be timed
 
 
+# --- what the files of a run hold -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelIdentity(Record):
+    """What tells a run's model from others."""
+
+    name: str | None = None
+    """As it was loaded."""
+    revision: str | None = None
+    """Of a hub model."""
+    weight_hash: str | None = None
+    """Hash of its maskable weights."""
+    dtype: str | None = None
+    """Precision of its weights."""
+
+
+@dataclass(frozen=True)
+class CorpusIdentity(Record):
+    """What tells a run's text from others."""
+
+    source: str | None = None
+    """What was read, in words."""
+    fingerprint: str | None = None
+    """Hash of its tokens."""
+    tokenizer_hash: str | None = None
+    """Hash of the tokenizer's vocabulary."""
+    context_length: int | None = None
+    """Tokens in a sequence."""
+
+
+@dataclass(frozen=True)
+class TargetIdentity(Record):
+    """What tells a run's target from others."""
+
+    kind: str | None = None
+    """Name of its class."""
+    fingerprint: str | None = None
+    """Its own, if it has one."""
+
+
+@dataclass(frozen=True)
+class RunSettings(Record):
+    """What decides a run's result; a run's folder is tied to it."""
+
+    model: ModelIdentity
+    """The model."""
+    corpus: CorpusIdentity
+    """The text."""
+    target: TargetIdentity
+    """The target."""
+    recipe: SparsifyConfig
+    """How masks are learned."""
+    within: str | None = None
+    """Checksum of the subnetwork that was looked inside, if any."""
+
+
+@dataclass(frozen=True)
+class StepRecord(Record):
+    """A step of learning, as `progress.jsonl` holds it."""
+
+    attempt: int
+    """Which data order, from 0."""
+    step: int
+    """From 0."""
+    cross_entropy: float
+    """From the target to the softly masked model, nats."""
+    fraction: float
+    """Of the maskable weights, those that would be kept if learning ended now."""
+    undecided: float
+    """Share of the gates between 0.1 and 0.9."""
+    due: float | None = None
+    """Share of the gated weights that should be open by now; None without a share to reach."""
+    above_zero: float | None = None
+    """Share of the gated weights with a positive score."""
+    penalty: float | None = None
+    """Mean penalised gate."""
+    sparsity_weight: float | int | None = None
+    """The penalty's weight."""
+
+
+@dataclass(frozen=True)
+class Rollback(Record):
+    """An explosion of the loss, and what was done about it."""
+
+    attempt: int
+    """In which attempt."""
+    step: int
+    """At which step."""
+    what: str
+    """What happened, in words."""
+    back_to: int
+    """The step that the run went back to."""
+    learning_rate: float
+    """The learning rate from there on."""
+
+
+@dataclass(frozen=True)
+class Outcome(Record):
+    """How learning ended."""
+
+    stopped_because: str
+    """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
+    seconds: float = math.nan
+    """Time spent learning."""
+    attempts: int = 1
+    """How many data orders were tried."""
+    soft_hard: SoftHardGap | None = None
+    """Cross-entropy with the last soft gates, and with the mask made of them; None if it was not noted."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Each time the loss was not finite or exploded. The abandoned steps are not in the history."""
+
+    @property
+    def why(self) -> str:
+        """Why learning stopped, in words."""
+        return STOPS[self.stopped_because]
+
+    def __post_init__(self) -> None:
+        if self.stopped_because not in STOPS:
+            raise ValueError(f"stopped_because should be one of {', '.join(STOPS)}, not {shown(self.stopped_because)}")
+
+
+@dataclass(frozen=True)
+class _Config(Record):
+    """The contents of `config.json`."""
+
+    format: str
+    settings: RunSettings
+    rebuild: Inputs | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str | None = None
+
+
+@dataclass(frozen=True)
+class _ProgressState(Record):
+    """How long `progress.jsonl` is, in bytes, and its digest."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class _CheckpointState(Record):
+    """What a checkpoint's header says."""
+
+    step: int
+    attempt: int
+    seconds: float
+    rollbacks: tuple[Rollback, ...] = ()
+    good_step: int | None = None
+    progress: _ProgressState | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run that is learning."""
@@ -72,10 +232,14 @@ class Checkpoint:
     """Which data order, from 0."""
     seconds: float
     """Time spent learning so far."""
-    rollbacks: Sequence[Mapping[str, Any]] = ()
+    rollbacks: tuple[Rollback, ...] = ()
     """Where the loss exploded in this attempt, and what was done."""
     good_step: int | None = None
     """The step of the last good state, whose tensors are named `good.`; None: there is none but the attempt's start."""
+
+    def state(self, progress: _ProgressState | None) -> _CheckpointState:
+        """All but the tensors, with what came before it in `progress.jsonl`."""
+        return _CheckpointState(self.step, self.attempt, self.seconds, self.rollbacks, self.good_step, progress)
 
 
 class RunFolder:
@@ -92,16 +256,16 @@ class RunFolder:
     def open(
         cls,
         path: str | os.PathLike[str],
-        settings: Mapping[str, Any],
+        settings: RunSettings,
         *,
         resume: bool = True,
-        rebuild: Mapping[str, Any] | None = None,
+        rebuild: Inputs | None = None,
     ) -> RunFolder:
         """Make the folder of a run, or take up the one that is there if it was made with the same settings.
 
         Args:
             path: The folder.
-            settings: What decides the result, as JSON values: model, corpus, target and recipe.
+            settings: What decides the result: model, corpus, target and recipe.
             resume: False removes what a run with the same settings left there.
             rebuild: How to make model, corpus and target again from names, if they can be.
 
@@ -110,19 +274,18 @@ class RunFolder:
             OSError: If it cannot be written.
         """
         path = Path(path)
-        wanted = json.loads(json.dumps(settings))
-        is_there = _check_settings(path, wanted)
+        is_there = _check_settings(path, settings)
         folder = cls(path)
         if is_there and resume:
             return folder
         with folder.lock():
-            if _check_settings(path, wanted):  # again: another process may have been faster
+            if _check_settings(path, settings):  # again: another process may have been faster
                 if not resume:
                     folder._clear()
                 return folder
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            record = {"format": _FORMAT, "created": created, "settings": wanted, "rebuild": rebuild}
-            write_text(path / "config.json", checked_json(record | {"versions": versions()}))
+            config = _Config(_FORMAT, settings, rebuild, versions(), created)
+            write_text(path / "config.json", checked_json(config.to_json()))
         return folder
 
     @contextmanager
@@ -148,22 +311,22 @@ class RunFolder:
 
     # --- progress ---
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[StepRecord]:
         """The records in `progress.jsonl`; a last line that was cut short is left out."""
         return _read_lines(self.path / "progress.jsonl")
 
-    def begin_progress(self, records: list[dict[str, Any]]) -> None:
+    def begin_progress(self, records: Sequence[StepRecord]) -> None:
         """Start `progress.jsonl` with these records: those before a checkpoint, or none."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
+        text = "".join(map(_line, records))
         write_text(self._progress_path, text)
         self._progress = _Progress(text.encode())
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: StepRecord) -> None:
         """Append a record to `progress.jsonl`."""
         if self._progress is None:
             self.begin_progress(self.history())  # a last line that was cut short goes
             assert self._progress is not None
-        line = (json.dumps(record) + "\n").encode()
+        line = _line(record).encode()
         with cannot_write(self._progress_path), self._progress_path.open("ab") as file:
             file.write(line)
         self._progress.add(line)
@@ -172,7 +335,7 @@ class RunFolder:
     def _progress_path(self) -> Path:
         return self.path / "progress.jsonl"
 
-    def _sync_progress(self) -> dict[str, Any] | None:
+    def _sync_progress(self) -> _ProgressState | None:
         """Have `progress.jsonl` on the disk; returns its digest and size."""
         if self._progress is None:
             if not self._progress_path.is_file():
@@ -195,17 +358,16 @@ class RunFolder:
         """Replace the checkpoint by this one, which comes after all that is in `progress.jsonl`."""
         self._write_checkpoint(checkpoint, self._sync_progress())
 
-    def rewind(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
+    def rewind(self, checkpoint: Checkpoint, records: Sequence[StepRecord]) -> None:
         """Go back to an earlier state, before which there were these first records of `progress.jsonl`."""
-        before = _Progress("".join(json.dumps(record) + "\n" for record in records).encode())
+        before = _Progress("".join(map(_line, records)).encode())
         self._sync_progress()
         self._write_checkpoint(checkpoint, before.state())  # killed here, it vouches for the first records alone
         self.begin_progress(records)
 
-    def _write_checkpoint(self, checkpoint: Checkpoint, progress: dict[str, Any] | None) -> None:
+    def _write_checkpoint(self, checkpoint: Checkpoint, progress: _ProgressState | None) -> None:
         started = time.monotonic()
-        fields = ("step", "attempt", "seconds", "rollbacks", "good_step")
-        state = json.dumps({name: getattr(checkpoint, name) for name in fields} | {"progress": progress})
+        state = json.dumps(checkpoint.state(progress).to_json())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         with whole_file(self._checkpoint_path) as temporary:
             save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
@@ -226,7 +388,7 @@ class RunFolder:
         found = self._read_checkpoint()
         return found and found[0]
 
-    def _read_checkpoint(self) -> tuple[Checkpoint, dict[str, Any] | None] | None:
+    def _read_checkpoint(self) -> tuple[Checkpoint, _ProgressState | None] | None:
         """With what it says about `progress.jsonl`."""
         path = self._checkpoint_path
         if not path.is_file():
@@ -237,13 +399,13 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             if "checksum" in metadata and metadata["checksum"] != _checksum(metadata["state"], tensors):
                 raise ValueError("its contents do not agree with its checksum")
-            state = json.loads(metadata["state"])
-            progress = state.pop("progress", None)
-            return Checkpoint(tensors, **state), progress
+            state = _CheckpointState.from_json(parse_json(metadata["state"]))
+            found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
+            return found, state.progress
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
-    def take_up(self) -> tuple[Checkpoint | None, list[dict[str, Any]]]:
+    def take_up(self) -> tuple[Checkpoint | None, list[StepRecord]]:
         """The state to continue from, and the progress made before it. What came after it is removed.
 
         If one of them is damaged, this says so, and the run starts over.
@@ -261,19 +423,19 @@ class RunFolder:
         self.begin_progress(records)
         return checkpoint, records
 
-    def _records_before(self, checkpoint: Checkpoint | None, progress: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def _records_before(self, checkpoint: Checkpoint | None, progress: _ProgressState | None) -> list[StepRecord]:
         if checkpoint is None:
             return []
         if progress is None:  # written by a version that did not note it
             place = (checkpoint.attempt, checkpoint.step)
-            return [record for record in self.history() if (record["attempt"], record["step"]) < place]
-        before = self._progress_path.read_bytes()[: progress["size"]] if self._progress_path.is_file() else b""
+            return [record for record in self.history() if (record.attempt, record.step) < place]
+        before = self._progress_path.read_bytes()[: progress.size] if self._progress_path.is_file() else b""
         if _Progress(before).state() != progress:
             raise ValueError(f"{str(self._progress_path)!r} is damaged: it is not what came before the checkpoint")
-        return [json.loads(line) for line in before.splitlines()]
+        return [StepRecord.from_json(parse_json(line)) for line in before.splitlines()]
 
     def _note_other_versions(self) -> None:
-        then, now = _read_config(self.path).get("versions") or {}, versions()
+        then, now = _read_config(self.path).versions, versions()
         other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if other:
             print(
@@ -284,9 +446,10 @@ class RunFolder:
 
     # --- the end ---
 
-    def finish(self, subnetwork: Subnetwork, outcome: Mapping[str, Any]) -> None:
+    def finish(self, subnetwork: Subnetwork, outcome: Outcome) -> None:
         """Write the subnetwork and how the learning ended, then remove the checkpoint."""
-        write_text(self.path / "training.json", checked_json(dict(outcome) | {"progress": self._sync_progress()}))
+        record = outcome.to_json() | {"progress": to_json(self._sync_progress())}
+        write_text(self.path / "training.json", checked_json(record))
         subnetwork.save(self.path / "subnetwork.safetensors")
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
@@ -295,13 +458,17 @@ class RunFolder:
         """Whether the subnetwork was found."""
         return (self.path / "subnetwork.safetensors").is_file()
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> Outcome:
         """What `finish` wrote about how the learning ended."""
-        return {name: value for name, value in self._read_outcome().items() if name != "progress"}
+        return self._read_outcome()[0]
 
-    def _read_outcome(self) -> dict[str, Any]:
+    def _read_outcome(self) -> tuple[Outcome, _ProgressState | None]:
+        path = self.path / "training.json"
         remedy = f"`find` with --fresh and --out {self.path} learns the subnetwork again"
-        return read_checked_json(self.path / "training.json", remedy)
+        record = read_checked_json(path, remedy)
+        with damaged(path, remedy):
+            progress = from_json(_ProgressState | None, record.pop("progress", None), "progress")
+            return Outcome.from_json(record), progress
 
     def check_progress(self) -> None:
         """Check that `progress.jsonl`, if it is there, is what `finish` saw.
@@ -309,7 +476,7 @@ class RunFolder:
         Raises:
             ValueError: If it is not.
         """
-        noted = self._read_outcome().get("progress")  # older runs have none
+        noted = self._read_outcome()[1]  # older runs have none
         if noted and self._progress_path.is_file() and _Progress(self._progress_path.read_bytes()).state() != noted:
             raise ValueError(
                 f"{str(self._progress_path)!r} is damaged: its lines are not those the run wrote; without the file, "
@@ -320,9 +487,23 @@ class RunFolder:
         """Names of the files in the folder, but for the lock."""
         return sorted(path.name for path in self.path.iterdir() if not is_lock(path))
 
-    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write `metrics.json`."""
-        write_text(self.path / "metrics.json", checked_json(metrics))
+        write_text(self.path / "metrics.json", checked_json(evaluation.to_json()))
+
+    def evaluation(self) -> Evaluation | None:
+        """What `write_evaluation` wrote; None if it was not evaluated.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.path / "metrics.json"
+        if not path.is_file():
+            return None
+        remedy = f"remove it, and `evaluate {self.path}` writes it again"
+        record = read_checked_json(path, remedy)
+        with damaged(path, remedy):
+            return Evaluation.from_json(record)
 
 
 @dataclass(frozen=True)
@@ -331,26 +512,29 @@ class Run:
 
     path: Path
     """The folder."""
-    settings: dict[str, Any]
+    settings: RunSettings
     """What was asked: model, corpus, target and recipe."""
-    rebuild: dict[str, Any] | None
-    """How to make model, corpus and target again; None for a run made in Python from objects."""
-    versions: dict[str, str]
+    rebuild: Inputs | None
+    """Model, text and target by name; None for a run made in Python from objects."""
+    versions: Mapping[str, str]
     """Of Python and the packages that matter."""
     subnetwork: Subnetwork
     """What was found."""
-    outcome: dict[str, Any]
-    """How the learning ended: `stopped_because`, `seconds`, `attempts`."""
-    metrics: dict[str, Any] | None
-    """The contents of `metrics.json`; None if it was not evaluated."""
-    history: list[dict[str, Any]]
+    outcome: Outcome
+    """How the learning ended."""
+    evaluation: Evaluation | None
+    """How faithful it is, with its controls; None if it was not evaluated."""
+    history: list[StepRecord]
     """One record a training step."""
 
     @property
-    def analyses(self) -> dict[str, Any]:
-        """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
-        from bigram_circuits.measures.results import load_result
+    def metrics(self) -> dict[str, Any] | None:
+        """The contents of `metrics.json`: `evaluation` as JSON values."""
+        return None if self.evaluation is None else self.evaluation.to_json()
 
+    @property
+    def analyses(self) -> dict[str, Result]:
+        """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
         files = sorted((self.path / "analysis").glob("*.json"))
         return {path.stem: load_result(path) for path in files if path.name != LEFT_OUT}
 
@@ -360,24 +544,36 @@ class Run:
         path = self.path / "analysis" / LEFT_OUT
         return read_checked_json(path) if path.is_file() else {}
 
+    @property
+    def model_words(self) -> str:
+        """The name of its model, in words."""
+        name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
+        return "the reference model" if name == "reference" else str(name or "a model")
+
+    @property
+    def target_words(self) -> tuple[str, str]:
+        """Its target's name, and what it is, in words."""
+        if self.rebuild is not None:
+            kind, order = self.rebuild.kind_of_target, self.rebuild.order
+            return kind.label(order), kind.meaning(order)
+        kind = self.settings.target.kind or "target"
+        return kind, f"the target {kind}"
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: what was asked, how it ended, and the answer."""
-        model, corpus = ((self.settings.get(part) or {}) for part in ("model", "corpus"))
-        reason = self.outcome.get("stopped_because")
-        asked = f"Model: {model.get('name')}. Text: {corpus.get('source')}."
-        ended = f"Stopped after {len(self.history):,} steps: {STOPS.get(str(reason), reason)}"
-        return html.summary(f"Run in {self.path}", [asked, f"{ended}.", self._answer()], self.subnetwork._repr_html_())
+        asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
+        ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
+        return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], self.subnetwork._repr_html_())
 
     def _answer(self) -> str:
         """In words: how faithful it is."""
-        if self.metrics is None:
+        if self.evaluation is None:
             return "It was not evaluated."
-        r = self.metrics["subnetwork"].get("surprisal_correlation")
-        words = "undefined" if r is None else f"{r:.3f}"
-        return f"Correlation with the target's surprisals: {words}. {self.metrics.get('verdict', '')}".strip()
+        r = rounded(self.evaluation.subnetwork.surprisal_correlation)
+        return f"Correlation with the target's surprisals: {r}. {self.evaluation.verdict}"
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
@@ -390,7 +586,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} holds no run: it has no config.json")
-    record = _read_config(path)
+    config = _read_config(path)
     run = RunFolder(path)
     if not run.is_finished:
         who = holder(path)
@@ -402,16 +598,14 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     subnetwork = Subnetwork.load(path / "subnetwork.safetensors")
     outcome = run.outcome()
     run.check_progress()
-    metrics = path / "metrics.json"
-    remedy = f"remove it, and `evaluate {path}` writes it again"
     return Run(
         path=path,
-        settings=record["settings"],
-        rebuild=record.get("rebuild"),
-        versions=record.get("versions") or {},
+        settings=config.settings,
+        rebuild=config.rebuild,
+        versions=config.versions,
         subnetwork=subnetwork,
         outcome=outcome,
-        metrics=read_checked_json(metrics, remedy) if metrics.is_file() else None,
+        evaluation=run.evaluation(),
         history=run.history(),
     )
 
@@ -427,21 +621,24 @@ def versions() -> dict[str, str]:
     return found | {"threads": str(torch.get_num_threads())}
 
 
-def _check_settings(path: Path, wanted: dict[str, Any]) -> bool:
+def _check_settings(path: Path, wanted: RunSettings) -> bool:
     """Whether a folder holds the run that is wanted; False if it may become it."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
-        there = _read_config(path).get("settings")
+        there = _read_config(path).settings
         if there != wanted:
-            raise ValueError(f"{str(path)!r} holds another run ({_difference(there, wanted)}): choose another folder")
+            raise ValueError(
+                f"{str(path)!r} holds another run ({_difference(there.to_json(), wanted.to_json())}): "
+                f"choose another folder"
+            )
         return True
     if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
     return False
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> _Config:
     config = path / "config.json"
     remedy = "choose another folder, or remove this one and run again"
     record = read_checked_json(config, remedy)
@@ -450,9 +647,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{str(config)!r} is not that of a run (its format is {record.get('format')!r}, not {_FORMAT!r}): "
             "choose another folder"
         )
-    if not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{str(config)!r} is damaged: it has no settings; {remedy}")
-    return record
+    with damaged(config, remedy):
+        return _Config.from_json(record)
 
 
 class _Progress:
@@ -467,8 +663,8 @@ class _Progress:
         self._hash.update(data)
         self._size += len(data)
 
-    def state(self) -> dict[str, Any]:
-        return {"size": self._size, "digest": self._hash.hexdigest()}
+    def state(self) -> _ProgressState:
+        return _ProgressState(self._size, self._hash.hexdigest())
 
 
 def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
@@ -481,12 +677,18 @@ def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _line(record: StepRecord) -> str:
+    return json.dumps(record.to_json()) + "\n"
+
+
+def _read_lines(path: Path) -> list[StepRecord]:
     if not path.is_file():
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last line end was cut short
+        return [
+            StepRecord.from_json(parse_json(line)) for line in lines[:-1]
+        ]  # what follows the last line end was cut short
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
@@ -498,24 +700,3 @@ def _difference(there: Any, wanted: Any, at: str = "") -> str:
             if there.get(key) != wanted.get(key):
                 return _difference(there.get(key), wanted.get(key), f"{at}.{key}" if at else key)
     return f"its {at or 'settings'} is {there!r}, asked for was {wanted!r}"
-
-
-def model_words(run: Run) -> str:
-    """The name of a run's model."""
-    name = (run.rebuild or {}).get("model", {}).get("name") or (run.settings.get("model") or {}).get("name")
-    name = str(name or run.subnetwork.model_name or "a model")
-    return "the reference model" if name == "reference" else name
-
-
-def target_words(run: Run) -> tuple[str, str]:
-    """The target's name, and what it is."""
-    kind = (run.rebuild or {}).get("target") or (run.settings.get("target") or {}).get("kind") or "target"
-    if kind == "ngram":
-        order = _ORDERS.get((run.rebuild or {}).get("order", 2), "n-gram")
-        return order, f"the {order} probabilities of the text"
-    named = {
-        "model": ("self-faithful", "the model's own predictions"),
-        "next-token": ("next-token", "the actual next token"),
-        "induced": ("induced bigram", "the bigram that the model itself induces"),
-    }
-    return named.get(kind, (str(kind), f"the target {kind}"))

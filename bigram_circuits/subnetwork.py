@@ -276,6 +276,20 @@ class Subnetwork(Mapping[str, Tensor]):
                 counts[layer, head] = Count(before.kept + kept, before.total + mask[head].numel())
         return counts
 
+    def table(self) -> str:
+        """Where the kept weights are, as text: by layer and component, shares of all that are kept and of the place."""
+        counts, kept = self.by_component(), max(self.kept, 1)
+        components = sorted({component for _, component in counts})
+        lines = ["where the kept weights are (share of them; in brackets, share of the component that is kept)"]
+        lines.append(f"{'layer':<8}" + "".join(f"{component:>20}" for component in components))
+        for layer in sorted({layer for layer, _ in counts}):
+            here = [counts.get((layer, component)) for component in components]
+            cells = [f"{100 * one.kept / kept:.1f}% ({100 * one.fraction:.2f}%)" if one else "" for one in here]
+            lines.append(f"{layer:<8}" + "".join(f"{cell:>20}" for cell in cells))
+        totals = [sum(n.kept for (_, c), n in counts.items() if c == component) for component in components]
+        lines.append(f"{'all':<8}" + "".join(f"{f'{100 * total / kept:.1f}%':>20}" for total in totals))
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         of = f" of {self.model_name}" if self.model_name else ""
         return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"

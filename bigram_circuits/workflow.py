@@ -1,1 +1,245 @@
-"""What find does."""
+"""The whole way, as one function: find a subnetwork, evaluate it, look inside, try to refute it, write its page.
+
+`bigram-circuits find` is `study` with its options read from the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from bigram_circuits.analysis.suite import analyze
+from bigram_circuits.evaluation import evaluate
+from bigram_circuits.experiments.falsification import falsify
+from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
+from bigram_circuits.learning.callbacks import Callback
+from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.memory import forecast_memory
+from bigram_circuits.learning.training import find_subnetwork, run_settings
+from bigram_circuits.models.loading import load_model
+from bigram_circuits.recipe import Inputs, Request
+from bigram_circuits.report.page import write_report
+from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import Corpus, load_corpus
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What a study is about: a model, a text, a target, and how to make them again."""
+
+    model: Any
+    """Hooked."""
+    corpus: Corpus
+    """Its training part is learned from, its held-out part measured on."""
+    target: Any
+    """What is to be reproduced."""
+    inputs: Inputs | None
+    """Their names; None if one of them was given as an object."""
+
+    @classmethod
+    def load(cls, inputs: Inputs, device: str | None = None) -> Subjects:
+        """Make them from their names."""
+        model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
+        corpus = _corpus(inputs, inputs.corpus, model)
+        return cls(model, corpus, inputs.kind_of_target.make(model, corpus, inputs.order), inputs)
+
+
+@overload
+def study(
+    model: Any = "reference", corpus: Any = "reference", *, sparsity_weights: Sequence[float | int], **options: Any
+) -> SubnetworkPath: ...
+@overload
+def study(model: Any = "reference", corpus: Any = "reference", **options: Any) -> Run: ...
+def study(
+    model: Any = "reference",
+    corpus: Any = "reference",
+    *,
+    target: Any = "ngram",
+    out: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    fresh: bool = False,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Run | SubnetworkPath:
+    """Do what `bigram-circuits find` does: find a subnetwork, evaluate, analyse, falsify if asked, and write the page.
+
+    Args:
+        model: `"reference"`, a hub id, a folder, or a model from `load_model`.
+        corpus: `"reference"`, a file, folder or dataset, anything that `load_corpus` reads, or a `Corpus`.
+        target: A name (`ngram`, `model`, `next-token`, `induced`), or any target.
+        out: The run's folder; if not given, one under `runs/`, by its settings.
+        device: Where to put a model that is loaded; CUDA if there is any, else the CPU.
+        fresh: Start over if this run was begun or finished before.
+        callbacks: As for `find_subnetwork`.
+        tell: Called with lines of text about what is done, for example `print`.
+        **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
+            `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
+            `context_length`, `max_tokens`, `random_seeds`, `analysis`, `falsify`, `check_memory`.
+
+    Returns:
+        The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
+
+    Raises:
+        ValueError: If an option does not exist or cannot be, or model, text and target do not fit together.
+        OSError: If something cannot be loaded, or the folder cannot be written.
+        MemoryError: If learning cannot fit the device.
+    """
+    started = time.monotonic()
+    names = {"model": model, "corpus": corpus, "target": target}
+    named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
+    request = Request.of(**named, **options)
+    subjects = _subjects(request.inputs, names, set(named), device)
+    say = tell or (lambda line: None)
+    if request.options.sparsity_weights is not None:
+        return _path(request, subjects, out, callbacks, say)
+    settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
+    folder = RunFolder.open(
+        out or default_folder(subjects.model, settings), settings, resume=not fresh, rebuild=subjects.inputs
+    )
+    _introduce(request, subjects, folder, say)
+    with folder.lock():
+        found = find_subnetwork(
+            subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
+            callbacks=callbacks, check_memory=request.options.check_memory,
+        )  # fmt: skip
+        try:
+            page = _examine(request, subjects, folder, found, say)
+        except KeyboardInterrupt:
+            kept = f"the subnetwork is kept in {str(folder.path)!r}, and the same command goes on"
+            raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
+    for line in _in_the_end(found):
+        say(line)
+    say(f"{time.monotonic() - started:.0f} s in all; files in {folder.path}/: {', '.join(folder.files())}")
+    say(f"the page to look at: {page}")
+    return load_run(folder.path)
+
+
+def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: str | None) -> Subjects:
+    """Model, text and target: loaded where names were given, taken as they are where objects were."""
+    model = given["model"]
+    if "model" in named:
+        model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
+    corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
+    target = given["target"]
+    if "target" in named:
+        target = inputs.kind_of_target.make(model, corpus, inputs.order)
+    return Subjects(model, corpus, target, inputs if named == given.keys() else None)
+
+
+def _corpus(inputs: Inputs, source: Any, model: Any) -> Corpus:
+    return load_corpus(
+        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens
+    )
+
+
+def default_folder(model: Any, settings: RunSettings, *more: Any) -> Path:
+    """One folder for one set of settings, so that the same command continues the same run."""
+    name = str(model.cfg.model_name).rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    text = json.dumps([settings.to_json(), *more], sort_keys=True)
+    return Path("runs") / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Say what the study is about, and where it goes."""
+    model, found_before = subjects.model, folder.is_finished
+    cfg = model.cfg
+    say(f"model   {cfg.model_name}: {cfg.n_layers} blocks, d_model {cfg.d_model}, {cfg.device}")
+    say(f"text    {subjects.corpus!r}")
+    say(f"target  {subjects.target!r}")
+    say(f"run     {folder.path}{' (found before; --fresh starts over)' if found_before else ''}")
+    if not found_before and request.options.check_memory != "off":
+        say(f"memory  {forecast_memory(model, subjects.target, subjects.corpus, request.config)}")
+
+
+def _examine(
+    request: Request, subjects: Subjects, folder: RunFolder, found: FoundSubnetwork, say: Callable[[str], None]
+) -> Path:
+    """Evaluate, look inside, try to refute; returns the page."""
+    model, target, corpus, options = subjects.model, subjects.target, subjects.corpus, request.options
+    evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=options.random_seeds)
+    folder.write_evaluation(evaluation)
+    say(f"\n{evaluation}\n\n{found.subnetwork.table()}\n")
+    if options.analysis:
+        analyses = analyze(model, found.subnetwork, target, corpus)
+        analyses.save(folder.path / "analysis")
+        say(f"{analyses}\n")
+    if options.falsify:
+        tried = falsify(model, target, corpus, request.config, found=found.subnetwork, run_dir=folder.path / "falsify")
+        say(f"{tried}\n")
+    return write_report(folder.path)
+
+
+def _in_the_end(found: FoundSubnetwork) -> list[str]:
+    """How learning went, in lines."""
+    lines = [f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because {found.why}"]
+    if found.rollbacks:
+        lines.append(
+            f"the loss exploded {len(found.rollbacks)} times, and the run went back each time (training.json); "
+            f"learning rate at the end {found.rollbacks[-1].learning_rate:g}"
+        )
+    if found.gap:
+        lines.append(
+            f"on the last batch: cross-entropy {found.gap.soft:.3f} nats with soft gates, {found.gap.hard:.3f} with "
+            "the mask"
+        )
+        if found.gap.warning:
+            lines.append(f"WARNING: {found.gap.warning}")
+    return lines
+
+
+def _path(
+    request: Request,
+    subjects: Subjects,
+    out: str | os.PathLike[str] | None,
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+) -> SubnetworkPath:
+    """A folder with a run for each weight of the penalty, and the curve."""
+    weights = request.options.sparsity_weights or ()
+    settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
+    folder = Path(out or default_folder(subjects.model, settings, list(weights)))
+    say(f"path    {folder}")
+    path = sparsity_path(
+        subjects.model, subjects.target, subjects.corpus, request.config, weights, run_dir=folder,
+        rebuild=subjects.inputs, callbacks=callbacks, check_memory=request.options.check_memory,
+    )  # fmt: skip
+    say(f"\n{path}\n\nfiles in {folder}/: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
+    return path
+
+
+# --- a finished run, taken up again ---
+
+
+def reopen(folder: str | os.PathLike[str], device: str | None = None) -> tuple[Run, Subjects]:
+    """A finished run, with its model, text and target made again from their names.
+
+    The run's subnetwork is checked against the model's weights. If the text is not what the run was made on, a note on
+    stderr says so.
+
+    Raises:
+        ValueError: If the run was made from objects, or its subnetwork is of other weights than the model's.
+    """
+    run = load_run(folder)
+    if run.rebuild is None:
+        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: go on with it there")
+    subjects = Subjects.load(run.rebuild, device)
+    then, now = run.settings.corpus.fingerprint, subjects.corpus.fingerprint
+    if then != now:
+        print(
+            f"bigram-circuits: note: the text of {subjects.corpus.source!r} is not what the run was made on "
+            f"(fingerprint {now}, then {then})",
+            file=sys.stderr,
+        )
+    Subnetwork.load(run.path / "subnetwork.safetensors", subjects.model)
+    return run, subjects

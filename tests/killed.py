@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import cli, runs
-from bigram_circuits.analysis import suite
+from bigram_circuits import cli, runs, workflow
 from bigram_circuits.analysis.location import by_layer
 from bigram_circuits.analysis.suite import Analyses
-from bigram_circuits.learning import training
+from bigram_circuits.learning import learner, training
 from tests.conftest import TINY_CONFIGS, save_tiny
 from tests.folders import names_in
 
@@ -92,17 +91,17 @@ def stage(folder: Path) -> str:
 def often() -> None:
     """Checkpoints at every step, states to go back to at every fifth, and a loss that once explodes."""
     runs._CHECKPOINT_SECONDS, runs._CHECKPOINT_SHARE = 0.0, 1e9
-    training._GOOD_EVERY = 3
+    learner._GOOD_EVERY = 3
 
 
 def explode_once_at(history: list[dict], step: int) -> None:
     """Let the loss explode at a step of this history; a lower rate leads to another loss there."""
-    value, explosion = history[step]["cross_entropy"], training._explosion
+    value, explosion = history[step]["cross_entropy"], training.explosion
 
     def explodes(record, *rest):
         return "the loss is 99" if record["cross_entropy"] == value else explosion(record, *rest)
 
-    training._explosion = explodes
+    training.explosion = explodes
 
 
 def small_analysis(model, subnetwork, *_, **__) -> Analyses:
@@ -116,7 +115,7 @@ def at_random_moments(folder: Path, kills: int, seed: int) -> dict:
     options = ["--steps", "160", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1"]
     command = ["find", folder / "model", "--corpus", folder / "text.txt", "--max-tokens", "20000", *options]
     log = folder / "log"
-    suite.analyze = small_analysis
+    workflow.analyze = small_analysis
 
     def find(name: str) -> Callable[[], None]:
         def work() -> None:

@@ -12,7 +12,7 @@ import bigram_circuits as bc
 from bigram_circuits import analysis
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import GAP_MATTERS, SoftHardGap, soft_hard_gap
-from bigram_circuits.masking.gates import tie_gates
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
 from bigram_circuits.measures import statistics
 from bigram_circuits.text.corpus import batch_of
@@ -48,7 +48,7 @@ def test_bfloat16_agrees_with_float32_within_the_bounds_stated(reference_model, 
 
 
 def gates_of(model, scores, step, growth=1.1):
-    gates = ContinuousSparsification(tie_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}),
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}),
                                      beta_growth=growth)  # fmt: skip
     with torch.no_grad():
         gates.scores.copy_(scores)

@@ -1,15 +1,41 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bigram_circuits import runs
-from bigram_circuits.runs import Checkpoint, RunFolder, load_run
+from bigram_circuits.evaluation import Evaluation, SoftHardGap
+from bigram_circuits.measures.statistics import Faithfulness
+from bigram_circuits.recipe import Inputs, SparsifyConfig
+from bigram_circuits.runs import (
+    Checkpoint,
+    CorpusIdentity,
+    ModelIdentity,
+    Outcome,
+    Rollback,
+    RunFolder,
+    RunSettings,
+    StepRecord,
+    TargetIdentity,
+    load_run,
+)
 from bigram_circuits.storage.files import whole_file, write_text
 from bigram_circuits.subnetwork import Subnetwork
 
-SETTINGS = {"model": {"name": "m", "weight_hash": "ab"}, "config": {"steps": 10, "seed": 0}, "shape": (1, 2)}
+SETTINGS = RunSettings(
+    ModelIdentity("m", weight_hash="ab"), CorpusIdentity("text"), TargetIdentity("NGramTable"),
+    SparsifyConfig(max_steps=10, layers=(1, 2), granularity={"mlp": "neuron"}),
+)  # fmt: skip
+INPUTS = Inputs(model="m", max_tokens=9)
+
+
+def record(step, attempt=0):
+    return StepRecord(attempt, step, cross_entropy=1 / (step + 1), fraction=0.5, undecided=1.0)
+
+
+FAITHFUL = Faithfulness(0.5, 1.0, 0.25, 2.0, 0.75, kept=2, total=6, fraction=1 / 3)
 
 
 def names_in(folder):
@@ -18,7 +44,7 @@ def names_in(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    return RunFolder.open(tmp_path / "run", SETTINGS, rebuild={"model": "m"})
+    return RunFolder.open(tmp_path / "run", SETTINGS, rebuild=INPUTS)
 
 
 @pytest.fixture
@@ -64,10 +90,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_new_folder_says_everything_needed_to_run_again(folder, tmp_path):
-    record = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert record["settings"] == json.loads(json.dumps(SETTINGS))
-    assert record["rebuild"] == {"model": "m"}
-    assert {"python", "torch", "numpy", "transformers", "threads"} <= set(record["versions"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"] == json.loads(json.dumps(SETTINGS.to_json()))
+    assert config["rebuild"] == INPUTS.to_json()
+    assert {"python", "torch", "numpy", "transformers", "threads"} <= set(config["versions"])
     assert folder.files() == ["config.json"]
     assert not folder.is_finished
 
@@ -75,12 +101,12 @@ def test_a_new_folder_says_everything_needed_to_run_again(folder, tmp_path):
 def test_the_same_settings_take_up_a_folder_and_others_never_touch_it(folder, tmp_path):
     before = (tmp_path / "run" / "config.json").read_bytes()
     assert RunFolder.open(tmp_path / "run", SETTINGS).path == folder.path
-    other = SETTINGS | {"config": {"steps": 10, "seed": 1}}
+    other = replace(SETTINGS, recipe=replace(SETTINGS.recipe, seed=1))
     for resume in (True, False):
-        with pytest.raises(ValueError, match=r"holds another run \(its config.seed is 0, asked for was 1\)"):
+        with pytest.raises(ValueError, match=r"holds another run \(its recipe.seed is 0, asked for was 1\)"):
             RunFolder.open(tmp_path / "run", other, resume=resume)
-    with pytest.raises(ValueError, match=r"its extra is None, asked for was 3"):
-        RunFolder.open(tmp_path / "run", SETTINGS | {"extra": 3})
+    with pytest.raises(ValueError, match=r"its within is None, asked for was 'ab'"):
+        RunFolder.open(tmp_path / "run", replace(SETTINGS, within="ab"))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
@@ -118,8 +144,8 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 def test_starting_afresh_removes_what_the_run_left_and_keeps_other_files(folder, subnetwork, tmp_path):
     folder.write_checkpoint(Checkpoint({"scores": torch.zeros(2)}, step=1, attempt=0, seconds=0.5))
-    folder.log({"step": 0})
-    folder.write_metrics({"subnetwork": None})
+    folder.log(record(0))
+    folder.write_evaluation(Evaluation(FAITHFUL))
     subnetwork.save(folder.path / "subnetwork.safetensors")
     for name in ("analysis/lens.json", "report.html", "notes.txt"):
         write_text(folder.path / name, "{}")
@@ -134,10 +160,10 @@ def test_starting_afresh_removes_what_the_run_left_and_keeps_other_files(folder,
 
 def test_progress_grows_by_lines_and_a_last_line_that_was_cut_is_left_out(folder):
     assert folder.history() == []
-    records = [{"step": step, "loss": 1 / (step + 1), "text": "é\n"} for step in range(3)]
+    records = [record(step) for step in range(3)]
     folder.begin_progress(records[:1])
-    for record in records[1:]:
-        folder.log(record)
+    for one in records[1:]:
+        folder.log(one)
     assert folder.history() == records
     path = folder.path / "progress.jsonl"
     whole = path.read_bytes()
@@ -186,17 +212,20 @@ def test_checkpoints_are_due_so_seldom_that_they_cost_little(folder, monkeypatch
 
 
 def test_a_finished_run_is_read_as_it_was_written(folder, subnetwork, tmp_path):
-    folder.log({"step": 0})
+    folder.log(record(0))
     folder.write_checkpoint(Checkpoint({"scores": torch.zeros(2)}, 1, 0, 0.5))
     with pytest.raises(ValueError, match="is not finished"):
         load_run(tmp_path / "run")
-    folder.finish(subnetwork, {"stopped_because": "decided"})
+    outcome = Outcome("decided", 1.5, 2, SoftHardGap(1.0, 1.25), (Rollback(1, 5, "the loss is nan", 0, 0.5),))
+    folder.finish(subnetwork, outcome)
     assert folder.files() == ["config.json", "progress.jsonl", "subnetwork.safetensors", "training.json"]
     run = load_run(tmp_path / "run")
     assert run.subnetwork == subnetwork
-    assert (run.outcome, run.metrics, run.history) == ({"stopped_because": "decided"}, None, [{"step": 0}])
-    assert (run.settings, run.rebuild) == (json.loads(json.dumps(SETTINGS)), {"model": "m"})
-    folder.write_metrics({"full": 1})
-    assert load_run(tmp_path / "run").metrics == {"full": 1}
+    assert (run.outcome, run.evaluation, run.metrics, run.history) == (outcome, None, None, [record(0)])
+    assert (run.settings, run.rebuild) == (SETTINGS, INPUTS)
+    evaluation = Evaluation(FAITHFUL, random=(FAITHFUL, FAITHFUL), intervals={"subnetwork": {"kl": (0.5, 1.0)}})
+    folder.write_evaluation(evaluation)
+    assert load_run(tmp_path / "run").evaluation == evaluation
+    assert load_run(tmp_path / "run").metrics == evaluation.to_json()
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load_run(tmp_path)

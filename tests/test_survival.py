@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 import bigram_circuits as bc
 from bigram_circuits import cli, runs
 from bigram_circuits.evaluation import SoftHardGap
-from bigram_circuits.learning import training
+from bigram_circuits.learning import learner, training
 from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from bigram_circuits.storage.locks import LOCK, FolderInUseError
@@ -34,7 +33,7 @@ RECIPE = bc.SparsifyConfig(learning_rate=0.05, beta_growth=1.1, max_steps=20, ba
 def only_steps():
     """Only the steps ask the target, so that its calls can be counted: no forecast of memory, no soft-hard gap."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "forecast_memory", lambda *_, **__: SimpleNamespace(check=lambda: None))
+        patch.setattr(training, "forecast_memory", lambda *_, **__: None)
         patch.setattr(training, "soft_hard_gap", lambda *_: SoftHardGap(1.0, 1.0))
         yield
 
@@ -255,7 +254,7 @@ def test_results_are_not_written_into_a_folder_that_another_process_writes(goes_
 def test_a_loss_that_explodes_once_goes_back_and_lowers_the_rate(
     tiny_model, bigrams, corpus, expected, monkeypatch, tmp_path, capfd, value
 ):
-    monkeypatch.setattr(training, "_GOOD_EVERY", 5)
+    monkeypatch.setattr(learner, "_GOOD_EVERY", 5)
     target = Acting(bigrams, lambda call, loss: loss * value if call == 13 else loss)
     found = bc.find_subnetwork(tiny_model, target, corpus, RECIPE, run_dir=tmp_path)
     assert target.calls == 13 + 10
@@ -289,9 +288,9 @@ def test_a_gradient_that_is_not_finite_goes_back_too(tiny_model, bigrams, corpus
 
 
 def test_when_no_lower_rate_helps_it_says_what_to_change(tiny_model, bigrams, corpus, monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "_GOOD_EVERY", 5)
+    monkeypatch.setattr(learner, "_GOOD_EVERY", 5)
     target = Acting(bigrams, lambda call, loss: loss * torch.nan if call in (8, 11, 19, 22, 30) else loss)
-    with pytest.raises(ValueError, match=r"learning rates from 0\.05 down to 0\.003125: try float32 .*--learning-rate"):
+    with pytest.raises(ValueError, match=r"learning rates from 0\.05 down to 0\.003125: try float32 .*--lr"):
         bc.find_subnetwork(tiny_model, target, corpus, RECIPE, run_dir=tmp_path)
     checkpoint = RunFolder(tmp_path).read_checkpoint()
     assert [one["back_to"] for one in checkpoint.rollbacks] == [
@@ -305,11 +304,11 @@ def test_when_no_lower_rate_helps_it_says_what_to_change(tiny_model, bigrams, co
 
 def test_a_run_that_went_back_continues_to_the_same_mask(tiny_model, bigrams, corpus, monkeypatch, tmp_path):
     """Interrupted anywhere before or after it: the state to go back to is in the checkpoint."""
-    monkeypatch.setattr(training, "_GOOD_EVERY", 5)
+    monkeypatch.setattr(learner, "_GOOD_EVERY", 5)
     value = bc.find_subnetwork(tiny_model, bigrams, corpus, RECIPE).history[13]["cross_entropy"]
-    explosion = training._explosion
+    explosion = training.explosion
     monkeypatch.setattr(
-        training, "_explosion",
+        training, "explosion",
         lambda record, *rest: "it explodes" if record["cross_entropy"] == value else explosion(record, *rest),
     )  # fmt: skip
     whole = bc.find_subnetwork(tiny_model, Acting(bigrams), corpus, RECIPE)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, count
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_metrics
+from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.results import Effects, Result
 from bigram_circuits.measures.words import flat, percent, rounded
-from bigram_circuits.runs import Run, load_run, target_words
+from bigram_circuits.runs import Run, load_run
 from bigram_circuits.subnetwork import Subnetwork
 
 Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
@@ -43,9 +43,9 @@ class Compared:
     """The run that found it, if it is known."""
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
-        """What was measured of it; empty if nothing was."""
-        return (self.run.metrics if self.run else None) or {}
+    def evaluation(self) -> Evaluation | None:
+        """What was measured of it; None if nothing was."""
+        return self.run.evaluation if self.run else None
 
     @cached_property
     def analyses(self) -> Mapping[str, Result]:
@@ -55,14 +55,20 @@ class Compared:
     @property
     def task(self) -> str:
         """What it was measured with, target and text: only numbers of one task can be set against each other."""
-        settings = self.run.settings if self.run else {}
-        corpus = {key: value for key, value in (settings.get("corpus") or {}).items() if key != "source"}
-        return json.dumps([settings.get("target"), corpus], sort_keys=True)
+        if self.run is None:
+            return ""
+        settings = self.run.settings
+        return repr((settings.target, replace(settings.corpus, source=None)))
 
     def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
-        """A number of `metrics.json`; None if it was not measured or is undefined."""
-        group = self.metrics.get(condition) or {}
-        return (group.get("mean") or {} if condition == "random" else group).get(quantity)
+        """A number of its evaluation; None if it was not measured or is undefined."""
+        row = dict(self.evaluation.rows()).get(condition) if self.evaluation else None
+        value = math.nan if row is None else row[quantity]
+        return None if math.isnan(value) else value
+
+    def interval(self, quantity: str) -> tuple[float, float]:
+        """The 95% interval around a number of the subnetwork; nan where there is none."""
+        return self.evaluation.interval("subnetwork", quantity) if self.evaluation else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Pair:
         """Whether one was looked for inside the other, so that their overlap is no finding."""
         both = self.get("intersection")
         return any(
-            one.run is not None and one.run.settings.get("within") is not None and one.subnetwork.kept == both
+            one.run is not None and one.run.settings.within is not None and one.subnetwork.kept == both
             for one in (self.first, self.second)
         )
 
@@ -188,7 +194,7 @@ def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork,
     if isinstance(source, Subnetwork):
         yield (name or source.lineage,), source, None
     elif isinstance(source, Run):
-        run = with_path_metrics(source)
+        run = with_path_evaluation(source)
         yield (name,) if name else _parts(run.path), run.subnetwork, run
     elif not isinstance(source, str | os.PathLike):
         raise ValueError(f"cannot compare a {type(source).__name__}: give runs, subnetworks, folders or files")
@@ -242,8 +248,7 @@ def _check_one_model(items: Sequence[Compared]) -> None:
 
 
 def _weight_hash(one: Compared) -> str | None:
-    settings = (one.run.settings.get("model") or {}) if one.run else {}
-    return one.subnetwork.weight_hash or settings.get("weight_hash")
+    return one.subnetwork.weight_hash or (one.run.settings.model.weight_hash if one.run else None)
 
 
 def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
@@ -281,7 +286,7 @@ def differing_settings(items: Sequence[Compared]) -> dict[str, list[str | None]]
 def _settings(one: Compared, items: Sequence[Compared]) -> dict[str, str] | None:
     if one.run is None:
         return None
-    settings = {"target": target_words(one.run)[0]} | dict(flat(one.run.settings))
+    settings = {"target": one.run.target_words[0]} | dict(flat(one.run.settings.to_json()))
     named = {other.subnetwork.checksum: other.name for other in items}
     within = settings.get("within")
     return settings | ({"within": named.get(within, within)} if within else {})

@@ -38,7 +38,7 @@ from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target, describe
+from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
 
 _QUANTITIES = (
@@ -59,25 +59,21 @@ _LITTLE = 1e-4  # nats: a context that tells less tells nothing
 _AT_ONCE = 1 << 25  # probabilities of a target: 128 MiB
 
 
-class RenamedTarget:
+class RenamedTarget(Target):
     """A target under a renaming of all tokens, P'(y | x) = P(s(y) | s(x)): it keeps its shape and loses its meaning."""
 
     def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
         """Take a target and the seed of the permutation s.
 
         Raises:
-            ValueError: If it does not follow the protocol, or has another vocabulary.
+            ValueError: If it is no target, or has another vocabulary.
         """
-        check_target(target, d_vocab)
-        self.target = target
+        self.target = as_target(target, d_vocab)
         self.d_vocab = d_vocab
+        self.positions = self.target.positions
         self.name_of = torch.from_numpy(np.random.default_rng(seed).permutation(d_vocab))
-        self.fingerprint = f"renamed {seed} {describe(target)}"
-        if hasattr(target, "positions"):
-            self.positions = target.positions
-        for optional in ("entropy", "top1", "log_probs"):  # a target knows these or does not
-            if hasattr(target, optional):
-                setattr(self, optional, getattr(self, f"_{optional}"))
+        identity = {"kind": self.target.kind, "fingerprint": self.target.fingerprint}
+        self.fingerprint = f"renamed {seed} {identity}"
 
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
@@ -89,14 +85,19 @@ class RenamedTarget:
         """-log P'(actual next token)."""
         return self.target.surprisal(self._renamed(tokens))
 
-    def _entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"]:
+    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
+        """That of the target at the renamed tokens."""
         return self.target.entropy(self._renamed(tokens))
 
-    def _top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"]:
-        return self._token_of(tokens.device)[self.target.top1(self._renamed(tokens))]
+    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
+        """The target's most likely tokens, under their new names."""
+        found = self.target.top1(self._renamed(tokens))
+        return None if found is None else self._token_of(tokens.device)[found]
 
-    def _log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.target.log_probs(self._renamed(tokens))[..., self.name_of.to(tokens.device)]
+    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
+        """The target's distributions, under the new names."""
+        found = self.target.log_probs(self._renamed(tokens))
+        return None if found is None else found[..., self.name_of.to(tokens.device)]
 
     def _renamed(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
         return self.name_of.to(tokens.device)[tokens.long()]
@@ -232,7 +233,7 @@ def falsify(
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
     config = config or SparsifyConfig()
     found.check_fits(model)
-    check_target(target, model.cfg.d_vocab)
+    target = as_target(target, model.cfg.d_vocab)
     folder = None if run_dir is None else Path(run_dir)
 
     def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
@@ -258,18 +259,19 @@ def falsify(
     return result
 
 
-def kl_of_best_constant(target: Any, tokens: Integer[np.ndarray, "sequence position"]) -> float:
+def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
     """Mean KL from a target to its own mean distribution over a text, nats; nan if it does not tell its distributions.
 
     It is the mutual information, under the target, of the context and the next token.
     """
-    if not hasattr(target, "log_probs") or not hasattr(target, "entropy"):
-        return math.nan
-    total, entropies, n = torch.zeros(target.d_vocab, dtype=torch.float64), 0.0, 0
-    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * target.d_vocab))):
-        probs = target.log_probs(batch).exp().flatten(0, -2)
-        total += probs.sum(0).double().cpu()
-        entropies += float(target.entropy(batch).double().sum())
+    total, entropies, n = torch.zeros(1, dtype=torch.float64), 0.0, 0
+    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * (target.d_vocab or 1)))):
+        log_probs, entropy = target.log_probs(batch), target.entropy(batch)
+        if log_probs is None or entropy is None:
+            return math.nan
+        probs = log_probs.exp().flatten(0, -2)
+        total = total + probs.sum(0).double().cpu()
+        entropies += float(entropy.double().sum())
         n += len(probs)
     return float(torch.special.entr(total / n).sum()) - entropies / n
 

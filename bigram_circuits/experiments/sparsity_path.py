@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.evaluation import evaluate
-from bigram_circuits.learning.training import FoundSubnetwork, SparsifyConfig, find_subnetwork
+from bigram_circuits.evaluation import Evaluation, evaluate
+from bigram_circuits.learning.callbacks import Callback
+from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.training import find_subnetwork
 from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
+from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import Run, load_run
-from bigram_circuits.storage.files import checked_json, read_checked_json, remove_leftovers, write_text
+from bigram_circuits.storage.files import checked_json, damaged, read_checked_json, remove_leftovers, write_text
 from bigram_circuits.storage.locks import lock_folder
-from bigram_circuits.storage.records import shown
+from bigram_circuits.storage.typed import Record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus
 
 _FILE = "path.json"
-_MEASURED = tuple(field.name for field in fields(Faithfulness))
-_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,11 @@ class SubnetworkPath:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of `path.json`."""
-        points = [
-            {"sparsity_weight": found.config.sparsity_weight, "faithfulness": faithful, **one.to_json()}
+        points = tuple(
+            _Point(**vars(one), sparsity_weight=found.config.sparsity_weight, faithfulness=faithful)
             for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True)
-        ]
-        ends = {"empty": self.empty.to_json(), "full": self.full.to_json()}
-        return {"points": points, "cpr": self.cpr, "cmd": self.cmd, **ends}
+        )
+        return _File(points, self.cpr, self.cmd, self.empty, self.full).to_json()
 
     def to_dataframe(self) -> Any:
         """A pandas table with a row for each size."""
@@ -89,15 +89,50 @@ class SubnetworkPath:
         return "\n".join(lines)
 
 
-def find_path(
+@dataclass(frozen=True)
+class _Point(Faithfulness):
+    """A size of a path, as `path.json` holds it."""
+
+    sparsity_weight: float | int
+    faithfulness: float
+
+    @property
+    def folder(self) -> str:
+        """The name of its run's folder."""
+        return _folder_of(self.sparsity_weight)
+
+    def evaluation(self, ends: _File) -> Evaluation:
+        """What the path measured of it, beside the two ends of the scale."""
+        own = Faithfulness(**{one.name: getattr(self, one.name) for one in fields(Faithfulness)})
+        return Evaluation(own, full=ends.full, empty=ends.empty)
+
+
+@dataclass(frozen=True)
+class _File(Record):
+    """The contents of `path.json`."""
+
+    points: tuple[_Point, ...]
+    cpr: float
+    cmd: float
+    empty: Faithfulness
+    full: Faithfulness
+
+
+def _folder_of(weight: float | int) -> str:
+    return f"weight-{weight:g}"
+
+
+def sparsity_path(
     model: Any,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig,
     sparsity_weights: Sequence[float | int],
     *,
-    run_dir: Any = None,
-    rebuild: Mapping[str, Any] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Callback] = (),
+    check_memory: str = "warn",
+    rebuild: Inputs | None = None,
 ) -> SubnetworkPath:
     """Find nested subnetworks along increasing sparsity weights, and measure each on held-out text.
 
@@ -108,7 +143,9 @@ def find_path(
         config: The recipe; its `sparsity_weight` is replaced by each in turn.
         sparsity_weights: At least two different ones; taken from the smallest (largest subnetwork) to the largest.
         run_dir: A folder for the path: one run folder for each sparsity weight, and `path.json`.
-        rebuild: How to make model, corpus and target again from names, for the run folders.
+        callbacks: As for `find_subnetwork`.
+        check_memory: As for `find_subnetwork`.
+        rebuild: Model, text and target by name, noted in the run folders for the command line.
 
     Raises:
         ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
@@ -119,25 +156,26 @@ def find_path(
         raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")
     if config.target_fraction is not None:
         raise ValueError("a path goes along sparsity weights: leave out target_fraction")
+    how: dict[str, Any] = {"rebuild": rebuild, "callbacks": callbacks, "check_memory": check_memory}
     if run_dir is None:
-        return _along(weights, model, target, corpus, config, None, rebuild)
+        return _along(weights, model, target, corpus, config, None, how)
     with lock_folder(run_dir):
         remove_leftovers(Path(run_dir))
-        path = _along(weights, model, target, corpus, config, Path(run_dir), rebuild)
+        path = _along(weights, model, target, corpus, config, Path(run_dir), how)
         write_text(Path(run_dir) / _FILE, checked_json(path.to_json()))
     return path
 
 
 def _along(
     weights: Sequence[float | int], model: Any, target: Any, corpus: Corpus, config: SparsifyConfig,
-    run_dir: Path | None, rebuild: Mapping[str, Any] | None,
+    run_dir: Path | None, how: Mapping[str, Any],
 ) -> SubnetworkPath:  # fmt: skip
     found: list[FoundSubnetwork] = []
     within = None
     for weight in weights:
-        folder = None if run_dir is None else run_dir / f"weight-{weight:g}"
+        folder = None if run_dir is None else run_dir / _folder_of(weight)
         recipe = replace(config, sparsity_weight=weight)
-        found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, rebuild=rebuild))
+        found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, **how))
         within = found[-1].subnetwork
     ends = [Subnetwork.empty(model), Subnetwork.full(model)]
     measured = [
@@ -147,8 +185,12 @@ def _along(
     return SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
 
 
+find_path = sparsity_path
+"""The former name of `sparsity_path`."""
+
+
 def is_path(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder was written by `find_path`."""
+    """Whether a folder was written by `sparsity_path`."""
     return (Path(folder) / _FILE).is_file()
 
 
@@ -161,37 +203,23 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """
     if not is_path(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no path: it has no {_FILE}")
-    weights = [point["sparsity_weight"] for point in _read(Path(folder))["points"]]
-    return [with_path_metrics(load_run(Path(folder) / f"weight-{weight:g}")) for weight in weights]
+    return [with_path_evaluation(load_run(Path(folder) / point.folder)) for point in _read(Path(folder)).points]
 
 
-def with_path_metrics(run: Run) -> Run:
+def with_path_evaluation(run: Run) -> Run:
     """A run with what the path it belongs to measured of it, if it belongs to one and was not evaluated by itself."""
     folder = run.path.absolute().parent
-    if run.metrics is not None or not is_path(folder):
+    if run.evaluation is not None or not is_path(folder):
         return run
-    record = _read(folder)
-    for point in record["points"]:
-        if run.path.absolute().name == f"weight-{point['sparsity_weight']:g}" and point["kept"] == run.subnetwork.kept:
-            return replace(run, metrics={"subnetwork": point, "full": record["full"], "empty": record["empty"]})
+    ends = _read(folder)
+    for point in ends.points:
+        if run.path.absolute().name == point.folder and point.kept == run.subnetwork.kept:
+            return replace(run, evaluation=point.evaluation(ends))
     return run
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / _FILE
-    record = read_checked_json(path, "`find` with the same --sparsity-weights writes it again")
-    points = record.get("points")
-    if set(record) != {"points", "cpr", "cmd", "full", "empty"} or not isinstance(points, list):
-        raise ValueError(f"{str(path)!r} is damaged: it is not what a path writes")
-    for measured in (*points, record["full"], record["empty"]):
-        if not isinstance(measured, dict) or not all(_is_number(value) for value in measured.values()):
-            raise ValueError(f"{str(path)!r} is damaged: it should hold numbers by name, not {shown(measured)}")
-        if set(measured) - {"sparsity_weight", "faithfulness"} != set(_MEASURED):
-            raise ValueError(f"{str(path)!r} is damaged: it should say {', '.join(_MEASURED)} of every size")
-    if any(point.get("sparsity_weight") is None for point in points):
-        raise ValueError(f"{str(path)!r} is damaged: one of its sizes has no sparsity weight")
-    return record
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) is float or (type(value) is int and abs(value) < _LARGEST)
+def _read(folder: Path) -> _File:
+    path, remedy = folder / _FILE, "`find` with the same --sparsity-weights writes it again"
+    record = read_checked_json(path, remedy)
+    with damaged(path, remedy):
+        return _File.from_json(record)

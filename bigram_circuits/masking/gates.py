@@ -1,13 +1,8 @@
-"""The formulas of the masking methods, and the gates that they harden.
+"""Gates that are being learned: one score each, over single weights or whole neurons, heads and blocks.
 
-A gate governs one weight, or is tied over all weights of a neuron, a head or a block. While a mask is learned, a weight
-is multiplied by its gate's soft value; what is kept in the end are the weights whose hard gate is open. A method says
-how the soft value comes from the gate's score, what is penalised, and when a gate is decided:
-
-- **Continuous sparsification** (Savarese, Silva, Maire 2020, arXiv 1912.04427).
-- **Hard concrete** (Louizos, Welling, Kingma 2018, arXiv 1712.01312).
-- **Straight-through top-k** (Bengio, Leonard, Courville 2013, arXiv 1308.3432; the k highest scores as in Ramanujan et
-  al. 2020, arXiv 1911.13299).
+While a mask is learned, a weight is multiplied by the soft value of its gate; what is kept in the end are the weights
+whose hard gate is open. How the soft value comes from the score, what is penalised, and when a gate counts as decided
+is up to the masking method (`methods/`).
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from bigram_circuits.models.weights import WeightSite
+from bigram_circuits.recipe import SparsifyConfig
 
 
 def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
@@ -32,14 +28,14 @@ def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
 
 
 UNDECIDED, DECIDED = 0.1, 0.9
-"""A gate is undecided between these: the paper stops when such gates are under 1% of those above."""
+"""A gate is undecided between these two; the paper stops when such gates number less than 1% of those above."""
 
 
-# --- hard concrete: a stretched, clipped binary concrete variable -----------------------------------------------------
+# --- which weights a gate governs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Tie:
+class GateGroup:
     """The gates that govern a weight matrix: a stretch of all gates, and how each is spread over the weights."""
 
     site: WeightSite
@@ -76,9 +72,9 @@ class Tie:
         return own[:, None] if along_rows else own[None, :]
 
 
-def tie_gates(
+def group_gates(
     sites: Sequence[WeightSite], granularity: Mapping[str, str], layers: Sequence[int] | None = None
-) -> tuple[Tie, ...]:
+) -> tuple[GateGroup, ...]:
     """Lay out the gates of all sites whose component is in `granularity` and whose layer is in `layers` (None: all).
 
     Raises:
@@ -88,7 +84,7 @@ def tie_gates(
     wrong = [layer for layer in layers or () if not 0 <= layer <= last]
     if wrong:
         raise ValueError(f"there is no layer {wrong[0]}: layers are 0 to {last}")
-    ties: list[Tie] = []
+    groups: list[GateGroup] = []
     stretches: dict[tuple[int, str], tuple[int, int]] = {}
     end = 0
     for site in sites:
@@ -100,16 +96,16 @@ def tie_gates(
             count = {"weight": site.size, "block": 1, "head": site.shape[0], "neuron": site.shape[-1]}[unit]
             stretches[place] = (end, count)
             end += count
-        ties.append(Tie(site, unit, *stretches[place]))
-    if not ties:
+        groups.append(GateGroup(site, unit, *stretches[place]))
+    if not groups:
         raise ValueError(f"nothing to mask: granularity {dict(granularity)} and layers {layers} leave no weights")
-    return tuple(ties)
+    return tuple(groups)
 
 
 # --- the gates of a model --------------------------------------------------------------------------------------------
 
 _AT_ONCE = {"cpu": 1 << 20}  # gates in one piece: what stays in the processor's cache
-_AT_ONCE_ELSEWHERE = 1 << 24  # no more, since float32 counts no further
+_AT_ONCE_ELSEWHERE = 1 << 24  # float32 counts exactly only up to 2**24
 _SAMPLED = 1 << 22  # scores that a threshold is found from, of more
 
 
@@ -121,12 +117,16 @@ class Gates(nn.Module, ABC):
     scores: soft gates are computed anew, and what they make of the gradient is added to `scores.grad` where it lies.
     """
 
+    learning_rate: ClassVar[float]
+    """AdamW's, where the recipe gives none."""
+    scratch: ClassVar[int] = 0
+    """What the method holds besides scores, gradient and moments: bytes for each gate."""
     steepness = 1.0
     """What is penalised is a logistic function of the score: its slope is this times value * (1 - value)."""
 
     def __init__(
         self,
-        ties: Sequence[Tie],
+        groups: Sequence[GateGroup],
         *,
         first_score: float = 0.0,
         within: Mapping[str, Bool[Tensor, "..."]] | None = None,
@@ -138,19 +138,38 @@ class Gates(nn.Module, ABC):
         a tied gate all of whose weights are. `dtype` is that of the scores and their gradient.
         """
         super().__init__()
-        self.ties = tuple(ties)
-        self.n_weights = sum(tie.site.size for tie in ties)
-        n_gates = max(tie.start + tie.count for tie in ties)
-        scores = torch.full((n_gates,), -torch.inf, dtype=dtype, device=ties[0].site.original.device)
-        for tie in ties:
-            usable = tie.site.original != 0
+        self.groups = tuple(groups)
+        self.n_weights = sum(group.site.size for group in groups)
+        n_gates = max(group.start + group.count for group in groups)
+        scores = torch.full((n_gates,), -torch.inf, dtype=dtype, device=groups[0].site.original.device)
+        for group in groups:
+            usable = group.site.original != 0
             if within is not None:
-                usable &= within[tie.site.name].to(usable.device)
-            scores[tie.place].masked_fill_(_governs_any(tie, usable), first_score)
+                usable &= within[group.site.name].to(usable.device)
+            scores[group.place].masked_fill_(_governs_any(group, usable), first_score)
         self.scores = nn.Parameter(scores)
-        self.threshold = 0.0  # a gate is open above it; moved by `aim`
-        self._tie_of = {tie.site.name: tie for tie in ties}
-        self._single = all(tie.unit == "weight" for tie in ties)
+        self.threshold = 0.0  # a gate is open above it; moved by `set_threshold`
+        self._group_of = {group.site.name: group for group in groups}
+        self._single = all(group.unit == "weight" for group in groups)
+
+    @classmethod
+    def check_config(cls, config: SparsifyConfig) -> None:
+        """Raise ValueError if a recipe lacks what the method needs."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
+    ) -> Gates:
+        """The gates of a recipe.
+
+        Args:
+            groups: What they govern.
+            config: The recipe.
+            seed: Of the attempt.
+            wanted: How many gated weights to keep in the end; None: as many as turn out.
+            **start: As for the constructor.
+        """
 
     @abstractmethod
     def refresh(self, step: int) -> None:
@@ -175,15 +194,15 @@ class Gates(nn.Module, ABC):
     @property
     def names(self) -> frozenset[str]:
         """Names of the weight matrices that are gated."""
-        return frozenset(self._tie_of)
+        return frozenset(self._group_of)
 
     def gate(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """A weight matrix, in stored layout, times its soft gates; only `scores` gets a gradient."""
-        tie = self._tie_of[name]
-        if tie.unit == "weight":
-            return _GatedWeight.apply(self.scores, weight, self, tie.place)  # pyright: ignore[reportReturnType]
-        soft: Tensor = _SoftGates.apply(self.scores, self, tie.place)  # pyright: ignore[reportAssignmentType]
-        return weight * tie.spread(soft).to(weight.dtype)
+        group = self._group_of[name]
+        if group.unit == "weight":
+            return _GatedWeight.apply(self.scores, weight, self, group.place)  # pyright: ignore[reportReturnType]
+        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)  # pyright: ignore[reportAssignmentType]
+        return weight * group.spread(soft).to(weight.dtype)
 
     @torch.no_grad()
     def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
@@ -196,9 +215,9 @@ class Gates(nn.Module, ABC):
         """
         gradient = _gradient(self.scores)
         sums = []
-        for place, ties in self._pieces():
+        for place, groups in self._pieces():
             value, slope = self.penalised(place), gradient[place]
-            total, share = _over_weights(value, ties)
+            total, share = _over_weights(value, groups)
             sums.append(torch.stack([total, *(_above(value, edge).sum() for edge in (UNDECIDED, DECIDED))]))
             torch.addcmul(value, value, value, value=-1, out=slope)
             slope *= self.steepness * sparsity_weight / self.n_weights
@@ -207,7 +226,7 @@ class Gates(nn.Module, ABC):
         total, beyond, above = torch.stack(sums).double().sum(0).tolist()
         return total / self.n_weights, *self.undecided(int(beyond - above), int(above))
 
-    def aim(self, wanted: int) -> None:
+    def set_threshold(self, wanted: int) -> None:
         """Move the threshold so that the open gates are those of highest score that govern at most `wanted` weights.
 
         Where there are more than some million gates of single weights it is found from a sample of them, evenly spaced.
@@ -250,8 +269,8 @@ class Gates(nn.Module, ABC):
         """
         hard = self.hard_gates() if wanted is None else self.highest(wanted)
         return {
-            tie.site.name: tie.spread(hard[tie.place].float()).bool().expand(tie.site.original.shape)
-            for tie in self.ties
+            group.site.name: group.spread(hard[group.place].float()).bool().expand(group.site.original.shape)
+            for group in self.groups
         }
 
     def highest(self, wanted: int) -> Bool[Tensor, " gate"]:
@@ -280,19 +299,19 @@ class Gates(nn.Module, ABC):
         scores = self.scores.detach()[place].float()
         return scores - self.threshold if self.threshold else scores
 
-    def _pieces(self) -> Iterator[tuple[slice, list[Tie]]]:
-        """All gates, in pieces of bounded size where each governs one weight; else with the ties that share a piece."""
+    def _pieces(self) -> Iterator[tuple[slice, list[GateGroup]]]:
+        """All gates, in pieces of bounded size where each governs one weight; else with the groups that share them."""
         at_once = _AT_ONCE.get(self.scores.device.type, _AT_ONCE_ELSEWHERE)
-        stretches: dict[tuple[int, int], list[Tie]] = {}
-        for tie in self.ties:
-            stretches.setdefault((tie.start, tie.start + tie.count), []).append(tie)
+        stretches: dict[tuple[int, int], list[GateGroup]] = {}
+        for group in self.groups:
+            stretches.setdefault((group.start, group.start + group.count), []).append(group)
         if self._single:
-            stretches = {(0, len(self.scores)): list(self.ties)}
-        for (start, end), ties in stretches.items():
-            if ties[0].unit == "weight":
+            stretches = {(0, len(self.scores)): list(self.groups)}
+        for (start, end), groups in stretches.items():
+            if groups[0].unit == "weight":
                 yield from ((slice(at, min(at + at_once, end)), []) for at in range(start, end, at_once))
             else:
-                yield slice(start, end), ties
+                yield slice(start, end), groups
 
     def _n_above(self, threshold: float) -> int:
         """Number of gated weights that are governed by gates with a score above a threshold."""
@@ -304,19 +323,19 @@ class Gates(nn.Module, ABC):
 
     def _over_weights(self, of: Callable[[slice], Float[Tensor, " gate"]]) -> int:
         """The sum over weights of whole numbers by gate."""
-        sums = [_over_weights(of(place), ties)[0] for place, ties in self._pieces()]
+        sums = [_over_weights(of(place), groups)[0] for place, groups in self._pieces()]
         return round(torch.stack(sums).double().sum().item())
 
 
 def _over_weights(
-    values: Float[Tensor, " gate"], ties: Sequence[Tie]
+    values: Float[Tensor, " gate"], groups: Sequence[GateGroup]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " gate"] | None]:
     """The sum over weights of a value by gate, and its gradient: how many weights count for each (None: one)."""
-    if not ties:
+    if not groups:
         return values.sum(), None
     with torch.enable_grad():
         own = values.detach().double().requires_grad_()
-        total = torch.stack([tie.spread(own).mean() * tie.site.size for tie in ties]).sum()
+        total = torch.stack([group.spread(own).mean() * group.site.size for group in groups]).sum()
         (share,) = torch.autograd.grad(total, own)
     return total.detach(), share
 
@@ -326,12 +345,12 @@ def _above(values: Float[Tensor, " gate"], edge: float) -> Float[Tensor, " gate"
     return torch.gt(values, edge, out=torch.empty_like(values, dtype=torch.float32))
 
 
-def _governs_any(tie: Tie, usable: Bool[Tensor, "..."]) -> Bool[Tensor, " gate"]:
-    """Whether each gate of a tie governs a usable weight: where the sum over these has a gradient."""
-    if tie.unit == "weight":
+def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, " gate"]:
+    """Whether each gate of a group governs a usable weight: where the sum over these has a gradient."""
+    if group.unit == "weight":
         return usable.flatten()
-    gates = torch.zeros(tie.count, device=usable.device, requires_grad=True)
-    (gradient,) = torch.autograd.grad((tie.spread(gates) * usable).sum(), gates)
+    gates = torch.zeros(group.count, device=usable.device, requires_grad=True)
+    (gradient,) = torch.autograd.grad((group.spread(gates) * usable).sum(), gates)
     return gradient > 0
 
 

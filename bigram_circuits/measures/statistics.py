@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+
+from bigram_circuits.storage.typed import Record
 
 _LOGITS_AT_ONCE = 1 << 22  # float32 copies of logits are made in pieces of 16 MiB
 
@@ -30,7 +32,7 @@ MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "t
 
 
 @dataclass(frozen=True)
-class Faithfulness:
+class Faithfulness(Record):
     """How well one (masked) model does what the target says. Surprisal, CE and KL in nats; nan where undefined."""
 
     surprisal_correlation: float
@@ -49,10 +51,6 @@ class Faithfulness:
     """Maskable weights."""
     fraction: float
     """kept / total."""
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """A dictionary in which an undefined number is None."""
-        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
 
 
 def surprisals(

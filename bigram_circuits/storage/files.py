@@ -162,6 +162,15 @@ def read_checked_json(path: Path, remedy: str = "") -> dict[str, Any]:
         raise ValueError(f"{error}{remedy and f'; {remedy}'}") from error
 
 
+@contextmanager
+def damaged(path: Path, remedy: str) -> Iterator[None]:
+    """Within the block, a ValueError says that the file is damaged, and what to do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}{remedy and f'; {remedy}'}") from error
+
+
 def release_pages(array: np.ndarray) -> None:
     """Let go of the memory through which a memory-mapped array (or a part of one) was read; no-op for others.
 

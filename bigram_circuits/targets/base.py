@@ -1,64 +1,158 @@
-"""What a subnetwork is asked to reproduce: the protocol that every target follows, and targets made from a model.
+"""What every target offers, and how an object of any kind is taken as one.
 
-An `NGramTable` is a target. So is any object with `cross_entropy` and `surprisal`; KL and top-1 agreement are reported
-for targets that also have `entropy` and `top1`. A target may speak about some positions only: `cross_entropy` gives
-[batch, n] for the n positions it has an opinion on, and `entropy` and `top1` are then about the same positions, which
-`positions` names (all, if there is no such attribute).
+A target is a distribution over the next token. It needs `cross_entropy` and `surprisal`; everything else has a default
+in `Target`. A target may speak about some positions only: `cross_entropy` then gives [batch, n] for the n positions it
+has an opinion on, `positions` names them, and `entropy` and `top1` are about the same ones.
+
+A target with a name on the command line is a module of this folder with a `TARGET`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.text.corpus import Corpus
+from bigram_circuits.text.ngrams import NGramTable
 
-@runtime_checkable
-class Target(Protocol):
+
+class Target(ABC):
     """A distribution over the next token, at every position or at some."""
 
+    d_vocab: int | None = None
+    """Size of the vocabulary; None: any."""
+    positions: slice = slice(None)
+    """The positions that it speaks about."""
+    fingerprint: str | None = None
+    """What tells it from another target of its kind."""
+
+    @abstractmethod
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch n"]:
         """CE from the target's distribution to softmax(logits), nats; differentiable in `logits`."""
-        ...
 
+    @abstractmethod
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
         """-log P(actual next token), nats; inf where that probability is 0 or the target has no opinion."""
-        ...
+
+    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
+        """Entropy of its distributions, nats; None if it cannot tell, and then KL is undefined."""
+        return None
+
+    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
+        """Its most likely next tokens; None if it cannot tell."""
+        return None
+
+    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
+        """Its distributions, dense; None if it cannot tell."""
+        return None
+
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        return type(self).__name__
+
+
+Target.register(NGramTable)  # which has all of this
+
+
+class _Foreign(Target):
+    """An object with the methods of a target, made anywhere: what it lacks has the defaults."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self.d_vocab = getattr(target, "d_vocab", None)
+        self.positions = getattr(target, "positions", Target.positions)
+        self.fingerprint = getattr(target, "fingerprint", None)
+
+    @property
+    def kind(self) -> str:
+        return type(self._target).__name__
+
+    def cross_entropy(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch n"]:
+        return self._target.cross_entropy(logits, tokens)
+
+    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
+        return self._target.surprisal(tokens)
+
+    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
+        return self._ask("entropy", tokens)
+
+    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
+        return self._ask("top1", tokens)
+
+    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
+        return self._ask("log_probs", tokens)
+
+    def _ask(self, name: str, tokens: Tensor) -> Tensor | None:
+        method = getattr(self._target, name, None)
+        return None if method is None else method(tokens)
+
+
+def as_target(target: Any, d_vocab: int) -> Target:
+    """Take an object as a target of a model: the one door that targets come in by.
+
+    Args:
+        target: A `Target`, or any object with `cross_entropy` and `surprisal`.
+        d_vocab: Size of the model's vocabulary.
+
+    Raises:
+        ValueError: If it lacks one of these methods, or has another vocabulary.
+    """
+    taken = target if isinstance(target, Target) else _foreign(target)
+    if taken.d_vocab not in (None, d_vocab):
+        raise ValueError(
+            f"the target was counted over a vocabulary of {taken.d_vocab}, but the model's is {d_vocab}: "
+            f"count it again with d_vocab={d_vocab}"
+        )
+    return taken
 
 
 def check_target(target: Any, d_vocab: int) -> None:
-    """Raise ValueError unless `target` follows the protocol and, where it has a vocabulary, has the model's."""
-    if not isinstance(target, Target):
+    """Raise ValueError unless an object can be taken as a target of a model with this vocabulary."""
+    as_target(target, d_vocab)
+
+
+def _foreign(target: Any) -> Target:
+    if not all(callable(getattr(target, name, None)) for name in ("cross_entropy", "surprisal")):
         raise ValueError(f"a target needs the methods cross_entropy and surprisal; {type(target).__name__} lacks one")
-    theirs = getattr(target, "d_vocab", d_vocab)
-    if theirs != d_vocab:
-        raise ValueError(
-            f"the target was counted over a vocabulary of {theirs}, but the model's is {d_vocab}: "
-            f"count it again with d_vocab={d_vocab}"
-        )
+    return _Foreign(target)
 
 
-def entropy(target: Any, tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:
+def entropy(target: Target, tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:
     """The target's entropy at the n positions it speaks about, nats; nan if the target cannot tell."""
-    if hasattr(target, "entropy"):
-        return target.entropy(tokens)
-    return torch.full((len(tokens), n), torch.nan, device=tokens.device)
+    found = target.entropy(tokens)
+    return torch.full((len(tokens), n), torch.nan, device=tokens.device) if found is None else found
 
 
 def top1_agreement(
-    target: Any, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"], n: int
+    target: Target, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"], n: int
 ) -> Float[Tensor, "batch n"]:
     """1 where logits and target have the same most likely token, at the n positions; nan if the target cannot tell."""
-    if not hasattr(target, "top1"):
+    theirs = target.top1(tokens)
+    if theirs is None:
         return torch.full((len(tokens), n), torch.nan, device=tokens.device)
-    ours = logits.argmax(-1)[:, getattr(target, "positions", slice(None))]
-    return (ours == target.top1(tokens)).float()
+    return (logits.argmax(-1)[:, target.positions] == theirs).float()
 
 
-def describe(target: Any) -> dict[str, Any]:
-    """What tells this target from another, as JSON values: its kind, and its fingerprint if it has one."""
-    return {"kind": type(target).__name__, "fingerprint": getattr(target, "fingerprint", None)}
+@dataclass(frozen=True)
+class TargetKind:
+    """A target that has a name on the command line."""
+
+    make: Callable[[Any, Corpus, int], Target | NGramTable]
+    """Makes it, of a model, a corpus and an order of n-grams."""
+    label: Callable[[int], str]
+    """Its name in a title, by order: `bigram`."""
+    meaning: Callable[[int], str]
+    """What it is, in words that follow "reproduce", by order."""
+    uses_order: bool = False
+    """Whether the order matters."""

@@ -12,19 +12,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order
 
 _LOGITS_AT_ONCE = 1 << 20  # copies of logits are made in pieces of 4 MiB
 _TOKENS_AT_ONCE = 1 << 11  # in one forward pass when fitting
 
 
-class InducedTarget:
+class InducedTarget(Target):
     """A model's own induced bigram: its mean prediction given the current token, over contexts.
 
     P(next | current) is the mean of softmax(logits) over all positions of a text whose token is `current`; a token
     that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Against
     the bigram table of the text it tells the model's statistics from the corpus's.
     """
+
+    d_vocab: int
 
     def __init__(
         self, model: Any, tokens: Integer[np.ndarray, "sequence position"], *, max_contexts: int | None = None
@@ -94,3 +97,10 @@ class InducedTarget:
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
         """Its most likely next token."""
         return self._probs.argmax(-1)[self._row[tokens.long()]]
+
+
+TARGET = TargetKind(
+    make=lambda model, corpus, order: InducedTarget(model, corpus.train),
+    label=lambda order: "induced bigram",
+    meaning=lambda order: "the bigram that the model itself induces",
+)

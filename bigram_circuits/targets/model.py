@@ -9,13 +9,16 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.targets.base import Target, TargetKind
 
 
-class ModelTarget:
+class ModelTarget(Target):
     """A model's own distribution over the next token: what optimal pruning asks for.
 
     The model may be the one that is being masked: for the target it runs on all its weights.
     """
+
+    d_vocab: int
 
     def __init__(self, model: Any) -> None:
         """Take a model from `load_model`."""
@@ -51,3 +54,10 @@ class ModelTarget:
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
         """The full model's most likely token."""
         return self.log_probs(tokens).argmax(-1)
+
+
+TARGET = TargetKind(
+    make=lambda model, corpus, order: ModelTarget(model),
+    label=lambda order: "self-faithful",
+    meaning=lambda order: "the model's own predictions",
+)

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.targets.base import Target, TargetKind
 
-class NextTokenTarget:
+
+class NextTokenTarget(Target):
     """The actual next token: all probability on it. The CE is a language model's own loss.
 
     Its surprisal is 0 everywhere, so a correlation with it is undefined. It says nothing about the last position.
@@ -37,3 +39,10 @@ class NextTokenTarget:
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos_minus_1"]:
         """The actual next token."""
         return tokens[:, 1:].long()
+
+
+TARGET = TargetKind(
+    make=lambda model, corpus, order: NextTokenTarget(),
+    label=lambda order: "next-token",
+    meaning=lambda order: "the actual next token",
+)

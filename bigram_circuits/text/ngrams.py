@@ -152,6 +152,9 @@ class NGramTable:
         levels = tuple(_level_of(rows) for rows in (first[None], bigram))
         return cls(order=2, d_vocab=len(bigram), levels=levels)
 
+    positions = slice(None)  # it speaks about all of them
+    kind = "NGramTable"
+
     @property
     def n_entries(self) -> int:
         """Distinct n-grams of the full order."""

@@ -12,10 +12,10 @@ import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.experiments.comparison import compare, differing_settings
-from bigram_circuits.learning.training import SparsifyConfig
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report.comparison import not_dominated, page, write_comparison
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.masking.gates import tie_gates
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
 from bigram_circuits.models.activations import lean_forward, recomputed
 from bigram_circuits.runs import RunFolder
@@ -21,7 +21,7 @@ TOKENS = torch.from_numpy(TEXT[:2])
 
 def gradient(model, *, low_memory=False):
     """Of the loss, with respect to every gate."""
-    gates = ContinuousSparsification(tie_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}))
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}))
     with bc.gated(model, gates), lean_forward(model):
         gates.refresh(0)
         if low_memory:

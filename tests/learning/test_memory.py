@@ -7,7 +7,7 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits.learning import memory
-from bigram_circuits.learning.memory import MemoryForecast, memory_of
+from bigram_circuits.learning.memory import MemoryForecast, MemoryWarning, memory_of
 from tests.conftest import D_VOCAB
 
 TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (8, 32))
@@ -69,9 +69,24 @@ def test_what_fits_is_let_through_and_the_rest_is_told_what_would():
 def test_learning_is_refused_before_it_begins(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "memory_of", lambda device: (10**9, 10**6))
     monkeypatch.setattr(memory, "_kept", lambda *_: pytest.fail("there is no room to try"))
-    with pytest.raises(MemoryError, match=r"learning needs about 0\.1 GB more on cpu, which has 0\.0 GB"):
-        bc.find_subnetwork(tiny_model, TARGET, CORPUS, bc.SparsifyConfig(max_steps=2), run_dir=tmp_path / "run")
+    config, refused = bc.SparsifyConfig(max_steps=2), r"learning needs about 0\.1 GB more on cpu, which has 0\.0 GB"
+    with pytest.raises(MemoryError, match=refused):
+        bc.find_subnetwork(tiny_model, TARGET, CORPUS, config, run_dir=tmp_path / "run", check_memory="strict")
     assert not (tmp_path / "run" / "subnetwork.safetensors").exists()
+    with pytest.warns(MemoryWarning, match=refused):  # by default it says so and goes on: memory may become free
+        assert bc.find_subnetwork(tiny_model, TARGET, CORPUS, config).history
+    monkeypatch.setattr(memory, "all_memory_of", lambda device: 10**9 + 1)
+    with pytest.raises(MemoryError, match=refused):  # no other process's memory could make room
+        bc.find_subnetwork(tiny_model, TARGET, CORPUS, config)
+    assert bc.find_subnetwork(tiny_model, TARGET, CORPUS, config, check_memory="off").history
+    with pytest.raises(ValueError, match="check_memory must be one of strict, warn, off, not 'maybe'"):
+        bc.find_subnetwork(tiny_model, TARGET, CORPUS, config, check_memory="maybe")
+
+
+def test_certainly_too_small_counts_only_what_is_counted():
+    assert not replace(ROOM, scores=10**9, total=2 * 10**9).certainly_too_small
+    assert replace(ROOM, scores=10**9, total=2 * 10**9 - 1).certainly_too_small
+    assert not replace(ROOM, free=0, total=None).certainly_too_small
 
 
 def test_a_container_limit_counts(monkeypatch, tmp_path):

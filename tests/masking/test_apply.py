@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
-from bigram_circuits.masking.gates import tie_gates
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
 
 
@@ -158,7 +158,7 @@ def test_a_mask_of_another_model_is_refused(any_model, reference_model):
 
 
 def weight_gates(model, **beta):
-    return ContinuousSparsification(tie_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}), **beta)
+    return ContinuousSparsification(group_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}), **beta)
 
 
 def test_gates_multiply_weights_and_only_scores_get_gradients(any_model, tokens):

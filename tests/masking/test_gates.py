@@ -7,7 +7,7 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.masking import gates as module
-from bigram_circuits.masking.gates import tie_gates
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification, soft_gate, temperature
 from bigram_circuits.masking.methods.hard_concrete import HardConcrete, hard_concrete, probability_open
 from bigram_circuits.masking.methods.straight_through import StraightThrough, kept_share
@@ -84,25 +84,27 @@ def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, method,
     within = {
         site.name: torch.rand(site.original.shape, generator=generator) < 0.9 for site in bc.weight_sites(any_model)
     }
-    gates = method(tie_gates(bc.weight_sites(any_model), unit_of), within=within, **METHODS[method])
+    gates = method(group_gates(bc.weight_sites(any_model), unit_of), within=within, **METHODS[method])
     with torch.no_grad():
         gates.scores += torch.randn(gates.scores.shape, generator=generator)
     if method is not StraightThrough:
         gates.threshold = 0.1
     gates.refresh(2)
-    upstream = {tie.site.name: torch.randn(tie.site.original.shape, generator=generator) for tie in gates.ties}
+    upstream = {group.site.name: torch.randn(group.site.original.shape, generator=generator) for group in gates.groups}
     mean, between, above = gates.penalise(7.0)
     loss = sum(
-        (gates.gate(tie.site.name, tie.site.original.detach()) * upstream[tie.site.name]).sum() for tie in gates.ties
+        (gates.gate(group.site.name, group.site.original.detach()) * upstream[group.site.name]).sum()
+        for group in gates.groups
     )
     loss.backward()
 
     scores, soft, penalised = plainly(gates, method, 2)
     expected = sum(
-        (tie.spread(soft[tie.place]) * tie.site.original.detach() * upstream[tie.site.name]).sum() for tie in gates.ties
+        (group.spread(soft[group.place]) * group.site.original.detach() * upstream[group.site.name]).sum()
+        for group in gates.groups
     )
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    sizes = [tie.spread(penalised[tie.place]).mean() * tie.site.size for tie in gates.ties]
+    sizes = [group.spread(penalised[group.place]).mean() * group.site.size for group in gates.groups]
     penalty = sum(sizes) / gates.n_weights
     assert mean == pytest.approx(float(penalty.detach()), rel=1e-5)
     (expected + 7.0 * penalty).backward()
@@ -116,7 +118,7 @@ def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, method,
 
 def test_a_backward_pass_adds_to_the_gradient_that_is_there(any_model, random_tokens):
     tokens = torch.from_numpy(random_tokens)
-    gates = ContinuousSparsification(tie_gates(bc.weight_sites(any_model), {"attn": "weight", "mlp": "weight"}))
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(any_model), {"attn": "weight", "mlp": "weight"}))
     with bc.gated(any_model, gates):
         gates.refresh(0)
         gates.penalise(3.0)
@@ -216,7 +218,7 @@ def test_a_tied_gate_gets_the_sum_of_its_weights_gradients(any_model, random_tok
     sites = bc.weight_sites(any_model)
 
     def gradient(unit_of):
-        gates = ContinuousSparsification(tie_gates(sites, unit_of), beta_start=1.0)
+        gates = ContinuousSparsification(group_gates(sites, unit_of), beta_start=1.0)
         with bc.gated(any_model, gates):
             gates.refresh(0)
             any_model(tokens).square().mean().backward()
@@ -225,16 +227,18 @@ def test_a_tied_gate_gets_the_sum_of_its_weights_gradients(any_model, random_tok
 
     single, each = gradient({"attn": "weight", "mlp": "weight"})
     tied, together = gradient({"attn": "block", "mlp": "neuron"})
-    for tie in tied.ties:
-        same = [t for t in single.ties if (t.site.layer, t.site.component) == (tie.site.layer, tie.site.component)]
+    for group in tied.groups:
+        same = [
+            t for t in single.groups if (t.site.layer, t.site.component) == (group.site.layer, group.site.component)
+        ]
         by_weight = [t.site.from_stored(each[t.start : t.start + t.count].view(t.site.original.shape)) for t in same]
-        if tie.unit == "block":
+        if group.unit == "block":
             expected = torch.stack([g.sum() for g in by_weight]).sum().view(1)
         else:
             expected = sum(
                 g.sum(1) if t.site.name.endswith("W_out") else g.sum(0) for g, t in zip(by_weight, same, strict=True)
             )
-        torch.testing.assert_close(together[tie.start : tie.start + tie.count], expected, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(together[group.start : group.start + group.count], expected, atol=1e-5, rtol=1e-3)
 
 
 def test_a_weight_that_is_zero_starts_and_stays_dropped(tiny_folders):
@@ -242,7 +246,7 @@ def test_a_weight_that_is_zero_starts_and_stays_dropped(tiny_folders):
     site = bc.weight_sites(model)[4]
     with torch.no_grad():
         site.original[0, :5] = 0
-    gates = ContinuousSparsification(tie_gates(bc.weight_sites(model), {"mlp": "weight"}), first_score=0.5)
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(model), {"mlp": "weight"}), first_score=0.5)
     optimizer = torch.optim.AdamW([gates.scores], lr=0.1, weight_decay=0.01)
     for step in range(3):
         gates.refresh(step)
@@ -260,12 +264,12 @@ def test_the_threshold_opens_what_is_wanted_or_all_there_is(tiny_model, unit_of)
     sites = bc.weight_sites(tiny_model)
     within = bc.Subnetwork.full(tiny_model).drop_layer(1)
     stored = {site.name: site.to_stored(within[site.name]) for site in sites}
-    gates = ContinuousSparsification(tie_gates(sites, unit_of), within=stored)
+    gates = ContinuousSparsification(group_gates(sites, unit_of), within=stored)
     noise = torch.randn(gates.scores.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         gates.scores.add_(noise)  # what is outside stays at minus infinity
     for wanted in (0, 1000, within.kept, within.total):
-        gates.aim(wanted)
+        gates.set_threshold(wanted)
         expected = min(wanted, within.kept)
         if "weight" in unit_of.values():
             assert gates.n_kept() == expected
@@ -274,7 +278,7 @@ def test_the_threshold_opens_what_is_wanted_or_all_there_is(tiny_model, unit_of)
 
 
 def test_straight_through_ends_with_its_number(tiny_model):
-    gates = StraightThrough(tie_gates(bc.weight_sites(tiny_model), {"mlp": "weight"}), target=100, steps=10)
+    gates = StraightThrough(group_gates(bc.weight_sites(tiny_model), {"mlp": "weight"}), target=100, steps=10)
     kept = []
     for step in range(10):
         gates.refresh(step)

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from bigram_circuits.learning.training import SparsifyConfig
 from bigram_circuits.measures.html import shown
+from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report.page import page, write_report
 from bigram_circuits.report.story import command_line
 from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bigram_circuits.masking.gates import Gates, Tie
+from bigram_circuits.masking.gates import GateGroup, Gates
+from bigram_circuits.recipe import SparsifyConfig
+
+_GROWS = 1e5  # times, beta over the most steps, where the recipe does not say
 
 
 def temperature(step: int, *, first: float, growth: float) -> float:
@@ -27,15 +31,25 @@ def soft_gate(scores: Float[Tensor, " gate"], beta: float) -> Float[Tensor, " ga
 class ContinuousSparsification(Gates):
     """Soft gates sigmoid(beta * s), with beta growing at every step."""
 
+    learning_rate = 2e-2
+
     def __init__(
-        self, ties: Sequence[Tie], *, beta_start: float = 1.0, beta_growth: float = 1.0, **start: object
+        self, groups: Sequence[GateGroup], *, beta_start: float = 1.0, beta_growth: float = 1.0, **start: Any
     ) -> None:
-        super().__init__(ties, **start)  # type: ignore[arg-type]
-        self._beta: Callable[[int], float] = lambda step: temperature(step, first=beta_start, growth=beta_growth)
+        super().__init__(groups, **start)
+        self._beta_start, self._beta_growth = beta_start, beta_growth
+
+    @classmethod
+    def from_config(
+        cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
+    ) -> ContinuousSparsification:
+        """With beta growing as the recipe says; by its number of steps where it says nothing."""
+        growth = _GROWS ** (1 / config.max_steps) if config.beta_growth is None else config.beta_growth
+        return cls(groups, beta_start=float(config.beta_start), beta_growth=float(growth), **start)
 
     def refresh(self, step: int) -> None:
         """Set beta."""
-        self.steepness = self._beta(step)
+        self.steepness = temperature(step, first=self._beta_start, growth=self._beta_growth)
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
         """sigmoid(beta * s)."""
@@ -49,3 +63,6 @@ class ContinuousSparsification(Gates):
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """The soft gates themselves."""
         return self.soft(place)
+
+
+METHOD = ContinuousSparsification

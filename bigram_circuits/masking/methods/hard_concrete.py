@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bigram_circuits.masking.gates import Gates, Tie
+from bigram_circuits.masking.gates import GateGroup, Gates
+from bigram_circuits.recipe import SparsifyConfig
 
 CONCRETE_TEMPERATURE, STRETCH_LOW, STRETCH_HIGH = 2 / 3, -0.1, 1.1
 
@@ -42,10 +44,20 @@ def probability_open(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
 class HardConcrete(Gates):
     """Sampled gates; the noise of a step is drawn from the seed and the step."""
 
-    def __init__(self, ties: Sequence[Tie], *, seed: int = 0, **start: object) -> None:
-        super().__init__(ties, **start)  # type: ignore[arg-type]
+    learning_rate = 0.5
+    scratch = 4
+
+    def __init__(self, groups: Sequence[GateGroup], *, seed: int = 0, **start: Any) -> None:
+        super().__init__(groups, **start)
         self._seed = seed
         self._uniform = torch.full_like(self.scores, 0.5, requires_grad=False, dtype=torch.float32)
+
+    @classmethod
+    def from_config(
+        cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
+    ) -> HardConcrete:
+        """With the noise of the attempt's seed."""
+        return cls(groups, seed=seed, **start)
 
     def refresh(self, step: int) -> None:
         """Draw the noise."""
@@ -63,3 +75,6 @@ class HardConcrete(Gates):
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """The probability that the gate is not 0."""
         return probability_open(self._shifted(place))
+
+
+METHOD = HardConcrete

@@ -5,13 +5,15 @@ Bengio, Leonard, Courville 2013 (arXiv 1308.3432); the k highest scores as in Ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bigram_circuits.masking.gates import Gates, Tie
+from bigram_circuits.masking.gates import GateGroup, Gates
+from bigram_circuits.recipe import SparsifyConfig
 
 
 def kept_share(step: int, *, target: float, steps: int) -> float:
@@ -19,22 +21,36 @@ def kept_share(step: int, *, target: float, steps: int) -> float:
     return target ** min(1.0, step / max(1, steps // 2))
 
 
-# --- which weights a gate governs ------------------------------------------------------------------------------------
-
-
 class StraightThrough(Gates):
     """The gates of highest score are open; their number falls to the target over the first half of the steps."""
 
-    def __init__(self, ties: Sequence[Tie], *, target: int, steps: int, **start: object) -> None:
-        super().__init__(ties, **start)  # type: ignore[arg-type]
-        self._share: Callable[[int], float] = lambda step: kept_share(step, target=target / self.n_weights, steps=steps)
+    learning_rate = 1e-2
+    scratch = 16
+
+    def __init__(self, groups: Sequence[GateGroup], *, target: int, steps: int, **start: Any) -> None:
+        super().__init__(groups, **start)
         self._target, self._steps, self._step = target, steps, 0
         self._open = torch.ones_like(self.scores, dtype=torch.bool, requires_grad=False)
+
+    @classmethod
+    def check_config(cls, config: SparsifyConfig) -> None:
+        """Raise ValueError unless the recipe says how many weights to keep."""
+        if config.target_fraction is None:
+            raise ValueError("straight_through keeps the highest scores: say how many with target_fraction")
+
+    @classmethod
+    def from_config(
+        cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
+    ) -> StraightThrough:
+        """With as many weights as are wanted in the end."""
+        assert wanted is not None, "the config was checked"
+        return cls(groups, target=wanted, steps=config.max_steps, **start)
 
     def refresh(self, step: int) -> None:
         """Choose the open gates."""
         usable = int(self.scores.isfinite().sum()) if self._single else self.n_weights
-        wanted = max(self._target, min(round(self._share(step) * self.n_weights), usable))
+        share = kept_share(step, target=self._target / self.n_weights, steps=self._steps)
+        wanted = max(self._target, min(round(share * self.n_weights), usable))
         self._open, self._step = self.highest(wanted), step
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
@@ -60,3 +76,6 @@ class StraightThrough(Gates):
     def n_kept(self) -> int:
         """Number of gated weights that are kept."""
         return self._governed(self._open)
+
+
+METHOD = StraightThrough

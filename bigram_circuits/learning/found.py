@@ -1,0 +1,83 @@
+"""What learning gives: the subnetwork, and how it was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bigram_circuits.evaluation import SoftHardGap
+from bigram_circuits.measures import html
+from bigram_circuits.measures.results import Curves, Quantity
+from bigram_circuits.recipe import SparsifyConfig
+from bigram_circuits.runs import STOPS, Outcome, Rollback, StepRecord
+from bigram_circuits.subnetwork import Subnetwork
+
+LEARNED = (
+    Quantity("fraction", "", "share of the maskable weights that would be kept if learning ended now"),
+    Quantity("cross_entropy", "nats", "cross-entropy from the target to the softly masked model"),
+    Quantity("undecided", "", "share of the gates between 0.1 and 0.9"),
+)
+
+
+@dataclass(frozen=True)
+class FoundSubnetwork:
+    """What `find_subnetwork` returns."""
+
+    subnetwork: Subnetwork
+    """The weights whose hard gate is open."""
+    history: list[StepRecord] = field(repr=False)
+    """One record a step of the last attempt."""
+    config: SparsifyConfig
+    """The settings it was found with."""
+    stopped_because: str
+    """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
+    seconds: float
+    """Time spent learning."""
+    gap: SoftHardGap | None = None
+    """Cross-entropy with the last soft gates, and with the mask made of them; None if an older run did not note it."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Each time the loss was not finite or exploded. The abandoned steps are not in `history`."""
+    attempts: int = 1
+    """How many data orders were tried."""
+
+    @classmethod
+    def of_run(
+        cls, subnetwork: Subnetwork, history: Sequence[StepRecord], config: SparsifyConfig, outcome: Outcome
+    ) -> FoundSubnetwork:
+        """What a run folder holds, of its last attempt."""
+        last = [record for record in history if record.attempt == outcome.attempts - 1]
+        return cls(
+            subnetwork, last, config, outcome.stopped_because, outcome.seconds, outcome.soft_hard, outcome.rollbacks,
+            outcome.attempts,
+        )  # fmt: skip
+
+    @property
+    def outcome(self) -> Outcome:
+        """How learning ended, as a run's folder notes it."""
+        return Outcome(self.stopped_because, self.seconds, self.attempts, self.gap, self.rollbacks)
+
+    @property
+    def why(self) -> str:
+        """Why learning stopped, in words."""
+        return STOPS[self.stopped_because]
+
+    def plot(self, quantity: str = "fraction") -> Any:
+        """A plotly figure of a quantity of the history, step by step: `fraction`, `cross_entropy`, `undecided`."""
+        values = np.array([[[record[one.name] for record in self.history]] for one in LEARNED], dtype=float)
+        steps = tuple(record.step for record in self.history)
+        nothing = np.full_like(values, np.nan)
+        return Curves("Learning", LEARNED, "step", steps, ("subnetwork",), values, nothing, nothing).plot(quantity)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how it ended, and what was found."""
+        last = self.history[-1].cross_entropy if self.history else math.nan
+        says = (
+            f"Stopped after {len(self.history):,} steps: {self.why}. "
+            f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
+            f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
+        )
+        return html.summary("A subnetwork was found", [says], self.subnetwork._repr_html_())

@@ -1,0 +1,174 @@
+"""What learns: gates, their optimizer, and the states to continue from and to go back to.
+
+A checkpoint holds just what `Learner.pack` gives. Every step is a function of that, of the step's number and of the
+records of the steps before it, so a run that continues from a checkpoint ends in the same mask, bit for bit, as one
+that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigram_circuits.masking.gates import Gates, group_gates
+from bigram_circuits.models.weights import WeightSite, weight_hash, weight_sites
+from bigram_circuits.recipe import METHODS, SparsifyConfig
+from bigram_circuits.runs import Checkpoint, StepRecord
+from bigram_circuits.subnetwork import Subnetwork
+
+_LOW_DECAY = 0.99  # at most: a second moment in bfloat16 does not move by a thousandth of itself
+_GOOD_EVERY = 200  # steps between the states in memory that a loss that explodes sends the run back to
+_SEEDS_APART = 1_000_003  # of two attempts
+
+
+class Learner:
+    """The gates of one attempt, and all that changes while they are learned."""
+
+    def __init__(
+        self, model: Any, config: SparsifyConfig, within: Subnetwork | None = None, start: Checkpoint | None = None
+    ) -> None:
+        """Begin at a checkpoint, or anew."""
+        start = start or Checkpoint({}, 0, 0, 0.0)
+        self.config, self.start = config, start
+        self.seed = config.seed + _SEEDS_APART * start.attempt
+        """Of the attempt's data order, and of what is random in the method."""
+        self._sites = weight_sites(model)
+        self.gates, self.wanted = make_gates(self._sites, config, self.seed, within)
+        self._total = sum(site.size for site in self._sites)
+        self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
+        """The share of the gated weights to keep in the end; None: as many as turn out."""
+        decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
+        self.optimizer = torch.optim.AdamW(
+            [self.gates.scores],
+            lr=rate_after(config, len(start.rollbacks)),
+            weight_decay=config.weight_decay,
+            betas=(0.9, decay),
+            fused=True,
+        )
+        self.good = self._unpack(start)
+        """The last state to go back to."""
+        self._began = time.monotonic() - start.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time spent learning, also before the checkpoint."""
+        return time.monotonic() - self._began
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gates are."""
+        return self.gates.scores.device
+
+    def remember(self, step: int) -> None:
+        """Every so many steps, keep the state before a step as one to go back to."""
+        if step and step % _GOOD_EVERY == 0:
+            self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
+
+    def harden(self, step: int, due: float | None) -> None:
+        """Set the soft gates to a step, with the share that is due open."""
+        if due is not None:
+            self.gates.set_threshold(round(due * self.gates.n_weights))
+        self.gates.refresh(step)
+
+    def record(
+        self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
+    ) -> StepRecord:
+        """What a step came to."""
+        gates, kept = self.gates, self.gates.n_kept()
+        return StepRecord(
+            attempt=self.start.attempt,
+            step=step,
+            cross_entropy=cross_entropy,
+            fraction=(kept + self._total - gates.n_weights) / self._total,
+            undecided=undecided / gates.scores.numel(),
+            due=due,
+            above_zero=(gates.n_above_zero() if due is not None else kept) / gates.n_weights,
+            penalty=penalty,
+            sparsity_weight=weight,
+        )
+
+    def is_finite(self) -> bool:
+        """Whether all scores are numbers: they are not any more after a gradient that was not finite."""
+        return not self.gates.scores.detach().sum().isnan()
+
+    def subnetwork(self, model: Any, within: Subnetwork | None) -> Subnetwork:
+        """The weights whose hard gate is open, and those that no gate governs."""
+        masks = self.gates.masks(self.wanted)
+        return Subnetwork(
+            {
+                site.name: site.from_stored(masks[site.name])
+                if site.name in masks
+                else torch.ones(site.shape, dtype=torch.bool)
+                for site in self._sites
+            },
+            model_name=model.cfg.model_name,
+            weight_hash=weight_hash(model),
+            lineage="found" if within is None else f"found within ({within.lineage})",
+        )
+
+    # --- states ---
+
+    @property
+    def checkpoint_size(self) -> int:
+        """Approximate checkpoint size in bytes."""
+        return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
+
+    def pack(self, step: int) -> Checkpoint:
+        """The state after `step` steps, with the last good one, without which going back would lead elsewhere."""
+        good = {f"good.{name}": tensor for name, tensor in self.good.tensors.items()}
+        good_step = self.good.step if self.good.tensors else None
+        tensors = self._tensors() | good
+        return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """A copy of the scores and the optimizer's moments, in the CPU's memory."""
+        scores = self.gates.scores
+        named = {"scores": scores, **{f"adam.{name}": value for name, value in self.optimizer.state[scores].items()}}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+
+    def _unpack(self, state: Checkpoint) -> Checkpoint:
+        """Take up a state; returns the last good state known then."""
+        good = {name.removeprefix("good."): t for name, t in state.tensors.items() if name.startswith("good.")}
+        own = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("good.")}
+        if own:
+            scores = self.gates.scores
+            with torch.no_grad():
+                scores.copy_(own["scores"])
+            moments = {name.removeprefix("adam."): t for name, t in own.items() if name.startswith("adam.")}
+            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
+        if state.step and state.step == state.good_step:
+            good = own
+        return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
+
+
+def rate_after(config: SparsifyConfig, rollbacks: int) -> float:
+    """The learning rate after this many rollbacks in the attempt: the recipe's or the method's own, halved by each."""
+    first = METHODS[config.method].learning_rate if config.learning_rate is None else config.learning_rate
+    return first * 0.5**rollbacks
+
+
+def make_gates(
+    sites: Sequence[WeightSite], config: SparsifyConfig, seed: int, within: Subnetwork | None
+) -> tuple[Gates, int | None]:
+    """The gates of a recipe, and how many gated weights to keep in the end (None: as many as turn out)."""
+    groups = group_gates(sites, config.unit_of, config.layers)
+    total, gated = (sum(site.size for site in some) for some in (sites, [group.site for group in groups]))
+    wanted = None
+    if config.target_fraction is not None:
+        wanted = round(config.target_fraction * total) - (total - gated)
+        if wanted < 0:
+            raise ValueError(
+                f"target_fraction is {config.target_fraction}, but the weights that are not masked are already "
+                f"{(total - gated) / total:.4g} of all"
+            )
+    start: dict[str, Any] = {
+        "first_score": float(config.first_score),
+        "within": {site.name: site.to_stored(within[site.name]) for site in sites} if within else None,
+        "dtype": torch.bfloat16 if config.low_memory else torch.float32,
+    }
+    return METHODS[config.method].from_config(groups, config, seed=seed, wanted=wanted, **start), wanted

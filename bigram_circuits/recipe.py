@@ -1,0 +1,476 @@
+"""What can be asked for: the options of a study, each defined once.
+
+Three frozen dataclasses hold them: `SparsifyConfig` (how masks are learned), `Inputs` (model, text and target by
+name) and `StudyOptions` (what is done besides). A field of one of them is an option in Python, on the command line, in
+a run's `config.json`, in its identity, and in the command that the report prints: all of these are derived from the
+fields here, so a new option is one field. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+from bigram_circuits.registry import FolderOf
+from bigram_circuits.storage.typed import Record
+
+METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
+"""The masking methods by name: classes of gates, a module each in `masking/methods/`."""
+TARGETS: FolderOf[Any] = FolderOf("targets", "TARGET")
+"""The targets that have a name on the command line, a module each in `targets/`."""
+UNITS = {"weight": ("attn", "mlp"), "neuron": ("mlp",), "head": ("attn",), "block": ("attn", "mlp")}
+"""The units that a gate may govern, and the components that have them."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# --- what an option is: its flags, and its values as text ---
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How values of an option are read from text, and written as text."""
+
+    read: Callable[[str], Any]
+    """From the word on the command line; raises ArgumentTypeError."""
+    metavar: str
+    """What stands for a value in the help."""
+    write: Callable[[Any], str] = str
+    """To the word on the command line."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field as an option on the command line."""
+
+    flags: tuple[str, ...]
+    """Its spellings, the preferred one first; one without dashes is a positional argument."""
+    kind: Kind | None
+    """How its values are read; None for a switch."""
+    help: str
+    """What it does, in half a sentence."""
+    choices: Callable[[], Iterable[Any]] | None = None
+    """The only values there are, if they can be listed."""
+    says: str | None = None
+    """What the help says of the default, where that is not the field's own."""
+
+    @property
+    def flag(self) -> str:
+        """The preferred spelling."""
+        return self.flags[0]
+
+
+def _fail(text: str, wanted: str) -> ArgumentTypeError:
+    return ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def whole(least: int, metavar: str = "N") -> Kind:
+    """Whole numbers of at least `least`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise _fail(text, f"a whole number of at least {least}")
+        return int(text)
+
+    return Kind(read, metavar)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise _fail(text, "a number of at least 0")
+    return value
+
+
+def _any_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise _fail(text, "a number")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    found = tuple(_number(part) for part in text.split(","))
+    if len(set(found)) < 2:
+        raise _fail(text, "a list of at least two different numbers, as in 1,10,100")
+    return found
+
+
+def _granularity(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {component: unit for component, _, unit in pairs}
+
+
+def _write_granularity(value: str | Mapping[str, str]) -> str:
+    return value if isinstance(value, str) else ",".join(f"{component}={unit}" for component, unit in value.items())
+
+
+def _write_list(values: Iterable[Any]) -> str:
+    return ",".join(map(_write_number, values))
+
+
+def _write_number(value: float | int) -> str:
+    """The shortest text that reads back as the same number."""
+    return repr(value if isinstance(value, int) else float(value)).removesuffix(".0")
+
+
+NUMBER = Kind(_number, "X", _write_number)
+ANY_NUMBER = Kind(_any_number, "X", _write_number)
+TEXT = Kind(str, "NAME")
+_NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
+_LAYERS = Kind(lambda text: tuple(whole(0).read(part) for part in text.split(",")), "I,J,..", _write_list)
+_UNITS = Kind(_granularity, "G", _write_granularity)
+_OPTION = "option"
+
+
+def option(
+    default: Any, flags: str, kind: Kind | None, help: str, *,
+    choices: Callable[[], Iterable[Any]] | None = None, says: str | None = None,
+) -> Any:  # fmt: skip
+    """A dataclass field with this default that is also an option on the command line."""
+    return field(default=default, metadata={_OPTION: Option(tuple(flags.split()), kind, help, choices, says)})
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options that a dataclass defines, by the name of the field."""
+    return {one.name: one.metadata[_OPTION] for one in fields(kind) if _OPTION in one.metadata}
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _check(instance: Any, limits: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raise ValueError, naming the field and what it may be, at the first limit that does not hold."""
+    for name, (holds, wanted) in limits.items():
+        value = getattr(instance, name)
+        try:
+            is_right = holds(value)
+        except TypeError:
+            is_right = False
+        if not is_right:
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+# --- how masks are learned ---
+
+
+@dataclass(frozen=True)
+class SparsifyConfig(Record):
+    """How to learn a subnetwork. The defaults are ours; `SparsifyConfig.paper()` is the published recipe."""
+
+    method: str = option(
+        "continuous_sparsification", "--method", TEXT, "how masks are learned", choices=lambda: METHODS
+    )
+    """The masking method: a module of `masking/methods/`."""
+    granularity: str | Mapping[str, str] = option(
+        "weight", "--granularity", _UNITS, f"what a gate governs: {', '.join(UNITS)}; or attn=head,mlp=weight"
+    )
+    """What a gate governs: a single `weight`, an MLP `neuron`, an attention `head`, or a `block` (a whole attention or
+    MLP). Or one for each component: `{"attn": "head", "mlp": "weight"}`. Components without one are kept whole."""
+    layers: tuple[int, ...] | None = option(None, "--layers", _LAYERS, "mask only these layers", says="all")
+    """The layers to mask (None: all); the others are kept whole."""
+    sparsity_weight: float | int = option(10.0, "--sparsity-weight", NUMBER, "penalty on kept weights")
+    """Weight of the penalty, nats per unit of mean penalised gate: larger keeps fewer weights."""
+    target_fraction: float | int | None = option(
+        None, "--target-fraction", NUMBER, "keep exactly this share of the weights", says="as many as turn out"
+    )
+    """If given, this share of the maskable weights is kept: gates are open above a threshold that falls to just that
+    share, and the penalty's weight (at first `sparsity_weight`) is steered so that the threshold comes to be 0. Exact
+    for single weights; for larger units, the most units of highest score that do not exceed it. `straight_through`
+    needs it."""
+    learning_rate: float | int | None = option(
+        None, "--lr --learning-rate", NUMBER, "learning rate of the scores", says="the method's own"
+    )
+    """AdamW's, for the scores; None: the method's own (2e-2, for straight-through 1e-2, for hard concrete 0.5)."""
+    weight_decay: float | int = option(0.0, "--weight-decay", NUMBER, "AdamW's weight decay of the scores")
+    """AdamW's, for the scores."""
+    second_moment_decay: float | int = option(0.99, "--second-moment-decay", NUMBER, "AdamW's beta_2 of the scores")
+    """AdamW's beta_2, for the scores: the mean of squared gradients is over about 1 / (1 - this) steps. With
+    `low_memory` at most 0.99, since a second moment in bfloat16 does not move by less."""
+    first_score: float | int = option(0.0, "--first-score", ANY_NUMBER, "every score at the start")
+    """Every score at the start; 0 is a soft gate of one half."""
+    beta_start: float | int = option(1.0, "--beta-start", NUMBER, "continuous sparsification: beta at step 0")
+    """Continuous sparsification: beta at step 0; the soft gate is sigmoid(beta * score)."""
+    beta_growth: float | int | None = option(
+        None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta at every step", says="by --max-steps"
+    )
+    """Continuous sparsification: factor on beta at every step. None: such that beta would grow 100,000 times over
+    `max_steps`, whatever their number; most gates are decided, and learning stops, about half way."""
+    max_steps: int = option(400, "--max-steps --steps", whole(1), "stop after this many steps in any case")
+    """Steps after which to stop in any case."""
+    batch_size: int = option(16, "--batch-size", whole(1), "sequences in a step")
+    """Sequences in a step."""
+    stop_undecided: float | int = option(
+        0.01, "--stop-undecided", NUMBER, "stop when undecided gates are fewer than this share of the open ones"
+    )
+    """Stop when undecided gates (0.1 to 0.9) number less than this share of the decided-kept ones (above 0.9)."""
+    recovery_steps: int = option(
+        20, "--recovery-steps", whole(1), "a run whose loss jumped must recover this many steps before its end"
+    )
+    """A run whose CE jumped must have come back at least so many steps before its end."""
+    retries: int = option(3, "--retries", whole(0), "how often an unstable run is tried again, in another data order")
+    """How often to try again, with another data order, when a run was unstable."""
+    low_memory: bool = option(False, "--low-memory", None, "take less memory, and more time")
+    """Take less memory, at some cost in time: scores and moments are kept as bfloat16, and what a block computes is
+    computed once more for the backward pass."""
+    seed: int = option(0, "--seed", whole(0), "seed of the data order")
+    """Seed of the data order; attempt k uses seed + k * 1,000,003."""
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        self._check_granularity()
+        limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "layers": (lambda v: v is None or all(_is_whole(one, 0) for one in v), "layers, whole numbers from 0"),
+            "sparsity_weight": (lambda v: 0 <= v < math.inf, "a number of at least 0"),
+            "target_fraction": (lambda v: v is None or 0 < v <= 1, "above 0 and at most 1"),
+            "learning_rate": (lambda v: v is None or 0 < v < math.inf, "above 0"),
+            "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0"),
+            "first_score": (math.isfinite, "a finite number"),
+            "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
+            "beta_growth": (lambda v: v is None or 1 <= v < 2, "from 1 to below 2"),
+            "second_moment_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
+            "max_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+            "batch_size": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+            "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+            "recovery_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+            "retries": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+            "low_memory": (lambda v: isinstance(v, bool), "True or False"),
+            "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+        }
+        _check(self, limits)
+        METHODS[self.method].check_config(self)
+
+    def _check_granularity(self) -> None:
+        if isinstance(self.granularity, str):
+            _check_choice("granularity", self.granularity, UNITS)
+            return
+        if not self.granularity:
+            raise ValueError("granularity must name at least one component: attn or mlp")
+        for component, unit in self.granularity.items():
+            _check_choice("a component of granularity", component, ("attn", "mlp"))
+            _check_choice(f"granularity of {component}", unit, [u for u, has in UNITS.items() if component in has])
+
+    @property
+    def unit_of(self) -> dict[str, str]:
+        """What a gate governs, by component; components that are left out are kept whole."""
+        if isinstance(self.granularity, str):
+            return dict.fromkeys(UNITS[self.granularity], self.granularity)
+        return dict(self.granularity)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SparsifyConfig:
+        """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""
+        published = cls(
+            learning_rate=5e-5, weight_decay=0.01, second_moment_decay=0.999, first_score=0.0,
+            beta_start=1.0, beta_growth=1.001,
+            max_steps=15_000, batch_size=32, stop_undecided=0.01, recovery_steps=100, retries=3,
+        )  # fmt: skip
+        return replace(published, **changes)
+
+
+RECIPES: Mapping[str, Callable[..., SparsifyConfig]] = {"default": SparsifyConfig, "paper": SparsifyConfig.paper}
+"""Named starting points of a recipe: ours, and the published one."""
+
+
+# --- model, text and target by name ---
+
+
+@dataclass(frozen=True)
+class Inputs(Record):
+    """Model, text and target by name: what it takes to make them again."""
+
+    model: str = option("reference", "model", TEXT, "'reference', a hub id, or a folder")
+    """`reference`, a hub id, or a folder."""
+    revision: str | None = option(None, "--revision", Kind(str, "R"), "revision of a hub model, for example step1000")
+    """Revision of a hub model."""
+    dtype: str = option("float32", "--dtype", TEXT, "precision of the model's weights", choices=lambda: DTYPES)
+    """Precision of the model's weights."""
+    corpus: str = option(
+        "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
+    )
+    """`reference`, a file or folder of text, or a dataset."""
+    context_length: int | None = option(None, "--context-length", whole(2), "tokens in a sequence", says="128")
+    """Tokens in a sequence; None: 128."""
+    max_tokens: int | None = option(None, "--max-tokens", whole(1), "read at most this much of the text", says="all")
+    """Read at most this many tokens of the text."""
+    target: str = option(
+        "ngram", "--target", TEXT,
+        "what to reproduce: the n-gram table, the full model's own distribution, the next token, or the model's "
+        "induced bigram", choices=lambda: map(spelled, TARGETS),
+    )  # fmt: skip
+    """Name of the target."""
+    order: int = option(2, "--order", Kind(int, "N"), "order of the n-gram target", choices=lambda: (1, 2, 3))
+    """Order of the n-gram target."""
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("target", self.target, tuple(map(spelled, TARGETS)))
+        _check(self, {"order": (lambda v: v in (1, 2, 3), "1, 2 or 3")})
+
+    @property
+    def kind_of_target(self) -> Any:
+        """The entry of `TARGETS`."""
+        return TARGETS[self.target.replace("-", "_")]
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Version 0.1.0 wrote model and corpus as records of their own."""
+        model, corpus = values.get("model"), values.get("corpus")
+        if not isinstance(model, dict) or not isinstance(corpus, dict):
+            return values
+        rest = {name: value for name, value in values.items() if name not in ("model", "corpus")}
+        return {
+            **rest,
+            **{("model" if name == "name" else name): value for name, value in model.items()},
+            **{("corpus" if name == "source" else name): value for name, value in corpus.items()},
+        }
+
+
+def spelled(name: str) -> str:
+    """A module's name as it is typed on the command line."""
+    return name.replace("_", "-")
+
+
+# --- what is done besides ---
+
+CHECKS_OF_MEMORY = ("strict", "warn", "off")
+
+
+@dataclass(frozen=True)
+class StudyOptions(Record):
+    """What `study` does with a finding, and where it keeps it."""
+
+    recipe: str = option("default", "--recipe", TEXT, "where recipe options start from", choices=lambda: RECIPES)
+    """Where the recipe starts from: `default` (ours) or `paper` (the published one)."""
+    sparsity_weights: tuple[float | int, ...] | None = option(
+        None, "--sparsity-weights", _NUMBERS, "find nested subnetworks, and one curve", says="one subnetwork"
+    )
+    """Find nested subnetworks along these weights of the penalty instead of one."""
+    random_seeds: int = option(3, "--random-seeds", whole(1), "matched random controls")
+    """Matched random controls."""
+    analysis: bool = option(True, "--no-analysis", None, "stop when the subnetwork is evaluated")
+    """Whether to look inside, after evaluating."""
+    falsify: bool = option(
+        False, "--falsify", None,
+        "also try to refute it: re-initialised blocks, a nonsense target, 3 other seeds (5 times the learning)",
+    )  # fmt: skip
+    """Whether to try to refute the finding."""
+    check_memory: str = option(
+        "warn", "--check-memory", TEXT, "when the memory forecast does not fit: refuse, warn, or do not ask",
+        choices=lambda: CHECKS_OF_MEMORY,
+    )  # fmt: skip
+    """What to do when the memory forecast does not fit; see `MemoryForecast.check`."""
+
+    def __post_init__(self) -> None:
+        _check_choice("recipe", self.recipe, RECIPES)
+        _check_choice("check_memory", self.check_memory, CHECKS_OF_MEMORY)
+        _check(self, {"random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1")})
+        if self.sparsity_weights is not None and len(set(self.sparsity_weights)) < 2:
+            raise ValueError(
+                f"sparsity_weights must be at least two different numbers, not {list(self.sparsity_weights)}"
+            )
+
+
+# --- all of it, and the command that asks for it ---
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a study is asked for, by name."""
+
+    inputs: Inputs
+    """Model, text and target."""
+    config: SparsifyConfig
+    """How masks are learned."""
+    options: StudyOptions
+    """What is done besides."""
+
+    @classmethod
+    def of(cls, **given: Any) -> Request:
+        """From option values by field name; those not given, or None, have their defaults.
+
+        Raises:
+            ValueError: If there is no such option, or a value cannot be.
+        """
+        known = {name for part in PARTS for name in options_of(part)}
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"there is no option {unknown[0]!r}: there are {', '.join(sorted(known))}")
+        some = {name: value for name, value in given.items() if value is not None}
+        inputs = Inputs(**{name: some[name] for name in options_of(Inputs) if name in some})
+        options = StudyOptions(**{name: some[name] for name in options_of(StudyOptions) if name in some})
+        changes = {name: some[name] for name in options_of(SparsifyConfig) if name in some}
+        if options.sparsity_weights is not None and changes.keys() & {"sparsity_weight", "target_fraction"}:
+            raise ValueError("sparsity_weights goes with neither sparsity_weight nor target_fraction")
+        return cls(inputs, RECIPES[options.recipe](**changes), options)
+
+    def command(self) -> str:
+        """The `bigram-circuits find` command that asks for just this."""
+        recipe, changes = self._recipe()
+        options = {
+            **_changed(replace(self.options, recipe="default")),
+            **({} if recipe == "default" else {"recipe": recipe}),
+        }
+        given = {**_changed(self.inputs), **changes, **options}
+        words = ["bigram-circuits", "find"]
+        for part in PARTS:
+            for name, one in options_of(part).items():
+                if name in given:
+                    words += _words(one, given[name])
+        return shlex.join(words)
+
+    def _recipe(self) -> tuple[str, dict[str, Any]]:
+        """The named recipe that is nearest, and what is changed of it."""
+        candidates = {
+            name: changes
+            for name, make in RECIPES.items()
+            if None not in (changes := _differences(self.config, make())).values()
+        }
+        name = min(candidates, key=lambda one: len(candidates[one]))
+        return name, candidates[name]
+
+
+PARTS = (Inputs, SparsifyConfig, StudyOptions)
+"""The dataclasses that define options, in the order in which a command gives them."""
+
+
+def _changed(instance: Any) -> dict[str, Any]:
+    """The fields that do not have their default."""
+    return {
+        one.name: getattr(instance, one.name)
+        for one in fields(instance)
+        if one.default is not MISSING and getattr(instance, one.name) != one.default
+    }
+
+
+def _differences(config: SparsifyConfig, base: SparsifyConfig) -> dict[str, Any]:
+    return {
+        one.name: getattr(config, one.name)
+        for one in fields(config)
+        if getattr(config, one.name) != getattr(base, one.name)
+    }
+
+
+def _words(one: Option, value: Any) -> list[str]:
+    """An option with a value as words of a command."""
+    if one.kind is None:
+        return [one.flag]
+    return [one.kind.write(value)] if not one.flag.startswith("-") else [one.flag, one.kind.write(value)]
