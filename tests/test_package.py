@@ -1,4 +1,4 @@
-"""What is shipped: wheel and source distribution hold what they must and no more; the version is the same everywhere."""
+"""What is shipped: wheel and source distribution hold what they must, no more; the version is the same everywhere."""
 
 import subprocess
 import sys
