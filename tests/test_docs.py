@@ -20,7 +20,7 @@ from bigram_circuits.models.loading import REFERENCE_FOLDER
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d\.\d{3}")
 DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 PUBLIC = {*bc.__all__, *analysis.__all__}
 
