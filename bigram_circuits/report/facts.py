@@ -29,9 +29,9 @@ class Row:
     name: str
     """For example `subnetwork`, `full`, `random`."""
     numbers: Faithfulness
-    """What was measured; of random controls, the mean over seeds."""
+    """Its measurements; for random controls, their mean over seeds."""
     ends: Ends
-    """95% interval of r; of random controls, the lowest and the highest seed."""
+    """95% interval of r; for random controls, its range over seeds."""
 
     @property
     def r(self) -> float:
@@ -40,12 +40,12 @@ class Row:
 
 
 def is_evaluated(run: Run) -> bool:
-    """Whether anything was measured of it."""
+    """Whether it was evaluated."""
     return run.metrics is not None
 
 
 def rows(run: Run) -> list[Row]:
-    """The subnetwork, then every control that was measured, in the order of the page."""
+    """The subnetwork and every control that was measured, in the order of the page."""
     metrics = run.metrics or {}
     single = {name: _row(metrics, name) for name in ("subnetwork", "full", "complement", "magnitude", "empty")}
     groups = {"random": _group(run, "random"), "full - random": _group(run, "full - random")}
@@ -64,7 +64,7 @@ _GROUPS = {"random": "random", "full - random": "full_minus_random"}
 
 
 def _group(run: Run, name: str) -> Row | None:
-    """The row of a control of which there is one for every seed."""
+    """The row of a random control, of which there is one per seed."""
     of_seeds = seeds(run, name)
     if not of_seeds:
         return None
@@ -74,7 +74,7 @@ def _group(run: Run, name: str) -> Row | None:
 
 
 def seeds(run: Run, name: str) -> dict[int, Faithfulness]:
-    """What was measured of a random control, `random` or `full - random`, by seed."""
+    """The measurements of a random control, `random` or `full - random`, by seed."""
     group = (run.metrics or {}).get(_GROUPS[name]) or {}
     return {one["seed"]: _faithfulness(one) for one in group.get("seeds", ())}
 
@@ -109,15 +109,15 @@ class Step:
     """A training step."""
 
     attempt: int
-    """In which attempt."""
+    """The attempt, from 0."""
     step: int
-    """Which step of it."""
+    """The step in it, from 0."""
     cross_entropy: float
     """From the target, nats."""
     fraction: float
-    """Share of the weights kept."""
+    """Share of weights kept."""
     undecided: float
-    """Share of the gates that are not decided yet."""
+    """Share of gates still undecided."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,13 @@ class Outcome:
     reason: str
     """Why it stopped, in words."""
     seconds: float
-    """Of all attempts."""
+    """Of all attempts together."""
     attempts: int
-    """How many there were."""
+    """Number of attempts."""
     gap: SoftHardGap | None
     """What hardening the gates changed; None if that was not recorded."""
     rollbacks: tuple[str, ...]
-    """A sentence for every time it went back to an earlier step."""
+    """A sentence for every return to an earlier step."""
 
 
 def steps(run: Run) -> list[Step]:
@@ -151,7 +151,7 @@ def steps(run: Run) -> list[Step]:
 
 
 def step_table(run: Run, every: int) -> tuple[list[str], list[list[Any]]]:
-    """All that was recorded of every so manyth step and of the last one: names and rows."""
+    """Everything recorded of one step in `every`, and of the last: names of columns, and rows."""
     shown = [record for place, record in enumerate(run.history) if place % every == 0 or record is run.history[-1]]
     names = list(dict.fromkeys(name for record in shown for name in record))
     return names, [[record.get(name) for name in names] for record in shown]
@@ -167,8 +167,8 @@ def outcome(run: Run) -> Outcome:
         attempts=record.get("attempts", 1),
         gap=SoftHardGap(**gap) if gap else None,
         rollbacks=tuple(
-            f"At step {one['step']} {one['what']}: the run went back to step {one['back_to']}, with the learning rate "
-            f"{one['learning_rate']:g}."
+            f"At step {one['step']} {one['what']}: the run was rolled back to step {one['back_to']}, with "
+            f"learning rate {one['learning_rate']:g}."
             for one in record.get("rollbacks", ())
         ),
     )
@@ -182,6 +182,6 @@ def _number(value: float | None) -> float:
 
 
 def text_name(run: Run) -> str:
-    """Where the text is from."""
+    """The text, in words."""
     source = str((run.settings.get("corpus") or {}).get("source"))
     return "the reference text" if source == "reference" else f"the text {source}"
