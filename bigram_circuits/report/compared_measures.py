@@ -68,7 +68,7 @@ def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str
 
 def _measured(items: Sequence[Compared]) -> Numbers:
     columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
-               "interval of cross-entropy", "interval of loss"]  # fmt: skip
+               "of cross-entropy", "of loss"]  # fmt: skip
     measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
     rows = [
         [one.name, one.subnetwork.kept, one.subnetwork.fraction, *(one.measured(key) for key in measured),

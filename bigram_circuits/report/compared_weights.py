@@ -52,7 +52,7 @@ def overlaps(comparison: Comparison) -> Content:
 
 
 _PAIR_COLUMNS = (
-    "shared", "expected", "times chance", "p (Holm)", "log10 p", "share of first", "share of second", "Jaccard",
+    "shared", "expected", "times chance", "p (Holm)", "log10 p", "of first", "of second", "Jaccard",
 )  # fmt: skip
 
 

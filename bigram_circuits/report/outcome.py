@@ -56,7 +56,7 @@ _COLUMNS = {
     "cross_entropy": "cross-entropy",
     "kl": "KL",
     "mean_surprisal": "loss",
-    "top1_agreement": "top-1 agreement",
+    "top1_agreement": "top-1",
 }
 _MEANINGS = {
     "subnetwork": "the model with only the subnetwork's weights",
@@ -69,9 +69,9 @@ _MEANINGS = {
     "r": "Pearson correlation of the model's surprisals with the target's",
     "cross-entropy, KL": "from the target's distribution to the model's, in nats",
     "loss": "the masked model's next-token loss, in nats",
-    "top-1 agreement": "share of positions where model and target have the same most likely token",
+    "top-1": "share of positions where model and target have the same most likely token",
 }
-_NOT_ROWS = ("r", "cross-entropy, KL", "loss", "top-1 agreement")
+_NOT_ROWS = ("r", "cross-entropy, KL", "loss", "top-1")
 
 
 def _control_table(rows: Sequence[facts.Row]) -> Numbers:
@@ -103,7 +103,7 @@ def refuted(run: Run, results: Results) -> Content:
     """The same recipe where it should fail, and with other seeds: what `falsify` found."""
     tried = load_falsification(run.path / "falsify")
     if tried is None:
-        return Content(["Not attempted: `bigram-circuits find --falsify` tries to refute the finding."])
+        return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
     shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
     known = {name: tried.controls.get(key) for name, key in shown.items()}
     charts: list[Block] = [
@@ -132,9 +132,9 @@ def training(run: Run, results: Results) -> Content:
     last = [one for one in steps if one.attempt == steps[-1].attempt]
     first, end = last[0], last[-1]
     took = f"{rounded(outcome.seconds, 0)} seconds"
-    took = f"and {took}" if outcome.attempts == 1 else f"of the last of {outcome.attempts} attempts ({took} in all)"
+    took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
     says = (
-        f"The masks were learned in {len(last):,} steps {took}; learning stopped because {outcome.reason}. "
+        f"The masks were learned in {len(last):,} steps{took}; learning stopped because {outcome.reason}. "
         f"Cross-entropy went from {rounded(first.cross_entropy, 2)} to {rounded(end.cross_entropy, 2)} nats, "
         f"the share of weights kept from {percent(first.fraction)} to {percent(end.fraction)}."
     )

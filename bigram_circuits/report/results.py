@@ -99,7 +99,7 @@ class Results:
 
     def absent(self, what: str, *steps: str) -> list[str]:
         """Why there is nothing to show: steps were left out, or never measured."""
-        return self.reasons(*steps) or [f"Not measured: {what} (`bigram-circuits analyze` measures it)."]
+        return self.reasons(*steps) or [f"Not measured: {what} (bigram-circuits analyze RUN measures it)."]
 
     def rest(self) -> dict[str, Result]:
         """The results that no section has shown so far."""
