@@ -294,7 +294,7 @@ def known_values(items: Sequence[Compared], quantity: str) -> dict[str, float | 
 
 
 def measured_tasks(items: Sequence[Compared], quantity: str) -> list[str]:
-    """The tasks (target and text) with which a quantity was measured."""
+    """The tasks (target and text) with which a quantity was measured, each once."""
     return list(dict.fromkeys(one.task for one in items if one.measured(quantity) is not None))
 
 

@@ -1,4 +1,4 @@
-"""What a page is made of, in plain text: sections of sentences, charts and tables."""
+"""What pages are made of, in plain text: sections of sentences, charts and tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its title and what it shows, in a sentence."""
+    """A plotly figure with its title and, in a sentence, what it shows."""
 
     title: str
     says: str
     figure: Any
     min_width: int = 0
-    """Pixels; on a narrower screen it is scrolled in its own box."""
+    """In pixels; on a narrower screen the chart scrolls in its own box."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +26,29 @@ class Numbers:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     is_open: bool = False
-    """Shown at once; otherwise on request."""
+    """Whether it is shown at once or only on request."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A passage of text, once for each of those who read it, every token coloured by a number."""
+    """A passage of text, once for each reader, with every token coloured by a number."""
 
     title: str
     says: str
     tokens: Sequence[str]
     readers: Sequence[str]
-    """Who reads it."""
+    """For example the full model and the subnetwork."""
     values: Sequence[Sequence[float]]
-    """[reader][token]; nan where there is none."""
+    """[reader][token]; nan where undefined."""
     most: float
-    """The number from which on the colour is full."""
+    """The number from which the colour is full."""
     pointed: Sequence[Sequence[str]]
-    """[token]: lines that show when a token is pointed at."""
+    """[token]: the lines that show when a token is hovered over."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention patterns of some heads, drawn small, and one of them large."""
+    """Attention patterns of several heads: thumbnails, and one of them large."""
 
     title: str
     says: str
@@ -60,24 +60,24 @@ class Attention:
 
 @dataclass(frozen=True)
 class Code:
-    """A line to be copied, with what it does."""
+    """A command to copy, with what it does."""
 
     says: str
     text: str
 
 
 Block = Chart | Numbers | Reading | Attention | Code
-"""What a section can hold."""
+"""Anything a section can hold."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a section tells."""
+    """What a section function returns."""
 
     says: Sequence[str] = ()
     """Sentences; empty ones are left out."""
     blocks: Sequence[Block] = ()
-    """What stands below them."""
+    """Charts and tables below them."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ class Section:
     says: Sequence[str] = ()
     """Sentences; empty ones are left out."""
     blocks: Sequence[Block] = ()
-    """What stands below them."""
+    """Charts and tables below them."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What was asked, and the answer."""
+    """The top of a page: what was asked, and the answer."""
 
     title: str
     asked: str
     answer: str
     marks: Sequence[tuple[str, str]] = ()
-    """A few numbers by name."""
+    """A few numbers, shown large: what each is, and its value."""

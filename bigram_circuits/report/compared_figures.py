@@ -1,4 +1,4 @@
-"""The charts that set several subnetworks side by side: a colour and a symbol for each, the same in all charts."""
+"""Charts of several subnetworks: each has one colour and one symbol in all of them."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ _R_MOST = 0.99999  # of r on Fisher's scale, which has no place for 1
 
 @dataclass(frozen=True)
 class Points:
-    """A number of every subnetwork, to be drawn against the share it keeps."""
+    """One quantity of every subnetwork, to be drawn against the share of weights kept."""
 
     title: str
-    """Of the axis."""
+    """The title of the axis."""
     values: Sequence[float | int | None]
-    """None where it is not known."""
+    """By subnetwork; None where unknown."""
     low: Sequence[float | int | None]
     """Lower ends of intervals."""
     high: Sequence[float | int | None]
     """Upper ends."""
     random: Sequence[float | int | None]
-    """Of as many weights drawn at random."""
+    """Of matched random weights."""
     whole: Sequence[float | int] = ()
-    """Of the whole model: a level for each task."""
+    """Of the full model: one level per task."""
     fronts: Sequence[Sequence[int]] = ()
-    """Places of those that are not dominated, for each task: joined by a line."""
+    """For each task, the indices of the subnetworks on the Pareto front."""
     is_r: bool = False
-    """A correlation: drawn on Fisher's scale. Others are drawn on a log scale if they are above 0."""
+    """Whether it is a correlation, drawn on Fisher's z scale; other quantities get a log scale if all are positive."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A number of one subnetwork by layer."""
+    """One quantity of one subnetwork, by layer."""
 
     name: str
-    """Of the subnetwork."""
+    """The subnetwork's name."""
     place: int | None
-    """Which one it is; None for the whole model."""
+    """The subnetwork's index; None for the full model."""
     x: Sequence[str]
-    """Layers."""
+    """The layers."""
     y: Sequence[float | int] = field(repr=False)
-    """Numbers."""
+    """The values."""
 
 
 def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Sequence[Points]) -> Any:
-    """Numbers against the share kept, under each other: a mark for each, the best joined by a line."""
+    """Quantities against the share of weights kept, one panel each: a mark per subnetwork, a line for the front."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
@@ -72,19 +72,19 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
         shown = [x for x, value in zip(fractions, panel.values, strict=True) if x > 0 and value is not None]
         for level in panel.whole if shown else ():
             figure.add_scatter(
-                x=_widened(shown), y=[scale(level)] * 2, mode="lines", name="whole model", hoverinfo="name",
-                line={"color": INK, "width": 1.5, "dash": "dash"}, **_legend("whole model", seen), **at,
+                x=_widened(shown), y=[scale(level)] * 2, mode="lines", name="full model", hoverinfo="name",
+                line={"color": INK, "width": 1.5, "dash": "dash"}, **_legend("full model", seen), **at,
             )  # fmt: skip
         for front in panel.fronts:
             figure.add_scatter(
                 x=[fractions[place] for place in front], y=[scale(panel.values[place]) for place in front],
-                mode="lines", name="not dominated", hoverinfo="skip", line={"color": MUTED, "width": 1.5},
-                **_legend("not dominated", seen), **at,
+                mode="lines", name="Pareto front", hoverinfo="skip", line={"color": MUTED, "width": 1.5},
+                **_legend("Pareto front", seen), **at,
             )  # fmt: skip
         for place, (fraction, chance) in enumerate(zip(fractions, panel.random, strict=True)):
             if fraction > 0 and chance is not None:
                 look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
-                what = _legend("random weights, as many", seen) | {"name": "random weights, as many"}
+                what = _legend("matched random weights", seen) | {"name": "matched random weights"}
                 figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
         for place, (name, fraction, value) in enumerate(zip(names, fractions, panel.values, strict=True)):
             if fraction > 0 and value is not None:
@@ -98,12 +98,12 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
         figure.update_yaxes(title=panel.title, zeroline=False, **ticks, **at)
     ticks = _log_ticks([fraction for fraction in fractions if fraction > 0])
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:g}%" for tick in ticks], zeroline=False)
-    figure.update_xaxes(title="share of the weights kept (log scale)", row=len(panels), col=1)
-    return dressed(figure, 90 + 270 * len(panels) + _legend_height([*names, "whole model", "not dominated", "random"]))
+    figure.update_xaxes(title="share of weights kept (log scale)", row=len(panels), col=1)
+    return dressed(figure, 90 + 270 * len(panels) + _legend_height([*names, "full model", "Pareto front", "random"]))
 
 
 def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | None = None) -> Any:
-    """Lines by layer, panels by title under each other; the whole model dashed."""
+    """Lines by layer, one panel per title; the full model is dashed."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.08)
@@ -126,7 +126,7 @@ def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | Non
 
 
 def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any:
-    """A square map for each panel on one colour scale, shares written into the cells; up to six names side by side."""
+    """Square maps on one colour scale, with shares written into the cells; side by side for up to six names."""
     from plotly.subplots import make_subplots
 
     beside = len(names) <= _BESIDE
@@ -155,7 +155,7 @@ def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any
 
 
 def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
-    """How many times chance, in colours of its log2; empty where undefined or 0."""
+    """Overlaps in times chance, coloured by log2; empty where undefined or 0."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -187,7 +187,7 @@ def times(ratio: float | int) -> str:
 
 
 def _plain_map(figure: Any) -> Any:
-    """Without lines where cells are empty."""
+    """Remove the zero lines that would show through empty cells."""
     figure.update_xaxes(zeroline=False)
     return figure.update_yaxes(zeroline=False)
 
@@ -215,27 +215,27 @@ def _symbol(place: int) -> str:
 
 
 def _named(name: str, most: int = _NAME) -> str:
-    """A name as plotly shows it as it is; of a long one, both ends."""
+    """A name, escaped for plotly; a long one is cut in the middle."""
     end = 2 * most // 3
     short = name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}"
     return html.escape(short, quote=False)
 
 
 def _legend(key: str, seen: set[str]) -> dict[str, Any]:
-    """One entry in the legend for what is drawn in several panels."""
+    """One legend entry for what is drawn in several panels."""
     first = key not in seen
     seen.add(key)
     return {"legendgroup": key, "showlegend": first}
 
 
 def _legend_height(names: Sequence[str]) -> int:
-    """About what a legend takes on a narrow screen."""
+    """The approximate height of a legend on a narrow screen, in pixels."""
     per_line = max(1, 40 // max((min(len(name), _NAME) + 6 for name in names), default=40))
     return _LEGEND_LINE * math.ceil(len(names) / per_line)
 
 
 def _scale(panel: Points) -> tuple[Any, dict[str, Any]]:
-    """What takes a number to its height, and the ticks of the axis."""
+    """The function from a value to its position, and the axis settings that go with it."""
     known = [value for value in (*panel.values, *panel.random, *panel.whole) if value is not None]
     if panel.is_r:
         ticks = {"tickvals": [math.atanh(tick) for tick in _R_TICKS], "ticktext": [f"{tick:g}" for tick in _R_TICKS]}
@@ -247,7 +247,7 @@ def _scale(panel: Points) -> tuple[Any, dict[str, Any]]:
 
 
 def _log_ticks(values: Sequence[float | int]) -> list[float | int]:
-    """1, 2, 5, 10 ... around the values; only powers of ten where these are many."""
+    """Ticks at 1, 2, 5, 10 ... around the values; only powers of ten over a wide range."""
     if not values:
         return []
     first, last = math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1

@@ -1,4 +1,4 @@
-"""Sections of the comparison page about what was measured: what is compared, and faithfulness against size."""
+"""Sections of the comparison page about faithfulness: what is compared, and faithfulness against size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bigram_circuits.report.words import listed
 
 @section("what", "What is compared")
 def what(comparison: Comparison) -> Content:
-    """Settings that differ, sizes, what was measured, verdicts and origins."""
+    """Settings that differ, sizes, measurements, verdicts and origins."""
     items = comparison.items
     differing = differing_settings(items)
     says = [_differences(items, differing)]
@@ -31,43 +31,44 @@ def what(comparison: Comparison) -> Content:
     rows = [[one.name, *(values[place] for values in differing.values())] for place, one in enumerate(items) if one.run]
     blocks: list[Block] = []
     if rows and differing:
-        blocks.append(Numbers("The settings that differ", ["", *names], rows, is_open=True))
+        blocks.append(Numbers("Settings that differ", ["", *names], rows, is_open=True))
     blocks.append(_measured(items))
     unmeasured = [one.name for one in items if not one.is_evaluated]
     if unmeasured:
         says.append(f"Not evaluated, so without r, KL and losses: {listed(unmeasured)}.")
     if any(one.is_evaluated for one in items):
         says.append(
-            "r, cross-entropy and KL are with the target, on held-out text; own loss is the masked model's next-token "
-            "loss. Cross-entropy, KL and loss are in nats. Intervals: 95%, bootstrap over sequences."
+            "r, cross-entropy and KL are measured against the target, on held-out text; loss is the masked model's "
+            "next-token loss. Cross-entropy, KL and loss are in nats; intervals are 95% bootstrap intervals over "
+            "sequences."
         )
     verdicts = [[one.name, one.verdict.removeprefix("Verdict: ")] for one in items if one.verdict]
     if verdicts:
-        blocks.append(Numbers("What each is shown to do against its controls", ["", "verdict"], verdicts, is_open=True))
+        blocks.append(Numbers("Verdict of each against its controls", ["", "verdict"], verdicts, is_open=True))
     unjudged = [one.name for one in items if one.is_evaluated and not one.verdict]
     if unjudged:
         says.append(f"Evaluated without controls, so without a verdict: {listed(unjudged)}.")
-    columns = ["", "folder", "found as", "model", "weight hash"]
-    blocks.append(Numbers("Where each comes from", columns, [_origin(one) for one in items]))
+    columns = ["", "folder", "lineage", "model", "weight hash"]
+    blocks.append(Numbers("Origin of each", columns, [_origin(one) for one in items]))
     return Content(says, blocks)
 
 
 def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str:
     runs, n = [one for one in items if one.run], len(items)
     alone = n - len(runs)
-    counted = f"{n} subnetworks, {len(runs)} of them of a run." if alone and runs else f"{n} subnetworks."
+    counted = f"{n} subnetworks, {len(runs)} of them from runs." if alone and runs else f"{n} subnetworks."
     counted = f"{n} runs." if not alone else counted
     if len(runs) < 2:
         return counted
     if not differing:
-        return f"{counted} No setting of the runs differs."
+        return f"{counted} The runs have the same settings."
     names = listed(_column_names(list(differing)), most=20)
     return f"{counted} The runs differ in {names}; all their other settings agree."
 
 
 def _measured(items: Sequence[Compared]) -> Numbers:
-    columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "own loss", "interval of r",
-               "of cross-entropy", "of own loss"]  # fmt: skip
+    columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
+               "of cross-entropy", "of loss"]  # fmt: skip
     measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
     rows = [
         [one.name, one.subnetwork.kept, one.subnetwork.fraction, *(one.measured(key) for key in measured),
@@ -76,7 +77,7 @@ def _measured(items: Sequence[Compared]) -> Numbers:
     ]  # fmt: skip
     shown = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
     table = [[row[at] for at in shown] for row in rows]
-    return Numbers("Sizes and what was measured", [columns[at] for at in shown], table, is_open=True)
+    return Numbers("Sizes and measurements", [columns[at] for at in shown], table, is_open=True)
 
 
 def _origin(one: Compared) -> list[str]:
@@ -86,19 +87,19 @@ def _origin(one: Compared) -> list[str]:
 
 
 def _column_names(settings: Sequence[str]) -> list[str]:
-    """Last parts of the settings' names, where these tell them apart."""
+    """The last part of each setting's name, where it is unique."""
     last = [name.rsplit(".", 1)[-1] for name in settings]
     chosen = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
     return [name.replace("_", " ").replace(".", " ") for name in chosen]
 
 
-@section("pareto", "How much for how few weights")
+@section("pareto", "Faithfulness against size")
 def pareto(comparison: Comparison) -> Content:
     """Faithfulness (r and KL) against the share of weights kept."""
     items = comparison.items
     drawn = [one for one in items if one.is_evaluated and one.subnetwork.kept]
     if not drawn:
-        return Content(["None of them was evaluated, so there is no curve."])
+        return Content(["None of them was evaluated, so there is nothing to plot."])
     panels = [
         _points(drawn, R, "r with the target"),
         _points(drawn, KL, "KL from the target (nats)"),
@@ -106,33 +107,33 @@ def pareto(comparison: Comparison) -> Content:
     panels = [panel for panel in panels if any(value is not None for value in panel.values)]
     says = [_front_words(drawn, panel) for panel in panels]
     if len(measured_tasks(drawn, R)) > 1:
-        says.insert(0, "Targets or texts differ: the heights of such marks cannot be compared, and a line joins only "
+        says.insert(0, "Targets or texts differ: values for different ones cannot be compared, and lines join only "
                        "those with the same target and text.")  # fmt: skip
     missing = [one.name for one in items if one not in drawn]
     if missing:
-        says.append(f"Not on the curve, because nothing was measured or kept: {listed(missing)}.")
+        says.append(f"Not plotted, because nothing was measured or kept: {listed(missing)}.")
     if not panels:
         return Content([*says, "r and KL are undefined for all of them."])
     what = [
-        "Higher and further left is better for r, lower and further left for KL. The line joins those that are not "
-        "dominated: none of the others keeps no more weights and does no worse."
+        "Better is up and to the left for r, down and to the left for KL. The line is the Pareto front: no other "
+        "subnetwork keeps as few weights and does as well as one on it."
     ]
     lacking = [one.name for one in drawn if one.measured(R, "random") is None]
     if len(lacking) < len(drawn):
-        what.append("Hollow marks: as many weights in every matrix, drawn at random (mean over seeds).")
+        what.append("Hollow marks: random weights, as many in every matrix (mean over seeds).")
     if lacking:
         says.append(f"Without a random control: {listed(lacking)}.")
     if any(panel.whole for panel in panels):
-        what.append("Dashed: the whole model.")
-    what.append("The axis of r is stretched towards 1 (Fisher's z).")
+        what.append("Dashed: the full model.")
+    what.append("The axis of r is Fisher's z.")
     figure = compared_figures.pareto([one.name for one in drawn], [one.subnetwork.fraction for one in drawn], panels)
     rows = [
         [one.name, one.subnetwork.fraction, *(one.measured(key, of) for key in (R, KL) for of in _CONDITIONS)]
         for one in drawn
     ]
-    columns = ["", "fraction", *(f"{word}{of}" for word in ("r", "KL") for of in ("", " of random", " of whole model"))]
-    chart = Chart("Share of the weights kept, against r and KL", " ".join(what), figure)
-    return Content(says, [chart, Numbers("Numbers: the Pareto curve", columns, rows)])
+    columns = ["", "fraction", *(f"{word}{of}" for word in ("r", "KL") for of in ("", " of random", " of full model"))]
+    chart = Chart("r and KL against the share of weights kept", " ".join(what), figure)
+    return Content(says, [chart, Numbers("Numbers: faithfulness against size", columns, rows)])
 
 
 _CONDITIONS = ("subnetwork", "random", "full")
@@ -160,5 +161,5 @@ def _front_words(items: Sequence[Compared], panel: compared_figures.Points) -> s
         one.name for one, value in zip(items, panel.values, strict=True) if value is not None and one.name not in best
     ]
     if not others:
-        return f"In fraction and {word}, none is dominated by another."
-    return f"In fraction and {word}, not dominated: {listed(best)}. Dominated: {listed(others)}."
+        return f"All are on the Pareto front for {word}."
+    return f"On the Pareto front for {word}: {listed(best)}. Dominated: {listed(others)}."

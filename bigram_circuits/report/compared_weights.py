@@ -1,4 +1,4 @@
-"""Sections of the comparison page about the weights: overlaps, where they are, and what they do layer by layer."""
+"""Sections of the comparison page about the weights: how far they overlap, where they are, what they do by layer."""
 
 from __future__ import annotations
 
@@ -14,43 +14,45 @@ from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import few, found_pairs, pair_with, pair_words, section, value_range
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart
-from bigram_circuits.report.words import listed
+from bigram_circuits.report.words import component_name, component_words, listed
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
 _SURPRISING = 0.05  # a p-value below it
 _CELL = 74  # pixels, of width for a column of a map with words
-_COMPONENTS = {"attn": "attention", "mlp": "MLP"}
 
 
 @section("overlaps", "Are they the same weights?")
 def overlaps(comparison: Comparison) -> Content:
-    """How far every two overlap, against chance."""
+    """Overlap of each pair, against chance."""
     pairs, items = comparison.pairs, comparison.items
     empty = [one.name for one in items if not one.subnetwork.kept]
-    says = [f"Without any weight, and so without overlaps: {listed(empty)}."] if empty else []
+    says = [f"Empty, and so without overlaps: {listed(empty)}."] if empty else []
     if not pairs:
         return Content(says)
     given = [pair_with(pair) for pair in pairs if pair.is_given]
     if given:
-        says.insert(0, f"One was looked for inside the other, so that their overlap is no finding: {listed(given)}.")
+        says.insert(0, f"Nested by construction, so their overlap is not a finding: {listed(given)}.")
     if found_pairs(pairs):
         says.insert(0, _overlap_words(found_pairs(pairs)))
+    corrected = f", with Holm's correction over the {len(pairs)} pairs" if len(pairs) > 1 else ""
     says.append(
-        "By chance: one of the two drawn at random with as many weights in every weight matrix as it has, so that a "
-        "common liking for a matrix is no evidence. p is exact (a sum of hypergeometric counts), for an overlap above "
-        f"chance, with Holm's correction over the {len(pairs)} pairs."
+        "Chance: one of the two is drawn at random with the same number of weights in every matrix, so a shared "
+        "preference for some matrices does not count as evidence. p is exact (a sum of hypergeometric counts) and "
+        f"one-sided{corrected}."
     )
     names = [one.name for one in items]
-    maps = compared_figures.pair_maps(names, {"observed": comparison.shares, "by chance": comparison.chances}, "share")
-    chart = Chart("Of the row's weights, the share that the column keeps too", _largest(pairs), maps, 640)
+    maps = compared_figures.pair_maps(
+        names, {"observed": comparison.shares, "expected by chance": comparison.chances}, "share"
+    )
+    chart = Chart("Share of the row's weights that the column keeps too", _largest(pairs), maps, 640)
     columns = ["", *_PAIR_COLUMNS]
     rows = [[pair_words(pair), *_pair_row(pair, "all")] for pair in pairs]
-    blocks: list[Block] = [chart, Numbers("Overlap of every pair", columns, rows, is_open=True)]
+    blocks: list[Block] = [chart, Numbers("Overlap of each pair", columns, rows, is_open=True)]
     return Content(says, [*blocks, *_by_component(pairs)])
 
 
 _PAIR_COLUMNS = (
-    "kept by both", "by chance", "times chance", "p (Holm)", "its log10", "of the first", "of the second", "Jaccard",
+    "shared", "expected", "times chance", "p (Holm)", "log10 p", "of first", "of second", "Jaccard",
 )  # fmt: skip
 
 
@@ -64,16 +66,19 @@ def _pair_row(pair: Pair, stratum: str) -> list[float | int | str]:
 def _overlap_words(pairs: Sequence[Pair]) -> str:
     if len(pairs) == 1:
         pair = pairs[0]
-        is_above = "above chance" if pair.p() < _SURPRISING else "not shown to be above chance"
+        is_above = "significantly" if pair.p() < _SURPRISING else "not significantly"
         return (
-            f"{pair_words(pair)} both keep {pair.get('intersection'):,.0f} weights, {few(pair.ratio())} times what "
-            f"chance would give ({pair.get('expected'):,.0f}): {is_above} ({_p_words(pair)})."
+            f"{pair_words(pair)} share {pair.get('intersection'):,.0f} weights: Jaccard "
+            f"{percent(pair.get('jaccard'))}, {few(pair.ratio())} times chance ({pair.get('expected'):,.0f} expected), "
+            f"{is_above} above it ({_p_words(pair)})."
         )
     below = [pair_with(pair) for pair in pairs if pair.p() >= _SURPRISING]
-    says = f"Of {len(pairs)} pairs, {len(pairs) - len(below)} overlap more than chance would have it"
+    says = f"Of {len(pairs)} pairs, {len(pairs) - len(below)} overlap significantly more than chance"
     if not below:
-        says = f"All {len(pairs)} pairs overlap more than chance would have it"
-    return f"{says} (p < {_SURPRISING} after Holm's correction).{f' Not shown for {listed(below)}.' if below else ''}"
+        says = f"All {len(pairs)} pairs overlap significantly more than chance"
+    return (
+        f"{says} (p < {_SURPRISING} after Holm's correction).{f' Not significant: {listed(below)}.' if below else ''}"
+    )
 
 
 def _p_words(pair: Pair) -> str:
@@ -81,7 +86,7 @@ def _p_words(pair: Pair) -> str:
 
 
 def _largest(pairs: Sequence[Pair]) -> str:
-    """The largest share that is a finding."""
+    """The largest share, among pairs that are not nested by construction."""
     shares = [
         (pair.get(share), pair.get("expected") / pair.get(kept), one.name, other.name)
         for pair in found_pairs(pairs)
@@ -93,28 +98,30 @@ def _largest(pairs: Sequence[Pair]) -> str:
     if not shares:
         return ""
     share, chance, one, other = max(shares)
-    among = "Largest" if len(shares) == 2 * len(pairs) else "Largest where it is a finding"
-    return f"{among}: {percent(share)} of the weights of {one} are in {other} too; by chance, {percent(chance)}."
+    among = "Largest" if len(shares) == 2 * len(pairs) else "Largest of those not nested by construction"
+    return (
+        f"{among}: {percent(share)} of the weights of {one} are also in {other} ({percent(chance)} expected by chance)."
+    )
 
 
 def _by_component(pairs: Sequence[Pair]) -> list[Block]:
     strata = [name for name in pairs[0].effects.names if name != "all"]
-    rows = [[pair_words(pair), _component(name), *_pair_row(pair, name)] for pair in pairs for name in strata]
+    rows = [[pair_words(pair), component_name(name), *_pair_row(pair, name)] for pair in pairs for name in strata]
     columns = ["", "component", *_PAIR_COLUMNS]
     caption = "Overlap by component (Holm's correction over all components of all pairs)"
     blocks: list[Block] = []
     if len(pairs) <= _MOST_ROWS:
         ratios = [[pair.ratio(name) for name in strata] for pair in pairs]
-        labels = [_component(name) for name in strata]
+        labels = [component_name(name) for name in strata]
         figure = compared_figures.ratio_map([pair_words(pair) for pair in pairs], labels, ratios)
         tested = [(pair, name) for pair in found_pairs(pairs) for name in strata if pair.get("sd", name) > 0]
         above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
-            f"Weights kept by both, over those expected by chance; empty where none is shared or expected. "
-            f"{above} of {len(tested)} overlaps are above chance (p < {_SURPRISING} after Holm's correction over all)."
+            f"Shared weights over those expected by chance; empty where none is shared or expected. {above} of "
+            f"{len(tested)} overlaps are significantly above chance (p < {_SURPRISING} after Holm's correction)."
         )
         width = 220 + _CELL * len(strata)
-        blocks.append(Chart("Overlap by layer and component, in times chance", says, figure, width))
+        blocks.append(Chart("Overlap by component, in times chance", says, figure, width))
     return [*blocks, Numbers(caption, columns, rows)]
 
 
@@ -125,27 +132,29 @@ def places(comparison: Comparison) -> Content:
     counts = {one.name: one.subnetwork.by_component() for one in items}
     parts = sorted({part for _, part in counts[items[0].name]})
     layers = sorted({layer for layer, _ in counts[items[0].name]})
-    panels: dict[str, list[compared_figures.Line]] = {_COMPONENTS.get(part, part): [] for part in parts}
+    panels: dict[str, list[compared_figures.Line]] = {component_words(part): [] for part in parts}
     rows = []
     for place, one in enumerate(items):
         for part in parts:
             here = [counts[one.name].get((layer, part)) for layer in layers]
             shares = [count.kept / max(one.subnetwork.kept, 1) if count else math.nan for count in here]
             line = compared_figures.Line(one.name, place, [str(layer) for layer in layers], shares)
-            panels[_COMPONENTS.get(part, part)].append(line)
+            panels[component_words(part)].append(line)
             rows += [
-                [one.name, f"{layer} {part}", count.kept, count.total, share, count.fraction]
+                [one.name, f"L{layer}.{part}", count.kept, count.total, share, count.fraction]
                 for layer, count, share in zip(layers, here, shares, strict=True)
                 if count
             ]
-    chart = Chart("Of all kept weights, the share in each place", "", compared_figures.lines(panels, "layer", "~%"))
-    columns = ["", "layer and component", "kept", "of", "share of all kept", "share of the place"]
-    table = Numbers("Numbers: kept weights by layer and component", columns, rows)
+    chart = Chart(
+        "Share of all kept weights, by layer and component", "", compared_figures.lines(panels, "layer", "~%")
+    )
+    columns = ["", "component", "kept", "of", "share of all kept", "fraction"]
+    table = Numbers("Numbers: kept weights by component", columns, rows)
     return Content([_place_words(items)], [chart, table])
 
 
 def _place_words(items: Sequence[Compared]) -> str:
-    """The place that holds most, of each."""
+    """The component that holds most of the kept weights, for each subnetwork."""
     by_place: dict[tuple[int, str], dict[str, float | int]] = {}
     for one in items:
         counts = one.subnetwork.by_component()
@@ -154,15 +163,14 @@ def _place_words(items: Sequence[Compared]) -> str:
             by_place.setdefault(at, {})[one.name] = counts[at].kept / one.subnetwork.kept
     parts = []
     for (layer, part), shares in by_place.items():
-        of = "all" if len(by_place) == 1 and len(shares) == len(items) else listed(list(shares))
-        word = _COMPONENTS.get(part, part)
-        parts.append(f"the {word} of layer {layer} ({value_range(list(shares.values()), percent)}), in {of}")
-    return f"The largest part of the kept weights is in {'; in '.join(parts)}." if parts else "No weight was kept."
+        of = "all of them" if len(by_place) == 1 and len(shares) == len(items) else listed(list(shares))
+        parts.append(f"L{layer}.{part} in {of} ({value_range(list(shares.values()), percent)} of the kept weights)")
+    return f"The component with the most kept weights is {'; '.join(parts)}." if parts else "No weight was kept."
 
 
 @section("layers", "Layer by layer")
 def layers(comparison: Comparison) -> Content:
-    """What each subnetwork does after every layer."""
+    """Lenses, cosines and rotations of the model with only a subnetwork's weights, by layer."""
     items = comparison.items
     having = [one for one in items if any(isinstance(one.analyses.get(chart.result), Curves) for chart in LAYER_CHARTS)]
     lacking = [one.name for one in items if one not in having]
@@ -173,7 +181,7 @@ def layers(comparison: Comparison) -> Content:
     blocks: list[Block] = []
     for chart in LAYER_CHARTS:
         blocks += _by_layer(items, having, chart)
-    says = [missing, "What the model does when only a subnetwork's weights are kept, read after every layer."]
+    says = [missing, "The model with only the subnetwork's weights, after every layer."]
     return Content(says, blocks)
 
 
@@ -195,24 +203,24 @@ def _by_layer(items: Sequence[Compared], having: Sequence[Compared], chart: Laye
     whole = _whole_line(having, chart)
     says = f"From the first layer to the last, {chart.words} goes from {listed(ends, most=6)}."
     if whole:
-        says += " Dashed: the whole model."
+        says += " Dashed: the full model."
     if len(set(tokens.values())) > 1:
-        counts = [f"{'unknown' if n is None else f'{n:,}'} in {one}" for one, n in tokens.items()]
-        says += f" Tokens measured on: {listed(counts)}."
-    figure = compared_figures.lines({chart.words: [*lines, *([whole] if whole else [])]}, "layer")
-    table = Numbers(f"Numbers: {chart.title}", ["", "layer", chart.words, "low", "high"], rows)
+        counts = [f"{'unknown' if n is None else f'{n:,}'} for {one}" for one, n in tokens.items()]
+        says += f" Number of tokens measured: {listed(counts)}."
+    figure = compared_figures.lines({chart.label: [*lines, *([whole] if whole else [])]}, "layer")
+    table = Numbers(f"Numbers: {chart.title}", ["", "layer", chart.label, "low", "high"], rows)
     return [Chart(chart.title, says, figure), table]
 
 
 def _whole_line(having: Sequence[Compared], chart: LayerChart) -> compared_figures.Line | None:
-    """That of the whole model, if all were measured with the same target and text."""
+    """The full model's line, if all were measured with the same target and text."""
     if len({one.task for one in having}) > 1:
         return None
     for one in having:
         curves = _curves(one, chart, "full")
         if curves is not None:
             points = [str(point) for point in curves.points]
-            return compared_figures.Line("whole model", None, points, curves.get(chart.quantity, "full").tolist())
+            return compared_figures.Line("full model", None, points, curves.get(chart.quantity, "full").tolist())
     return None
 
 
@@ -225,8 +233,3 @@ def _curves(one: Compared, chart: LayerChart, condition: str) -> Curves | None:
     if quantity not in [known.name for known in curves.quantities] or np.isnan(curves.get(quantity, condition)).all():
         return None
     return curves
-
-
-def _component(name: str) -> str:
-    """`blocks.0.attn` as `0 attn`."""
-    return name.removeprefix("blocks.").replace(".", " ")

@@ -9,17 +9,17 @@ from bigram_circuits.experiments.comparison import Pair
 from bigram_circuits.report.sections import Sections
 
 COMPARISON_SECTIONS = Sections()
-"""The sections of the comparison page; filled when `report.comparison` is imported."""
+"""The sections of the comparison page; `report.comparison` imports the modules that register them."""
 section = COMPARISON_SECTIONS.add
 
 
 def found_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those whose overlap is not given by how they were made."""
+    """The pairs that are not nested by construction, whose overlap is a finding."""
     return [pair for pair in pairs if not pair.is_given]
 
 
 def value_range(values: Sequence[float | int], words: Callable[[float], str]) -> str:
-    """From the smallest to the largest, or the one that all of them are."""
+    """The smallest and the largest value, or the one that all of them have."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "undefined"
@@ -38,5 +38,5 @@ def pair_words(pair: Pair) -> str:
 
 
 def pair_with(pair: Pair) -> str:
-    """The same, to be put in a list."""
+    """Both names, as an item of a list."""
     return f"{pair.first.name} with {pair.second.name}"

@@ -1,6 +1,6 @@
-"""The page about several subnetworks of one model: which keeps least for what it does, and are they the same weights?
+"""The page that sets several subnetworks of one model side by side: how faithful for how few weights, and how alike.
 
-Every sentence is computed from what is compared; what is missing is said.
+Every sentence is computed from what is compared; what is missing is named.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def write_comparison(
     runs: Comparison | Mapping[str, Source] | Sequence[Source] | Source,
     path: str | os.PathLike[str] = "comparison.html",
 ) -> Path:
-    """Write the page that sets several subnetworks of one model side by side; an earlier one is replaced.
+    """Write the page that sets several subnetworks of one model side by side, replacing an earlier one.
 
     Args:
         runs: At least two runs, run folders, subnetworks or subnetwork files, in a sequence or by name. A folder
-            written by `find --sparsity-weights` counts as all its runs. Subnetworks of which nothing was measured
-            appear in the overlaps and profiles only.
+            written by `find --sparsity-weights` counts as all its runs. Subnetworks without an evaluation appear
+            only where weights are compared.
         path: Where to write it.
 
     Returns:
@@ -51,7 +51,7 @@ def write_comparison(
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: give a name for the page in it")
+        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
     write_text(path, page(runs if isinstance(runs, Comparison) else compare(runs)))
     return path
 
@@ -59,7 +59,7 @@ def write_comparison(
 def page(comparison: Comparison) -> str:
     """The page as text."""
     sections = [section(comparison) for section in COMPARISON_SECTIONS]
-    return document(_opening(comparison), sections, "Made from the folders and files of what is compared.")
+    return document(_opening(comparison), sections, "Made from the folders and files of the subnetworks compared.")
 
 
 def _opening(comparison: Comparison) -> Opening:
@@ -68,15 +68,15 @@ def _opening(comparison: Comparison) -> Opening:
     sizes = f"They keep {value_range(fractions, percent)} of {items[0].subnetwork.total:,} maskable weights."
     answer = " ".join(one for one in (sizes, _best(items), _shared(comparison)) if one)
     title = f"{len(items)} subnetworks of {_model(items)}, compared"
-    asked = "Which of them reproduces its target best with the fewest weights, and do they consist of the same weights?"
-    marks = [("subnetworks", str(len(items))), ("of the weights kept", value_range(fractions, percent))]
+    asked = "Which subnetwork reproduces its target best with the fewest weights, and do they share the same weights?"
+    marks = [("subnetworks", str(len(items))), ("of weights kept", value_range(fractions, percent))]
     known = known_values(items, R)
     if known:
         marks.append(("r with the target", value_range(list(known.values()), rounded)))
     found = found_pairs(comparison.pairs)
     if found:
         ratios = [pair.ratio() for pair in found]
-        marks.append(("times the overlap expected by chance", value_range(ratios, few)))
+        marks.append(("overlap, in times chance", value_range(ratios, few)))
     return Opening(title, asked, answer, marks)
 
 
@@ -88,17 +88,17 @@ def _model(items: Sequence[Compared]) -> str:
 
 
 def _best(items: Sequence[Compared]) -> str:
-    """Who has the highest r and the lowest KL; not told where targets or texts differ."""
+    """The subnetworks with the highest r and the lowest KL, unless targets or texts differ."""
     if len(measured_tasks(items, R)) > 1:
-        return "They were measured with different targets or texts, so their r and KL cannot be ranked."
+        return "They were evaluated with different targets or texts, so their r and KL cannot be ranked."
     parts = []
-    for quantity, words, choose in ((R, "The highest r", max), (KL, "the lowest KL", min)):
+    for quantity, words, choose in ((R, "highest r", max), (KL, "lowest KL", min)):
         known = known_values(items, quantity)
         if known:
             name = choose(known, key=lambda one: known[one])
             share = next(one.subnetwork.fraction for one in items if one.name == name)
             unit = " nats" if quantity == KL else ""
-            parts.append(f"{words} is that of {name} ({rounded(known[name])}{unit}, {percent(share)} kept)")
+            parts.append(f"{words}: {name} ({rounded(known[name])}{unit}, {percent(share)} kept)")
     return sentence("; ".join(parts)) if parts else "None of them was evaluated."
 
 
@@ -108,10 +108,10 @@ def _shared(comparison: Comparison) -> str:
     pairs = sorted(found_pairs(comparison.pairs), key=lambda pair: _or_lowest(pair.ratio()))
     least, most = pairs[0], pairs[-1]
     if least is most:
-        return f"{pair_words(most)} share {few(most.ratio())} times as many weights as chance would give."
+        return f"{pair_words(most)} share {few(most.ratio())} times as many weights as expected by chance."
     return (
-        f"Furthest above chance is the overlap of {pair_words(most)}, {few(most.ratio())} times what chance would "
-        f"give; least, that of {pair_words(least)}, {few(least.ratio())} times."
+        f"Relative to chance, {pair_words(most)} overlap most ({few(most.ratio())} times), {pair_words(least)} least "
+        f"({few(least.ratio())} times)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Sections to one HTML file: no server, no network, nothing beside it.
+"""Write sections as one HTML file that needs no server, no network and no other file.
 
 Sections hold plain text. Their markup is in `templates/`: `page.html` is the whole document, `blocks/` has a template
 for every kind of block, named after its class. Jinja2 escapes everything that comes from data.
@@ -24,14 +24,14 @@ _SURPRISED = "#d55e00"
 
 
 def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
-    """A page as text."""
+    """The HTML of a page."""
     template = _environment().get_template("page.html")
     return template.render(opening=opening, sections=sections, footer=footer, drawn=_Drawn())
 
 
 @cache
 def _environment() -> Environment:
-    """Jinja2 with the templates of the page; imported only when a page is written."""
+    """Jinja2 with the page's templates; imported only when a page is written."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -49,19 +49,19 @@ def _environment() -> Environment:
 
 
 def _template(block: Block) -> str:
-    """The template of a block: that of its class's name."""
+    """The template of a block, named after its class."""
     return f"blocks/{type(block).__name__.lower()}.html"
 
 
 def _table(numbers: Numbers) -> Markup:
-    """The same table that notebooks show; it escapes its cells itself."""
+    """The table that notebooks show too; `html.table` escapes its cells."""
     from markupsafe import Markup
 
     return Markup(html.table(numbers.columns, numbers.rows, numbers.caption))
 
 
 def _source(name: str) -> Markup:
-    """The style sheet or the script, as it is."""
+    """The text of the style sheet or the script, unescaped."""
     from markupsafe import Markup
 
     return Markup(files("bigram_circuits.report").joinpath("templates", name).read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def _source(name: str) -> Markup:
 
 @dataclass
 class _Drawn:
-    """What the page's script draws. Templates add to it as they are rendered, and write the number they get back."""
+    """What the page's script draws. Templates register charts and views here and write down the index they get."""
 
     figures: list[Any] = field(default_factory=list)
     """Plotly figures."""
@@ -77,12 +77,12 @@ class _Drawn:
     """CircuitsVis components with their properties."""
 
     def chart(self, chart: Chart) -> int:
-        """Its place among the figures."""
+        """Register a chart; returns its index among the figures."""
         self.figures.append(json.loads(chart.figure.to_json()))
         return len(self.figures) - 1
 
     def reading(self, reading: Reading, reader: int) -> int:
-        """The place among the views of a passage as one of its readers sees it."""
+        """Register a passage as one reader sees it; returns its index among the views."""
         properties = {
             "tokens": [html.escape(token) for token in reading.tokens],  # CircuitsVis takes a token for markup
             "values": [min(value, reading.most) if value == value else 0.0 for value in reading.values[reader]],
@@ -91,7 +91,7 @@ class _Drawn:
         return self._view("ColoredTokens", properties, reading.pointed)
 
     def attention(self, attention: Attention) -> int:
-        """Its place among the views."""
+        """Register attention patterns; returns their index among the views."""
         properties = {
             "attention": attention.patterns, "tokens": list(attention.tokens),
             "attentionHeadNames": list(attention.heads), "minValue": 0, "maxValue": 1, "maskUpperTri": True,
@@ -103,7 +103,7 @@ class _Drawn:
         return len(self.views) - 1
 
     def libraries(self) -> list[str]:
-        """The scripts that are needed, each once."""
+        """The script libraries the page needs."""
         from plotly.offline import get_plotlyjs
 
         return [*([get_plotlyjs()] if self.figures else []), *([_circuitsvis()] if self.views else [])]
@@ -112,4 +112,4 @@ class _Drawn:
 def _circuitsvis() -> str:
     """The script of CircuitsVis, read from the installed package without importing it."""
     script = files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
-    return script.replace("</script", "<\\/script")  # in a string of the script, the same
+    return script.replace("</script", "<\\/script")  # the same within a JavaScript string

@@ -22,9 +22,9 @@ class Row:
     name: str
     """For example `subnetwork`, `full`, `random`."""
     numbers: Faithfulness
-    """What was measured; of random controls, the mean over seeds."""
+    """Its measurements; for random controls, their mean over seeds."""
     ends: Ends
-    """95% interval of r; of random controls, the lowest and the highest seed."""
+    """95% interval of r; for random controls, its range over seeds."""
 
     @property
     def r(self) -> float:
@@ -33,7 +33,7 @@ class Row:
 
 
 def control_rows(evaluation: Evaluation) -> list[Row]:
-    """The subnetwork, then every control that was measured, in the order of the page."""
+    """The subnetwork and every control that was measured, in the order of the page."""
     found, groups = dict(evaluation.rows()), of_seeds(evaluation)
     return [
         Row(name, found[name], _range(groups[name]) if name in groups else evaluation.interval(name))

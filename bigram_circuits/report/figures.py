@@ -1,7 +1,7 @@
-"""The charts of the report that are not a result's own `.plot()`, and the one look that all of them have.
+"""Charts that are not a result's own `.plot()`, and the style that all charts of a page share.
 
-Backgrounds are transparent, and two colours are roles, not colours: `INK` stands for the page's text and `MUTED` for
-its softer text. The page puts in the ones of its light or dark theme when it draws.
+Backgrounds are transparent, and two colours are placeholders: `INK` for the page's text and `MUTED` for its softer
+text. When the page draws a chart, it replaces them by the colours of its light or dark theme.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from bigram_circuits.measures.results import Curves
 from bigram_circuits.runs import StepRecord
 
 INK = "#222222"
-"""The colour that the page replaces by its text's; results draw the full model in it."""
+"""Replaced by the colour of the page's text; results draw the full model in it."""
 MUTED = "#808080"
-"""The colour that the page replaces by its softer text's."""
+"""Replaced by the colour of the page's softer text."""
 GRID = "rgba(128,128,128,0.22)"
 COLOURS = {
     "full": INK,
@@ -36,7 +36,7 @@ _WORD = 6  # characters, of a word in a cell
 
 
 def dressed(figure: Any, height: int | None = None) -> Any:
-    """The look of the report: transparent, no title (the page writes it), the legend above, quiet lines."""
+    """Apply the page's style: transparent, no title (the page has it), the legend above, light grid lines."""
     figure.update_layout(
         template="plotly_white", title=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
@@ -57,13 +57,13 @@ def dressed(figure: Any, height: int | None = None) -> Any:
 
 
 def training(steps: Sequence[StepRecord]) -> Any:
-    """Cross-entropy, share kept and share undecided by step, under each other; a line for every attempt."""
+    """Cross-entropy, share of weights kept and share of gates undecided by step, a line for every attempt."""
     from plotly.subplots import make_subplots
 
     panels = {
         "cross-entropy (nats)": "cross_entropy",
-        "share kept": "fraction",
-        "undecided, of all gates": "undecided",
+        "share of weights kept": "fraction",
+        "share of gates undecided": "undecided",
     }
     figure = make_subplots(
         rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=list(panels)
@@ -86,7 +86,7 @@ def training(steps: Sequence[StepRecord]) -> Any:
 
 
 def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
-    """Dots with intervals: (name, value, low, high); the first row is on top."""
+    """Dots with error bars, from (name, value, low, high); the first row is on top."""
     import plotly.graph_objects as go
 
     known = [row for row in rows if not math.isnan(row[1])]
@@ -106,7 +106,7 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], row_axis: str, unit: str
 ) -> Any:
-    """One matrix with its shares written into the cells."""
+    """A matrix of shares, written into the cells."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -127,7 +127,7 @@ def bars(
     unit: str,
     intervals: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Any:
-    """Horizontal bars, the first name on top, a colour for every series."""
+    """Horizontal bars: the first name on top, one colour per series."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -148,7 +148,7 @@ def bars(
 
 
 def shorten_words(figure: Any) -> None:
-    """Cut the words in the cells of a map so that they stay in them; all of a word shows when pointed at."""
+    """Shorten the words in a map's cells to fit; the whole word shows on hover."""
     for trace in figure.data:
         if trace.text is not None:
             trace.text = [[_short(html.unescape(word)) for word in row] for row in trace.text]
@@ -156,7 +156,7 @@ def shorten_words(figure: Any) -> None:
 
 
 def without_first_row(figure: Any) -> None:
-    """Colours by the range of all rows but the first: the embedding's own would leave none for the others."""
+    """Scale colours by all rows but the first, the embedding's, whose values are far larger than the others'."""
     values = np.concatenate([np.asarray(trace.z, dtype=float)[1:].ravel() for trace in figure.data])
     most = float(np.nanmax(np.abs(values), initial=0))
     if figure.layout.coloraxis.cmid == 0 and most > 0:
@@ -168,7 +168,7 @@ def _short(word: str) -> str:
 
 
 def with_baseline(curves: Curves, quantity: str) -> Any:
-    """A quantity's lines, and dashed those of its `_baseline`."""
+    """A quantity's lines, with those of its `_baseline` dashed."""
     figure = curves.plot(quantity)
     shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
     for condition in curves.conditions:
@@ -181,7 +181,7 @@ def with_baseline(curves: Curves, quantity: str) -> Any:
 
 
 def error_bars(values: Sequence[float], low: Sequence[float], high: Sequence[float], axis: str) -> dict[str, Any]:
-    """Plotly's error bars, from the ends of intervals."""
+    """Plotly error bars from the ends of intervals."""
     middle = np.asarray(values, dtype=float)
     ends = {"array": np.asarray(high, dtype=float) - middle, "arrayminus": middle - np.asarray(low, dtype=float)}
     return {f"error_{axis}": {"type": "data", "symmetric": False, "color": MUTED, "thickness": 1.5, **ends}}

@@ -1,4 +1,4 @@
-"""Sections about the outcome: subnetwork and controls, attempts to refute it, training, how to do it again."""
+"""Sections about the outcome: controls, attempts to refute it, training, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from bigram_circuits.evaluation import ZERO_RULE, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
-from bigram_circuits.measures.statistics import MEASURED
 from bigram_circuits.measures.words import flat, percent, rounded, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
@@ -19,64 +18,68 @@ from bigram_circuits.report.words import spaced
 from bigram_circuits.runs import Run
 
 
-@section("controls", "Does it do the job better than chance would?")
+@section("controls", "Does it beat its controls?")
 def controls(run: Run, results: Results) -> Content:
-    """How the subnetwork compares with its controls."""
+    """Faithfulness of the subnetwork and of every control, with the verdict."""
     evaluation = run.evaluation
     if evaluation is None:
-        return Content(["This run was not evaluated, so there are no controls to compare with."])
+        return Content(["This run was not evaluated, so there are no controls to compare it with."])
     rows, says = control_rows(evaluation), [evaluation.verdict]
     if evaluation.positions and evaluation.used is not None:
         used, n = evaluation.used, evaluation.positions
-        says.append(
-            f"The zero-probability rule: {ZERO_RULE}. These are {used:,} of {n:,} held-out positions "
-            f"({percent(used / n)})."
-        )
+        says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")
     blocks: list[Block] = []
     if len(rows) > 1:
         words = f"{_closest(rows)} {_INTERVALS}".strip()
         dots = [(row.name, row.r, *row.ends) for row in rows]
-        blocks.append(Chart("r with the target, subnetwork and controls", words, figures.controls(dots)))
-    blocks += [_control_table(rows), Numbers("What the rows and columns are", ["name", "what it is"], _glossary(rows))]
+        blocks.append(Chart("r with the target: subnetwork and controls", words, figures.controls(dots)))
+    blocks += [_control_table(rows), Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows))]
     advantage = [[name, *ends] for name, ends in evaluation.advantage.items()]
     if advantage:
-        caption = "r of the subnetwork less r of each control: 95% paired intervals"
+        caption = "r of the subnetwork minus r of each control: 95% paired bootstrap intervals"
         blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
     seeds = [
-        [f"{name} {seed}", *(getattr(numbers, key) for key in MEASURED)]
+        [f"{name} {seed}", *(getattr(numbers, key) for key in _COLUMNS)]
         for name, group in of_seeds(evaluation).items()
         for seed, numbers in enumerate(group)
     ]
     if seeds:
-        blocks.append(Numbers("Every random control by itself", ["", *map(spaced, MEASURED)], seeds))
+        blocks.append(Numbers("Random controls, seed by seed", ["", *_COLUMNS.values()], seeds))
     return Content(says, blocks)
 
 
 _MOST_STEPS = 60  # rows of the training table
-_INTERVALS = "Intervals: 95%, bootstrap over sequences; for random weights, the lowest and the highest seed."
+_INTERVALS = "Error bars: 95% bootstrap intervals over sequences; for random controls, the range over seeds."
+_COLUMNS = {
+    "surprisal_correlation": "r",
+    "cross_entropy": "cross-entropy",
+    "kl": "KL",
+    "mean_surprisal": "loss",
+    "top1_agreement": "top-1",
+}
 _MEANINGS = {
     "subnetwork": "the model with only the subnetwork's weights",
-    "full": "the whole model",
-    "empty": "the model with no maskable weight: embeddings, normalisation and biases remain",
-    "complement": "the whole model without the subnetwork's weights",
+    "full": "the full model",
+    "empty": "the model without any maskable weight: embeddings, normalisation and biases remain",
+    "complement": "the full model without the subnetwork's weights",
     "magnitude": "the largest weights, as many in every matrix as the subnetwork keeps",
-    "random": "as many weights in every matrix, drawn at random: mean over seeds",
-    "full - random": "the whole model without as many random weights: mean over seeds",
-    "r": "correlation of the model's surprisals with the target's",
-    "cross-entropy, KL": "from the target, nats",
-    "own loss": "the masked model's own next-token loss, nats",
-    "top-1": "share of positions where model and target find the same token most likely",
+    "random": "random weights, as many in every matrix as the subnetwork keeps: mean over seeds",
+    "full - random": "the full model without such random weights: mean over seeds",
+    "r": "Pearson correlation of the model's surprisals with the target's",
+    "cross-entropy, KL": "from the target's distribution to the model's, in nats",
+    "loss": "the masked model's next-token loss, in nats",
+    "top-1": "share of positions where model and target have the same most likely token",
 }
-_NOT_ROWS = ("r", "cross-entropy, KL", "own loss", "top-1")
+_NOT_ROWS = ("r", "cross-entropy, KL", "loss", "top-1")
 
 
 def _control_table(rows: Sequence[Row]) -> Numbers:
-    columns = ["", "r", "interval of r", "cross-entropy", "KL", "own loss", "top-1", "weights kept", "share"]
+    r, *others = _COLUMNS.values()
+    columns = ["", r, "interval", *others, "weights kept", "fraction"]
     table = []
     for row in rows:
-        of = row.numbers
-        losses = [of.cross_entropy, of.kl, of.mean_surprisal, of.top1_agreement]
-        table.append([row.name, row.r, span(*row.ends), *losses, of.kept, of.fraction])
+        r, *others = (getattr(row.numbers, key) for key in _COLUMNS)
+        table.append([row.name, r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
     return Numbers("Subnetwork and controls", columns, table, is_open=True)
 
 
@@ -91,20 +94,20 @@ def _closest(rows: Sequence[Row]) -> str:
     if math.isnan(own.r) or not known:
         return ""
     best = max(known, key=lambda row: row.r)
-    return f"The subnetwork has r = {rounded(own.r)}; the highest of the others is {best.name}, with {rounded(best.r)}."
+    return f"The subnetwork has r = {rounded(own.r)}; the best of the others is {best.name}, with {rounded(best.r)}."
 
 
-@section("refuted", "Could it be refuted?")
+@section("refuted", "Attempts to refute it")
 def refuted(run: Run, results: Results) -> Content:
-    """What `falsify` found."""
+    """The same recipe where it should fail, and with other seeds: what `falsify` found."""
     tried = load_falsification(run.path / "falsify")
     if tried is None:
-        return Content(["Nobody tried: `bigram-circuits find --falsify` does."])
-    shown = {"KL": "kl", "r": "surprisal_correlation", "share kept": "fraction"}
+        return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
+    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
     known = {name: tried.controls.get(key) for name, key in shown.items()}
     charts: list[Block] = [
         Chart(
-            f"{name} of what was found, and of every attempt",
+            f"{name} of the finding and of every attempt",
             "",
             figures.bars(tried.controls.names, {name: list(values.values())}, name),
         )
@@ -120,27 +123,27 @@ def refuted(run: Run, results: Results) -> Content:
 
 @section("training", "How it was found")
 def training(run: Run, results: Results) -> Content:
-    """How the masks were learned."""
+    """Training curves, why learning stopped, and what hardening the gates changed."""
     steps, outcome = run.history, run.outcome
     if not steps:
         return Content(["The folder holds no record of the training steps."])
-    tries = "one attempt" if outcome.attempts == 1 else f"{outcome.attempts} attempts"
     last = [one for one in steps if one.attempt == steps[-1].attempt]
     first, end = last[0], last[-1]
-    seconds = rounded(outcome.seconds, 0)
+    took = f"{rounded(outcome.seconds, 0)} seconds"
+    took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
     says = (
-        f"The masks were learned in {len(last):,} steps ({tries}, {seconds} seconds in all); it stopped because "
-        f"{outcome.why}. Meanwhile the cross-entropy went from {rounded(first.cross_entropy, 2)} to "
-        f"{rounded(end.cross_entropy, 2)} nats, and the share kept from {percent(first.fraction)} to "
-        f"{percent(end.fraction)}."
+        f"The masks were learned in {len(last):,} steps{took}; learning stopped because {outcome.why}. "
+        f"Cross-entropy went from {rounded(first.cross_entropy, 2)} to {rounded(end.cross_entropy, 2)} nats, "
+        f"the share of weights kept from {percent(first.fraction)} to {percent(end.fraction)}."
     )
     every = max(1, math.ceil(len(steps) / _MOST_STEPS))
     shown = [one.to_json() for place, one in enumerate(steps) if place % every == 0 or one is steps[-1]]
-    caption = "Every step" if every == 1 else f"Every {every}th step and the last one"
-    chart = Chart("Training", "Cross-entropy, share kept and undecided gates by step.", figures.training(steps))
+    caption = "All steps" if every == 1 else f"One step in {every}, and the last"
+    words = "Cross-entropy, share of weights kept and share of gates undecided, by step."
+    chart = Chart("Training", words, figures.training(steps))
     table = Numbers(caption, [spaced(name) for name in shown[0]], [[*one.values()] for one in shown])
     went_back = [
-        f"At step {one.step} {one.what}: the run went back to step {one.back_to}, with the learning rate "
+        f"At step {one.step} {one.what}: the run was rolled back to step {one.back_to}, with learning rate "
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
@@ -148,31 +151,31 @@ def training(run: Run, results: Results) -> Content:
 
 
 def _gap_words(gap: SoftHardGap | None) -> list[str]:
-    """What making a mask of the soft gates changed."""
+    """What hardening the gates changed."""
     if gap is None:
         return []
     says = (
-        f"On the last batch the cross-entropy was {rounded(gap.soft)} nats with the soft gates, and is "
-        f"{rounded(gap.hard)} with the mask made of them."
+        f"On the last batch, the cross-entropy was {rounded(gap.soft)} nats with the soft gates and "
+        f"{rounded(gap.hard)} nats with the binary mask."
     )
     return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
 
 
-@section("again", "How to do it again")
+@section("again", "How to reproduce it")
 def again(run: Run, results: Results) -> Content:
-    """The command, the settings, versions and files."""
+    """The command, settings, versions, results and files of the run."""
     lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *flat(run.settings.to_json())]
     files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
-    told = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
+    listing = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
     blocks: list[Block] = []
     command = command_line(run)
     if command:
-        blocks.append(Code("This command finds it again:", command))
+        blocks.append(Code("This command reproduces it:", command))
     blocks.append(Numbers("Settings and hashes", ["setting", "value"], lines))
     blocks.append(Numbers("Versions", ["package", "version"], [[*pair] for pair in run.versions.items()]))
-    if told:
-        blocks.append(Numbers("Results in analysis/", ["name", "what it is"], told))
+    if listing:
+        blocks.append(Numbers("Results in analysis/", ["name", "result"], listing))
     blocks.append(Numbers("Files", ["file", "bytes"], sizes))
     return Content([] if command else [_why_no_command(run)], blocks)
 

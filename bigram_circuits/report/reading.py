@@ -1,4 +1,4 @@
-"""Sections about text, token by token: what model, subnetwork and target expect, and where heads look."""
+"""Sections about text, token by token: what model, subnetwork and target predict, and where heads attend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Attention, Block, Chart, Content, Numbers, Reading
 from bigram_circuits.report.results import Results, result_table
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import condition_words, expected, spoken
+from bigram_circuits.report.words import condition_words, predictions, spoken
 from bigram_circuits.runs import Run
 
 _CELL = 47  # pixels, of width for a column of a wide map
@@ -22,7 +22,7 @@ _CELL = 47  # pixels, of width for a column of a wide map
 
 @section("passage", "One passage, token by token")
 def passage(run: Run, results: Results) -> Content:
-    """The first held-out tokens, read after every layer."""
+    """Logit lens and cosines on the first held-out tokens, after every layer."""
     lens, cosine = results.maps("prompt_lens"), results.maps("prompt_cosine")
     blocks: list[Block] = []
     for result, title, words in (
@@ -35,14 +35,14 @@ def passage(run: Run, results: Results) -> Content:
             figures.without_first_row(figure)
             blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
             blocks.append(result_table(result, title))
-    says = "The first tokens of the held-out text, read through the model's own output layer after every layer."
+    says = "The first tokens of the held-out text; the logit lens and the cosines are taken after every layer."
     steps = ("prompt_lens", "prompt_cosine")
-    words = [says, *results.reasons(*steps)] if blocks else results.absent("shown a passage", *steps)
+    words = [says, *results.reasons(*steps)] if blocks else results.absent("lenses on a passage", *steps)
     return Content(words, blocks)
 
 
 def _prompt_words(lens: Maps) -> str:
-    """From which layer on the most likely token is the one that comes out."""
+    """At how many positions the most likely token is settled before the last layer."""
     if lens.text is None:
         return ""
     parts = []
@@ -51,12 +51,10 @@ def _prompt_words(lens: Maps) -> str:
         first = [[cell.split("\n")[0] for cell in row] for row in text]
         same = [sum(a == b for a, b in zip(row, first[-1], strict=True)) for row in first]
         if len(same) > 1:
-            parts.append(f"{same[-2]} of {len(lens.columns)} in the {condition_words(condition)}")
-    return (
-        f"One layer before the last, the most likely token is already the final one at {' and '.join(parts)}."
-        if parts
-        else ""
-    )
+            parts.append(f"{same[-2]} of {len(lens.columns)} positions in the {condition_words(condition)}")
+    if not parts:
+        return ""
+    return f"Before the last layer, the most likely token is already the final one at {' and '.join(parts)}."
 
 
 def _cosine_words(cosine: Maps) -> str:
@@ -66,127 +64,129 @@ def _cosine_words(cosine: Maps) -> str:
         for name in ("subnetwork", "full")
         if name in last and not np.isnan(last[name]).all()
     ]
-    return f"After the last layer it is on average {' and '.join(means)}." if means else ""
+    return f"After the last layer, the mean is {' and '.join(means)}." if means else ""
 
 
-@section("read", "Real text, read by the model, the subnetwork and the target")
+@section("read", "Surprisal on real text: full model, subnetwork and target")
 def read(run: Run, results: Results) -> Content:
-    """Passages, coloured by surprisal."""
+    """Passages of held-out text, coloured by the surprisal of each reader."""
     found = results.maps("passages")
     if not found or found.text is None:
-        return Content(results.absent("shown passages", "passages"))
-    by_condition = {name: found.get(found.quantities[0].name, name) for name in found.conditions}
-    readers = {name: _reader(run, name) for name in ("full", "subnetwork", "target") if name in by_condition}
-    most = _full_colour([by_condition[name] for name in readers])
-    blocks: list[Block] = []
-    for row, passage in enumerate(found.rows):
-        cells = {name: found.text[found.conditions.index(name)][row] for name in readers}
-        values = {name: by_condition[name][row].tolist() for name in readers}
-        pointed = [
-            _pointed({readers[name]: (cells[name][at], values[name][at]) for name in readers}, at)
-            for at in range(len(found.columns))
-        ]
-        first = next(iter(cells.values()), ())
-        means = {name: float(np.nanmean(v)) for name, v in values.items() if not np.isnan(v).all()}
-        says = ", ".join(f"{readers[name].lower()} {rounded(mean, 2)}" for name, mean in means.items())
-        blocks.append(
-            Reading(
-                title=f"Passage {int(passage) + 1}" if passage.isdigit() else passage,
-                says=f"Mean surprisal in nats: {says}." if says else "",
-                tokens=[cell.split("\n")[0] for cell in first],
-                readers=list(readers.values()),
-                values=[  # a probability of 0 is as surprising as can be
-                    [0.0 if not at else most if math.isnan(v) else v for at, v in enumerate(values[name])]
-                    for name in readers
-                ],
-                most=most,
-                pointed=pointed,
-            )
-        )
-    blocks.append(_reading_table(found))
+        return Content(results.absent("surprisal on passages", "passages"))
+    names = [name for name in ("full", "subnetwork", "target") if name in found.conditions]
+    most = _full_colour([found.get(found.quantities[0].name, name) for name in names])
+    passages = [_passage_reading(run, found, names, row, most) for row in range(len(found.rows))]
     says = (
-        f"Held-out text. The more orange a token, the less it was expected: white at 0 nats, full colour from "
-        f"{rounded(most, 1)} nats. Point at a token, or touch it, to see what each expected in its place."
+        f"Held-out text, coloured by surprisal: white at 0 nats, full orange from {rounded(most, 1)} nats. Hover over "
+        "a token, or tap it, to see what each predicted in its place."
     )
-    return Content([says], blocks)
+    return Content([says], [*passages, _reading_table(found)])
+
+
+def _passage_reading(run: Run, found: Maps, names: Sequence[str], row: int, most: float) -> Reading:
+    """One passage, as each of the conditions reads it."""
+    assert found.text is not None
+    readers = {name: _reader(run, name) for name in names}
+    cells = {name: found.text[found.conditions.index(name)][row] for name in names}
+    values = {name: found.get(found.quantities[0].name, name)[row].tolist() for name in names}
+    means = {name: float(np.nanmean(of)) for name, of in values.items() if not np.isnan(of).all()}
+    says = ", ".join(f"{readers[name].lower()} {rounded(mean, 2)}" for name, mean in means.items())
+    return Reading(
+        title=f"Passage {int(found.rows[row]) + 1}" if found.rows[row].isdigit() else found.rows[row],
+        says=f"Mean surprisal in nats: {says}." if says else "",
+        tokens=[cell.split("\n")[0] for cell in next(iter(cells.values()), ())],
+        readers=list(readers.values()),
+        values=[  # a probability of 0 is as surprising as can be
+            [0.0 if not at else most if math.isnan(v) else v for at, v in enumerate(of)] for of in values.values()
+        ],
+        most=most,
+        pointed=[
+            _pointed({readers[name]: (cells[name][at], values[name][at]) for name in names}, at)
+            for at in range(len(found.columns))
+        ],
+    )
 
 
 def _reader(run: Run, condition: str) -> str:
+    """Who reads: the full model, the subnetwork, or the target by its name."""
     return f"The {run.target_words[0] if condition == 'target' else condition_words(condition)}"
 
 
 def _full_colour(values: Sequence[np.ndarray]) -> float:
-    """The surprisal that nineteen of twenty tokens stay below, in nats."""
+    """The 95th percentile of the surprisals, in nats, and at least 1."""
     known = np.concatenate([one[~np.isnan(one)] for one in values]) if values else np.zeros(0)
     return max(1.0, float(np.quantile(known, 0.95))) if known.size else 1.0
 
 
 def _pointed(readers: Mapping[str, tuple[str, float]], at: int) -> list[str]:
-    """What is told about a token: itself, then for each reader its surprisal and what was expected."""
+    """The lines that show for a token: itself, then each reader's surprisal and predictions."""
     token = next(iter(readers.values()))[0].split("\n")[0] if readers else ""
     if not at:
-        return [spoken(token), "The first token: nothing was expected."]
+        return [spoken(token), "The first token: nothing predicts it."]
     lines = [spoken(token)]
     for reader, (cell, value) in readers.items():
         how = "probability 0" if math.isnan(value) else f"{rounded(value, 2)} nats"
-        lines.append(f"{reader}: {how}; expected {expected(cell)}")
+        lines.append(f"{reader}: {how}; predicted {predictions(cell)}")
     return lines
 
 
 def _reading_table(found: Maps) -> Numbers:
-    """A row for every token; surprisal and expectation of each condition."""
+    """A row for every token: surprisal and predictions of each condition."""
     assert found.text is not None
     values = found.values[0]
     rows = []
     for r, passage in enumerate(found.rows):
         for c in range(len(found.columns)):
             cells = [of[r][c] for of in found.text]
-            told = [x for k, cell in enumerate(cells) for x in (float(values[k, r, c]), expected(cell))]
-            rows.append([passage, c, spoken(cells[0].split("\n")[0]), *told])
-    conditions = [x for name in found.conditions for x in (f"{name}: surprisal (nats)", f"{name}: expected")]
+            read_as = [x for k, cell in enumerate(cells) for x in (float(values[k, r, c]), predictions(cell))]
+            rows.append([passage, c, spoken(cells[0].split("\n")[0]), *read_as])
+    conditions = [x for name in found.conditions for x in (f"{name}: surprisal (nats)", f"{name}: predicted")]
     return Numbers("Numbers: every token of the passages", ["passage", "position", "token", *conditions], rows)
 
 
-@section("tokens", "After which tokens it is right, and after which not")
+@section("tokens", "After which tokens it is most and least faithful")
 def tokens(run: Run, results: Results) -> Content:
-    """After which tokens the target is reproduced."""
+    """Frequent tokens after which KL from the target is lowest and highest."""
     found = results.maps("faithful_tokens")
     if not found or found.text is None:
-        return Content(results.absent("looked at token by token", "faithful_tokens"))
+        return Content(results.absent("faithfulness by token", "faithful_tokens"))
     own = next((name for name in ("subnetwork", "full") if name in found.conditions), found.conditions[0])
-    shown = [name for name in (own, "full") if name in found.conditions]
-    texts = {name: found.text[found.conditions.index(name)] for name in (*dict.fromkeys((own, *found.conditions)),)}
+    shown = [name for name in dict.fromkeys((own, "full")) if name in found.conditions]
+    predicting = [name for name in ("target", own) if name in found.conditions]
+    text = {name: found.text[found.conditions.index(name)] for name in (own, *predicting)}
+    series: dict[str, list[float]] = {name: [] for name in shown}
     rows, names = [], []
-    series: dict[str, list[float]] = {name: [] for name in dict.fromkeys(shown)}
     for r, row in enumerate(found.rows):
         for c in range(len(found.columns)):
-            cells = {name: of[r][c] for name, of in texts.items()}
-            kl = {name: float(found.get("kl", name)[r, c]) for name in series}
-            names.append(f"{row} {c + 1}: {spoken(cells[own].split(chr(10))[0])}")
-            for name, value in kl.items():
+            names.append(f"{row} {c + 1}: {spoken(text[own][r][c].split(chr(10))[0])}")
+            kl = [float(found.get("kl", name)[r, c]) for name in shown]
+            for name, value in zip(shown, kl, strict=True):
                 series[name].append(value)
-            told = [expected(cells[name]) for name in ("target", own) if name in cells]
-            rows.append([names[-1], float(found.get("count", own)[r, c]), *kl.values(), *told])
-    columns = ["token", "times", *(f"KL, {condition_words(name)}" for name in series)]
-    columns += [f"{_reader(run, name).lower()} expects" for name in ("target", own) if name in texts]
-    best, worst = (found.get("kl", own)[found.rows.index(name)] for name in ("best", "worst"))
-    says = (
-        f"Of {found.notes.get('frequent', 0):,} frequent tokens, the best and the worst by KL from the target, "
-        f"mean over the places where they stand: {rounded(float(best[0]), 3)} nats after "
-        f"{names[0].split(': ', 1)[1]}, {rounded(float(worst[0]), 3)} after "
-        f"{names[len(found.columns)].split(': ', 1)[1]}."
+            predicted = [predictions(text[name][r][c]) for name in predicting]
+            rows.append([names[-1], float(found.get("count", own)[r, c]), *kl, *predicted])
+    columns = ["token", "occurrences", *(f"KL, {condition_words(name)}" for name in shown)]
+    columns += [f"{_reader(run, name).lower()} predicts" for name in predicting]
+    chart = Chart("KL from the target by current token", "", figures.bars(names, series, "KL (nats)"))
+    table = Numbers("Predictions after these tokens", columns, rows, is_open=True)
+    return Content([_extremes(found, own, names)], [chart, table, result_table(found, found.title)])
+
+
+def _extremes(found: Maps, own: str, names: Sequence[str]) -> str:
+    """The tokens with the lowest and the highest KL; `names` are those of the best, then of the worst."""
+    best, worst = (float(found.get("kl", own)[found.rows.index(name)][0]) for name in ("best", "worst"))
+    lowest, highest = (names[place].split(": ", 1)[1] for place in (0, len(found.columns)))
+    return (
+        f"Of {found.notes.get('frequent', 0):,} frequent tokens, KL from the target (mean over occurrences) is lowest "
+        f"after {lowest} ({rounded(best, 3)} nats) and highest after {highest} ({rounded(worst, 3)} nats)."
     )
-    chart = Chart("KL from the target after single tokens", "", figures.bars(names, series, "KL (nats)"))
-    table = Numbers("What follows these tokens", columns, rows, is_open=True)
-    return Content([says], [chart, table, result_table(found, found.title)])
 
 
-@section("heads", "Where the heads that survive look")
+@section("heads", "Attention of the heads that survive")
 def heads(run: Run, results: Results) -> Content:
-    """Attention patterns of the heads that survive."""
+    """Attention patterns of the heads that keep most, in the full model and in the subnetwork."""
     found = results.maps("attention")
     if not found:
-        return Content(results.absent("shown attention patterns", "attention"))
+        return Content(results.absent("attention patterns", "attention"))
     panels = [tuple(name.rsplit(" ", 1)) for name in found.conditions]
     heads = list(dict.fromkeys(head for _, head in panels))
     blocks: list[Block] = []
@@ -211,30 +211,30 @@ def heads(run: Run, results: Results) -> Content:
             ]
     rows.sort(key=lambda row: heads.index(row[0]))
     blocks.append(
-        Numbers("Mean attention", ["head", "in", "the token before", "itself", "the first token"], rows, is_open=True)
+        Numbers("Mean attention", ["head", "in", "previous token", "itself", "first token"], rows, is_open=True)
     )
     blocks.append(Numbers("Numbers: attention patterns", ["head", "in", "from", *found.rows], numbers))
     says = (
-        "The heads of which most weights are kept, on the first tokens of the held-out text. A row is a token that "
-        "looks; below, the mean share of attention to the token before, to itself, and to the first token."
+        "The heads that keep most of their weights, on the first tokens of the held-out text; each row is a query "
+        "position. The table gives the mean attention to the previous token, to the token itself and to the first one."
     )
     return Content([says, _most_backward(rows)], blocks)
 
 
 def _most_backward(rows: Sequence[Sequence[Any]]) -> str:
-    """Which head looks most at the token before, and whether it does so in the subnetwork."""
+    """The head that attends most to the previous token, in each condition."""
     by_condition = {condition: {row[0]: row[2] for row in rows if row[1] == condition} for _, condition, *_ in rows}
     parts = []
     for condition, shares in by_condition.items():
         known = {head: share for head, share in shares.items() if not math.isnan(share)}
         if known:
             head = max(known, key=lambda one: known[one])
-            parts.append(f"in the {condition} {head} does most, with {percent(known[head])}")
-    return f"Looking at the token before: {'; '.join(parts)}." if parts else ""
+            parts.append(f"{head} in the {condition} ({percent(known[head])})")
+    return f"Most attention to the previous token: {', '.join(parts)}." if parts else ""
 
 
 def _looks(pattern: np.ndarray) -> tuple[float, float, float]:
-    """Mean attention to the token before, to itself and to the first token, from the third token on."""
+    """Mean attention to the previous token, to itself and to the first token, from the third token on."""
     places = np.arange(2, len(pattern))
     if not len(places):
         return math.nan, math.nan, math.nan

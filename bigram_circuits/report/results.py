@@ -1,4 +1,4 @@
-"""A run's results while its page is written, and how a result becomes a chart and a table."""
+"""The results that a page shows, and how a result becomes a chart and a table."""
 
 from __future__ import annotations
 
@@ -16,52 +16,74 @@ from bigram_circuits.report.words import spaced
 
 @dataclass(frozen=True)
 class LayerChart:
-    """A quantity that is drawn by layer."""
+    """A chart of one quantity by layer."""
 
     result: str
-    """The name of the result that has it."""
+    """The result that has it."""
     quantity: str
     """Its key in that result."""
     title: str
     """The chart's title."""
+    label: str
+    """The quantity on an axis."""
     words: str
-    """The quantity as sentences name it."""
+    """The quantity in a sentence."""
 
 
 LAYER_CHARTS = (
-    LayerChart("logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target"),
-    LayerChart("affine_lens", "surprisal_correlation", "Affine lens: r with the target", "r with the target"),
-    LayerChart("affine_lens", "recall_at_1", "Recall of the current token", "the share of tokens found first"),
-    LayerChart("cosine", "current_embedding", "Cosine with the current token's embedding", "the mean cosine"),
     LayerChart(
-        "cosine", "target_unembedding", "Cosine with the unembedding of the target's next token", "the mean cosine"
+        "logit_lens", "surprisal_correlation", "Logit lens: r with the target", "r with the target", "r with the target"
     ),
-    LayerChart("rotations", "output_angle", "Rotation of the map to the output", "the median angle in degrees"),
+    LayerChart(
+        "affine_lens",
+        "surprisal_correlation",
+        "Affine lens: r with the target",
+        "r with the target",
+        "r with the target",
+    ),
+    LayerChart("affine_lens", "recall_at_1", "Recall of the current token", "recall@1", "recall@1"),
+    LayerChart(
+        "cosine", "current_embedding", "Cosine with the current token's embedding", "mean cosine", "the mean cosine"
+    ),
+    LayerChart(
+        "cosine",
+        "target_unembedding",
+        "Cosine with the unembedding of the target's next token",
+        "mean cosine",
+        "the mean cosine",
+    ),
+    LayerChart(
+        "rotations",
+        "output_angle",
+        "Rotation of the affine map to the output",
+        "median angle (degrees)",
+        "the median angle (in degrees)",
+    ),
 )
-"""What both pages draw by layer."""
+"""The charts by layer, on both pages."""
 
 
 @dataclass
 class Results:
-    """A run's results by name; remembers which of them were shown."""
+    """A run's results by name, and which of them a section has shown."""
 
     by_name: Mapping[str, Result]
     """All of them."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """What `analyze` left out, with the reason."""
+    """The steps that `analyze` left out, with the reasons."""
     shown: set[str] = field(default_factory=set)
-    """Names of those that a section took."""
+    """Names of the results that were shown."""
 
     def curves(self, name: str) -> Curves | None:
-        """A result that is curves; None if there is none of this name."""
+        """The curves of this name, or None."""
         return self._take(name, Curves)
 
     def maps(self, name: str) -> Maps | None:
-        """A result that is maps; None if there is none of this name."""
+        """The maps of this name, or None."""
         return self._take(name, Maps)
 
     def effects(self, name: str) -> Effects | None:
-        """A result that is effects; None if there is none of this name."""
+        """The effects of this name, or None."""
         return self._take(name, Effects)
 
     def _take(self, name: str, kind: type[Any]) -> Any:
@@ -75,24 +97,24 @@ class Results:
         """Why steps of `analyze` were left out: a sentence for each that was."""
         return [f"Left out: {spaced(step)}: {self.left_out[step]}." for step in steps if step in self.left_out]
 
-    def absent(self, done: str, *steps: str) -> list[str]:
-        """Why there is nothing to tell."""
-        return self.reasons(*steps) or [f"This run was not {done}: no such result is in its folder."]
+    def absent(self, what: str, *steps: str) -> list[str]:
+        """Why there is nothing to show: steps were left out, or never measured."""
+        return self.reasons(*steps) or [f"Not measured: {what} (bigram-circuits analyze RUN measures it)."]
 
     def rest(self) -> dict[str, Result]:
-        """Those that no section took so far."""
+        """The results that no section has shown so far."""
         return {name: result for name, result in self.by_name.items() if name not in self.shown}
 
 
 def result_blocks(
     result: Result, title: str, says: str, quantity: str | None = None, min_width: int = 0
 ) -> list[Block]:
-    """A result's own chart, and its table."""
+    """A result's own chart and its table."""
     return [Chart(title, says, figures.dressed(result.plot(quantity)), min_width), result_table(result, title)]
 
 
 def result_table(result: Result, title: str) -> Numbers:
-    """All numbers of a result."""
+    """A table with all numbers of a result."""
     frame = result.to_dataframe()
     rows = [
         [value.item() if isinstance(value, np.generic) else value for value in row]

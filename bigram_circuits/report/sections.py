@@ -1,9 +1,9 @@
-"""The sections of a page: a registry of functions, each of which tells one of them.
+"""The registry of a page's sections: one decorated function each.
 
 To add a section, decorate a function in one of the modules that the page imports:
 
-    @section("lens", "What the lens sees")
-    def lens(run: Run, results: Results) -> Content: ...
+    @section("circuits", "Circuits between heads")
+    def circuits(run: Run, results: Results) -> Content: ...
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bigram_circuits.report.blocks import Content, Section
 
 @dataclass(frozen=True)
 class SectionKind:
-    """A section that a page can have."""
+    """A section that a page may have."""
 
     key: str
     """Its anchor in the page."""
@@ -32,10 +32,10 @@ class SectionKind:
 
 
 class Sections:
-    """The sections of one kind of page, in the order in which they stand there."""
+    """The sections of one kind of page, in their order."""
 
     def __init__(self, first: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> None:
-        """Take the keys of those that come first and last; others stand between, in the order of registration."""
+        """Take the keys of the first and the last sections; others come between, in the order of registration."""
         self._first, self._last = first, last
         self._by_key: dict[str, SectionKind] = {}
 
@@ -44,7 +44,7 @@ class Sections:
 
         def register(tell: Callable[..., Content]) -> SectionKind:
             if key in self._by_key:
-                raise ValueError(f"there is a section {key!r} already: {self._by_key[key].heading!r}")
+                raise ValueError(f"section {key!r} is already registered: {self._by_key[key].heading!r}")
             self._by_key[key] = SectionKind(key, heading, tell)
             return self._by_key[key]
 
@@ -62,5 +62,5 @@ SECTIONS = Sections(
     ),
     last=("other", "again"),
 )  # fmt: skip
-"""The sections of a run's page; filled when `report.page` is imported."""
+"""The sections of a run's page; `report.page` imports the modules that register them."""
 section = SECTIONS.add

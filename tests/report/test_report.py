@@ -129,7 +129,7 @@ def test_a_new_section_stands_before_the_last_ones():
         registry.add(key, f"Heading of {key}")(lambda: Content(["says"]))
     assert [one.key for one in registry] == ["a", "b", "c", "z"]
     assert next(iter(registry))().heading == "Heading of a"
-    with pytest.raises(ValueError, match="section 'b' already"):
+    with pytest.raises(ValueError, match="section 'b' is already registered"):
         registry.add("b", "again")(lambda: Content())
 
 
@@ -154,7 +154,7 @@ def test_a_run_that_was_neither_evaluated_nor_analysed_gives_a_page(tmp_path):
     told = page(make_run(tmp_path / "run"))
     assert "was not evaluated" in told
     assert "was not analysed" in told
-    assert "no such result is in its folder" in told
+    assert "Not measured: what ablations cost" in told
     assert "2 of 14" in told
 
 
@@ -166,7 +166,7 @@ def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
     text = " ".join(Elements(without_libraries(page(run))).text)
     assert "Left out: attribution: it has <no> readout." in text
     assert "Left out: by head: it has no heads." in text
-    assert "was not attributed" not in text
+    assert "Not measured: direct logit attribution" not in text
     assert set(run.analyses) == set(found)
 
 
