@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures.conditions import DRAWN, SINGLE
 from bigram_circuits.measures.results import Effects, Quantity
 from bigram_circuits.measures.statistics import MEASURED, Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
@@ -84,7 +85,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of a run's `metrics.json`."""
-        one = {name: getattr(self, name) for name in ("subnetwork", "full", "empty", "complement", "magnitude")}
+        one = {name: getattr(self, name) for name in SINGLE}
         return {
             **{name: None if value is None else value.to_json() for name, value in one.items()},
             "random": _spread(self.random),
@@ -102,13 +103,11 @@ class Evaluation:
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
         """(name, numbers) of the subnetwork and every control; the random ones as means over seeds."""
-        yield "subnetwork", self.subnetwork
-        for name in ("full", "empty", "complement", "magnitude"):
+        for name in SINGLE:
             if (value := getattr(self, name)) is not None:
                 yield name, value
         if self.random:
-            yield "random", _mean(self.random)
-            yield "full - random", _mean(self.full_minus_random)
+            yield from zip(DRAWN, (_mean(self.random), _mean(self.full_minus_random)), strict=True)
 
     def to_dataframe(self) -> Any:
         """A pandas table: a row for the subnetwork and every control, the random ones as means over seeds."""

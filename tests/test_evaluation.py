@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.models.activations import activations
+from bigram_circuits.models import activations
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import bigram_circuits as bc
 from bigram_circuits.measures.statistics import MEASURED
-from bigram_circuits.models.activations import activations
+from bigram_circuits.models import activations
 from tests.conftest import TINY_CONFIGS, save_tiny
 
 N_TOKENS = 257

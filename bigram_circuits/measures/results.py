@@ -21,18 +21,12 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures.conditions import CONDITIONS, colour_of
 from bigram_circuits.storage.files import write_text
 from bigram_circuits.storage.records import read_record, sealed, shown
 
 _FORMAT = "bigram_circuits.result/1"
 _NUMBERS = ("values", "low", "high")
-_COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
-    "full": "#222222",
-    "subnetwork": "#0072B2",
-    "complement": "#D55E00",
-    "random": "#999999",
-    "empty": "#CC79A7",
-}
 _MARKED = 40  # points; of longer lines only the line is drawn
 _WIDE = 12  # columns; wider maps stand above each other
 _TALL = 14  # rows that fit into a picture of the usual height
@@ -200,7 +194,13 @@ class Curves(Result):
             if not np.isnan(self.low[at]).all():
                 points = [*self.points, *reversed(self.points)]
                 edge = np.concatenate([self.high[at], self.low[at][::-1]])
-                band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
+                band = {
+                    "mode": "lines",
+                    "fill": "toself",
+                    "fillcolor": colour,
+                    "opacity": 0.15,
+                    "line": {"width": 0},
+                }
                 figure.add_scatter(x=points, y=edge, **band, hoverinfo="skip", legendgroup=condition, showlegend=False)
             line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
             figure.add_scatter(
@@ -391,7 +391,7 @@ class Effects(Result):
         if not np.isnan(self.low[at]).all():
             above, below = self.high[at] - self.values[at], self.values[at] - self.low[at]
             bars["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-        figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": _COLOURS["subnetwork"]}, **bars)
+        figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": CONDITIONS["subnetwork"].colour}, **bars)
         figure.update_xaxes(title=self.subject, type="category")
         figure.update_yaxes(title=chosen.label)
         return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
@@ -555,7 +555,7 @@ def _some(n: int) -> list[int]:
 
 
 def _colour(condition: str, index: int) -> str:
-    return _COLOURS.get(condition.split()[0], _OTHERS[index % len(_OTHERS)])
+    return colour_of(condition) or _OTHERS[index % len(_OTHERS)]
 
 
 def _plain(words: str) -> str:

@@ -14,22 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.measures.conditions import CONDITIONS, colour_of
 from bigram_circuits.measures.results import Curves
 
-INK = "#222222"
+INK = CONDITIONS["full"].colour
 """The colour that the page replaces by its text's; results draw the full model in it."""
 MUTED = "#808080"
 """The colour that the page replaces by its softer text's."""
 GRID = "rgba(128,128,128,0.22)"
-COLOURS = {
-    "full": INK,
-    "subnetwork": "#0072B2",
-    "complement": "#D55E00",
-    "random": "#999999",
-    "full - random": "#999999",
-    "empty": "#CC79A7",
-    "magnitude": "#009E73",
-}
 _SERIES = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
     "#8C6BD1", "#A6761D", "#00A3A3", "#C7405D", "#7C9A00", "#999999",
@@ -84,7 +76,7 @@ def training(history: Sequence[Mapping[str, Any]]) -> Any:
     for row, key in enumerate(panels.values(), start=1):
         for attempt in attempts:
             of = [record for record in history if record.get("attempt", 0) == attempt]
-            colour = COLOURS["subnetwork"] if attempt == attempts[-1] else COLOURS["random"]
+            colour = CONDITIONS["subnetwork" if attempt == attempts[-1] else "random"].colour
             figure.add_scatter(
                 x=[record.get("step") for record in of], y=[record.get(key) for record in of], mode="lines",
                 line={"color": colour, "width": 2}, name=f"attempt {attempt}", legendgroup=str(attempt),
@@ -107,7 +99,7 @@ def controls(rows: Sequence[tuple[str, float | None, float | None, float | None]
         assert value is not None
         bars = {} if low is None or high is None else _error([value], [low], [high], "x")
         figure.add_scatter(
-            x=[value], y=[name], mode="markers", marker={"size": 11, "color": COLOURS.get(name, MUTED)},
+            x=[value], y=[name], mode="markers", marker={"size": 11, "color": colour_of(name) or MUTED},
             showlegend=False, name=name, **bars,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
@@ -147,7 +139,7 @@ def bars(
     for name, values in series.items():
         low, high = (intervals or {}).get(name, ([], []))
         error = _error(values, low, high, "x") if len(low) and not np.isnan(np.asarray(low, dtype=float)).all() else {}
-        colour = COLOURS.get(name, COLOURS["subnetwork"])
+        colour = colour_of(name) or CONDITIONS["subnetwork"].colour
         figure.add_bar(
             y=[html.escape(one, quote=False) for one in names], x=list(values), name=name, orientation="h",
             marker={"color": colour}, showlegend=len(series) > 1, **error,

@@ -15,6 +15,8 @@ import numpy as np
 
 from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.conditions import CONDITIONS
+from bigram_circuits.measures.conditions import label_of as _condition
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.measures.words import flat, percent, rounded, span
 from bigram_circuits.report import figures
@@ -164,14 +166,7 @@ def _controls(run: Run, results: _Results) -> Section:
 
 _INTERVALS = "Intervals: 95%, bootstrap over sequences; for random weights, the lowest and the highest seed."
 _MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
-_MEANINGS = {
-    "subnetwork": "the model with only the subnetwork's weights",
-    "full": "the whole model",
-    "empty": "the model with no maskable weight: embeddings, normalisation and biases remain",
-    "complement": "the whole model without the subnetwork's weights",
-    "magnitude": "the largest weights, as many in every matrix as the subnetwork keeps",
-    "random": "as many weights in every matrix, drawn at random: mean over seeds",
-    "full - random": "the whole model without as many random weights: mean over seeds",
+_MEANINGS = {name: one.meaning for name, one in CONDITIONS.items()} | {
     "r": "correlation of the model's surprisals with the target's",
     "cross-entropy, KL": "from the target, nats",
     "own loss": "the masked model's own next-token loss, nats",
@@ -911,8 +906,3 @@ def _table(result: Result, title: str) -> Numbers:
 
 def _spaced(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _condition(name: str) -> str:
-    words = {"full": "whole model", "random": "matched random weights", "empty": "empty subnetwork"}
-    return words.get(name, name)

@@ -11,7 +11,8 @@ from bigram_circuits.analysis.conditions import Batch
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.measures import statistics
-from bigram_circuits.models.activations import activations, readout, residual_streams
+from bigram_circuits.models import activations
+from bigram_circuits.models.activations import readout, residual_streams
 
 
 @pytest.fixture(scope="module")
