@@ -23,8 +23,9 @@ from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.conditions import DRAWN, SINGLE
-from bigram_circuits.measures.results import Effects, Quantity
-from bigram_circuits.measures.statistics import MEASURED, Faithfulness
+from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
+from bigram_circuits.measures.results import Effects
+from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target, entropy, top1_agreement
@@ -33,14 +34,6 @@ from bigram_circuits.text.corpus import in_order, token_array
 Interval = tuple[float, float]
 
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
-
-_QUANTITIES = (
-    Quantity("surprisal_correlation", "", "correlation of the model's surprisals with the target's"),
-    Quantity("cross_entropy", "nats", "mean cross-entropy from the target's distribution to the model's"),
-    Quantity("kl", "nats", "mean KL divergence from the target's distribution to the model's"),
-    Quantity("mean_surprisal", "nats", "the model's own next-token loss"),
-    Quantity("top1_agreement", "share", "positions where both have the same most likely token"),
-)
 
 
 @dataclass(frozen=True)
@@ -119,11 +112,11 @@ class Evaluation:
         """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
         rows = dict(self.rows())
         undefined = (math.nan, math.nan)
-        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in _QUANTITIES])
-        pairs = [[self.intervals.get(name, {}).get(one.name, undefined) for name in rows] for one in _QUANTITIES]
+        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in FAITHFULNESS])
+        pairs = [[self.intervals.get(name, {}).get(one.name, undefined) for name in rows] for one in FAITHFULNESS]
         low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
         title = "The subnetwork and its controls"
-        return Effects(title, _QUANTITIES, "condition", tuple(rows), values, low, high).plot(quantity)
+        return Effects(title, FAITHFULNESS, "condition", tuple(rows), values, low, high).plot(quantity)
 
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"

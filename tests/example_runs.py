@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from bigram_circuits.learning.training import SparsifyConfig
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.report.document import _circuitsvis
 from bigram_circuits.runs import RunFolder, load_run
 from bigram_circuits.subnetwork import Subnetwork

@@ -35,7 +35,8 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits.analysis.affine import AffineMaps
 from bigram_circuits.experiments.sparsity_path import load_path_runs
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, load_result
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
 from bigram_circuits.published import read_masks
 from bigram_circuits.storage.records import CONTENT, HEADER, header_checksum, sealed
 from bigram_circuits.subnetwork import Subnetwork

@@ -53,7 +53,8 @@ from bigram_circuits.analysis.tasks import (
     repeated_random_tokens,
 )
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, Result, load_result
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result, load_result
 
 __all__ = [
     "TASKS",

@@ -39,7 +39,8 @@ from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, re
 from bigram_circuits.analysis.paired import Job, Kept, Runs, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Curves, Effects, Quantity
+from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
+from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import check_model, check_tokens, record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
@@ -357,7 +358,7 @@ def stochastic_ablation(
     return Curves(
         title="The rest removed at random",
         quantities=(
-            Quantity("surprisal_correlation", "", "Correlation of the model's surprisals with the target's."),
+            SURPRISAL_CORRELATION,
             Quantity("loss", "nats", "The model's own next-token loss."),
         ),
         axis="share_removed",

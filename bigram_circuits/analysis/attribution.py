@@ -27,7 +27,8 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
-from bigram_circuits.measures.results import Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import readout, record
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Subnetwork

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import Batch, conditions, observe
 from bigram_circuits.analysis.prompts import token_words
-from bigram_circuits.measures.results import Maps, Quantity
+from bigram_circuits.measures.quantities import COUNT, Quantity
+from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target, entropy
@@ -19,7 +20,7 @@ from bigram_circuits.text.corpus import token_array
 
 _QUANTITIES = (
     Quantity("kl", "nats", "KL(target || model), mean over the positions where this is the current token."),
-    Quantity("count", "tokens", "How often the token occurs in the text."),
+    COUNT,
 )
 
 

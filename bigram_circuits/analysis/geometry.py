@@ -39,7 +39,8 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
-from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target

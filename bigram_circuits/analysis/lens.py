@@ -28,7 +28,8 @@ from bigram_circuits.analysis.affine import (
 from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import check_model, lens_log_probs, readout, residual_streams, rows_at_once
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
 from bigram_circuits.analysis.prompts import token_words
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import COUNT, Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Count, Subnetwork
@@ -271,7 +272,7 @@ def exciting_tokens(
         title="Tokens that excite neurons most",
         quantities=(
             Quantity("mean_activation", "", "Mean activation of the neuron where this is the current token."),
-            Quantity("count", "tokens", "How often the token occurs in the text."),
+            COUNT,
             Quantity("deviations", "", "Mean activation less the mean over all positions, in standard deviations."),
         ),
         row_axis="neuron",

@@ -35,7 +35,8 @@ from jaxtyping import Float
 from scipy.signal import convolve
 
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Effects, Maps
 from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,

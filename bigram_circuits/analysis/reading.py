@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
-from bigram_circuits.measures.results import Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target

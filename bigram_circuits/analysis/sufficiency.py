@@ -24,7 +24,8 @@ from bigram_circuits.analysis.components import matched_counts, parse, random_wi
 from bigram_circuits.analysis.paired import Job, Runs, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.tasks import COLUMNS, as_task
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Effects, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Effects
 from bigram_circuits.models.activations import check_model
 from bigram_circuits.subnetwork import Subnetwork
 

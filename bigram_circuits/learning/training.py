@@ -41,7 +41,8 @@ from bigram_circuits.masking.methods.hard_concrete import HardConcrete
 from bigram_circuits.masking.methods.straight_through import StraightThrough
 from bigram_circuits.masking.units import UNITS
 from bigram_circuits.measures import html
-from bigram_circuits.measures.results import Curves, Quantity
+from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantity
+from bigram_circuits.measures.results import Curves
 from bigram_circuits.models.activations import lean_forward, recomputed
 from bigram_circuits.models.weights import WeightSite, weight_hash, weight_sites
 from bigram_circuits.runs import STOPS, Checkpoint, RunFolder
@@ -170,9 +171,9 @@ def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 _LEARNED = (
-    Quantity("fraction", "", "share of the maskable weights that would be kept if learning ended now"),
-    Quantity("cross_entropy", "nats", "cross-entropy from the target to the softly masked model"),
-    Quantity("undecided", "", "share of the gates between 0.1 and 0.9"),
+    FRACTION,
+    CROSS_ENTROPY,
+    Quantity("undecided", "share", "Of the gates, those between 0.1 and 0.9."),
 )
 
 

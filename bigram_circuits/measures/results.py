@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.conditions import CONDITIONS, colour_of
+from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.storage.files import write_text
 from bigram_circuits.storage.records import read_record, sealed, shown
 
@@ -34,24 +35,6 @@ _UPWARDS = ("layer",)  # rows that are drawn from below; others are read from ab
 _ROWS_SHOWN = 12  # of a result in a notebook
 _COLUMNS_SHOWN = 12
 _OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """What a number means."""
-
-    name: str
-    """Its key, for example `kl`."""
-    unit: str
-    """`nats`, `degrees`, `share`, or empty for a pure number."""
-    meaning: str
-    """One sentence."""
-
-    @property
-    def label(self) -> str:
-        """Its name in words, with the unit."""
-        words = self.name.replace("_", " ")
-        return f"{words} ({self.unit})" if self.unit else words
 
 
 @dataclass(frozen=True)
@@ -209,7 +192,7 @@ class Curves(Result):
             )  # fmt: skip
         figure.update_xaxes(title=self.axis.replace("_", " "))
         figure.update_yaxes(title=chosen.label)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+        return _dressed(figure, f"{self.title}: {chosen.words}")
 
 
 @dataclass(frozen=True)
@@ -311,7 +294,7 @@ class Maps(Result):
             figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
         elif n_rows > _TALL:
             figure.update_layout(height=160 + 18 * n_rows)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+        return _dressed(figure, f"{self.title}: {chosen.words}")
 
     def _words(self, index: int) -> dict[str, Any]:
         """What plotly needs to write words into the cells of a panel."""
@@ -394,7 +377,7 @@ class Effects(Result):
         figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": CONDITIONS["subnetwork"].colour}, **bars)
         figure.update_xaxes(title=self.subject, type="category")
         figure.update_yaxes(title=chosen.label)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
+        return _dressed(figure, f"{self.title}: {chosen.words}")
 
 
 def curves_from_sums(

@@ -17,6 +17,7 @@ from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
 from bigram_circuits.measures.conditions import CONDITIONS
 from bigram_circuits.measures.conditions import label_of as _condition
+from bigram_circuits.measures.quantities import MEASURED
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.measures.words import flat, percent, rounded, span
 from bigram_circuits.report import figures
@@ -155,17 +156,16 @@ def _controls(run: Run, results: _Results) -> Section:
         caption = "r of the subnetwork less r of each control: 95% paired intervals"
         blocks.append(Numbers(caption, ["control", "low", "high"], pairs))
     seeds = [
-        [f"{name} {one['seed']}", *(one.get(key) for key in _MEASURED)]
+        [f"{name} {one['seed']}", *(one.get(key) for key in MEASURED)]
         for name, key_of in (("random", "random"), ("full - random", "full_minus_random"))
         for one in (metrics.get(key_of) or {}).get("seeds", [])
     ]
     if seeds:
-        blocks.append(Numbers("Every random control by itself", ["", *map(_spaced, _MEASURED)], seeds))
+        blocks.append(Numbers("Every random control by itself", ["", *map(_spaced, MEASURED)], seeds))
     return Section("controls", heading, says, blocks)
 
 
 _INTERVALS = "Intervals: 95%, bootstrap over sequences; for random weights, the lowest and the highest seed."
-_MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
 _MEANINGS = {name: one.meaning for name, one in CONDITIONS.items()} | {
     "r": "correlation of the model's surprisals with the target's",
     "cross-entropy, KL": "from the target, nats",
