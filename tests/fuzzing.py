@@ -431,7 +431,7 @@ def some_masks(seed: int) -> dict[str, torch.Tensor]:
 
 
 def some_subnetwork(seed: int = 0) -> Subnetwork:
-    return Subnetwork(some_masks(seed), model_name="some/model", weight_hash="ab12", lineage="bigram | head 0.1")
+    return Subnetwork(some_masks(seed), model_name="some/model", weight_hash="ab12", lineage="bigram | L0H1")
 
 
 def some_results() -> list[Any]:

@@ -27,29 +27,28 @@ from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import ATTENTION_MATRICES, COMPONENTS, MLP_MATRICES, WeightName, in_block, neuron_label
 from bigram_circuits.subnetwork import Count, Subnetwork
 from bigram_circuits.text.corpus import in_order, token_array
 
 _DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
 _SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")
-_MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
-_MLP_MATRICES = _MATRICES[4:]
 
 
 def by_layer(subnetwork: Subnetwork) -> Maps:
     """Density and share of the kept weights, by layer and component (attention, MLP)."""
     counts = subnetwork.by_component()
-    return _counts_map(subnetwork, counts, "component", ("attn", "mlp"), "Kept weights by layer and component")
+    return _counts_map(subnetwork, counts, "component", COMPONENTS, "Kept weights by layer and component")
 
 
 def by_matrix(subnetwork: Subnetwork) -> Maps:
     """Density and share of the kept weights, by layer and weight matrix."""
     counts = {}
     for name, count in subnetwork.by_weight().items():
-        _, layer, _, matrix = name.split(".")
-        counts[int(layer), matrix] = count
+        weight = WeightName.parse(name)
+        counts[weight.layer, weight.matrix] = count
     there = {matrix for _, matrix in counts}
-    matrices = tuple(matrix for matrix in _MATRICES if matrix in there)
+    matrices = tuple(matrix for matrix in (*ATTENTION_MATRICES, *MLP_MATRICES) if matrix in there)
     return _counts_map(subnetwork, counts, "matrix", matrices, "Kept weights by layer and matrix")
 
 
@@ -182,7 +181,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     for layer, of in counts.items():
         widths = np.array(list(_widths(subnetwork, layer).values()))
         densities = np.concatenate([of.sum(0, keepdims=True) / widths.sum(), of / widths[:, None]])
-        listed += [(f"L{layer}N{i}", densities[:, i]) for i in np.flatnonzero(densities[0] >= threshold)]
+        listed += [(neuron_label(layer, int(i)), densities[:, i]) for i in np.flatnonzero(densities[0] >= threshold)]
     listed = sorted(listed, key=lambda item: -item[1][0])[:most]
     matrices = list(_widths(subnetwork, next(iter(counts))))
     values = np.array([numbers for _, numbers in listed]).T.reshape(1 + len(matrices), len(listed))
@@ -233,14 +232,14 @@ def exciting_tokens(
     check_model(model)
     array = token_array(tokens)
     check_tokens(model, array)
-    d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.name.endswith(".W_out")}
+    d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.matrix == "W_out"}
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):
         raise ValueError(f"neurons must be (layer, neuron) pairs, not {neurons!r}")
-    for layer, neuron in neurons:
+    for layer, index in neurons:
         if layer not in d_mlp:
             raise ValueError(f"there is no layer {layer}: layers are 0 to {max(d_mlp)}")
-        if not 0 <= neuron < d_mlp[layer]:
-            raise ValueError(f"there is no neuron {neuron} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
+        if not 0 <= index < d_mlp[layer]:
+            raise ValueError(f"there is no neuron {index} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
     if not neurons or k < 1:
         raise ValueError(f"exciting tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}")
     if min_count < 1:
@@ -276,7 +275,7 @@ def exciting_tokens(
             Quantity("deviations", "", "Mean activation less the mean over all positions, in standard deviations."),
         ),
         row_axis="neuron",
-        rows=tuple(f"L{layer}N{neuron}" for layer, neuron in neurons),
+        rows=tuple(neuron_label(layer, index) for layer, index in neurons),
         column_axis="rank",
         columns=tuple(str(rank + 1) for rank in range(k)),
         conditions=tuple(by_name),
@@ -293,9 +292,10 @@ def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matr
         ValueError: If the subnetwork has no MLP.
     """
     counts: dict[int, list[np.ndarray]] = {}
-    for layer in sorted({int(name.split(".")[1]) for name in subnetwork if name.split(".")[2] == "mlp"}):
+    weights = [WeightName.parse(name) for name in subnetwork]
+    for layer in sorted({weight.layer for weight in weights if weight.component == "mlp"}):
         for matrix in _widths(subnetwork, layer):
-            mask = subnetwork[f"blocks.{layer}.mlp.{matrix}"]
+            mask = subnetwork[str(WeightName(layer, "mlp", matrix))]
             counts.setdefault(layer, []).append(mask.sum(1 if matrix == "W_out" else 0).numpy())
     if not counts:
         raise ValueError("this subnetwork has no MLP weights")
@@ -305,7 +305,7 @@ def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matr
 def _widths(subnetwork: Subnetwork, layer: int) -> dict[str, int]:
     """Weights of one neuron in each matrix of a layer's MLP."""
     shapes = subnetwork.shapes
-    names = {matrix: f"blocks.{layer}.mlp.{matrix}" for matrix in _MLP_MATRICES}
+    names = {matrix: str(WeightName(layer, "mlp", matrix)) for matrix in MLP_MATRICES}
     return {m: shapes[name][1 if m == "W_out" else 0] for m, name in names.items() if name in shapes}
 
 
@@ -342,15 +342,15 @@ def _sums_by_token(
     advance: Callable[[int], Any],
 ) -> tuple[Float[np.ndarray, "neuron d_vocab"], Float[np.ndarray, " neuron"]]:
     """Activations added up by current token, and their squares over all positions."""
-    layers = sorted({layer for layer, _ in neurons})
+    points = {layer: in_block(layer, "mlp.hook_post") for layer in sorted({layer for layer, _ in neurons})}
     device = model.cfg.device
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     sums = torch.zeros(len(neurons), model.cfg.d_vocab, dtype=dtype, device=device)
     squares = torch.zeros(len(neurons), dtype=dtype, device=device)
     for cpu_batch in in_order(tokens, batch_size_for(model, tokens.shape[1])):
         batch = cpu_batch.to(device)
-        seen, _ = record(model, batch, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
-        activations = torch.stack([seen[f"blocks.{layer}.mlp.hook_post"][..., n].flatten() for layer, n in neurons])
+        seen, _ = record(model, batch, list(points.values()))
+        activations = torch.stack([seen[points[layer]][..., n].flatten() for layer, n in neurons])
         activations = activations.to(dtype)
         sums.index_add_(1, batch.flatten(), activations)
         squares += activations.pow(2).sum(1)

@@ -38,6 +38,7 @@ from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.names import PartName
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
@@ -231,7 +232,8 @@ def layer_by_layer(
 def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subnetwork: Subnetwork, seed: int) -> Maps:
     """The tokens that excite the densest neurons."""
     densest = whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN)
-    neurons = [(int(layer), int(neuron)) for layer, neuron in (name[1:].split("N") for name in densest.names)]
+    names = [PartName.parse(name) for name in densest.names]
+    neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
     return exciting_tokens(model, neurons, tokens, subnetwork, k=5, seed=seed)
 
 

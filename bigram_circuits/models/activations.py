@@ -15,6 +15,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigram_circuits.names import in_block
+
 _TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
 _NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
 
@@ -135,7 +137,7 @@ def residual_streams(
         ValueError: If the model does not show one of them.
     """
     last = model.cfg.n_layers - 1
-    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
+    names = [*(in_block(layer, "hook_resid_pre") for layer in range(last + 1)), in_block(last, "hook_resid_post")]
     streams: list[Tensor] = []
     hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)

@@ -22,6 +22,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.names import COMPONENTS, WeightName, in_block
+
 _ATTENTION = {
     "q": ("W_Q", "head d_model d_head", "(head d_head) d_model"),
     "k": ("W_K", "head d_model d_head", "(head d_head) d_model"),
@@ -88,6 +90,11 @@ class WeightSite:
     """The axes of `leaf.weight`."""
 
     @property
+    def matrix(self) -> str:
+        """For example `W_Q`."""
+        return WeightName.parse(self.name).matrix
+
+    @property
     def size(self) -> int:
         """Number of weights."""
         return self.original.numel()
@@ -148,8 +155,8 @@ def weight_hash(model: Any) -> str:
 
 def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
     sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
-    for component in ("attn", "mlp"):
-        _check_nothing_is_left_out(f"blocks.{layer}.{component}", getattr(block, component), sites)
+    for component in COMPONENTS:
+        _check_nothing_is_left_out(in_block(layer, component), getattr(block, component), sites)
     _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=(block.attn, block.mlp))
     return sites
 
@@ -160,7 +167,7 @@ def _attention_sites(model: Any, layer: int, block: nn.Module) -> list[WeightSit
     over_heads, d_model = sizes["W_O"][1], sizes["W_O"][0]
     heads = model.cfg.n_heads
     d_head = over_heads // heads  # not cfg.d_head, which is d_model / n_heads where a config does not say
-    where = f"this model cannot be masked: blocks.{layer}.attn"
+    where = f"this model cannot be masked: {in_block(layer, 'attn')}"
     if over_heads != heads * d_head:
         raise ValueError(f"{where}.W_O reads {over_heads} values, not a multiple of the {heads} heads")
     if sizes["W_Q"] != (over_heads, d_model):
@@ -190,7 +197,7 @@ def _mlp_sites(layer: int, block: nn.Module) -> list[WeightSite]:
     if sizes["W_out"] != (d_model, d_mlp) or sizes.get("W_gate", sizes["W_in"]) != sizes["W_in"]:
         shown = ", ".join(f"{name} {_by(size)}" for name, size in sizes.items())
         raise ValueError(
-            f"this model cannot be masked: the matrices of blocks.{layer}.mlp do not fit together as neurons: "
+            f"this model cannot be masked: the matrices of {in_block(layer, 'mlp')} do not fit together as neurons: "
             f"{shown} (outputs by inputs)"
         )
     return [
@@ -224,11 +231,11 @@ def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple
         weight = None if module is None else _stored_weight(module)
         if weight is None or weight.ndim != 2:
             kind = type(getattr(part, "original_component", part)).__name__
-            what = f"blocks.{layer}.{component}" + ("" if part is None else f" ({kind})")
+            what = in_block(layer, component) + ("" if part is None else f" ({kind})")
             raise ValueError(f"this model cannot be masked: {what} has no plain {matrix}")
         outputs, inputs = weight.shape
         stored_axes = linear_axes
-        name = f"blocks.{layer}.{component}.{matrix}"
+        name = str(WeightName(layer, component, matrix))
         if not isinstance(module, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
             if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
                 raise ValueError(
@@ -255,7 +262,7 @@ def _check_nothing_is_left_out(
     A fused matrix stays listed beside the parts it was split into (query-key-value, or gate and up): it is dead.
     """
     known = {id(site.original) for site in sites} | {id(weight) for other in but for weight in other.parameters()}
-    mine = {site.name.rsplit(".", 1)[1]: site.size for site in sites if site.name.startswith(where + ".")}
+    mine = {site.matrix: site.size for site in sites if site.name.startswith(where + ".")}
     together = (("W_Q", "W_K", "W_V"), ("W_in", "W_gate"))
     fused = [sum(mine[name] for name in names) for names in together if mine.keys() >= set(names)]
     for owner, module in part.named_modules():

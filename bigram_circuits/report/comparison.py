@@ -24,6 +24,7 @@ from bigram_circuits.experiments.comparison import (
 )
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.names import PartName
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import LAYER_CHARTS, Block, Chart, Numbers, Opening, Section, interval
 from bigram_circuits.report.document import document
@@ -380,14 +381,13 @@ def _largest(pairs: Sequence[Pair]) -> str:
 
 def _by_component(pairs: Sequence[Pair]) -> list[Block]:
     strata = [name for name in pairs[0].effects.names if name != "all"]
-    rows = [[_two(pair), _component(name), *_pair_row(pair, name)] for pair in pairs for name in strata]
+    rows = [[_two(pair), name, *_pair_row(pair, name)] for pair in pairs for name in strata]
     columns = ["", "component", *_PAIR_COLUMNS]
     caption = "Overlap by component (Holm's correction over all components of all pairs)"
     blocks: list[Block] = []
     if len(pairs) <= _MOST_ROWS:
         ratios = [[pair.ratio(name) for name in strata] for pair in pairs]
-        labels = [_component(name) for name in strata]
-        figure = figures.ratio_map([_two(pair) for pair in pairs], labels, ratios)
+        figure = figures.ratio_map([_two(pair) for pair in pairs], strata, ratios)
         tested = [(pair, name) for pair in _found(pairs) for name in strata if pair.get("sd", name) > 0]
         above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
@@ -416,7 +416,7 @@ def _places(comparison: Comparison) -> Section:
             line = figures.Line(one.name, place, [str(layer) for layer in layers], shares)
             panels[_COMPONENTS.get(part, part)].append(line)
             rows += [
-                [one.name, f"{layer} {part}", count.kept, count.total, share, count.fraction]
+                [one.name, PartName(part, layer).label, count.kept, count.total, share, count.fraction]
                 for layer, count, share in zip(layers, here, shares, strict=True)
                 if count
             ]
@@ -540,11 +540,6 @@ def _two(pair: Pair) -> str:
 def _with(pair: Pair) -> str:
     """The same, to be put in a list."""
     return f"{pair.first.name} with {pair.second.name}"
-
-
-def _component(name: str) -> str:
-    """`blocks.0.attn` as `0 attn`."""
-    return name.removeprefix("blocks.").replace(".", " ")
 
 
 def _list(names: Sequence[str], most: int = _MOST_NAMED) -> str:

@@ -20,6 +20,7 @@ from bigram_circuits.measures.conditions import label_of as _condition
 from bigram_circuits.measures.quantities import MEASURED
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.measures.words import flat, percent, rounded, span
+from bigram_circuits.names import PartName, head_label
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import (
     LAYER_CHARTS,
@@ -320,7 +321,7 @@ def _by_component(run: Run, results: _Results) -> list[Block]:
     density = percent(counts[densest].fraction)
     says = f"Densest is the {densest[1]} of layer {densest[0]}: {density} of its weights are kept."
     chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
-    rows = [[f"{x} {part}", n.kept, n.total, n.fraction] for (x, part), n in counts.items()]
+    rows = [[PartName(part, x).label, n.kept, n.total, n.fraction] for (x, part), n in counts.items()]
     blocks: list[Block] = [Chart("Of all kept weights, the share in each place", says, chart)]
     blocks.append(Numbers("Numbers: kept weights", ["layer and component", "kept", "of", "share"], rows))
     measured = results.maps("by_layer")
@@ -345,7 +346,9 @@ def _densest(heads: Maps, condition: str) -> str:
     if np.isnan(density).all():
         return "unknown"
     row, column = np.unravel_index(int(np.nanargmax(density)), density.shape)
-    return f"{heads.rows[row]}.{heads.columns[column]} ({percent(float(density[row, column]))} kept)"
+    return (
+        f"{head_label(int(heads.rows[row]), int(heads.columns[column]))} ({percent(float(density[row, column]))} kept)"
+    )
 
 
 def _concentration_words(dense: Curves) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import next_tokens
+from bigram_circuits.analysis import next_tokens, passages
 from bigram_circuits.analysis.prompts import token_word
 
 

@@ -101,7 +101,7 @@ def test_geometry(models, half):
 
 @pytest.mark.parametrize("by", ["zero", "mean", "resample", "weights"])
 def test_ablation(models, by):
-    parts = ["head 0.1", "neurons 1.[1,5]", "attn 1", "mlp 0"]
+    parts = ["L0H1", "L1N[1,5]", "L1.attn", "L0.mlp"]
     wide, narrow = both(models, lambda model: analysis.ablate(model, parts, TOKENS, by=by, target=TARGET, seeds=0))
     close(wide, narrow, "loss", 0.03)
     close(wide, narrow, "rise_in_loss", 0.02)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.models.activations import layouts
+from bigram_circuits.models import layouts
 
 
 def refused_after(monkeypatch, model, change):

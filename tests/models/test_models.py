@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
 
 import bigram_circuits as bc
-from bigram_circuits.models.activations import loading
+from bigram_circuits.models import loading
 from tests.conftest import hub_response, save_tiny
 
 
