@@ -27,6 +27,7 @@ from bigram_circuits.analysis.geometry import (
     layer_rotations,
     linear_cka,
 )
+from bigram_circuits.analysis.layers import layer_by_layer
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
     by_head,
@@ -40,7 +41,7 @@ from bigram_circuits.analysis.location import (
 from bigram_circuits.analysis.overlap import overlap, overlaps
 from bigram_circuits.analysis.reading import next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
-from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
+from bigram_circuits.analysis.suite import Analyses, analyze
 from bigram_circuits.analysis.tasks import (
     TASKS,
     Ability,

@@ -37,6 +37,7 @@ from bigram_circuits.analysis.components import (
 )
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, Runs, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
@@ -381,3 +382,24 @@ def _thinned(subnetwork: Subnetwork, share: float | int, seed: int) -> Subnetwor
     """A random share of its weights, the same in every matrix (to the nearest weight)."""
     counts = {name: round(share * count.kept) for name, count in subnetwork.by_weight().items()}
     return random_within(subnetwork, counts, seed)
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("ablation_components")
+def _(subject: Subject) -> Effects:
+    what = ["attns", "mlps"]
+    return ablate(subject.model, what, subject.sweep_text, subject.subnetwork, target=subject.target, seeds=0)
+
+
+@in_suite("ablation_heads")
+def _(subject: Subject) -> Effects:
+    return ablate(subject.model, "heads", subject.sweep_text, target=subject.target, seeds=1)
+
+
+@in_suite("stochastic_ablation")
+def _(subject: Subject) -> Curves:
+    return stochastic_ablation(
+        subject.model, subject.subnetwork, subject.target, subject.sweep_text, draws=3, seed=subject.seed
+    )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import readout, record
@@ -280,3 +281,23 @@ def _position(position: int, length: int) -> int:
     if not -length <= position < length:
         raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
     return position % length
+
+
+# --- what `analyze` shows of it ---
+
+_HEADS_SHOWN = 6
+
+
+@in_suite("attribution")
+def _(subject: Subject) -> Maps:
+    return logit_attribution(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("attention")
+def _(subject: Subject) -> Maps:
+    """Of the heads of which most is kept, first to last layer."""
+    counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
+    if not counts:
+        raise ValueError("no weight of any head is kept")
+    heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
+    return attention_patterns(subject.model, subject.prompt, subject.subnetwork, heads=heads, seed=subject.seed)

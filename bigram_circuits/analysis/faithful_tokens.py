@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import Batch, conditions, observe
 from bigram_circuits.analysis.prompts import token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import check_tokens
@@ -156,3 +157,14 @@ class _Sums:
 def _current(tokens: Any, target: Any) -> Any:
     """The tokens at the positions that the target speaks about."""
     return tokens[:, getattr(target, "positions", slice(None))]
+
+
+# --- what `analyze` shows of it ---
+
+_WORD_TOKENS = 1 << 13  # of held-out text
+
+
+@in_suite("faithful_tokens")
+def _(subject: Subject) -> Maps:
+    text = subject.sample(_WORD_TOKENS)
+    return faithfulness_by_token(subject.model, text, subject.subnetwork, target=subject.target, seed=subject.seed)

@@ -39,6 +39,7 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import check_model, check_tokens, residual_streams
@@ -433,3 +434,13 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
     own = hsic.diagonal()
     known = torch.where(own > 0, own, torch.nan)
     return hsic / torch.outer(known, known).sqrt()
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("prompt_cosine")
+def _(subject: Subject) -> Curves | Maps:
+    return cosine_to_unembedding(
+        subject.model, subject.prompt, subject.subnetwork, target=subject.target, seed=subject.seed
+    )

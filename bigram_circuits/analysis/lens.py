@@ -27,6 +27,7 @@ from bigram_circuits.analysis.affine import (
 )
 from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
@@ -363,3 +364,11 @@ def _two_parts(
         raise ValueError(f"an affine lens needs at least 4 sequences, to fit on and to measure on, not {len(tokens)}")
     cut = 3 * len(tokens) // 4
     return tokens[:cut], tokens[cut:]
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("prompt_lens")
+def _(subject: Subject) -> Curves | Maps:
+    return logit_lens(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)

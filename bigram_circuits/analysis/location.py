@@ -23,11 +23,20 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
 from bigram_circuits.analysis.prompts import token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.names import ATTENTION_MATRICES, COMPONENTS, MLP_MATRICES, WeightName, in_block, neuron_label
+from bigram_circuits.names import (
+    ATTENTION_MATRICES,
+    COMPONENTS,
+    MLP_MATRICES,
+    PartName,
+    WeightName,
+    in_block,
+    neuron_label,
+)
 from bigram_circuits.subnetwork import Count, Subnetwork
 from bigram_circuits.text.corpus import in_order, token_array
 
@@ -356,3 +365,38 @@ def _sums_by_token(
         squares += activations.pow(2).sum(1)
         advance(len(batch))
     return sums.cpu().double().numpy(), squares.cpu().double().numpy()
+
+
+# --- what `analyze` shows of it ---
+
+_NEURONS_SHOWN = 12
+
+
+@in_suite("by_layer")
+def _(subject: Subject) -> Maps:
+    return by_layer(subject.subnetwork)
+
+
+@in_suite("by_head")
+def _(subject: Subject) -> Maps:
+    return by_head(subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("concentration")
+def _(subject: Subject) -> Curves:
+    return concentration(subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("whole_neurons")
+def _(subject: Subject) -> Effects:
+    return whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
+
+
+@in_suite("exciting_tokens")
+def _(subject: Subject) -> Maps:
+    """Of the densest neurons."""
+    densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
+    names = [PartName.parse(name) for name in densest.names]
+    neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
+    text = subject.sample(subject.fit_tokens)
+    return exciting_tokens(subject.model, neurons, text, subject.subnetwork, k=5, seed=subject.seed)

@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.signal import convolve
 
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects, Maps
@@ -387,3 +388,12 @@ def _tilt(cells: Sequence[Cell], observed: int) -> float:
         else:
             high = middle
     return low
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("overlap_magnitude")
+def _(subject: Subject) -> Effects:
+    largest = Subnetwork.magnitude(subject.model, like=subject.subnetwork)
+    return overlap(subject.subnetwork, largest, by="component")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import check_tokens
@@ -158,3 +159,13 @@ def _shown(
             cells.append("\n".join([word, *lines]))
         rows.append(tuple(cells))
     return torch.cat([first, surprisal], 1).cpu().numpy(), tuple(rows)
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("passages")
+def _(subject: Subject) -> Maps:
+    return passages(
+        subject.model, subject.corpus.held_out, subject.subnetwork, target=subject.target, seed=subject.seed
+    )

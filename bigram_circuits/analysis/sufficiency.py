@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
 from bigram_circuits.analysis.paired import Job, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.tasks import COLUMNS, as_task
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.analysis.tasks import COLUMNS, ability, as_task, repeated_random_tokens
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
@@ -155,3 +156,25 @@ def _surprisal(sums: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, " 
 def _negated(change: tuple[float, float, float]) -> tuple[float, float, float]:
     point, low, high = change
     return (0.0 - point, 0.0 - high, 0.0 - low)
+
+
+# --- what `analyze` shows of it ---
+
+_PERIOD = 24  # of repeated random tokens
+
+
+@in_suite("induction")
+def _(subject: Subject) -> dict[str, Effects]:
+    """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
+    model, subnetwork = subject.model, subject.subnetwork
+    task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
+    able = ability(model, task)
+    if not able.able:
+        raise ValueError(
+            f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
+            f"guessing would be {able.chance:.2f}"
+        )
+    alone = sufficiency(model, subnetwork, "heads", task, seeds=1)
+    best = alone.top(1)[0][0]
+    pairs = [f"{best} + {head}" for head in alone.names if head != best]
+    return {"induction": alone, "induction_pairs": sufficiency(model, subnetwork, pairs, task, seeds=1)}
