@@ -42,7 +42,7 @@ from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
-from bigram_circuits.models.activations import check_model, check_tokens, record
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 
@@ -137,7 +137,7 @@ def ablate(
 
 
 def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
-    """Raise ValueError unless the forward pass shows all these activations, in these sizes: else none is replaced."""
+    """Raise NotShownError unless the forward pass shows all these activations in these sizes."""
     sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
     check_tokens(model, task.tokens)
     tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
@@ -145,7 +145,7 @@ def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
         seen, _ = record(model, tokens, list(sizes))
     for name, size in sizes.items():
         if (found := seen[name].flatten(2).shape[2]) != size:
-            raise ValueError(f"the activation {name} has {found} values a position, but {size} were expected")
+            raise NotShownError(f"the activation {name} has {found} values a position, but {size} were expected")
 
 
 class _BaseMeans:

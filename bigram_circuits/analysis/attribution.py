@@ -30,7 +30,7 @@ from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, to
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import readout, record
+from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
 from bigram_circuits.subnetwork import Subnetwork
@@ -72,7 +72,7 @@ def logit_attribution(
     if by not in ("component", "head"):
         raise ValueError(f"by must be one of component, head, not {by!r}")
     if getattr(model, "compatibility_mode", False):
-        raise ValueError("masks belong to raw weights: load the model again, without compatibility mode")
+        raise NotShownError("masks belong to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
@@ -161,7 +161,9 @@ def attention_patterns(
         patterns[name] = {layer: seen[point][0].float().cpu() for layer, point in points.items()}
         for layer, pattern in patterns[name].items():
             if pattern.shape != (n_heads, tokens.shape[1], tokens.shape[1]):
-                raise ValueError(f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence")
+                raise NotShownError(
+                    f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence"
+                )
     panels = {
         f"{name} {head_label(layer, head)}": of[layer][head].numpy()
         for layer, head in chosen
@@ -186,8 +188,7 @@ def _contributions(
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """What every component adds to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
-    if not hasattr(model, "ln_final") or model.W_U.shape[0] != len(final):
-        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
+    check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
     terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
     norm_bias = getattr(model.ln_final.original_component, "bias", None)
@@ -202,7 +203,7 @@ def _contributions(
     shown = readout(model, final[None].to(model.W_U.dtype))[0].float()
     error = max(error, float((shown - logits).abs().max()))
     if not error <= tolerance * max(scale, 1.0):
-        raise ValueError(
+        raise NotShownError(
             f"the logits of this model are not the sum of its components' contributions: they differ by {error:.3g}"
         )
     return terms, raw[ids].tolist()
@@ -265,7 +266,9 @@ def _through_norm(
     """A part of the residual stream through a norm whose scale is frozen at its value for the whole; no bias."""
     kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())
     if kind not in ("LN", "RMS"):
-        raise ValueError(f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}")
+        raise NotShownError(
+            f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
+        )
     inner = norm.original_component
     if kind == "LN":
         part, whole = part - part.mean(), whole - whole.mean()
@@ -298,6 +301,6 @@ def _(subject: Subject) -> Maps:
     """Of the heads of which most is kept, first to last layer."""
     counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
     if not counts:
-        raise ValueError("no weight of any head is kept")
+        raise NotShownError("no weight of any head is kept")
     heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
     return attention_patterns(subject.model, subject.prompt, subject.subnetwork, heads=heads, seed=subject.seed)

@@ -14,7 +14,7 @@ from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.activations import NotShownError, check_tokens
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target, entropy
 from bigram_circuits.text.corpus import token_array
@@ -65,12 +65,12 @@ def faithfulness_by_token(
     check_tokens(model, array)
     check_target(target, model.cfg.d_vocab)
     if not hasattr(target, "entropy"):
-        raise ValueError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
+        raise NotShownError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
     by_name = conditions(subnetwork, seed=seed)
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
     frequent = np.flatnonzero(counts >= min_count)
     if len(frequent) == 0:
-        raise ValueError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
+        raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
 
     first = "full" if subnetwork is None else "subnetwork"
     ranked = _Sums(model, target, frequent)

@@ -42,7 +42,7 @@ from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_t
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
-from bigram_circuits.models.activations import check_model, check_tokens, residual_streams
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import spread, token_array
@@ -109,7 +109,7 @@ def cosine_to_unembedding(
 def _check_widths(model: Any) -> None:
     widths = (model.W_E.shape[1], model.W_U.shape[0])
     if widths != (model.cfg.d_model, model.cfg.d_model):
-        raise ValueError(
+        raise NotShownError(
             f"a cosine needs vectors of one width, but this model's residual stream has {model.cfg.d_model}, its "
             f"embedding {widths[0]} and its unembedding {widths[1]}"
         )
@@ -325,7 +325,7 @@ def covariance_similarity(
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
     if tokens.size < 4:
-        raise ValueError(f"CKA needs at least 4 tokens, not {tokens.size}")
+        raise NotShownError(f"CKA needs at least 4 tokens, not {tokens.size}")
     check_tokens(model, tokens)
     sums = covariance_sums(tokens, subnetwork, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
     named = {"full": None} if subnetwork is None else {"full": None, "subnetwork": subnetwork}

@@ -31,7 +31,14 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
-from bigram_circuits.models.activations import check_model, lens_log_probs, readout, residual_streams, rows_at_once
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_model,
+    lens_log_probs,
+    readout,
+    residual_streams,
+    rows_at_once,
+)
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -259,7 +266,7 @@ def _prompt_lens(
 
 
 def check_readout(model: Any) -> None:
-    """Raise ValueError unless final norm and unembedding of the last residual stream give the model's logits."""
+    """Raise NotShownError unless final norm and unembedding of the last residual stream give the model's logits."""
     check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
     with torch.no_grad():
@@ -267,7 +274,7 @@ def check_readout(model: Any) -> None:
         ours = readout(model, streams[-1])
     worst, spread = (ours - logits).abs().max().item(), (logits - logits.mean(-1, keepdim=True)).abs().max().item()
     if not worst <= 0.1 * spread:
-        raise ValueError(
+        raise NotShownError(
             f"a lens reads the residual stream through the final norm and the unembedding, but for this model that "
             f"differs from its logits by up to {worst:.3g} (their spread is {spread:.3g})"
         )

@@ -26,7 +26,7 @@ from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
-from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
+from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens, record
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import (
     ATTENTION_MATRICES,
@@ -75,7 +75,7 @@ def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
     for one in both.values():
         counts = one.by_head()
         if not counts:
-            raise ValueError("this subnetwork has no attention heads")
+            raise NotShownError("this subnetwork has no attention heads")
         heads = range(1 + max(head for _, head in counts))
         named = {(layer, str(head)): count for (layer, head), count in counts.items()}
         maps.append(_counts_map(one, named, "head", tuple(map(str, heads)), "Kept weights by layer and head"))
@@ -142,7 +142,7 @@ def concentration(
             raise ValueError(f"there is no layer {missing[0]}: layers are 0 to {max(counts)}")
         kept = np.sort(np.concatenate([counts[layer].sum(0) for layer in chosen]))[::-1]
         if kept.sum() == 0:
-            raise ValueError(f"the subnetwork ({subnetwork.lineage}) keeps no MLP weight there")
+            raise NotShownError(f"the subnetwork ({subnetwork.lineage}) keeps no MLP weight there")
         curve = np.concatenate([[0.0], np.cumsum(kept) / kept.sum()])
         at = np.linspace(0, 1, len(curve))
         values[0, row] = np.interp(x, at, curve)
@@ -256,7 +256,7 @@ def exciting_tokens(
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
     common = np.flatnonzero(counts >= min_count)
     if len(common) == 0:
-        raise ValueError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
+        raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
     by_name = conditions(subnetwork, seed=seed)
     values = np.full((3, len(by_name), len(neurons), k), np.nan)
     words = [[[""] * k for _ in neurons] for _ in by_name]
@@ -307,7 +307,7 @@ def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matr
             mask = subnetwork[str(WeightName(layer, "mlp", matrix))]
             counts.setdefault(layer, []).append(mask.sum(1 if matrix == "W_out" else 0).numpy())
     if not counts:
-        raise ValueError("this subnetwork has no MLP weights")
+        raise NotShownError("this subnetwork has no MLP weights")
     return {layer: np.stack(rows) for layer, rows in counts.items()}
 
 

@@ -38,6 +38,7 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects, Maps
+from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.names import ATTENTION_MATRICES, WeightName, head_label, key_value_label
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -229,7 +230,7 @@ def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
     both = a & b
     for which, one in (("first", a), ("second", b)):
         if one.kept == 0:
-            raise ValueError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
+            raise NotShownError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
     ours, theirs = a.by_weight(), b.by_weight()
     return {
         name: Cell(count.total, ours[name].kept, theirs[name].kept, count.kept)
@@ -247,7 +248,7 @@ def _head_cells(a: Subnetwork, b: Subnetwork) -> dict[str, list[Cell]]:
         for index, cell in enumerate(_slices(a, b, name)):
             strata.setdefault((weight.layer, shared, index), []).append(cell)
     if not strata:
-        raise ValueError("this subnetwork has no attention heads")
+        raise NotShownError("this subnetwork has no attention heads")
     label = {False: head_label, True: key_value_label}
     return {label[shared](layer, index): strata[layer, shared, index] for layer, shared, index in sorted(strata)}
 

@@ -27,7 +27,7 @@ from bigram_circuits.analysis.tasks import COLUMNS, ability, as_task, repeated_r
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
-from bigram_circuits.models.activations import check_model
+from bigram_circuits.models.activations import NotShownError, check_model
 from bigram_circuits.subnetwork import Subnetwork
 
 
@@ -170,7 +170,7 @@ def _(subject: Subject) -> dict[str, Effects]:
     task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
     able = ability(model, task)
     if not able.able:
-        raise ValueError(
+        raise NotShownError(
             f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
             f"guessing would be {able.chance:.2f}"
         )

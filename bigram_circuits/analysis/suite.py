@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.activations import NotShownError, check_tokens
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
@@ -93,8 +94,9 @@ def analyze(
 
     Raises:
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
-            model does not show is no error, but left out with the reason.
+            model does not show (`NotShownError`) is left out with the reason; every other error is raised.
     """
+    check_seed(seed)
     check_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
     for part in (corpus.train, corpus.held_out):
@@ -108,7 +110,7 @@ def analyze(
             continue
         try:
             found = step(subject)
-        except ValueError as error:  # the arguments are right: this model does not show what the analysis needs
+        except NotShownError as error:
             left_out[name] = str(error)
             continue
         results |= {name: found} if isinstance(found, Result) else found
