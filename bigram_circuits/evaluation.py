@@ -27,6 +27,7 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target, entropy, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
@@ -195,7 +196,8 @@ def evaluate(
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     check_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
-    conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
+    with hashed_once(model):
+        conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
     with tqdm(total=len(conditions) * len(array), desc="evaluating", unit="sequence", delay=2, leave=False) as bar:
         for name, condition in conditions.items():

@@ -101,7 +101,9 @@ def ablate(
         raise ValueError("resampling takes activations from another sequence, but there is only one")
     chosen = {part.name: coordinates(model, part) for part in parts if ways[part.name] != "weights"}
     _check_shown(model, task, chosen.values())
-    dropped = {part.name: part.weights(model) for part in parts if ways[part.name] == "weights"}
+    by_weights = [part for part in parts if ways[part.name] == "weights"]
+    empty = Subnetwork.empty(model) if by_weights else None
+    dropped = {part.name: part.weights(empty) for part in by_weights if empty is not None}
     bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
     runs = Runs(model, task, target)
     jobs: list[Job] = []

@@ -50,9 +50,12 @@ class Part:
     subnetworks: tuple[Subnetwork, ...] = ()
     """Sets of weights; then there are only weights, no activations, to ablate."""
 
-    def weights(self, model: Any, *, shared: bool = False) -> Subnetwork:
-        """All its weights, under its name; `shared`: with W_K and W_V that a head shares with its group."""
-        chosen = empty = Subnetwork.empty(model)
+    def weights(self, empty: Subnetwork, *, shared: bool = False) -> Subnetwork:
+        """All its weights, under its name, added to the empty subnetwork of the model.
+
+        `shared`: with W_K and W_V that a head shares with its group.
+        """
+        chosen = empty
         for component in self.components:
             chosen |= _weights(component, empty, shared=shared)
         for subnetwork in self.subnetworks:

@@ -241,7 +241,13 @@ def layer_rotations(
         maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
     elif not maps:
         raise ValueError("maps= has no affine maps")
-    check_maps(model, maps, dict.fromkeys(maps))
+    else:
+        check_maps(model, maps, dict.fromkeys(maps))
+    return rotation_curves(model, maps)
+
+
+def rotation_curves(model: Any, maps: Mapping[str, AffineMaps]) -> Curves:
+    """The curves of maps that are the model's, by condition."""
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
     notes = {"fitted_on": next(iter(maps.values())).tokens, "alpha": next(iter(maps.values())).alpha}

@@ -13,7 +13,7 @@ from bigram_circuits.analysis.geometry import (
     covariance_maps,
     covariance_similarity,
     covariance_sums,
-    layer_rotations,
+    rotation_curves,
 )
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.results import Curves, Maps
@@ -68,7 +68,7 @@ def layer_by_layer(
         "logit_lens": lens.lens_curves("Logit lens", model, plain, notes),
         "affine_lens": lens.affine_curves(model, mapped, recalls, fitted),
         "cosine": cosine_curves(model, cosines, notes),
-        "rotations": layer_rotations(model, maps=maps),
+        "rotations": rotation_curves(model, maps),
     }
     if held_out.size >= 4:
         found["covariance"] = covariance_maps(model, covariances)

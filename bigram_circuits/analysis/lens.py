@@ -322,15 +322,15 @@ def affine_lens(
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
     fit_on, held_out = _two_parts(text, split=maps is None)
-    if maps is None:
-        maps = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
-        if refine_steps:
-            maps = {
-                name: refine_affine_lens(model, maps[name], fit_on, one, steps=refine_steps)
-                for name, one in named.items()
-            }
     check_maps(model, maps, named)
     fitted = maps
+    if fitted is None:
+        fitted = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
+        if refine_steps:
+            fitted = {
+                name: refine_affine_lens(model, fitted[name], fit_on, one, steps=refine_steps)
+                for name, one in named.items()
+            }
     lenses = {name: LensSums(model, target, fitted[name]) for name in named}
     recalls = {name: RecallSums(model, fitted[name]) for name in named}
     observe(model, held_out, named, lambda name: [lenses[name], recalls[name]], what="affine lens")

@@ -58,7 +58,8 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
         raise ValueError(f"a {type(base).__name__} is no subnetwork: pass a Subnetwork as the base")
     base.check_fits(model)
     scored = as_task(task, model.cfg.d_vocab)
-    parts = {part.name: part.weights(model, shared=True) for part in parse(added, model, base)}
+    empty = Subnetwork.empty(model)
+    parts = {part.name: part.weights(empty, shared=True) for part in parse(added, model, base)}
     jobs = [Job("full", "", None, key="full"), Job("base", "", base)]
     for name, weights in parts.items():
         jobs.append(Job("base", name, base | weights, key=(base | weights).checksum))

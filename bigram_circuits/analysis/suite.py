@@ -14,7 +14,8 @@ from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
-from bigram_circuits.models.activations import NotShownError, check_tokens
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens
+from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
@@ -96,12 +97,18 @@ def analyze(
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
             model does not show (`NotShownError`) is left out with the reason; every other error is raised.
     """
+    check_model(model)
     check_seed(seed)
     check_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
     for part in (corpus.train, corpus.held_out):
         check_tokens(model, token_array(part))
-    subject = Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens)
+    with hashed_once(model):
+        return _run(Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+
+
+def _run(subject: Subject) -> Analyses:
+    """Every registered analysis of a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     for name, step in (bar := tqdm(analyses().items(), desc="analysing", delay=2, leave=False)):

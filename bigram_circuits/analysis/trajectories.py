@@ -26,7 +26,7 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.models.activations import check_model, check_tokens
 from bigram_circuits.models.loading import load_model
-from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -126,8 +126,9 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     def measure(model: Any) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
-        every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
-        return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
+        with hashed_once(model):
+            every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
+            return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
     return measure
 
@@ -170,9 +171,10 @@ def subnetworks_over_training(
     for name, loaded in _each(checkpoints, names, model, device, dtype):
         folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
         of_model = _target_of(target, loaded)
-        one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
-        compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
-        rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
+        with hashed_once(loaded):
+            one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
+            compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
+            rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
         for key in ("subnetwork", "random"):
             rows[-1][key] |= {
                 "fraction": one.fraction,

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -140,11 +141,41 @@ def weight_sites(model: Any) -> tuple[WeightSite, ...]:
     return sites
 
 
+_HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+"""Models within a `hashed_once` block, with their hash as soon as it was asked for."""
+
+
+@contextmanager
+def hashed_once(model: Any) -> Iterator[None]:
+    """Within the block, `weight_hash` of this model is computed once, at most: hashing reads every weight.
+
+    For the length of one public call, within which nobody edits the weights. Outside of it every call computes the hash
+    anew, because an edit through `.data` cannot be seen. Blocks of one model may be nested.
+    """
+    if model in _HASHED_ONCE:
+        yield
+        return
+    _HASHED_ONCE[model] = None
+    try:
+        yield
+    finally:
+        del _HASHED_ONCE[model]
+
+
 def weight_hash(model: Any) -> str:
     """A hash of all maskable weights: tells models and checkpoints apart, whatever precision they were loaded in.
 
     Weights are rounded to bfloat16 first, so one checkpoint hashes alike in float32 and in bfloat16.
     """
+    if model not in _HASHED_ONCE:
+        return _hash_of_sites(model)
+    known = _HASHED_ONCE[model]
+    if known is None:
+        known = _HASHED_ONCE[model] = _hash_of_sites(model)
+    return known
+
+
+def _hash_of_sites(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for site in weight_sites(model):
         digest.update(f"{site.name} {site.shape}".encode())

@@ -139,14 +139,15 @@ def test_zeroing_everything_leaves_the_embedding(any_model, random_tokens):
 
 def test_weights_of_a_head_are_those_that_drop_head_drops(any_model):
     full = Subnetwork.full(any_model)
+    empty = Subnetwork.empty(any_model)
     (head,) = parse("L1H2", any_model)
-    assert ~head.weights(any_model) == full.drop_head(1, 2)
-    assert head.weights(any_model, shared=True) == Subnetwork.empty(any_model).keep_head(1, 2)
+    assert ~head.weights(empty) == full.drop_head(1, 2)
+    assert head.weights(empty, shared=True) == Subnetwork.empty(any_model).keep_head(1, 2)
     (both,) = parse("L0.mlp + L1N[3]", any_model)
-    assert both.weights(any_model).by_component()[0, "mlp"].fraction == 1
-    assert both.weights(any_model).by_component()[0, "attn"].kept == 0
+    assert both.weights(empty).by_component()[0, "mlp"].fraction == 1
+    assert both.weights(empty).by_component()[0, "attn"].kept == 0
     (layer,) = parse("L1", any_model)
-    assert ~layer.weights(any_model) == full.drop_layer(1)
+    assert ~layer.weights(empty) == full.drop_layer(1)
 
 
 def test_mean_ablation_of_a_constant_changes_nothing(tiny_model):

@@ -63,7 +63,7 @@ def test_intervals_are_paired_bootstraps_over_sequences(tiny_model, half, target
     inputs = torch.from_numpy(random_tokens)
     with torch.no_grad():
         before = losses(tiny_model(inputs), random_tokens)
-        kept = ~parse("L0.mlp", tiny_model)[0].weights(tiny_model)
+        kept = ~parse("L0.mlp", tiny_model)[0].weights(bc.Subnetwork.empty(tiny_model))
         with bc.masked(tiny_model, kept):
             after = losses(tiny_model(inputs), random_tokens)
     theirs = target.surprisal(random_tokens).double().numpy()
