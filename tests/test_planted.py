@@ -19,7 +19,7 @@ def test_everything_is_measured_except_what_the_model_cannot_do(analyses):
     assert set(analyses.results) == {
         "logit_lens", "affine_lens", "cosine", "rotations", "covariance", "prompt_lens", "prompt_cosine", "attribution",
         "passages", "faithful_tokens",
-        "by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens", "ablation_components",
+        "by_layer", "by_head", "concentration", "whole_neurons", "max_activating_tokens", "ablation_components",
         "ablation_heads", "stochastic_ablation", "overlap_magnitude",
     }  # fmt: skip
     assert list(analyses.left_out) == ["attention", "induction"]  # no head is kept, and there are too few tokens
@@ -50,7 +50,7 @@ def test_it_is_found_where_it_is(analyses, planted):
     n = planted[0].cfg.d_vocab
     neurons = {int(name.removeprefix("L0N")) for name in analyses.results["whole_neurons"].names}
     assert neurons <= set(range(n))
-    tokens = analyses.results["exciting_tokens"]
+    tokens = analyses.results["max_activating_tokens"]
     for row, name in enumerate(tokens.rows):  # neuron j was planted to fire for token j
         token = int(name.removeprefix("L0N"))
         assert tokens.text[0][row][0] == analysis.prompts.token_word(planted[0], token)

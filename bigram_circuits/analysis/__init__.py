@@ -10,7 +10,7 @@ random subnetwork on the same text, side by side.
 | what is needed? | `ablate`, `stochastic_ablation` |
 | what is enough? | `sufficiency`, with the tasks of `TASKS` |
 | who writes the prediction, where do heads look? | `logit_attribution`, `attention_patterns` |
-| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `exciting_tokens` |
+| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how did it come about? | `trajectory`, `subnetworks_over_training` |
 | how does it read a text, after which tokens is it right? | `passages`, `next_tokens`, `faithfulness_by_token` |
@@ -20,7 +20,6 @@ random subnetwork on the same text, side by side.
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
-from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
     covariance_similarity,
@@ -36,10 +35,11 @@ from bigram_circuits.analysis.location import (
     by_neuron,
     concentration,
     exciting_tokens,
+    max_activating_tokens,
     whole_neurons,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
-from bigram_circuits.analysis.reading import next_tokens, passages
+from bigram_circuits.analysis.reading import faithfulness_by_token, next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze
 from bigram_circuits.analysis.tasks import (
@@ -93,6 +93,7 @@ __all__ = [
     "load_result",
     "logit_attribution",
     "logit_lens",
+    "max_activating_tokens",
     "next_tokens",
     "ordered_sequences",
     "overlap",

@@ -36,7 +36,7 @@ from bigram_circuits.analysis.components import (
     random_within,
 )
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
-from bigram_circuits.analysis.paired import Job, Kept, Runs, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.measures import statistics
@@ -105,7 +105,7 @@ def ablate(
     empty = Subnetwork.empty(model) if by_weights else None
     dropped = {part.name: part.weights(empty) for part in by_weights if empty is not None}
     bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
-    runs = Runs(model, task, target)
+    measurements = PairedMeasurements(model, task, target)
     jobs: list[Job] = []
     for base, kept in bases.items():
         jobs.append(Job(base, "", kept))
@@ -117,8 +117,8 @@ def ablate(
                 jobs += _weight_jobs(part, base, kept, dropped[part.name], seeds)
     with tqdm(total=len(jobs) * len(task), desc="ablating", unit="sequence", delay=2, leave=False) as bar:
         for job in jobs:
-            runs.run(job, bar)
-    table = runs.table()
+            measurements.measure(job, bar)
+    table = measurements.table()
     names = tuple(part.name for part in parts)
     return Effects(
         title=f"Ablation on {task.name}",

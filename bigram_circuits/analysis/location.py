@@ -13,6 +13,7 @@ is uneven when it is small, which is why only the difference to it means anythin
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -209,7 +210,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     )
 
 
-def exciting_tokens(
+def max_activating_tokens(
     model: Any,
     neurons: Sequence[tuple[int, int]],
     tokens: Any,
@@ -219,7 +220,7 @@ def exciting_tokens(
     min_count: int = 5,
     seed: int = 0,
 ) -> Maps:
-    """Which current tokens excite neurons most: the mean of a neuron's activation, by current token, over a text.
+    """Which current tokens activate neurons most: the mean of a neuron's activation, by current token, over a text.
 
     Args:
         model: From `load_model`.
@@ -250,7 +251,9 @@ def exciting_tokens(
         if not 0 <= index < d_mlp[layer]:
             raise ValueError(f"there is no neuron {index} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
     if not neurons or k < 1:
-        raise ValueError(f"exciting tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}")
+        raise ValueError(
+            f"max-activating tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}"
+        )
     if min_count < 1:
         raise ValueError(f"min_count must be at least 1, not {min_count}")
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
@@ -260,7 +263,7 @@ def exciting_tokens(
     by_name = conditions(subnetwork, seed=seed)
     values = np.full((3, len(by_name), len(neurons), k), np.nan)
     words = [[[""] * k for _ in neurons] for _ in by_name]
-    with tqdm(total=len(by_name) * len(array), desc="exciting tokens", unit="sequence", delay=2, leave=False) as bar:
+    with tqdm(total=len(by_name) * len(array), desc="activations", unit="sequence", delay=2, leave=False) as bar:
         for c, (name, condition) in enumerate(by_name.items()):
             bar.set_postfix_str(name, refresh=False)
             with torch.inference_mode(), reduced_to(model, condition):
@@ -277,7 +280,7 @@ def exciting_tokens(
                     values[2, c, n, : len(best)] = (by_token[n, best] - mean[n]) / sd[n]
                 words[c][n][: len(best)] = token_words(model, chosen.tolist())
     return Maps(
-        title="Tokens that excite neurons most",
+        title="Tokens that activate neurons most",
         quantities=(
             Quantity("mean_activation", "", "Mean activation of the neuron where this is the current token."),
             COUNT,
@@ -292,6 +295,12 @@ def exciting_tokens(
         text=tuple(tuple(tuple(row) for row in of) for of in words),
         notes={"tokens": int(array.size), "min_count": min_count, "seed": seed},
     )
+
+
+def exciting_tokens(*args: Any, **options: Any) -> Maps:
+    """The name that `max_activating_tokens` had before; deprecated."""
+    warnings.warn("exciting_tokens is called max_activating_tokens now", DeprecationWarning, stacklevel=2)
+    return max_activating_tokens(*args, **options)
 
 
 def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matrix neuron"]]:
@@ -392,11 +401,11 @@ def _(subject: Subject) -> Effects:
     return whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
 
 
-@in_suite("exciting_tokens")
+@in_suite("max_activating_tokens")
 def _(subject: Subject) -> Maps:
     """Of the densest neurons."""
     densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
     names = [PartName.parse(name) for name in densest.names]
     neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
     text = subject.sample(subject.fit_tokens)
-    return exciting_tokens(subject.model, neurons, text, subject.subnetwork, k=5, seed=subject.seed)
+    return max_activating_tokens(subject.model, neurons, text, subject.subnetwork, k=5, seed=subject.seed)

@@ -21,7 +21,7 @@ from scipy.special import log_ndtr
 from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
-from bigram_circuits.analysis.paired import Job, Runs, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.analysis.tasks import COLUMNS, ability, as_task, repeated_random_tokens
 from bigram_circuits.measures import statistics
@@ -65,11 +65,11 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
         jobs.append(Job("base", name, base | weights, key=(base | weights).checksum))
         for seed, random in enumerate(random_additions(base, weights, seeds)):
             jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
-    runs = Runs(model, scored)
+    measurements = PairedMeasurements(model, scored)
     with tqdm(total=len(jobs) * len(scored), desc="adding", unit="sequence", delay=2, leave=False) as bar:
         for job in jobs:
-            runs.run(job, bar)
-    table = runs.table()
+            measurements.measure(job, bar)
+    table = measurements.table()
     names = tuple(parts)
     new = [(weights - base).kept for weights in parts.values()]
     rows = _rows(table, names, new, with_odds=scored.wrong is not None)

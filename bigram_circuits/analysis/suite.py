@@ -81,14 +81,14 @@ def analyze(
         seed: Of matched random subnetworks.
         tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
         sweep_tokens: Held-out tokens that each ablation is measured on, at most.
-        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may excite neurons,
+        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may activate neurons,
             at most.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
         `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads that keep most), `passages`,
         `faithful_tokens`. Where it is: `by_layer`, `by_head`, `concentration`,
-        `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
+        `whole_neurons`, `max_activating_tokens`. What is needed: `ablation_components`, `ablation_heads`,
         `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
         single heads, added to it, for repeated random tokens, if the full model can continue these, and
         `induction_pairs`, that of the best of them with every other.

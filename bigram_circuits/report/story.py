@@ -291,7 +291,7 @@ def _location(run: Run, results: _Results) -> Section:
     dense = results.curves("concentration")
     if dense:
         blocks += _told(dense, dense.title, _concentration_words(dense))
-    neurons, tokens = results.effects("whole_neurons"), results.maps("exciting_tokens")
+    neurons, tokens = results.effects("whole_neurons"), results.maps("max_activating_tokens")
     if neurons and neurons.names:
         densest = [
             f"In {name}, the densest neuron, {percent(x)} of its weights are kept." for name, x in neurons.top(1)
@@ -306,7 +306,7 @@ def _location(run: Run, results: _Results) -> Section:
     says = [_component_words(run)]
     if not run.analyses:
         says.append("This run was not analysed, so nothing is known about single neurons.")
-    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens")
+    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "max_activating_tokens")
     return Section("where", "Where the kept weights are", says, blocks)
 
 

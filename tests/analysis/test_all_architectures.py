@@ -259,7 +259,7 @@ def test_attention_goes_backwards_and_its_shares_are_1(model, half):
 
 
 def test_the_tokens_that_excite_a_neuron_are_those_of_its_activations(model, half):
-    found = analysis.exciting_tokens(model, [(0, 1), (1, 2)], TOKENS, half, min_count=1, k=2)
+    found = analysis.max_activating_tokens(model, [(0, 1), (1, 2)], TOKENS, half, min_count=1, k=2)
     for condition, kept in (("full", None), ("subnetwork", half)):
         with torch.no_grad(), reduced_to(model, kept):
             seen, _ = record(model, torch.from_numpy(TOKENS), [f"blocks.{layer}.mlp.hook_post" for layer in (0, 1)])

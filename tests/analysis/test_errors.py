@@ -36,7 +36,7 @@ OF_TEXT = {
         model, half(model), counted(), text, **options
     ),
     "sufficiency": lambda model, text, **options: analysis.sufficiency(model, half(model), "L0.mlp", text, **options),
-    "exciting_tokens": lambda model, text, **options: analysis.exciting_tokens(
+    "max_activating_tokens": lambda model, text, **options: analysis.max_activating_tokens(
         model, [(0, 1)], text, min_count=1, **options
     ),
     "faithfulness_by_token": lambda model, text, **options: analysis.faithfulness_by_token(
@@ -145,7 +145,9 @@ def test_text_without_a_tokenizer(tiny_folders):
 def test_too_little_text(tiny_model):
     refused(lambda: analysis.affine_lens(tiny_model, TEXT[:3]), "at least 4 sequences")
     refused(lambda: analysis.covariance_similarity(tiny_model, TEXT[:1, :3]), "at least 4 tokens, not 3")
-    refused(lambda: analysis.exciting_tokens(tiny_model, [(0, 1)], TEXT, min_count=1000), "no token occurs 1000 times")
+    refused(
+        lambda: analysis.max_activating_tokens(tiny_model, [(0, 1)], TEXT, min_count=1000), "no token occurs 1000 times"
+    )
     refused(lambda: analysis.ablate(tiny_model, "L0.mlp", TEXT[:1], by="resample"), "another sequence")
     refused(lambda: analysis.linear_cka(torch.zeros(3, 2), torch.zeros(3, 2)), "at least 4 tokens")
 
@@ -271,7 +273,7 @@ def test_seeds_below_0_elsewhere(tiny_model):
         ("stochastic_ablation", {"shares": (0, -0.5)}, "shares must be numbers from 0 to 1"),
         ("stochastic_ablation", {"shares": ()}, "shares must be numbers from 0 to 1"),
         ("sufficiency", {"seeds": -1}, "seeds must be 0 or more, not -1"),
-        ("exciting_tokens", {"k": 0}, "k of at least 1"),
+        ("max_activating_tokens", {"k": 0}, "k of at least 1"),
     ],
 )
 def test_numbers(tiny_model, name, options, words):
@@ -281,10 +283,13 @@ def test_numbers(tiny_model, name, options, words):
 def test_places_that_do_not_exist(tiny_model):
     kept = half(tiny_model)
     for call, words in (
-        (lambda: analysis.exciting_tokens(tiny_model, [(9, 0)], TEXT), "there is no layer 9"),
-        (lambda: analysis.exciting_tokens(tiny_model, [(0, -1)], TEXT), "there is no neuron -1"),
-        (lambda: analysis.exciting_tokens(tiny_model, [], TEXT), "at least one neuron"),
-        (lambda: analysis.exciting_tokens(tiny_model, [(0, 1)], TEXT, min_count=0), "min_count must be at least 1"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [(9, 0)], TEXT), "there is no layer 9"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [(0, -1)], TEXT), "there is no neuron -1"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [], TEXT), "at least one neuron"),
+        (
+            lambda: analysis.max_activating_tokens(tiny_model, [(0, 1)], TEXT, min_count=0),
+            "min_count must be at least 1",
+        ),
         (lambda: analysis.attention_patterns(tiny_model, "abc", heads=[(0, -1)]), "there is no head -1 in layer 0"),
         (lambda: analysis.ablate(tiny_model, "L7.mlp", TEXT), "there is no layer 7"),
         (lambda: analysis.ablate(tiny_model, [], TEXT), "no part of the model is named"),

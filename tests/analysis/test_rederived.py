@@ -200,7 +200,7 @@ def test_what_is_constant_or_missing_is_nan_and_stays_readable(tiny_model, half,
     whole(analysis.cosine_to_unembedding(tiny_model, tokens, empty))
     whole(analysis.cosine_to_unembedding(tiny_model, "abc", half))
     whole(analysis.logit_lens(tiny_model, "abc", half))
-    whole(analysis.exciting_tokens(tiny_model, [(0, 1)], tokens, empty))
+    whole(analysis.max_activating_tokens(tiny_model, [(0, 1)], tokens, empty))
     whole(analysis.stochastic_ablation(tiny_model, half, target, tokens, shares=(0, 1), draws=1))
     for one in (
         analysis.by_layer(empty),
