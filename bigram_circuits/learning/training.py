@@ -25,7 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bigram_circuits.evaluation import soft_hard_gap
-from bigram_circuits.learning.callbacks import Callback, tell_end, tell_step
+from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
@@ -85,7 +85,7 @@ def find_subnetwork(
     resume: bool = True,
     within: Subnetwork | None = None,
     rebuild: Inputs | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
@@ -115,6 +115,7 @@ def find_subnetwork(
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
     folder = None
