@@ -107,11 +107,17 @@ class Evaluation:
         unknown = set(record) - {*_SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
         if unknown:
             raise ValueError(f"it holds {shown(min(unknown))}, which is not known")
-        rule = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
+        rule: _ZeroRule | None = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
+        single = {name: from_json(Faithfulness | None, record.get(name), name) for name in _SINGLE[1:]}
+        repeated = {name: _seeds(record.get(name), name) for name in _REPEATED}
         return cls(
             subnetwork=from_json(Faithfulness, record.get("subnetwork"), "subnetwork"),
-            **{name: from_json(Faithfulness | None, record.get(name), name) for name in _SINGLE[1:]},
-            **{name: _seeds(record.get(name), name) for name in _REPEATED},
+            full=single["full"],
+            empty=single["empty"],
+            complement=single["complement"],
+            random=repeated["random"],
+            full_minus_random=repeated["full_minus_random"],
+            magnitude=single["magnitude"],
             intervals=from_json(Mapping[str, Mapping[str, Interval]], record.get("intervals", {}), "intervals"),
             advantage=from_json(Mapping[str, Interval], record.get("advantage", {}), "advantage"),
             positions=rule and rule.positions,

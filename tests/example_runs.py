@@ -1,15 +1,25 @@
 """Runs made up for pages: every result there is, with markup in all names, and what a page's HTML holds."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import torch
 
+from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
-from bigram_circuits.recipe import SparsifyConfig
+from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.report.document import _circuitsvis
-from bigram_circuits.runs import RunFolder, load_run
+from bigram_circuits.runs import (
+    CorpusIdentity,
+    ModelIdentity,
+    Outcome,
+    RunFolder,
+    RunSettings,
+    StepRecord,
+    TargetIdentity,
+    load_run,
+)
 from bigram_circuits.subnetwork import Subnetwork
 
 HOSTILE = "</script><script>alert('\"x\"')</script><img src=x onerror=alert(1)>"
@@ -126,30 +136,25 @@ def measured():
 
 
 def make_run(folder, *, metrics=None, found=None, name="model/x", rebuild=True, recipe=None, within=None):
-    settings = {
-        "model": {"name": name, "revision": None, "weight_hash": "ab12"},
-        "corpus": {"source": "some texts", "fingerprint": "cd34"},
-        "target": {"kind": "NGramTable"},
-        "recipe": asdict(recipe or SparsifyConfig()),
-        "within": within,
-    }
-    how = {
-        "model": {"name": name, "revision": None, "dtype": "float32"},
-        "corpus": {"source": "some texts", "context_length": 64, "max_tokens": None},
-        "target": "ngram",
-        "order": 2,
-    }
-    run = RunFolder.open(folder, settings, rebuild=how if rebuild else None)
-    record = {"attempt": 0, "cross_entropy": 5.5, "fraction": 0.5, "undecided": 1.0}
-    run.begin_progress([record | {"step": 0}, record | {"step": 1, "cross_entropy": 4.25, "fraction": 0.125}])
+    settings = RunSettings(
+        ModelIdentity(name, weight_hash="ab12"),
+        CorpusIdentity("some texts", fingerprint="cd34"),
+        TargetIdentity("NGramTable"),
+        recipe or SparsifyConfig(),
+        within,
+    )
+    inputs = Inputs(model=name, corpus="some texts", context_length=64)
+    run = RunFolder.open(folder, settings, rebuild=inputs if rebuild else None)
+    first = StepRecord(attempt=0, step=0, cross_entropy=5.5, fraction=0.5, undecided=1.0)
+    run.begin_progress([first, replace(first, step=1, cross_entropy=4.25, fraction=0.125)])
     masks = {
         "blocks.0.attn.W_Q": torch.arange(8).view(2, 2, 2) < 1,
         "blocks.0.mlp.W_in": torch.arange(6).view(2, 3) < 1,
     }
     subnetwork = Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
-    run.finish(subnetwork, {"stopped_because": "decided", "seconds": 12.0, "attempts": 1})
+    run.finish(subnetwork, Outcome("decided", seconds=12.0))
     if metrics:
-        run.write_metrics(metrics)
+        run.write_evaluation(Evaluation.from_json(metrics))
     for key, result in (found or {}).items():
         result.save(folder / "analysis" / f"{key}.json")
     return load_run(folder)

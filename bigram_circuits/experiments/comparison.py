@@ -28,6 +28,7 @@ Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
 """A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are given as this one; their logarithm is exact."""
+R, KL = "surprisal_correlation", "kl"
 _HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # where the first differs, its hash says nothing
 
 
@@ -60,15 +61,31 @@ class Compared:
         settings = self.run.settings
         return repr((settings.target, replace(settings.corpus, source=None)))
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether anything was measured of it."""
+        return self.evaluation is not None
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of its evaluation; empty if it was evaluated without controls, or not at all."""
+        return self.evaluation.verdict if self.evaluation and self.evaluation.advantage else ""
+
+    @property
+    def within(self) -> str | None:
+        """The checksum of the subnetwork inside which it was looked for; None if it was free."""
+        return self.run.settings.within if self.run else None
+
     def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
         """A number of its evaluation; None if it was not measured or is undefined."""
         row = dict(self.evaluation.rows()).get(condition) if self.evaluation else None
         value = math.nan if row is None else row[quantity]
         return None if math.isnan(value) else value
 
-    def interval(self, quantity: str) -> tuple[float, float]:
-        """The 95% interval around a number of the subnetwork; nan where there is none."""
-        return self.evaluation.interval("subnetwork", quantity) if self.evaluation else (math.nan, math.nan)
+    def interval(self, quantity: str) -> tuple[float | None, float | None]:
+        """Ends of the subnetwork's 95% interval of a quantity; None where it is undefined."""
+        low, high = self.evaluation.interval("subnetwork", quantity) if self.evaluation else (math.nan, math.nan)
+        return (None, None) if math.isnan(low) else (low, high)
 
 
 @dataclass(frozen=True)
@@ -88,10 +105,7 @@ class Pair:
     def is_given(self) -> bool:
         """Whether one was looked for inside the other, so that their overlap is no finding."""
         both = self.get("intersection")
-        return any(
-            one.run is not None and one.run.settings.within is not None and one.subnetwork.kept == both
-            for one in (self.first, self.second)
-        )
+        return any(one.within is not None and one.subnetwork.kept == both for one in (self.first, self.second))
 
     def get(self, quantity: str, stratum: str = "all") -> float:
         """A number of the overlap."""
@@ -268,6 +282,38 @@ def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
         for (place, name), log_p in zip(family, adjusted, strict=True):
             logs[place][name] = log_p / math.log(10)
     return tuple(Pair(*one, log10_p) for one, log10_p in zip(found, logs, strict=True))
+
+
+# --- what was measured ---
+
+
+def known_values(items: Sequence[Compared], quantity: str) -> dict[str, float | int]:
+    """A quantity by name, of those for which it was measured and is defined."""
+    known = {one.name: one.measured(quantity) for one in items}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def measured_tasks(items: Sequence[Compared], quantity: str) -> list[str]:
+    """The tasks (target and text) with which a quantity was measured, each once."""
+    return list(dict.fromkeys(one.task for one in items if one.measured(quantity) is not None))
+
+
+def not_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[int]:
+    """Places of those of a task than which no other keeps no more and does no worse, by fraction.
+
+    r is better when higher, other quantities when lower. Of equal ones the first stays.
+    """
+    sign = -1 if quantity == R else 1
+    known = {
+        place: (one.subnetwork.fraction, sign * value, place)
+        for place, one in enumerate(items)
+        if one.task == task and (value := one.measured(quantity)) is not None
+    }
+    front: list[int] = []
+    for place in sorted(known, key=lambda one: known[one]):
+        if not front or known[place][1] < known[front[-1]][1]:
+            front.append(place)
+    return front
 
 
 # --- settings ---

@@ -11,7 +11,9 @@ import numpy as np
 
 def span(low: float | None, high: float | None) -> str:
     """An interval on one line; empty if there is none."""
-    return "" if low is None else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
+    return (
+        "" if low is None or math.isnan(low) else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
+    )
 
 
 def percent(share: float | None) -> str:

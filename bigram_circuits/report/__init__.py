@@ -1,6 +1,6 @@
-"""A page about a run, or about several: results in, pictures out. It reads run folders and never touches a model.
+"""Pages about a run, or about several: results in, HTML out. Nothing here touches a model.
 
-`story` decides what is told of a run and in which words, `figures` draws what is not a result's own `.plot()`, and
-`page` makes one HTML file of it. `compared` reads several runs or subnetworks of one model and lets them overlap;
-`comparison` tells of them and makes their page.
+`page` writes the page of a run. Its sections are functions in `outcome`, `inside` and `reading`, registered in
+`sections`. `comparison` writes the page that sets several subnetworks side by side; its sections are in
+`compared_measures` and `compared_weights`. Sections are plain text, `blocks`; `document` makes one HTML file of them.
 """

@@ -1,20 +1,26 @@
-"""The page about a run: one HTML file that tells its story."""
+"""The page about a run: one HTML file that tells how it was found, how faithful it is and where it is."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
+from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
-from bigram_circuits.report.story import opening, sections
+from bigram_circuits.report.facts import control_rows
+from bigram_circuits.report.results import Results
+from bigram_circuits.report.sections import SECTIONS
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
 
 
 def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
-    """Write the page about a finished run; an earlier one is replaced.
+    """Write the page about a finished run, replacing an earlier one.
 
-    It shows what the run's folder holds: a run that was not evaluated or not analysed gives a shorter page.
+    The page shows what is in the run's folder; a run that was not evaluated or not analysed gets a shorter one.
 
     Args:
         run: A run, or its folder.
@@ -37,3 +43,45 @@ def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str]
 def page(run: Run) -> str:
     """The page as text."""
     return document(opening(run), sections(run), "Made from the files in the run's folder.")
+
+
+def sections(run: Run) -> list[Section]:
+    """Every registered section that has something to say about the run."""
+    results = Results(run.analyses, run.left_out)
+    written = [section(run, results) for section in SECTIONS]
+    return [one for one in written if one.says or one.blocks]
+
+
+def opening(run: Run) -> Opening:
+    """The title, what was asked, and the answer in a sentence."""
+    target, model, source = run.target_words, run.model_words, run.settings.corpus.source
+    text = "the reference text" if source == "reference" else f"the text {source}"
+    asked = (
+        f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
+        f"{text} and evaluated on its held-out part."
+    )
+    kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
+    title = f"The {target[0]} subnetwork of {model}"
+    if run.evaluation is None:
+        answer = f"The subnetwork keeps {kept}. Its faithfulness is unknown: the run was not evaluated."
+        return Opening(title, asked, answer)
+    rows = {row.name: row for row in control_rows(run.evaluation)}
+    own = rows["subnetwork"]
+    pair = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
+    tried = load_falsification(run.path / "falsify")
+    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
+    answer = (
+        f"With only {kept}, the model reaches r = {rounded(own.r)} with the target's surprisals{pair}. "
+        f"{run.evaluation.verdict}{refuted}"
+    )
+    marks = [("of weights kept", percent(run.subnetwork.fraction))]
+    marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
+    return Opening(title, asked, answer, marks)
+
+
+_MARKS = {
+    "subnetwork": "r with the target",
+    "random": "r of matched random weights",
+    "full": "r of the full model",
+}
+"""The rows of which r is shown large at the top, and what stands beside it."""

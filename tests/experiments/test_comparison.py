@@ -11,12 +11,12 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.experiments.comparison import compare, differing_settings
+from bigram_circuits.experiments.comparison import compare, differing_settings, not_dominated
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.report.comparison import not_dominated, page, write_comparison
+from bigram_circuits.report.comparison import page, write_comparison
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import (
     HOSTILE,
@@ -160,7 +160,7 @@ def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, el
 
 
 def test_layer_curves_of_the_subnetworks_are_in_the_tables(comparison, elements):
-    assert "Tokens measured on: 200 in name 0" in " ".join(elements.text)
+    assert "Number of tokens measured: 200 for name 0" in " ".join(elements.text)
     for one in comparison.items[:2]:
         for name, quantity in (("logit_lens", "surprisal_correlation"), ("cosine", "current_embedding")):
             found = one.analyses[name]
@@ -187,7 +187,7 @@ def test_the_front_holds_those_that_nothing_dominates(tmp_path):
             )
         ]
         assert front == slow
-    assert "not dominated: a, b and d. Dominated: c and e." in text_of(page(compare(named)))
+    assert "On the Pareto front for r: a, b and d. Dominated: c and e." in text_of(page(compare(named)))
 
 
 def test_other_targets_are_not_ranked(tmp_path, runs):
@@ -202,7 +202,7 @@ def test_other_targets_are_not_ranked(tmp_path, runs):
     assert all(len(not_dominated(compared.items, "kl", one.task)) == 1 for one in compared.items)
     text = text_of(page(compared))
     assert "cannot be ranked" in text
-    assert "the heights of such marks cannot be compared" in text
+    assert "values for different ones cannot be compared" in text
 
 
 # --- what comes from data is text ---
@@ -241,7 +241,7 @@ def test_what_is_missing_is_said(elements):
     for words in (
         "Not evaluated, so without r, KL and losses: alone.",
         "Evaluated without controls, so without a verdict: name 2",
-        "Not on the curve, because nothing was measured or kept: alone.",
+        "Not plotted, because nothing was measured or kept: alone.",
         "Without a random control: name 2",
         "Not measured layer by layer (bigram-circuits analyze RUN measures it): name 2",
     ):
@@ -255,7 +255,7 @@ def test_subnetworks_alone_have_overlaps_and_profiles(tmp_path):
     compared = compare(subnetworks)
     assert [one.name for one in compared.items] == ["drawn 0", "file", "drawn 1", "drawn 4"]
     text = text_of(page(compared))
-    for words in ("None of them was evaluated", "Without any weight, and so without overlaps: drawn 4.",
+    for words in ("None of them was evaluated", "Empty, and so without overlaps: drawn 4.",
                   "Where the kept weights are", "Not measured layer by layer: drawn 0, file"):  # fmt: skip
         assert words in text
     assert "None of them was evaluated" in text_of(page(compare([drawn(0.0, 0), drawn(0.0, 1)])))
@@ -288,7 +288,7 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
     assert compared.items[0].measured("surprisal_correlation", "full") == 0.5
     assert [pair.is_given for pair in compared.pairs] == [True, False, False]
     assert differing_settings(compared.items)["within"] == ["not set", "weight-1", "not set"]
-    assert "their overlap is no finding: weight-1 with weight-10." in text_of(page(compared))
+    assert "their overlap is not a finding: weight-1 with weight-10." in text_of(page(compared))
     one = compare({"x": tmp_path / "path" / "weight-10", "y": runs[0]}).items[0]
     assert one.measured("kl") == points[1]["kl"]
     assert [one.name for one in compare({"p": tmp_path / "path"}).items] == ["p/weight-1", "p/weight-10"]

@@ -181,13 +181,13 @@ def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model):
 
 def test_the_page_tells_what_refutes_it(tried, tmp_path):
     run = make_run(tmp_path / "run", metrics=measured())
-    assert "Nobody tried" in page(run)
+    assert "Not attempted" in page(run)
     found = changed(tried[0], "found", context_told=0.9, fraction=0.5)
     changed(found, "blocks initialised anew", context_told=0.9, fraction=0.5).save(run.path / "falsify")
     told = page(run)
     assert "REFUTED by its own controls: blocks initialised anew" in told
     assert "Blocks that have learned nothing can be masked to do as well" in told
-    assert "Nobody tried" not in told
+    assert "Not attempted" not in told
 
 
 def test_seeds_that_share_no_more_than_chance_refute(tried):

@@ -99,7 +99,7 @@ def test_pointing_at_a_token_tells_what_each_expected(opened, how):
     getattr(token, how)()
     told = page.locator("#pointed").inner_text()
     for words in (
-        "The whole model: 0.",
+        "The full model: 0.",
         "The subnetwork: 0.",
         "The bigram: 0.",
         "40%",

@@ -9,8 +9,10 @@ import pytest
 
 from bigram_circuits.measures.html import shown
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.report.page import page, write_report
-from bigram_circuits.report.story import command_line
+from bigram_circuits.report.blocks import Content
+from bigram_circuits.report.outcome import command_line
+from bigram_circuits.report.page import SECTIONS, page, sections, write_report
+from bigram_circuits.report.sections import Sections
 from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries
 
 
@@ -106,6 +108,31 @@ def test_numbers_are_shown_with_few_digits():
     ]  # fmt: skip
 
 
+# --- the registry of sections ---
+
+
+def test_every_registered_section_is_on_the_page_and_in_its_contents(run, told, elements):
+    kinds = list(SECTIONS)
+    assert [one.key for one in sections(run)] == [one.key for one in kinds]
+    assert [one["id"] for one in elements.named("section")] == [one.key for one in kinds]
+    links = [one["href"] for one in elements.named("a")]
+    assert links == [f"#{one.key}" for one in kinds]
+    for one in kinds:
+        assert elements.text.count(one.heading) == 2, one.key
+        assert one.tell.__doc__, one.key
+    assert [one.key for one in kinds][-2:] == ["other", "again"]
+
+
+def test_a_new_section_stands_before_the_last_ones():
+    registry = Sections(first=("a",), last=("z",))
+    for key in ("z", "b", "a", "c"):
+        registry.add(key, f"Heading of {key}")(lambda: Content(["says"]))
+    assert [one.key for one in registry] == ["a", "b", "c", "z"]
+    assert next(iter(registry))().heading == "Heading of a"
+    with pytest.raises(ValueError, match="section 'b' is already registered"):
+        registry.add("b", "again")(lambda: Content())
+
+
 # --- what comes from data is text ---
 
 
@@ -127,7 +154,7 @@ def test_a_run_that_was_neither_evaluated_nor_analysed_gives_a_page(tmp_path):
     told = page(make_run(tmp_path / "run"))
     assert "was not evaluated" in told
     assert "was not analysed" in told
-    assert "no such result is in its folder" in told
+    assert "Not measured: what ablations cost" in told
     assert "2 of 14" in told
 
 
@@ -139,7 +166,7 @@ def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
     text = " ".join(Elements(without_libraries(page(run))).text)
     assert "Left out: attribution: it has <no> readout." in text
     assert "Left out: by head: it has no heads." in text
-    assert "was not attributed" not in text
+    assert "Not measured: direct logit attribution" not in text
     assert set(run.analyses) == set(found)
 
 

@@ -1,0 +1,259 @@
+"""Charts of several subnetworks: each has one colour and one symbol in all of them."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigram_circuits.report.figures import INK, MUTED, dressed, error_bars
+
+_SERIES = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+    "#8C6BD1", "#A6761D", "#00A3A3", "#C7405D", "#7C9A00", "#999999",
+)  # fmt: skip
+_SYMBOLS = (
+    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross",
+    "x", "star", "pentagon", "hexagram", "triangle-left", "triangle-right",
+)  # fmt: skip
+_NAME = 30  # characters, of a name in a legend or beside a map
+_LEGEND_LINE = 19  # pixels
+_R_TICKS = (-0.9, -0.5, 0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+_R_MOST = 0.99999  # of r on Fisher's scale, which has no place for 1
+
+
+@dataclass(frozen=True)
+class Points:
+    """One quantity of every subnetwork, to be drawn against the share of weights kept."""
+
+    title: str
+    """The title of the axis."""
+    values: Sequence[float | int | None]
+    """By subnetwork; None where unknown."""
+    low: Sequence[float | int | None]
+    """Lower ends of intervals."""
+    high: Sequence[float | int | None]
+    """Upper ends."""
+    random: Sequence[float | int | None]
+    """Of matched random weights."""
+    whole: Sequence[float | int] = ()
+    """Of the full model: one level per task."""
+    fronts: Sequence[Sequence[int]] = ()
+    """For each task, the indices of the subnetworks on the Pareto front."""
+    is_r: bool = False
+    """Whether it is a correlation, drawn on Fisher's z scale; other quantities get a log scale if all are positive."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity of one subnetwork, by layer."""
+
+    name: str
+    """The subnetwork's name."""
+    place: int | None
+    """The subnetwork's index; None for the full model."""
+    x: Sequence[str]
+    """The layers."""
+    y: Sequence[float | int] = field(repr=False)
+    """The values."""
+
+
+def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Sequence[Points]) -> Any:
+    """Quantities against the share of weights kept, one panel each: a mark per subnetwork, a line for the front."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    seen: set[str] = set()
+    for row, panel in enumerate(panels, start=1):
+        scale, ticks = _scale(panel)
+        at: dict[str, Any] = {"row": row, "col": 1}
+        shown = [x for x, value in zip(fractions, panel.values, strict=True) if x > 0 and value is not None]
+        for level in panel.whole if shown else ():
+            figure.add_scatter(
+                x=_widened(shown), y=[scale(level)] * 2, mode="lines", name="full model", hoverinfo="name",
+                line={"color": INK, "width": 1.5, "dash": "dash"}, **_legend("full model", seen), **at,
+            )  # fmt: skip
+        for front in panel.fronts:
+            figure.add_scatter(
+                x=[fractions[place] for place in front], y=[scale(panel.values[place]) for place in front],
+                mode="lines", name="Pareto front", hoverinfo="skip", line={"color": MUTED, "width": 1.5},
+                **_legend("Pareto front", seen), **at,
+            )  # fmt: skip
+        for place, (fraction, chance) in enumerate(zip(fractions, panel.random, strict=True)):
+            if fraction > 0 and chance is not None:
+                look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
+                what = _legend("matched random weights", seen) | {"name": "matched random weights"}
+                figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
+        for place, (name, fraction, value) in enumerate(zip(names, fractions, panel.values, strict=True)):
+            if fraction > 0 and value is not None:
+                look = {"size": 11, "color": _series(place), "symbol": _symbol(place)}
+                low, high = panel.low[place], panel.high[place]
+                bars = {}
+                if low is not None and high is not None:
+                    bars = error_bars([scale(value)], [scale(low)], [scale(high)], "y")
+                what = _legend(str(place), seen) | {"name": _named(name)}
+                figure.add_scatter(**_dot(fraction, value, scale), marker=look, **what, **bars, **at)
+        figure.update_yaxes(title=panel.title, zeroline=False, **ticks, **at)
+    ticks = _log_ticks([fraction for fraction in fractions if fraction > 0])
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:g}%" for tick in ticks], zeroline=False)
+    figure.update_xaxes(title="share of weights kept (log scale)", row=len(panels), col=1)
+    return dressed(figure, 90 + 270 * len(panels) + _legend_height([*names, "full model", "Pareto front", "random"]))
+
+
+def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | None = None) -> Any:
+    """Lines by layer, one panel per title; the full model is dashed."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    seen: set[str] = set()
+    for row, (title, drawn) in enumerate(panels.items(), start=1):
+        for line in drawn:
+            marker, style = {}, {"color": INK, "dash": "dash", "width": 1.5}
+            if line.place is not None:
+                marker, style = {"symbol": _symbol(line.place), "size": 8}, {"color": _series(line.place), "width": 2}
+            figure.add_scatter(
+                x=list(line.x), y=list(line.y), mode="lines+markers" if marker else "lines", line=style, marker=marker,
+                name=_named(line.name), **_legend(str(line.place), seen), row=row, col=1,
+            )  # fmt: skip
+        range_mode = "tozero" if tickformat else "normal"
+        figure.update_yaxes(title=title, tickformat=tickformat, rangemode=range_mode, row=row, col=1)
+    figure.update_xaxes(type="category")
+    figure.update_xaxes(title=axis, row=len(panels), col=1)
+    names = dict.fromkeys(line.name for drawn in panels.values() for line in drawn)
+    return dressed(figure, 60 + 220 * max(len(panels), 1) + _legend_height(list(names)))
+
+
+def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any:
+    """Square maps on one colour scale, with shares written into the cells; side by side for up to six names."""
+    from plotly.subplots import make_subplots
+
+    beside = len(names) <= _BESIDE
+    rows, columns = (1, len(panels)) if beside else (len(panels), 1)
+    figure = make_subplots(
+        rows=rows, cols=columns, shared_yaxes=beside, subplot_titles=list(panels), horizontal_spacing=0.04,
+        vertical_spacing=0.12,
+    )  # fmt: skip
+    places = list(range(len(names)))
+    for place, values in enumerate(panels.values()):
+        at = {"row": 1, "col": place + 1} if beside else {"row": place + 1, "col": 1}
+        text = [["" if math.isnan(value) else f"{value:.1%}" for value in row] for row in values]
+        figure.add_heatmap(
+            z=[[None if math.isnan(value) else float(value) for value in row] for row in values], x=places, y=places,
+            coloraxis="coloraxis", text=text, texttemplate="%{text}", hovertemplate="%{text}<extra></extra>",
+            xgap=1, ygap=1, **at,
+        )  # fmt: skip
+    labels = {"tickmode": "array", "tickvals": places, "ticktext": [_named(name, 20) for name in names]}
+    figure.update_xaxes(**labels, tickangle=-35 if len(names) > 3 else 0, constrain="domain")
+    figure.update_yaxes(**labels, autorange="reversed")
+    figure.update_layout(
+        coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"} | _SHORT_BAR}
+    )
+    height = 46 * len(names) + 60
+    return _plain_map(dressed(figure, 90 + (height if beside else height * len(panels))))
+
+
+def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
+    """Overlaps in times chance, coloured by log2; empty where undefined or 0."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    known = [[ratio if ratio > 0 else math.nan for ratio in row] for row in ratios]
+    figure.add_heatmap(
+        z=[[None if math.isnan(ratio) else math.log2(ratio) for ratio in row] for row in known],
+        x=list(columns), y=list(range(len(rows))), coloraxis="coloraxis", xgap=1, ygap=1,
+        text=[["" if math.isnan(ratio) else times(ratio) for ratio in row] for row in known],
+        texttemplate="%{text}", hovertemplate="%{x}: %{text}<extra></extra>",
+    )  # fmt: skip
+    most = max((abs(math.log2(x)) for row in known for x in row if not math.isnan(x)), default=1.0)
+    step = max(1, round(most / 3))
+    powers = [step * count for count in range(-int(most // step), int(most // step) + 1)]
+    labels = [times(2**power) if power >= 0 else f"1/{times(2**-power)}" for power in powers]
+    bar = {"title": "times chance", "tickvals": powers, "ticktext": labels} | _SHORT_BAR
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -most, "cmax": most, "colorbar": bar})
+    figure.update_xaxes(type="category", side="top")
+    figure.update_yaxes(
+        tickmode="array", tickvals=list(range(len(rows))), ticktext=[_named(row, 44) for row in rows],
+        autorange="reversed",
+    )  # fmt: skip
+    return _plain_map(dressed(figure, max(260, 110 + 30 * len(rows))))
+
+
+def times(ratio: float | int) -> str:
+    """A ratio with about two digits."""
+    number = f"{ratio:,.0f}" if ratio >= 10 or ratio == int(ratio) else f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+    return f"{number}×"  # noqa: RUF001
+
+
+def _plain_map(figure: Any) -> Any:
+    """Remove the zero lines that would show through empty cells."""
+    figure.update_xaxes(zeroline=False)
+    return figure.update_yaxes(zeroline=False)
+
+
+_SHORT_BAR = {"len": 220, "lenmode": "pixels", "y": 1, "yanchor": "top"}
+_BESIDE = 6  # names; maps of more stand above each other
+
+
+def _dot(fraction: float | int, value: float | int, scale: Any) -> dict[str, Any]:
+    return {
+        "x": [fraction],
+        "y": [scale(value)],
+        "mode": "markers",
+        "customdata": [[f"{fraction:.2%}", value]],
+        "hovertemplate": "%{customdata[0]} kept: %{customdata[1]:.3f}<extra>%{fullData.name}</extra>",
+    }
+
+
+def _series(place: int) -> str:
+    return _SERIES[place % len(_SERIES)]
+
+
+def _symbol(place: int) -> str:
+    return _SYMBOLS[(place + place // len(_SYMBOLS)) % len(_SYMBOLS)]
+
+
+def _named(name: str, most: int = _NAME) -> str:
+    """A name, escaped for plotly; a long one is cut in the middle."""
+    end = 2 * most // 3
+    short = name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}"
+    return html.escape(short, quote=False)
+
+
+def _legend(key: str, seen: set[str]) -> dict[str, Any]:
+    """One legend entry for what is drawn in several panels."""
+    first = key not in seen
+    seen.add(key)
+    return {"legendgroup": key, "showlegend": first}
+
+
+def _legend_height(names: Sequence[str]) -> int:
+    """The approximate height of a legend on a narrow screen, in pixels."""
+    per_line = max(1, 40 // max((min(len(name), _NAME) + 6 for name in names), default=40))
+    return _LEGEND_LINE * math.ceil(len(names) / per_line)
+
+
+def _scale(panel: Points) -> tuple[Any, dict[str, Any]]:
+    """The function from a value to its position, and the axis settings that go with it."""
+    known = [value for value in (*panel.values, *panel.random, *panel.whole) if value is not None]
+    if panel.is_r:
+        ticks = {"tickvals": [math.atanh(tick) for tick in _R_TICKS], "ticktext": [f"{tick:g}" for tick in _R_TICKS]}
+        return (lambda r: math.atanh(min(max(r, -_R_MOST), _R_MOST))), ticks
+    if known and min(known) > 0:
+        ticks = _log_ticks(known)
+        return (lambda x: x), {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return (lambda x: x), {"rangemode": "tozero"}
+
+
+def _log_ticks(values: Sequence[float | int]) -> list[float | int]:
+    """Ticks at 1, 2, 5, 10 ... around the values; only powers of ten over a wide range."""
+    if not values:
+        return []
+    first, last = math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1
+    factors = (1, 2, 5) if last - first <= 5 else (1,)
+    return [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+
+
+def _widened(fractions: Sequence[float | int]) -> list[float | int]:
+    return [min(fractions) / 1.25, min(1.0, max(fractions) * 1.25)]

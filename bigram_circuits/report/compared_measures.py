@@ -1,0 +1,165 @@
+"""Sections of the comparison page about faithfulness: what is compared, and faithfulness against size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bigram_circuits.experiments.comparison import (
+    KL,
+    Compared,
+    Comparison,
+    R,
+    differing_settings,
+    measured_tasks,
+    not_dominated,
+)
+from bigram_circuits.measures.words import span
+from bigram_circuits.report import compared_figures
+from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
+from bigram_circuits.report.compared_words import section
+from bigram_circuits.report.words import listed
+
+
+@section("what", "What is compared")
+def what(comparison: Comparison) -> Content:
+    """Settings that differ, sizes, measurements, verdicts and origins."""
+    items = comparison.items
+    differing = differing_settings(items)
+    says = [_differences(items, differing)]
+    names = _column_names(list(differing))
+    rows = [[one.name, *(values[place] for values in differing.values())] for place, one in enumerate(items) if one.run]
+    blocks: list[Block] = []
+    if rows and differing:
+        blocks.append(Numbers("Settings that differ", ["", *names], rows, is_open=True))
+    blocks.append(_measured(items))
+    unmeasured = [one.name for one in items if not one.is_evaluated]
+    if unmeasured:
+        says.append(f"Not evaluated, so without r, KL and losses: {listed(unmeasured)}.")
+    if any(one.is_evaluated for one in items):
+        says.append(
+            "r, cross-entropy and KL are measured against the target, on held-out text; loss is the masked model's "
+            "next-token loss. Cross-entropy, KL and loss are in nats; intervals are 95% bootstrap intervals over "
+            "sequences."
+        )
+    verdicts = [[one.name, one.verdict.removeprefix("Verdict: ")] for one in items if one.verdict]
+    if verdicts:
+        blocks.append(Numbers("Verdict of each against its controls", ["", "verdict"], verdicts, is_open=True))
+    unjudged = [one.name for one in items if one.is_evaluated and not one.verdict]
+    if unjudged:
+        says.append(f"Evaluated without controls, so without a verdict: {listed(unjudged)}.")
+    columns = ["", "folder", "lineage", "model", "weight hash"]
+    blocks.append(Numbers("Origin of each", columns, [_origin(one) for one in items]))
+    return Content(says, blocks)
+
+
+def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str:
+    runs, n = [one for one in items if one.run], len(items)
+    alone = n - len(runs)
+    counted = f"{n} subnetworks, {len(runs)} of them from runs." if alone and runs else f"{n} subnetworks."
+    counted = f"{n} runs." if not alone else counted
+    if len(runs) < 2:
+        return counted
+    if not differing:
+        return f"{counted} The runs have the same settings."
+    names = listed(_column_names(list(differing)), most=20)
+    return f"{counted} The runs differ in {names}; all their other settings agree."
+
+
+def _measured(items: Sequence[Compared]) -> Numbers:
+    columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
+               "of cross-entropy", "of loss"]  # fmt: skip
+    measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
+    rows = [
+        [one.name, one.subnetwork.kept, one.subnetwork.fraction, *(one.measured(key) for key in measured),
+         *(span(*one.interval(key)) for key in bounded)]
+        for one in items
+    ]  # fmt: skip
+    shown = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
+    table = [[row[at] for at in shown] for row in rows]
+    return Numbers("Sizes and measurements", [columns[at] for at in shown], table, is_open=True)
+
+
+def _origin(one: Compared) -> list[str]:
+    subnetwork = one.subnetwork
+    where = str(one.run.path) if one.run else "not a run"
+    return [one.name, where, subnetwork.lineage, str(subnetwork.model_name), str(subnetwork.weight_hash)]
+
+
+def _column_names(settings: Sequence[str]) -> list[str]:
+    """The last part of each setting's name, where it is unique."""
+    last = [name.rsplit(".", 1)[-1] for name in settings]
+    chosen = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
+    return [name.replace("_", " ").replace(".", " ") for name in chosen]
+
+
+@section("pareto", "Faithfulness against size")
+def pareto(comparison: Comparison) -> Content:
+    """Faithfulness (r and KL) against the share of weights kept."""
+    items = comparison.items
+    drawn = [one for one in items if one.is_evaluated and one.subnetwork.kept]
+    if not drawn:
+        return Content(["None of them was evaluated, so there is nothing to plot."])
+    panels = [
+        _points(drawn, R, "r with the target"),
+        _points(drawn, KL, "KL from the target (nats)"),
+    ]
+    panels = [panel for panel in panels if any(value is not None for value in panel.values)]
+    says = [_front_words(drawn, panel) for panel in panels]
+    if len(measured_tasks(drawn, R)) > 1:
+        says.insert(0, "Targets or texts differ: values for different ones cannot be compared, and lines join only "
+                       "those with the same target and text.")  # fmt: skip
+    missing = [one.name for one in items if one not in drawn]
+    if missing:
+        says.append(f"Not plotted, because nothing was measured or kept: {listed(missing)}.")
+    if not panels:
+        return Content([*says, "r and KL are undefined for all of them."])
+    what = [
+        "Better is up and to the left for r, down and to the left for KL. The line is the Pareto front: no other "
+        "subnetwork keeps as few weights and does as well as one on it."
+    ]
+    lacking = [one.name for one in drawn if one.measured(R, "random") is None]
+    if len(lacking) < len(drawn):
+        what.append("Hollow marks: random weights, as many in every matrix (mean over seeds).")
+    if lacking:
+        says.append(f"Without a random control: {listed(lacking)}.")
+    if any(panel.whole for panel in panels):
+        what.append("Dashed: the full model.")
+    what.append("The axis of r is Fisher's z.")
+    figure = compared_figures.pareto([one.name for one in drawn], [one.subnetwork.fraction for one in drawn], panels)
+    rows = [
+        [one.name, one.subnetwork.fraction, *(one.measured(key, of) for key in (R, KL) for of in _CONDITIONS)]
+        for one in drawn
+    ]
+    columns = ["", "fraction", *(f"{word}{of}" for word in ("r", "KL") for of in ("", " of random", " of full model"))]
+    chart = Chart("r and KL against the share of weights kept", " ".join(what), figure)
+    return Content(says, [chart, Numbers("Numbers: faithfulness against size", columns, rows)])
+
+
+_CONDITIONS = ("subnetwork", "random", "full")
+
+
+def _points(items: Sequence[Compared], quantity: str, title: str) -> compared_figures.Points:
+    ends = [one.interval(quantity) for one in items]
+    whole = [one.measured(quantity, "full") for one in items]
+    return compared_figures.Points(
+        title=title,
+        values=[one.measured(quantity) for one in items],
+        low=[low for low, _ in ends],
+        high=[high for _, high in ends],
+        random=[one.measured(quantity, "random") for one in items],
+        whole=sorted({round(level, 3) for level in whole if level is not None}),
+        fronts=[not_dominated(items, quantity, task) for task in measured_tasks(items, quantity)],
+        is_r=quantity == R,
+    )
+
+
+def _front_words(items: Sequence[Compared], panel: compared_figures.Points) -> str:
+    word = "r" if panel.is_r else "KL"
+    best = [items[place].name for front in panel.fronts for place in front]
+    others = [
+        one.name for one, value in zip(items, panel.values, strict=True) if value is not None and one.name not in best
+    ]
+    if not others:
+        return f"All are on the Pareto front for {word}."
+    return f"On the Pareto front for {word}: {listed(best)}. Dominated: {listed(others)}."

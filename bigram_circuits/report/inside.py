@@ -1,0 +1,333 @@
+"""Sections about the subnetwork in the model: where it is, ablations, layers, attribution, what it lacks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from bigram_circuits.measures.results import Curves, Effects, Maps
+from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.report import figures
+from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
+from bigram_circuits.report.results import LAYER_CHARTS, LayerChart, Results, result_blocks, result_table
+from bigram_circuits.report.sections import section
+from bigram_circuits.report.words import component_words, condition_words, listed, sentence, spoken_tokens
+from bigram_circuits.runs import Run
+
+_MOST_BARS = 20
+
+
+@section("where", "Where the kept weights are")
+def where(run: Run, results: Results) -> Content:
+    """Kept weights by layer, component, head and neuron."""
+    says = [_component_words(run)]
+    if not run.analyses:
+        says.append("This run was not analysed, so nothing is known about single heads and neurons.")
+    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens")
+    return Content(says, [*_by_component(run, results), *_by_head(results), *_neurons(results)])
+
+
+def _by_component(run: Run, results: Results) -> list[Block]:
+    """Kept weights by layer and component, counted from the subnetwork itself."""
+    counts = run.subnetwork.by_component()
+    layers, parts = sorted({layer for layer, _ in counts}), sorted({part for _, part in counts})
+    share = [
+        [counts[x, p].kept / max(run.subnetwork.kept, 1) if (x, p) in counts else 0.0 for p in parts] for x in layers
+    ]
+    densest = max(counts, key=lambda at: counts[at].fraction)
+    density = percent(counts[densest].fraction)
+    says = f"The densest component is L{densest[0]}.{densest[1]}: {density} of its weights are kept."
+    chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
+    rows = [[f"L{layer}.{part}", n.kept, n.total, n.fraction] for (layer, part), n in counts.items()]
+    blocks: list[Block] = [Chart("Share of all kept weights, by layer and component", says, chart)]
+    blocks.append(Numbers("Numbers: kept weights by component", ["component", "kept", "of", "fraction"], rows))
+    measured = results.maps("by_layer")
+    return [*blocks, result_table(measured, "by layer")] if measured else blocks
+
+
+def _by_head(results: Results) -> list[Block]:
+    heads = results.maps("by_head")
+    if not heads:
+        return []
+    says = [f"{_densest(heads, name)} in the {condition_words(name)}" for name in heads.conditions]
+    title = "Share of each head's weights that is kept"
+    figure = figures.dressed(heads.plot("density")).update_layout(coloraxis_colorbar_tickformat="~%")
+    chart = Chart(title, f"The densest head is {', and '.join(says)}.", figure)
+    return [chart, result_table(heads, "by head")]
+
+
+def _neurons(results: Results) -> list[Block]:
+    """How kept MLP weights are spread over neurons, the densest neurons, and their maximally activating tokens."""
+    blocks: list[Block] = []
+    dense = results.curves("concentration")
+    if dense:
+        blocks += result_blocks(dense, dense.title, _concentration_words(dense))
+    neurons, tokens = results.effects("whole_neurons"), results.maps("exciting_tokens")
+    if neurons and neurons.names:
+        says = "".join(
+            f"The densest neuron is {name}: {percent(x)} of its weights are kept." for name, x in neurons.top(1)
+        )
+        series = {"share of the neuron's weights kept": neurons.values[0].tolist()}
+        blocks.append(Chart(neurons.title, says, figures.bars(neurons.names, series, neurons.quantities[0].label)))
+        blocks.append(result_table(neurons, "densest neurons"))
+    if tokens and tokens.text:
+        blocks += [_activating(tokens), result_table(tokens, "maximally activating tokens of the densest neurons")]
+    return blocks
+
+
+def _component_words(run: Run) -> str:
+    counts, kept = run.subnetwork.by_component(), run.subnetwork.kept
+    if not kept:
+        return "No weight was kept."
+    parts = {part: sum(n.kept for (_, p), n in counts.items() if p == part) for part in sorted({p for _, p in counts})}
+    layers = {layer: sum(n.kept for (x, _), n in counts.items() if x == layer) for layer in {x for x, _ in counts}}
+    part, layer = max(parts, key=lambda one: parts[one]), max(layers, key=lambda one: layers[one])
+    return (
+        f"{percent(parts[part] / kept)} of the kept weights are in {component_words(part)} matrices, "
+        f"{percent(layers[layer] / kept)} in layer {layer}."
+    )
+
+
+def _densest(heads: Maps, condition: str) -> str:
+    density = heads.get("density", condition)
+    if np.isnan(density).all():
+        return "unknown"
+    row, column = np.unravel_index(int(np.nanargmax(density)), density.shape)
+    return f"L{heads.rows[row]}H{heads.columns[column]} ({percent(float(density[row, column]))} kept)"
+
+
+def _concentration_words(dense: Curves) -> str:
+    near = int(np.argmin([abs(float(point) - 0.1) for point in dense.points]))
+    shares = [
+        f"{percent(float(line[near]))} in the {condition_words(name)}"
+        for name, line in zip(dense.conditions, dense.values[0], strict=True)
+    ]
+    neurons = f"{100 * float(dense.points[near]):.0f}%"
+    return f"Share of the kept MLP weights in the densest {neurons} of neurons: {', '.join(shares)}."
+
+
+def _activating(tokens: Maps) -> Numbers:
+    """A row for every neuron: its maximally activating tokens, by condition."""
+    assert tokens.text is not None
+    wanted = [name for name in ("subnetwork", "full") if name in tokens.conditions] or list(tokens.conditions[:1])
+    rows = [
+        [neuron, *(spoken_tokens(tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
+        for r, neuron in enumerate(tokens.rows)
+    ]
+    columns = ["neuron", *(f"maximally activating tokens ({condition_words(name)})" for name in wanted)]
+    return Numbers(tokens.title, columns, rows, is_open=True)
+
+
+@section("needed", "What the model and the subnetwork need")
+def needed(run: Run, results: Results) -> Content:
+    """The rise in loss when components or heads are ablated, and r as everything else is removed."""
+    blocks: list[Block] = []
+    for name, what in (("ablation_components", "component"), ("ablation_heads", "head")):
+        effects = results.effects(name)
+        if effects:
+            blocks += _ablation(effects, what)
+    removed = results.curves("stochastic_ablation")
+    if removed:
+        says = [
+            f"from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)} for the {condition_words(name)}"
+            for name, line in zip(removed.conditions, removed.values[0], strict=True)
+        ]
+        words = f"As all other weights are removed at random, r goes {listed(says)}."
+        blocks += result_blocks(removed, "r with the target as all other weights are removed", words)
+    steps = ("ablation_components", "ablation_heads", "stochastic_ablation")
+    return Content(results.reasons(*steps) if blocks else results.absent("what ablations cost", *steps), blocks)
+
+
+def _ablation(effects: Effects, what: str) -> list[Block]:
+    keys = {"full": "rise_in_loss", "subnetwork": "rise_in_loss_in_subnetwork"}
+    names = [one.name for one in effects.quantities]
+    series = {name: effects.get(key) for name, key in keys.items() if key in names}
+    if not series:
+        return result_blocks(effects, effects.title, "")
+    chosen = [name for name, _ in effects.top(_MOST_BARS, keys["full"] if "full" in series else None)]
+    if len(effects.names) <= _MOST_BARS:
+        chosen = list(effects.names)
+    at = [effects.names.index(name) for name in chosen]
+    ends = {
+        name: (effects.low[names.index(keys[name])][at].tolist(), effects.high[names.index(keys[name])][at].tolist())
+        for name in series
+    }
+    says = [
+        f"{costliest} for the {condition_words(name)} ({rounded(cost, 2)} nats)"
+        for name in series
+        for costliest, cost in effects.top(1, keys[name])
+    ]
+    words = f"The costliest {what} to set to zero: {', '.join(says)}.{_beyond_chance(effects)}" if says else ""
+    shown = {name: [values[one] for one in chosen] for name, values in series.items()}
+    few = f" (the {len(chosen)} largest of {len(effects.names)})" if len(chosen) < len(effects.names) else ""
+    title = f"Rise in loss when one {what} is set to zero{few}"
+    return [
+        Chart(title, words, figures.bars(chosen, shown, "rise in loss (nats)", ends)),
+        result_table(effects, f"ablation of every {what}"),
+    ]
+
+
+def _beyond_chance(effects: Effects) -> str:
+    names = [one.name for one in effects.quantities]
+    if "excess" not in names or np.isnan(effects.low[names.index("excess")]).all():
+        return ""
+    above = int((effects.low[names.index("excess")] > 0).sum())
+    return f" {above} of {len(effects.names)} cost more than a random ablation of the same size (95% intervals)."
+
+
+@section("layers", "Layer by layer")
+def layers(run: Run, results: Results) -> Content:
+    """Lenses, cosines, rotations and covariances by layer."""
+    blocks: list[Block] = []
+    for name in dict.fromkeys(chart.result for chart in LAYER_CHARTS):
+        curves = results.curves(name)
+        if curves:
+            blocks += [_by_layer(curves, chart) for chart in LAYER_CHARTS if _shows(curves, name, chart)]
+            blocks.append(result_table(curves, f"{curves.title}, by layer"))
+    alike = results.maps("covariance")
+    if alike:
+        min_width = 620 if len(alike.conditions) > 1 else 0
+        blocks += result_blocks(alike, alike.title, _alike_words(alike), min_width=min_width)
+    says = (
+        "One line per condition: the full model, the subnetwork, its complement (the full model without it), and "
+        "matched random weights."
+    )
+    steps = ("layer by layer", "covariance")
+    words = [says, *results.reasons(*steps)] if blocks else results.absent("what happens layer by layer", *steps)
+    return Content(words, blocks)
+
+
+def _shows(curves: Curves, name: str, chart: LayerChart) -> bool:
+    """Whether a chart is of these curves and they have numbers for it."""
+    names = [one.name for one in curves.quantities]
+    if chart.result != name or chart.quantity not in names:
+        return False
+    return not np.isnan(curves.values[names.index(chart.quantity)]).all()
+
+
+def _by_layer(curves: Curves, chart: LayerChart) -> Chart:
+    words = _course(curves, chart.quantity, chart.words)
+    if f"{chart.quantity}_baseline" in [one.name for one in curves.quantities]:
+        words += " Dashed: the baseline with tokens of other positions."
+        return Chart(chart.title, words, figures.with_baseline(curves, chart.quantity))
+    return Chart(chart.title, words, figures.dressed(curves.plot(chart.quantity)))
+
+
+def _course(curves: Curves, quantity: str, what: str) -> str:
+    """The first and the last value, and the layer that changes it most."""
+    parts = []
+    for condition in (name for name in ("subnetwork", "full") if name in curves.conditions):
+        values = curves.get(quantity, condition)
+        steps = np.abs(np.diff(values))
+        if np.isnan(steps).all():
+            continue
+        place = curves.points[int(np.nanargmax(steps)) + 1]
+        known = values[~np.isnan(values)]
+        most = f" (mostly at layer {place})" if steps.size > 1 and np.nanmax(steps) > 0.01 else ""
+        parts.append(
+            f"from {rounded(known[0], 2)} to {rounded(known[-1], 2)} in the {condition_words(condition)}{most}"
+        )
+    return f"From the first layer to the last, {what} goes {' and '.join(parts)}." if parts else ""
+
+
+def _alike_words(alike: Maps) -> str:
+    both = [name for name in alike.conditions if "full" in name and "subnetwork" in name]
+    if not both or len(alike.rows) != len(alike.columns):
+        return ""
+    own = np.diag(alike.get(alike.quantities[0].name, both[0]))
+    return (
+        f"Between the same layer of the full model and the subnetwork: {rounded(float(own[0]), 2)} at {alike.rows[0]}, "
+        f"{rounded(float(own[-1]), 2)} at layer {alike.rows[-1]}."
+    )
+
+
+@section("attribution", "Which components write the prediction")
+def attribution(run: Run, results: Results) -> Content:
+    """Direct logit attribution to components."""
+    found = results.maps("attribution")
+    if not found:
+        return Content(results.absent("direct logit attribution", "attribution"))
+    parts = []
+    for condition in (name for name in ("subnetwork", "full") if name in found.conditions):
+        values = found.get(found.quantities[0].name, condition)
+        if not np.isnan(values).all():
+            row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
+            value = rounded(float(values[row, column]), 2)
+            token = f"“{found.columns[column]}”"
+            parts.append(f"in the {condition_words(condition)}, {found.rows[row]} adds most to {token} ({value})")
+    says = sentence("; ".join(parts))
+    if len(found.columns) > 1:
+        return Content([], result_blocks(found, found.title, says))
+    series = {name: found.values[0, c, :, 0].tolist() for c, name in enumerate(found.conditions)}
+    chart = figures.bars(found.rows, series, found.quantities[0].label)
+    return Content([], [Chart(found.title, says, chart), result_table(found, "attribution")])
+
+
+@section("overlap", "Is it just the largest weights?")
+def overlap(run: Run, results: Results) -> Content:
+    """Overlap of the kept weights with the largest ones."""
+    found = results.effects("overlap_magnitude")
+    if not found:
+        return Content(results.absent("overlap with the largest weights", "overlap_magnitude"))
+    shares, expected, kept = found.get("share_of_a_in_b"), found.get("expected"), found.get("kept_a")
+    common = found.get("intersection")
+    chance = [expected[name] / kept[name] if kept[name] else math.nan for name in found.names]
+    whole = found.names[0]
+    says = (
+        f"{percent(shares[whole])} of the kept weights ({common[whole]:,.0f}) are also among the largest of their "
+        f"matrices; {percent(chance[0])} ({expected[whole]:,.0f}) are expected by chance."
+    )
+    series = {"subnetwork": list(shares.values()), "random": chance}
+    chart = figures.bars(found.names, series, "share among the largest weights")
+    title = "Share of the kept weights that are among the largest (random: expected by chance)"
+    return Content([], [Chart(title, says, chart), result_table(found, "overlap")])
+
+
+@section("lacks", "What it lacks: induction")
+def lacks(run: Run, results: Results) -> Content:
+    """How far single heads and pairs of heads, added to the subnetwork, restore induction."""
+    blocks: list[Block] = []
+    for name, title in (
+        ("induction", "Fall in loss when one head is added to the subnetwork"),
+        ("induction_pairs", "Fall in loss when the best head and another are added"),
+    ):
+        found = results.effects(name)
+        if found:
+            blocks += _sufficient(found, title)
+    if not blocks:
+        return Content(results.absent("which heads restore induction", "induction"))
+    notes = next(results.by_name[name].notes for name in ("induction", "induction_pairs") if name in results.by_name)
+    known = {key: notes.get(f"loss_of_{key}") for key in ("base", "full", "guessing")}
+    says = (
+        f"On repeated random tokens, the loss is {rounded(known['base'], 2)} nats for the subnetwork, "
+        f"{rounded(known['full'], 2)} for the full model and {rounded(known['guessing'], 2)} for a uniform guess."
+    )
+    return Content([says if None not in known.values() else ""], blocks)
+
+
+def _sufficient(found: Effects, title: str) -> list[Block]:
+    top = found.top(_MOST_BARS)
+    if not top:
+        return result_blocks(found, title, "")
+    at = [found.names.index(name) for name, _ in top]
+    unit = found.quantities[0].label
+    name, value = top[0]
+    says = f"{name[:1].upper()}{name[1:]} helps most: it lowers the loss by {rounded(value, 2)} nats."
+    table = result_table(found, title)
+    if len(top) < len(found.names):
+        title = f"{title} (the {len(top)} largest of {len(found.names)})"
+    chart = figures.bars(
+        [name for name, _ in top], {"fall": [value for _, value in top]}, unit,
+        {"fall": (found.low[0][at].tolist(), found.high[0][at].tolist())},
+    )  # fmt: skip
+    return [Chart(title, says, chart), table]
+
+
+@section("other", "Other results")
+def other(run: Run, results: Results) -> Content:
+    """Results that no other section shows."""
+    blocks: list[Block] = []
+    for name, result in results.rest().items():
+        blocks += result_blocks(result, f"{result.title} ({name})", "")
+    return Content([], blocks)

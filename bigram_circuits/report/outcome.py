@@ -1,0 +1,195 @@
+"""Sections about the outcome: controls, attempts to refute it, training, and how to reproduce it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bigram_circuits.evaluation import ZERO_RULE, SoftHardGap
+from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.words import flat, percent, rounded, span
+from bigram_circuits.recipe import Request, StudyOptions
+from bigram_circuits.report import figures
+from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
+from bigram_circuits.report.facts import Row, control_rows, of_seeds
+from bigram_circuits.report.results import Results, result_table
+from bigram_circuits.report.sections import section
+from bigram_circuits.report.words import spaced
+from bigram_circuits.runs import Run
+
+
+@section("controls", "Does it beat its controls?")
+def controls(run: Run, results: Results) -> Content:
+    """Faithfulness of the subnetwork and of every control, with the verdict."""
+    evaluation = run.evaluation
+    if evaluation is None:
+        return Content(["This run was not evaluated, so there are no controls to compare it with."])
+    rows, says = control_rows(evaluation), [evaluation.verdict]
+    if evaluation.positions and evaluation.used is not None:
+        used, n = evaluation.used, evaluation.positions
+        says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")
+    blocks: list[Block] = []
+    if len(rows) > 1:
+        words = f"{_closest(rows)} {_INTERVALS}".strip()
+        dots = [(row.name, row.r, *row.ends) for row in rows]
+        blocks.append(Chart("r with the target: subnetwork and controls", words, figures.controls(dots)))
+    blocks += [_control_table(rows), Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows))]
+    advantage = [[name, *ends] for name, ends in evaluation.advantage.items()]
+    if advantage:
+        caption = "r of the subnetwork minus r of each control: 95% paired bootstrap intervals"
+        blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
+    seeds = [
+        [f"{name} {seed}", *(getattr(numbers, key) for key in _COLUMNS)]
+        for name, group in of_seeds(evaluation).items()
+        for seed, numbers in enumerate(group)
+    ]
+    if seeds:
+        blocks.append(Numbers("Random controls, seed by seed", ["", *_COLUMNS.values()], seeds))
+    return Content(says, blocks)
+
+
+_MOST_STEPS = 60  # rows of the training table
+_INTERVALS = "Error bars: 95% bootstrap intervals over sequences; for random controls, the range over seeds."
+_COLUMNS = {
+    "surprisal_correlation": "r",
+    "cross_entropy": "cross-entropy",
+    "kl": "KL",
+    "mean_surprisal": "loss",
+    "top1_agreement": "top-1",
+}
+_MEANINGS = {
+    "subnetwork": "the model with only the subnetwork's weights",
+    "full": "the full model",
+    "empty": "the model without any maskable weight: embeddings, normalisation and biases remain",
+    "complement": "the full model without the subnetwork's weights",
+    "magnitude": "the largest weights, as many in every matrix as the subnetwork keeps",
+    "random": "random weights, as many in every matrix as the subnetwork keeps: mean over seeds",
+    "full - random": "the full model without such random weights: mean over seeds",
+    "r": "Pearson correlation of the model's surprisals with the target's",
+    "cross-entropy, KL": "from the target's distribution to the model's, in nats",
+    "loss": "the masked model's next-token loss, in nats",
+    "top-1": "share of positions where model and target have the same most likely token",
+}
+_NOT_ROWS = ("r", "cross-entropy, KL", "loss", "top-1")
+
+
+def _control_table(rows: Sequence[Row]) -> Numbers:
+    r, *others = _COLUMNS.values()
+    columns = ["", r, "interval", *others, "weights kept", "fraction"]
+    table = []
+    for row in rows:
+        r, *others = (getattr(row.numbers, key) for key in _COLUMNS)
+        table.append([row.name, r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
+    return Numbers("Subnetwork and controls", columns, table, is_open=True)
+
+
+def _glossary(rows: Sequence[Row]) -> list[list[str]]:
+    names = {row.name for row in rows}
+    return [[name, meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
+
+
+def _closest(rows: Sequence[Row]) -> str:
+    own, *others = rows
+    known = [row for row in others if not math.isnan(row.r)]
+    if math.isnan(own.r) or not known:
+        return ""
+    best = max(known, key=lambda row: row.r)
+    return f"The subnetwork has r = {rounded(own.r)}; the best of the others is {best.name}, with {rounded(best.r)}."
+
+
+@section("refuted", "Attempts to refute it")
+def refuted(run: Run, results: Results) -> Content:
+    """The same recipe where it should fail, and with other seeds: what `falsify` found."""
+    tried = load_falsification(run.path / "falsify")
+    if tried is None:
+        return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
+    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
+    known = {name: tried.controls.get(key) for name, key in shown.items()}
+    charts: list[Block] = [
+        Chart(
+            f"{name} of the finding and of every attempt",
+            "",
+            figures.bars(tried.controls.names, {name: list(values.values())}, name),
+        )
+        for name, values in known.items()
+        if not all(math.isnan(value) for value in values.values())
+    ]
+    tables = [
+        result_table(tried.controls, "every attempt"), result_table(tried.spread, "spread over seeds"),
+        result_table(tried.seeds, "overlap between seeds"),
+    ]  # fmt: skip
+    return Content([tried.verdict, *tried.says], [*charts, *tables])
+
+
+@section("training", "How it was found")
+def training(run: Run, results: Results) -> Content:
+    """Training curves, why learning stopped, and what hardening the gates changed."""
+    steps, outcome = run.history, run.outcome
+    if not steps:
+        return Content(["The folder holds no record of the training steps."])
+    last = [one for one in steps if one.attempt == steps[-1].attempt]
+    first, end = last[0], last[-1]
+    took = f"{rounded(outcome.seconds, 0)} seconds"
+    took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
+    says = (
+        f"The masks were learned in {len(last):,} steps{took}; learning stopped because {outcome.why}. "
+        f"Cross-entropy went from {rounded(first.cross_entropy, 2)} to {rounded(end.cross_entropy, 2)} nats, "
+        f"the share of weights kept from {percent(first.fraction)} to {percent(end.fraction)}."
+    )
+    every = max(1, math.ceil(len(steps) / _MOST_STEPS))
+    shown = [one.to_json() for place, one in enumerate(steps) if place % every == 0 or one is steps[-1]]
+    caption = "All steps" if every == 1 else f"One step in {every}, and the last"
+    words = "Cross-entropy, share of weights kept and share of gates undecided, by step."
+    chart = Chart("Training", words, figures.training(steps))
+    table = Numbers(caption, [spaced(name) for name in shown[0]], [[*one.values()] for one in shown])
+    went_back = [
+        f"At step {one.step} {one.what}: the run was rolled back to step {one.back_to}, with learning rate "
+        f"{one.learning_rate:g}."
+        for one in outcome.rollbacks
+    ]
+    return Content([says, *went_back, *_gap_words(outcome.soft_hard)], [chart, table])
+
+
+def _gap_words(gap: SoftHardGap | None) -> list[str]:
+    """What hardening the gates changed."""
+    if gap is None:
+        return []
+    says = (
+        f"On the last batch, the cross-entropy was {rounded(gap.soft)} nats with the soft gates and "
+        f"{rounded(gap.hard)} nats with the binary mask."
+    )
+    return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
+
+
+@section("again", "How to reproduce it")
+def again(run: Run, results: Results) -> Content:
+    """The command, settings, versions, results and files of the run."""
+    lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *flat(run.settings.to_json())]
+    files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
+    sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
+    listing = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
+    blocks: list[Block] = []
+    command = command_line(run)
+    if command:
+        blocks.append(Code("This command reproduces it:", command))
+    blocks.append(Numbers("Settings and hashes", ["setting", "value"], lines))
+    blocks.append(Numbers("Versions", ["package", "version"], [[*pair] for pair in run.versions.items()]))
+    if listing:
+        blocks.append(Numbers("Results in analysis/", ["name", "result"], listing))
+    blocks.append(Numbers("Files", ["file", "bytes"], sizes))
+    return Content([] if command else [_why_no_command(run)], blocks)
+
+
+def command_line(run: Run) -> str | None:
+    """The `bigram-circuits find` command that reproduces a run; None if no command can."""
+    if run.rebuild is None or run.settings.within is not None:
+        return None
+    seeds = len(run.evaluation.random) if run.evaluation else 0
+    options = StudyOptions(random_seeds=seeds) if seeds else StudyOptions()
+    return Request(run.rebuild, run.settings.recipe, options).command()
+
+
+def _why_no_command(run: Run) -> str:
+    if run.rebuild is None:
+        return "This run was made in Python from objects, so no command reproduces it; its settings are below."
+    return "This run looked only inside another subnetwork, so no single command reproduces it."

@@ -1,0 +1,58 @@
+"""How the pages write conditions, components, tokens and lists of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_MOST_NAMED = 8  # in a sentence
+_COMPONENTS = {"attn": "attention", "mlp": "MLP"}
+_CONDITIONS = {"full": "full model", "random": "matched random weights", "empty": "empty subnetwork"}
+
+
+def condition_words(name: str) -> str:
+    """The name of a condition in a sentence."""
+    return _CONDITIONS.get(name, name)
+
+
+def spaced(name: str) -> str:
+    """The name of a quantity or a setting, with spaces."""
+    return name.replace("_", " ")
+
+
+def spoken(token: str) -> str:
+    """A token in quotes, with its spaces shown as dots."""
+    return f"“{token.replace(' ', '·')}”"
+
+
+def spoken_tokens(tokens: Sequence[str]) -> str:
+    """Tokens side by side."""
+    return "  ".join(map(spoken, tokens))
+
+
+def predictions(cell: str) -> str:
+    """The most likely tokens in a cell: its first line is the actual token, each of the others ends in a percentage."""
+    pairs = [line.rsplit(" ", 1) for line in cell.split("\n")[1:]]
+    return ", ".join(f"{spoken(pair[0])} {pair[-1]}" for pair in pairs)
+
+
+def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+    """Names in a sentence; of a long list, the first ones and how many more there are."""
+    if len(names) > most + 1:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def component_words(part: str) -> str:
+    """The kind of a component, `attn` or `mlp`, in words."""
+    return _COMPONENTS.get(part, part)
+
+
+def component_name(name: str) -> str:
+    """A component by its short name: `blocks.0.attn` as `L0.attn`."""
+    return re.sub(r"^blocks\.(\d+)\.", r"L\1.", name)
+
+
+def sentence(words: str) -> str:
+    """Words with a capital letter and a full stop; empty if there are no words."""
+    return f"{words[:1].upper()}{words[1:]}." if words else ""

@@ -1,0 +1,28 @@
+"""A directive that lists the sections of a run's page from their registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+
+class PageSections(SphinxDirective):
+    """`{page-sections}`: the heading of every section, and what it shows."""
+
+    def run(self) -> list[nodes.Node]:
+        """The list."""
+        from bigram_circuits.report.page import SECTIONS
+
+        rows = nodes.definition_list()
+        for section in SECTIONS:
+            says = nodes.paragraph("", (section.tell.__doc__ or "").split("\n")[0])
+            rows += nodes.definition_list_item("", nodes.term("", section.heading), nodes.definition("", says))
+        return [rows]
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.add_directive("page-sections", PageSections)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
