@@ -22,9 +22,12 @@ from tqdm.auto import tqdm
 from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
-from bigram_circuits.measures.results import Effects, Quantity
-from bigram_circuits.measures.statistics import MEASURED, Faithfulness
+from bigram_circuits.measures.conditions import DRAWN, SINGLE
+from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
+from bigram_circuits.measures.results import Effects
+from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
@@ -34,14 +37,6 @@ from bigram_circuits.text.corpus import in_order, token_array
 Interval = tuple[float, float]
 
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
-
-_QUANTITIES = (
-    Quantity("surprisal_correlation", "", "correlation of the model's surprisals with the target's"),
-    Quantity("cross_entropy", "nats", "mean cross-entropy from the target's distribution to the model's"),
-    Quantity("kl", "nats", "mean KL divergence from the target's distribution to the model's"),
-    Quantity("mean_surprisal", "nats", "the model's own next-token loss"),
-    Quantity("top1_agreement", "share", "positions where both have the same most likely token"),
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The contents of a run's `metrics.json`."""
         return {
-            **{name: to_json(getattr(self, name)) for name in _SINGLE},
+            **{name: to_json(getattr(self, name)) for name in SINGLE},
             **{name: _spread(getattr(self, name)) for name in _REPEATED},
             "zero_rule": None if self.positions is None or self.used is None else _zero_rule(self.positions, self.used),
             "intervals": to_json(self.intervals),
@@ -104,11 +99,11 @@ class Evaluation:
         """
         if not isinstance(record, dict):
             raise ValueError(f"it should be values by name, not {shown(record)}")
-        unknown = set(record) - {*_SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
+        unknown = set(record) - {*SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
         if unknown:
             raise ValueError(f"it holds {shown(min(unknown))}, which is not known")
         rule: _ZeroRule | None = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
-        single = {name: from_json(Faithfulness | None, record.get(name), name) for name in _SINGLE[1:]}
+        single = {name: from_json(Faithfulness | None, record.get(name), name) for name in SINGLE[1:]}
         repeated = {name: _seeds(record.get(name), name) for name in _REPEATED}
         return cls(
             subnetwork=from_json(Faithfulness, record.get("subnetwork"), "subnetwork"),
@@ -126,13 +121,11 @@ class Evaluation:
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
         """(name, numbers) of the subnetwork and every control; the random ones as means over seeds."""
-        yield "subnetwork", self.subnetwork
-        for name in ("full", "empty", "complement", "magnitude"):
+        for name in SINGLE:
             if (value := getattr(self, name)) is not None:
                 yield name, value
         if self.random:
-            yield "random", _mean(self.random)
-            yield "full - random", _mean(self.full_minus_random)
+            yield from zip(DRAWN, (_mean(self.random), _mean(self.full_minus_random)), strict=True)
 
     def interval(self, condition: str, quantity: str = "surprisal_correlation") -> Interval:
         """The 95% interval around a number of a condition; (nan, nan) where there is none."""
@@ -147,11 +140,11 @@ class Evaluation:
     def plot(self, quantity: str = "surprisal_correlation") -> Any:
         """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
         rows = dict(self.rows())
-        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in _QUANTITIES])
-        pairs = [[self.interval(name, one.name) for name in rows] for one in _QUANTITIES]
+        values = np.array([[getattr(value, one.name) for value in rows.values()] for one in FAITHFULNESS])
+        pairs = [[self.interval(name, one.name) for name in rows] for one in FAITHFULNESS]
         low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
         title = "The subnetwork and its controls"
-        return Effects(title, _QUANTITIES, "condition", tuple(rows), values, low, high).plot(quantity)
+        return Effects(title, FAITHFULNESS, "condition", tuple(rows), values, low, high).plot(quantity)
 
     def __str__(self) -> str:
         head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
@@ -203,7 +196,6 @@ class Evaluation:
         return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
-_SINGLE = ("subnetwork", "full", "empty", "complement", "magnitude")
 _REPEATED = ("random", "full_minus_random")
 
 
@@ -270,7 +262,8 @@ def evaluate(
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     target = as_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
-    conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
+    with hashed_once(model):
+        conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
     with tqdm(total=len(conditions) * len(array), desc="evaluating", unit="sequence", delay=2, leave=False) as bar:
         for name, condition in conditions.items():

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from bigram_circuits.models.loading import load_model, quiet_transformers
 from bigram_circuits.models.weights import weight_hash, weight_sites
+from bigram_circuits.names import WeightName
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus
 from bigram_circuits.text.ngrams import NGramTable
@@ -250,7 +251,7 @@ def _planted_weights(
         else:
             writes[neurons, n + neurons] = _CODE / fires
         for name in _mlp_weights(plain, layer):
-            planted[f"blocks.{layer}.mlp.{name}"] = writes if name == "W_out" else reads
+            planted[str(WeightName(layer, "mlp", name))] = writes if name == "W_out" else reads
     return planted
 
 
@@ -261,7 +262,9 @@ def _write_weights(
 ) -> None:  # fmt: skip
     """Set every parameter: distractors, the circuit, embeddings, and the norms that undo their own division."""
     n, d_model = len(logits), plain.config.hidden_size
-    writing = torch.cat([weight[weight != 0] for name, weight in planted.items() if name.endswith("W_out")])
+    writing = torch.cat(
+        [weight[weight != 0] for name, weight in planted.items() if WeightName.parse(name).matrix == "W_out"]
+    )
     strength = {True: distractors * writing.square().mean().sqrt().item(), False: distractors}
     noise = torch.Generator().manual_seed(seed)
     for name, parameter in plain.named_parameters():
@@ -273,7 +276,7 @@ def _write_weights(
         for name, weight in _mlp_weights(plain, layer).items():
             if unique:
                 _close_detours(name, weight, layer, n, layers)
-            circuit = planted[f"blocks.{layer}.mlp.{name}"]
+            circuit = planted[str(WeightName(layer, "mlp", name))]
             weight.copy_(torch.where(circuit != 0, circuit, weight))
     _write_embeddings(plain, n, layers * n)
     _write_norms(plain, _streams(plain, logits, d_model, layers))

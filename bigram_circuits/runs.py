@@ -62,6 +62,8 @@ STOPS = {
 """Why learning stopped, in words."""
 LEFT_OUT = "left_out.json"
 """Beside the analyses of a run: those that the model does not show, with the reasons."""
+RENAMED = {"exciting_tokens": "max_activating_tokens"}
+"""Analyses that an earlier version wrote under another name, and what they are called now."""
 _CHECKPOINT_SHARE = 0.02  # of the time spent learning, at most, goes into checkpoints
 _CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
 _CHECKPOINT_SPEED = 2e8  # bytes a second, as long as no checkpoint was written that could be timed
@@ -536,13 +538,14 @@ class Run:
     def analyses(self) -> dict[str, Result]:
         """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
         files = sorted((self.path / "analysis").glob("*.json"))
-        return {path.stem: load_result(path) for path in files if path.name != LEFT_OUT}
+        return {RENAMED.get(path.stem, path.stem): load_result(path) for path in files if path.name != LEFT_OUT}
 
     @property
     def left_out(self) -> dict[str, str]:
         """What `analyze` left out because this model does not show it, with the reason."""
         path = self.path / "analysis" / LEFT_OUT
-        return read_checked_json(path) if path.is_file() else {}
+        left_out = read_checked_json(path) if path.is_file() else {}
+        return {RENAMED.get(name, name): reason for name, reason in left_out.items()}
 
     @property
     def model_words(self) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from bigram_circuits.measures import html
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.weights import weight_hash, weight_sites
+from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     HEADER,
@@ -39,7 +40,6 @@ _FORMAT = "bigram_circuits.subnetwork/1"
 _METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
 _RANDOM_BLOCK = 1 << 20  # weights drawn at once
 _LAYERS_SHOWN = 16  # in a notebook
-_HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 
 
 class Count(NamedTuple):
@@ -70,7 +70,7 @@ class Subnetwork(Mapping[str, Tensor]):
     ) -> None:
         """Take masks by canonical name. Raises ValueError if there are none or one is not boolean.
 
-        `lineage` says in words where it came from; operations extend it (`bigram | head 5.1`).
+        `lineage` says in words where it came from; operations extend it (`bigram | L5H1`).
         """
         if not masks:
             raise ValueError("a subnetwork needs at least one weight matrix")
@@ -178,7 +178,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def lineage(self) -> str:
-        """Where it came from, in words: `bigram | head 5.1`. Saved in the file; not part of equality."""
+        """Where it came from, in words: `bigram | L5H1`. Saved in the file; not part of equality."""
         return self._lineage
 
     def named(self, lineage: str) -> Subnetwork:
@@ -258,17 +258,19 @@ class Subnetwork(Mapping[str, Tensor]):
         """Counts by (layer, `"attn"` or `"mlp"`)."""
         counts: dict[tuple[int, str], Count] = {}
         for name, count in self.by_weight().items():
-            layer, component, _ = _parse(name)
-            before = counts.get((layer, component), Count(0, 0))
-            counts[layer, component] = Count(before.kept + count.kept, before.total + count.total)
+            weight = WeightName.parse(name)
+            place = weight.layer, weight.component
+            before = counts.get(place, Count(0, 0))
+            counts[place] = Count(before.kept + count.kept, before.total + count.total)
         return counts
 
     def by_head(self) -> dict[tuple[int, int], Count]:
         """Counts by (layer, attention head): its slices of W_Q and W_O, and of W_K and W_V where they are its own."""
         counts: dict[tuple[int, int], Count] = {}
         for name in self:
-            layer, _, matrix = _parse(name)
-            if matrix not in _HEAD_MATRICES or self._shapes[name][0] != self._n_heads(layer):
+            weight = WeightName.parse(name)
+            layer = weight.layer
+            if weight.matrix not in ATTENTION_MATRICES or self._shapes[name][0] != self._n_heads(layer):
                 continue
             mask = self[name]
             for head, kept in enumerate(mask.flatten(1).sum(1).tolist()):
@@ -339,12 +341,12 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"there is no head {head} in layer {layer}: it has heads 0 to {n_heads - 1}")
         changed = {}
         for name in self._of_layer(layer):
-            if _parse(name)[2] in _HEAD_MATRICES:
+            if WeightName.parse(name).matrix in ATTENTION_MATRICES:
                 here = self._shapes[name][0]  # fewer than n_heads where queries are grouped
                 if here == n_heads or value:
                     changed[name] = self[name]
                     changed[name][head * here // n_heads] = value
-        return self._with(changed, f"head {layer}.{head}", value)
+        return self._with(changed, PartName("head", layer, (head,)), value)
 
     def _edit_neurons(self, layer: int, indices: Sequence[int], value: bool) -> Subnetwork:
         d_mlp = self._rows_of(layer, "W_out")
@@ -353,37 +355,36 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"there is no neuron {wrong[0]} in layer {layer}: it has neurons 0 to {d_mlp - 1}")
         changed = {}
         for name in self._of_layer(layer):
-            matrix = _parse(name)[2]
-            if matrix in ("W_in", "W_gate", "W_out"):
+            matrix = WeightName.parse(name).matrix
+            if matrix in MLP_MATRICES:
                 changed[name] = self[name]
                 view = changed[name] if matrix == "W_out" else changed[name].T
                 view[torch.as_tensor(list(indices), dtype=torch.long)] = value
-        named = ", ".join(map(str, indices)) if len(indices) <= 5 else f"{len(indices)} of them"
-        return self._with(changed, f"neurons {layer}.[{named}]", value)
+        return self._with(changed, PartName("neurons", layer, tuple(indices)), value)
 
     def _edit_layer(self, layer: int, value: bool) -> Subnetwork:
         changed = {name: torch.full(self._shapes[name], value) for name in self._of_layer(layer)}
-        return self._with(changed, f"layer {layer}", value)
+        return self._with(changed, PartName("layer", layer), value)
 
     def _of_layer(self, layer: int) -> list[str]:
-        names = [name for name in self if _parse(name)[0] == layer]
-        if not names:
-            raise ValueError(f"there is no layer {layer}: layers are 0 to {max(_parse(name)[0] for name in self)}")
-        return names
+        layers = {name: WeightName.parse(name).layer for name in self}
+        if layer not in layers.values():
+            raise ValueError(f"there is no layer {layer}: layers are 0 to {max(layers.values())}")
+        return [name for name, at in layers.items() if at == layer]
 
     def _n_heads(self, layer: int) -> int:
         return self._rows_of(layer, "W_Q")
 
     def _rows_of(self, layer: int, matrix: str) -> int:
         for name in self._of_layer(layer):
-            if _parse(name)[2] == matrix:
+            if WeightName.parse(name).matrix == matrix:
                 return self._shapes[name][0]
         raise ValueError(f"layer {layer} of this subnetwork has no {matrix}")
 
-    def _with(self, changed: Mapping[str, Tensor], what: str, kept: bool) -> Subnetwork:
+    def _with(self, changed: Mapping[str, Tensor], what: PartName, kept: bool) -> Subnetwork:
         packed = {name: np.packbits(changed[name].numpy()) if name in changed else self._packed[name] for name in self}
         sign = "|" if kept else "-"
-        return self._derived(packed, f"{_operand(self.lineage, sign)} {sign} {what}")
+        return self._derived(packed, f"{_operand(self.lineage, sign)} {sign} {what.short}")
 
     # --- models and files ---
 
@@ -545,12 +546,6 @@ def _checksum(packed: Mapping[str, np.ndarray]) -> str:
     for name in sorted(packed):
         digest.update(name.encode() + packed[name].tobytes())
     return digest.hexdigest()
-
-
-def _parse(name: str) -> tuple[int, str, str]:
-    """(layer, component, matrix) of a canonical name."""
-    _, layer, component, matrix = name.split(".")
-    return int(layer), component, matrix
 
 
 def _check_same_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str) -> None:

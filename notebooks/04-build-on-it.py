@@ -58,7 +58,7 @@ print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats
 # the whole model, so there is more to it than two heads. Where do they look?
 
 # %%
-heads = [tuple(int(number) for number in head.removeprefix("head ").split(".")) for head in (best, partner)]
+heads = [tuple(int(number) for number in head.removeprefix("L").split("H")) for head in (best, partner)]
 short = analysis.repeated_random_tokens(model, prompts=1, period=9)
 analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
 

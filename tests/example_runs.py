@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from bigram_circuits.evaluation import Evaluation
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.report.document import _circuitsvis
 from bigram_circuits.runs import (
@@ -97,7 +98,7 @@ def results():
             "share_of_kept", points=(0.0, 0.1, 1.0), axis="share_of_neurons", conditions=("subnetwork", "random")
         ),
         "whole_neurons": effects("density", things=("L0N1", "L0N2")),
-        "exciting_tokens": maps("mean_activation", rows=("L0N1", "L0N2"), axes=("neuron", "rank"), text=HOSTILE),
+        "max_activating_tokens": maps("mean_activation", rows=("L0N1", "L0N2"), axes=("neuron", "rank"), text=HOSTILE),
         "ablation_components": effects("rise_in_loss", "rise_in_loss_in_subnetwork", things=("attn 0", "mlp 0")),
         "ablation_heads": effects("rise_in_loss", "excess", things=tuple(f"head 0.{n}" for n in range(30))),
         "stochastic_ablation": curves(

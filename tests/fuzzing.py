@@ -35,7 +35,8 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits.analysis.affine import AffineMaps
 from bigram_circuits.experiments.sparsity_path import load_path_runs
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, load_result
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
 from bigram_circuits.published import read_masks
 from bigram_circuits.storage.records import CONTENT, HEADER, header_checksum, sealed
 from bigram_circuits.subnetwork import Subnetwork
@@ -430,7 +431,7 @@ def some_masks(seed: int) -> dict[str, torch.Tensor]:
 
 
 def some_subnetwork(seed: int = 0) -> Subnetwork:
-    return Subnetwork(some_masks(seed), model_name="some/model", weight_hash="ab12", lineage="bigram | head 0.1")
+    return Subnetwork(some_masks(seed), model_name="some/model", weight_hash="ab12", lineage="bigram | L0H1")
 
 
 def some_results() -> list[Any]:

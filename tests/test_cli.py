@@ -154,9 +154,9 @@ def test_its_analyses_tell_the_story_of_the_paper(main_job):
     assert (affine.get("surprisal_correlation", "subnetwork")[1:] > 0.9).all()
     assert (lens.get("surprisal_correlation", "random") < 0.4).all()
     assert (lens.get("surprisal_correlation", "complement")[1:] < full[1:]).all()
-    assert found["ablation_components"].top(1)[0][0] == "mlp 0"
+    assert found["ablation_components"].top(1)[0][0] == "L0.mlp"
     assert re.search(r"r with the target \(logit lens\) changes most in block 0 \(full: .*block 0 \(subnetwork", out)
-    for words in ("logit lens: r with the target's surprisals", "current token", "mlp 0", "repeated random tokens"):
+    for words in ("logit lens: r with the target's surprisals", "current token", "L0.mlp", "repeated random tokens"):
         assert words in out
 
 

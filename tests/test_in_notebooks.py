@@ -12,7 +12,8 @@ import bigram_circuits as bc
 from bigram_circuits.analysis import Analyses
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.learning.found import FoundSubnetwork
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import Run

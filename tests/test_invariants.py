@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigram_circuits as bc
-from bigram_circuits.measures.statistics import MEASURED
+from bigram_circuits.measures.quantities import MEASURED
 from bigram_circuits.models import activations
 from tests.conftest import TINY_CONFIGS, save_tiny
 

@@ -19,7 +19,7 @@ def test_everything_is_measured_except_what_the_model_cannot_do(analyses):
     assert set(analyses.results) == {
         "logit_lens", "affine_lens", "cosine", "rotations", "covariance", "prompt_lens", "prompt_cosine", "attribution",
         "passages", "faithful_tokens",
-        "by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens", "ablation_components",
+        "by_layer", "by_head", "concentration", "whole_neurons", "max_activating_tokens", "ablation_components",
         "ablation_heads", "stochastic_ablation", "overlap_magnitude",
     }  # fmt: skip
     assert list(analyses.left_out) == ["attention", "induction"]  # no head is kept, and there are too few tokens
@@ -27,10 +27,10 @@ def test_everything_is_measured_except_what_the_model_cannot_do(analyses):
 
 def test_the_first_mlp_is_what_is_needed(analyses):
     rises = analyses.results["ablation_components"].get("rise_in_loss")
-    assert rises["mlp 0"] > 0.3
-    assert all(abs(rise) < 0.05 for name, rise in rises.items() if name != "mlp 0")
+    assert rises["L0.mlp"] > 0.3
+    assert all(abs(rise) < 0.05 for name, rise in rises.items() if name != "L0.mlp")
     inside = analyses.results["ablation_components"].get("rise_in_loss_in_subnetwork")
-    assert inside["mlp 0"] == pytest.approx(rises["mlp 0"], rel=0.2)
+    assert inside["L0.mlp"] == pytest.approx(rises["L0.mlp"], rel=0.2)
     assert all(abs(rise) < 0.05 for rise in analyses.results["ablation_heads"].get("rise_in_loss").values())
 
 
@@ -38,9 +38,9 @@ def test_the_first_mlp_writes_the_prediction_with_and_without_the_rest(analyses)
     attribution = analyses.results["attribution"]
     for name in ("full", "subnetwork"):
         contributions = dict(zip(attribution.rows, attribution.get("contribution", name)[:, 0], strict=True))
-        assert max(contributions, key=lambda row: contributions[row]) == "0_mlp_out"
-    without = attribution.get("contribution", "complement")[attribution.rows.index("0_mlp_out"), 0]
-    assert abs(without) < 0.1 * contributions["0_mlp_out"]
+        assert max(contributions, key=lambda row: contributions[row]) == "L0.mlp"
+    without = attribution.get("contribution", "complement")[attribution.rows.index("L0.mlp"), 0]
+    assert abs(without) < 0.1 * contributions["L0.mlp"]
 
 
 def test_it_is_found_where_it_is(analyses, planted):
@@ -50,7 +50,7 @@ def test_it_is_found_where_it_is(analyses, planted):
     n = planted[0].cfg.d_vocab
     neurons = {int(name.removeprefix("L0N")) for name in analyses.results["whole_neurons"].names}
     assert neurons <= set(range(n))
-    tokens = analyses.results["exciting_tokens"]
+    tokens = analyses.results["max_activating_tokens"]
     for row, name in enumerate(tokens.rows):  # neuron j was planted to fire for token j
         token = int(name.removeprefix("L0N"))
         assert tokens.text[0][row][0] == analysis.prompts.token_word(planted[0], token)

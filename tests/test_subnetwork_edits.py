@@ -210,15 +210,15 @@ def test_a_file_for_other_weights_is_refused_and_for_the_same_in_any_precision_t
 def test_lineage_tells_how_a_subnetwork_was_made(tmp_path):
     bigram, other = random_one(0).named("bigram"), random_one(1).named("other")
     assert full.named("full").lineage == "full"
-    assert bigram.keep_head(1, 2).lineage == "bigram | head 1.2"
-    assert bigram.keep_head(1, 2).keep_layer(0).lineage == "bigram | head 1.2 | layer 0"
-    assert bigram.keep_head(1, 2).drop_neurons(0, [3, 4]).lineage == "(bigram | head 1.2) - neurons 0.[3, 4]"
-    assert bigram.drop_neurons(0, range(6)).lineage == "bigram - neurons 0.[6 of them]"
+    assert bigram.keep_head(1, 2).lineage == "bigram | L1H2"
+    assert bigram.keep_head(1, 2).keep_layer(0).lineage == "bigram | L1H2 | L0"
+    assert bigram.keep_head(1, 2).drop_neurons(0, [3, 4]).lineage == "(bigram | L1H2) - L0N[3,4]"
+    assert bigram.drop_neurons(0, range(6)).lineage == "bigram - L0N[6 of them]"
     assert ((bigram - other) & ~(bigram | other)).lineage == "(bigram - other) & ~(bigram | other)"
     assert (bigram - (other - bigram)).lineage == "bigram - (other - bigram)"
     assert bigram.random_like(seed=4).lineage == "random 4 like bigram"
     bigram.keep_head(1, 2).save(tmp_path / "some.safetensors")
     loaded = Subnetwork.load(tmp_path / "some.safetensors")
-    assert loaded.lineage == "bigram | head 1.2"
+    assert loaded.lineage == "bigram | L1H2"
     assert loaded == bigram.keep_head(1, 2).named("anything")
-    assert repr(loaded).startswith("Subnetwork(bigram | head 1.2: ")
+    assert repr(loaded).startswith("Subnetwork(bigram | L1H2: ")

@@ -10,7 +10,7 @@ random subnetwork on the same text, side by side.
 | what is needed? | `ablate`, `stochastic_ablation` |
 | what is enough? | `sufficiency`, with the tasks of `TASKS` |
 | who writes the prediction, where do heads look? | `logit_attribution`, `attention_patterns` |
-| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `exciting_tokens` |
+| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how did it come about? | `trajectory`, `subnetworks_over_training` |
 | how does it read a text, after which tokens is it right? | `passages`, `next_tokens`, `faithfulness_by_token` |
@@ -20,13 +20,13 @@ random subnetwork on the same text, side by side.
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
-from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
     covariance_similarity,
     layer_rotations,
     linear_cka,
 )
+from bigram_circuits.analysis.layers import layer_by_layer
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
     by_head,
@@ -35,12 +35,13 @@ from bigram_circuits.analysis.location import (
     by_neuron,
     concentration,
     exciting_tokens,
+    max_activating_tokens,
     whole_neurons,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
-from bigram_circuits.analysis.reading import next_tokens, passages
+from bigram_circuits.analysis.reading import faithfulness_by_token, next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
-from bigram_circuits.analysis.suite import Analyses, analyze, layer_by_layer
+from bigram_circuits.analysis.suite import Analyses, analyze
 from bigram_circuits.analysis.tasks import (
     TASKS,
     Ability,
@@ -53,7 +54,8 @@ from bigram_circuits.analysis.tasks import (
     repeated_random_tokens,
 )
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, Result, load_result
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result, load_result
 
 __all__ = [
     "TASKS",
@@ -91,6 +93,7 @@ __all__ = [
     "load_result",
     "logit_attribution",
     "logit_lens",
+    "max_activating_tokens",
     "next_tokens",
     "ordered_sequences",
     "overlap",

@@ -36,11 +36,13 @@ from bigram_circuits.analysis.components import (
     random_within,
 )
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
-from bigram_circuits.analysis.paired import Job, Kept, Runs, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.analysis.tasks import Task, as_task, measure
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Curves, Effects, Quantity
-from bigram_circuits.models.activations import check_model, check_tokens, record
+from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
+from bigram_circuits.measures.results import Curves, Effects
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 
@@ -99,9 +101,11 @@ def ablate(
         raise ValueError("resampling takes activations from another sequence, but there is only one")
     chosen = {part.name: coordinates(model, part) for part in parts if ways[part.name] != "weights"}
     _check_shown(model, task, chosen.values())
-    dropped = {part.name: part.weights(model) for part in parts if ways[part.name] == "weights"}
+    by_weights = [part for part in parts if ways[part.name] == "weights"]
+    empty = Subnetwork.empty(model) if by_weights else None
+    dropped = {part.name: part.weights(empty) for part in by_weights if empty is not None}
     bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
-    runs = Runs(model, task, target)
+    measurements = PairedMeasurements(model, task, target)
     jobs: list[Job] = []
     for base, kept in bases.items():
         jobs.append(Job(base, "", kept))
@@ -113,8 +117,8 @@ def ablate(
                 jobs += _weight_jobs(part, base, kept, dropped[part.name], seeds)
     with tqdm(total=len(jobs) * len(task), desc="ablating", unit="sequence", delay=2, leave=False) as bar:
         for job in jobs:
-            runs.run(job, bar)
-    table = runs.table()
+            measurements.measure(job, bar)
+    table = measurements.table()
     names = tuple(part.name for part in parts)
     return Effects(
         title=f"Ablation on {task.name}",
@@ -135,7 +139,7 @@ def ablate(
 
 
 def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
-    """Raise ValueError unless the forward pass shows all these activations, in these sizes: else none is replaced."""
+    """Raise NotShownError unless the forward pass shows all these activations in these sizes."""
     sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
     check_tokens(model, task.tokens)
     tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
@@ -143,7 +147,7 @@ def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
         seen, _ = record(model, tokens, list(sizes))
     for name, size in sizes.items():
         if (found := seen[name].flatten(2).shape[2]) != size:
-            raise ValueError(f"the activation {name} has {found} values a position, but {size} were expected")
+            raise NotShownError(f"the activation {name} has {found} values a position, but {size} were expected")
 
 
 class _BaseMeans:
@@ -357,7 +361,7 @@ def stochastic_ablation(
     return Curves(
         title="The rest removed at random",
         quantities=(
-            Quantity("surprisal_correlation", "", "Correlation of the model's surprisals with the target's."),
+            SURPRISAL_CORRELATION,
             Quantity("loss", "nats", "The model's own next-token loss."),
         ),
         axis="share_removed",
@@ -380,3 +384,24 @@ def _thinned(subnetwork: Subnetwork, share: float | int, seed: int) -> Subnetwor
     """A random share of its weights, the same in every matrix (to the nearest weight)."""
     counts = {name: round(share * count.kept) for name, count in subnetwork.by_weight().items()}
     return random_within(subnetwork, counts, seed)
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("ablation_components")
+def _(subject: Subject) -> Effects:
+    what = ["attns", "mlps"]
+    return ablate(subject.model, what, subject.sweep_text, subject.subnetwork, target=subject.target, seeds=0)
+
+
+@in_suite("ablation_heads")
+def _(subject: Subject) -> Effects:
+    return ablate(subject.model, "heads", subject.sweep_text, target=subject.target, seeds=1)
+
+
+@in_suite("stochastic_ablation")
+def _(subject: Subject) -> Curves:
+    return stochastic_ablation(
+        subject.model, subject.subnetwork, subject.target, subject.sweep_text, draws=3, seed=subject.seed
+    )

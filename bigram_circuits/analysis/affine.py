@@ -35,7 +35,7 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.models.activations import check_model, check_tokens, readout, residual_streams, rows_at_once
-from bigram_circuits.models.weights import weight_hash
+from bigram_circuits.models.weights import hashed_once, weight_hash
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
 from bigram_circuits.subnetwork import Subnetwork
@@ -228,7 +228,8 @@ def fit_affine_lens(
         raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
     some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
     named = conditions(subnetwork, seed=seed)
-    return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
+    with hashed_once(model):
+        return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
 
 
 def _fit(
@@ -337,6 +338,7 @@ def check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Conditi
         raise ValueError(
             f"maps must be affine maps by condition, as fit_affine_lens gives, not a {type(maps).__name__}"
         )
+    found = weight_hash(model)
     for name, subnetwork in named.items():
         if name not in maps:
             raise ValueError(f"there are no affine maps for {name!r}: there are {', '.join(maps)}")
@@ -344,7 +346,7 @@ def check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Conditi
             raise ValueError(
                 f"the affine maps for {name!r} were fitted on {maps[name].condition!r}, not on {subnetwork.lineage!r}"
             )
-        if maps[name].weight_hash != (found := weight_hash(model)):
+        if maps[name].weight_hash != found:
             raise ValueError(
                 f"the affine maps were fitted on a model with weight hash {maps[name].weight_hash}, "
                 f"but this one has weight hash {found}"

@@ -12,7 +12,7 @@ those of the unembedding, before any soft cap or scale the model puts on them. C
 a constant that softmax does not see; differences of two logits do not.
 
 By head, an attention's output is cut into every head's z times its slice of W_O as the forward pass sees it (masked),
-and the output's bias, `0_attn_bias`. Where a norm follows the attention (Gemma 2, OLMo 2), its scale is frozen too.
+and the output's bias, `L0.attn bias`. Where a norm follows the attention (Gemma 2, OLMo 2), its scale is frozen too.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
-from bigram_circuits.measures.results import Maps, Quantity
-from bigram_circuits.models.activations import readout, record
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Maps
+from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
 from bigram_circuits.subnetwork import Subnetwork
 
 _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
@@ -59,7 +62,7 @@ def logit_attribution(
         seed: Of the matched random subnetwork.
 
     Returns:
-        Rows are components by TransformerLens' names (`embed`, `0_attn_out`, `0_mlp_out`, `L0H1`), then `bias`;
+        Rows are components (`embed`, `L0.attn`, `L0.mlp`, `L0H1`), then `bias`;
         columns are tokens. `notes` has the logits themselves, which the columns add up to.
 
     Raises:
@@ -69,7 +72,7 @@ def logit_attribution(
     if by not in ("component", "head"):
         raise ValueError(f"by must be one of component, head, not {by!r}")
     if getattr(model, "compatibility_mode", False):
-        raise ValueError("masks belong to raw weights: load the model again, without compatibility mode")
+        raise NotShownError("masks belong to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
@@ -146,21 +149,25 @@ def attention_patterns(
     for layer, head in chosen:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(
-                f"there is no head {layer}.{head}: layers are 0 to {n_layers - 1}, heads 0 to {n_heads - 1}"
+                f"there is no head {head} in layer {layer}: layers are 0 to {n_layers - 1}, heads 0 to {n_heads - 1}"
             )
     if not chosen:
         raise ValueError("attention patterns need at least one head")
-    layers = sorted({layer for layer, _ in chosen})
+    points = {layer: in_block(layer, "attn.hook_pattern") for layer in sorted({layer for layer, _ in chosen})}
     patterns: dict[str, dict[int, Tensor]] = {}
     for name, condition in conditions(subnetwork, seed=seed).items():
         with torch.inference_mode(), reduced_to(model, condition):
-            seen, _ = record(model, tokens, [f"blocks.{layer}.attn.hook_pattern" for layer in layers])
-        patterns[name] = {layer: seen[f"blocks.{layer}.attn.hook_pattern"][0].float().cpu() for layer in layers}
+            seen, _ = record(model, tokens, list(points.values()))
+        patterns[name] = {layer: seen[point][0].float().cpu() for layer, point in points.items()}
         for layer, pattern in patterns[name].items():
             if pattern.shape != (n_heads, tokens.shape[1], tokens.shape[1]):
-                raise ValueError(f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence")
+                raise NotShownError(
+                    f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence"
+                )
     panels = {
-        f"{name} L{layer}H{head}": of[layer][head].numpy() for layer, head in chosen for name, of in patterns.items()
+        f"{name} {head_label(layer, head)}": of[layer][head].numpy()
+        for layer, head in chosen
+        for name, of in patterns.items()
     }
     names = tuple(f"{i}: {word}" for i, word in enumerate(token_words(model, tokens[0].tolist())))
     return Maps(
@@ -181,8 +188,7 @@ def _contributions(
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """What every component adds to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
-    if not hasattr(model, "ln_final") or model.W_U.shape[0] != len(final):
-        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
+    check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
     terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
     norm_bias = getattr(model.ln_final.original_component, "bias", None)
@@ -197,7 +203,7 @@ def _contributions(
     shown = readout(model, final[None].to(model.W_U.dtype))[0].float()
     error = max(error, float((shown - logits).abs().max()))
     if not error <= tolerance * max(scale, 1.0):
-        raise ValueError(
+        raise NotShownError(
             f"the logits of this model are not the sum of its components' contributions: they differ by {error:.3g}"
         )
     return terms, raw[ids].tolist()
@@ -208,49 +214,49 @@ def _components(
 ) -> tuple[dict[str, Float[Tensor, " d_model"]], Float[Tensor, " d_model"], Float[Tensor, " d_vocab"]]:
     """What is added to the residual stream at one position, the stream at its end, and the model's logits there."""
     blocks = range(model.cfg.n_layers)
-    names = ["blocks.0.hook_resid_pre", f"blocks.{blocks[-1]}.hook_resid_post"]
-    names += [f"blocks.{layer}.hook_{kind}_out" for layer in blocks for kind in ("attn", "mlp")]
+    names = [in_block(0, "hook_resid_pre"), in_block(blocks[-1], "hook_resid_post")]
+    names += [in_block(layer, f"hook_{kind}_out") for layer in blocks for kind in COMPONENTS]
     post_norms = [layer for layer in blocks if hasattr(model.blocks[layer], "ln1_post")]
     if by == "head":
-        names += [f"blocks.{layer}.attn.hook_z" for layer in blocks]
-        names += [f"blocks.{layer}.ln1_post.hook_in" for layer in post_norms]
+        names += [in_block(layer, "attn.hook_z") for layer in blocks]
+        names += [in_block(layer, "ln1_post.hook_in") for layer in post_norms]
     embeddings = [name for name in ("embed.hook_out", "pos_embed.hook_out") if name in model.hook_dict]
     seen, logits = record(model, tokens, [*names, *embeddings])
     at = {name: value[0, place].float() for name, value in seen.items()}
-    start = at["blocks.0.hook_resid_pre"]
+    start = at[in_block(0, "hook_resid_pre")]
     parts = {"embed": start}
     both = [at[name] for name in embeddings if at[name].shape == start.shape]
     rounding = max(1e-5, 2 * torch.finfo(model.W_U.dtype).eps * float(start.abs().max()))
     if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=rounding):
         parts = {name.partition(".")[0]: at[name] for name in embeddings}
     for layer in blocks:
-        attention = at[f"blocks.{layer}.hook_attn_out"]
+        attention = at[in_block(layer, "hook_attn_out")]
         if by == "head":
-            before_norm = at.get(f"blocks.{layer}.ln1_post.hook_in")
-            parts |= _heads(model, layer, at[f"blocks.{layer}.attn.hook_z"], before_norm)
+            before_norm = at.get(in_block(layer, "ln1_post.hook_in"))
+            parts |= _heads(model, layer, at[in_block(layer, "attn.hook_z")], before_norm)
         else:
-            parts[f"{layer}_attn_out"] = attention
-        parts[f"{layer}_mlp_out"] = at[f"blocks.{layer}.hook_mlp_out"]
-    return parts, at[f"blocks.{blocks[-1]}.hook_resid_post"], logits[0, place].float()
+            parts[PartName("attn", layer).label] = attention
+        parts[PartName("mlp", layer).label] = at[in_block(layer, "hook_mlp_out")]
+    return parts, at[in_block(blocks[-1], "hook_resid_post")], logits[0, place].float()
 
 
 def _heads(
     model: Any, layer: int, z: Float[Tensor, "..."], before_norm: Float[Tensor, " d_model"] | None
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """What every head of a block adds to the residual stream, and the bias of its output."""
-    site = next(site for site in weight_sites(model) if site.name == f"blocks.{layer}.attn.W_O")
+    site = next(site for site in weight_sites(model) if site.name == str(WeightName(layer, "attn", "W_O")))
     W_O = site.from_stored(site.leaf.weight).float()  # type: ignore[arg-type] # through the mask, if there is one
     heads = torch.einsum("hd,hdm->hm", z.reshape(W_O.shape[:2]), W_O)
-    parts = {f"L{layer}H{head}": out for head, out in enumerate(heads)}
+    bias_name = f"{PartName('attn', layer).label} bias"
+    parts = {head_label(layer, head): out for head, out in enumerate(heads)}
     if (bias := getattr(site.leaf, "bias", None)) is not None:
-        parts[f"{layer}_attn_bias"] = bias.float()  # type: ignore[operator]
+        parts[bias_name] = bias.float()  # type: ignore[operator]
     if before_norm is None:
         return parts
     norm = model.blocks[layer].ln1_post
     parts = {name: _through_norm(model, norm, part, before_norm) for name, part in parts.items()}
     if (norm_bias := getattr(norm.original_component, "bias", None)) is not None:
-        name = f"{layer}_attn_bias"
-        parts[name] = parts.get(name, torch.zeros_like(before_norm)) + norm_bias.float()
+        parts[bias_name] = parts.get(bias_name, torch.zeros_like(before_norm)) + norm_bias.float()
     return parts
 
 
@@ -260,7 +266,9 @@ def _through_norm(
     """A part of the residual stream through a norm whose scale is frozen at its value for the whole; no bias."""
     kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())
     if kind not in ("LN", "RMS"):
-        raise ValueError(f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}")
+        raise NotShownError(
+            f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
+        )
     inner = norm.original_component
     if kind == "LN":
         part, whole = part - part.mean(), whole - whole.mean()
@@ -276,3 +284,23 @@ def _position(position: int, length: int) -> int:
     if not -length <= position < length:
         raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
     return position % length
+
+
+# --- what `analyze` shows of it ---
+
+_HEADS_SHOWN = 6
+
+
+@in_suite("attribution")
+def _(subject: Subject) -> Maps:
+    return logit_attribution(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("attention")
+def _(subject: Subject) -> Maps:
+    """Of the heads of which most is kept, first to last layer."""
+    counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
+    if not counts:
+        raise NotShownError("no weight of any head is kept")
+    heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
+    return attention_patterns(subject.model, subject.prompt, subject.subnetwork, heads=heads, seed=subject.seed)

@@ -1,12 +1,14 @@
 """A small language for parts of a model.
 
-    head 2.3 (or L2H3)            one attention head (layer 2, head 3)
-    neurons 0.[1,5,7] (or L0N5)   MLP neurons of a layer; neurons 0.5 for one
-    attn 1, mlp 0                 a block's whole attention, or whole MLP
-    layer 2                       both
-    head 1.2 + mlp 0              several at once
+    L2H3                     one attention head (layer 2, head 3)
+    L0N5, L0N[1,5,7]         MLP neurons of a layer
+    L1.attn, L0.mlp          a block's whole attention, or whole MLP
+    L2                       both
+    L1H2 + L0.mlp            several at once
     heads, attns, mlps, layers    each of them in turn
     subnetwork, complement, random    the weights of a subnetwork, all others, a matched random set
+
+The older spellings `head 2.3`, `neurons 0.[1,5,7]`, `attn 1` and `layer 2` are read too (see `names`).
 
 A part can also be a `Subnetwork`: a set of weights. A head's activation is its mixed values before W_O, a neuron's is
 what W_out reads, attention's and the MLP's are what they add to the residual stream, biases included. Biases are no
@@ -15,7 +17,6 @@ part of a head or a neuron.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,44 +27,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import COMPONENTS, PartName, WeightName, in_block, layer_of
 from bigram_circuits.subnetwork import Subnetwork
 
-_COMPONENT = re.compile(r"(head)\s+(\d+)\.(\d+)|(neurons)\s+(\d+)\.(\d+|\[[\d,\s]*\])|(attn|mlp|layer)\s+(\d+)")
-_SHORT = re.compile(r"\bL(\d+)([HN])(\d+)\b")  # as TransformerLens labels them
-_KINDS = {"H": "head", "N": "neurons"}
 _SWEEPS = ("heads", "attns", "mlps", "layers")
 _OF_SUBNETWORK = ("subnetwork", "complement", "random")
 _ALLOWED = (
-    "say 'head 2.3', 'neurons 0.[1,5,7]', 'attn 1', 'mlp 0' or 'layer 2', several joined by ' + ', 'heads', 'attns', "
+    "say 'L2H3' for a head, 'L0N5' or 'L0N[1,5,7]' for neurons, 'L1.attn', 'L1.mlp', or 'L1' for both, several joined "
+    "by ' + ', 'heads', 'attns', "
     "'mlps' or 'layers' for each in turn, 'subnetwork', 'complement' or 'random', or give a Subnetwork"
 )
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of a model."""
-
-    kind: str
-    """`head`, `neurons`, `attn` or `mlp`."""
-    layer: int
-    """Index of the block."""
-    indices: tuple[int, ...] = ()
-    """The head, or the neurons; empty for `attn` and `mlp`, which are whole."""
-
-    def weights(self, empty: Subnetwork, *, shared: bool) -> Subnetwork:
-        """Its weights; `shared`: with W_K and W_V of a head that others of its group read too."""
-        if self.kind == "head":
-            if shared:
-                return empty.keep_head(self.layer, self.indices[0])
-            return ~(~empty).drop_head(self.layer, self.indices[0])
-        if self.kind == "neurons":
-            return empty.keep_neurons(self.layer, self.indices)
-        own = f"blocks.{self.layer}.{self.kind}."
-        return Subnetwork(
-            {name: torch.full(shape, name.startswith(own)) for name, shape in empty.shapes.items()},
-            model_name=empty.model_name,
-            weight_hash=empty.weight_hash,
-        )
 
 
 @dataclass(frozen=True)
@@ -71,17 +44,20 @@ class Part:
     """Something that can be taken away from a model, or added to a subnetwork."""
 
     name: str
-    """As it was said, for example `head 1.2 + mlp 0`."""
-    components: tuple[Component, ...] = ()
-    """Components of the model."""
+    """For example `L1H2 + L0.mlp`."""
+    components: tuple[PartName, ...] = ()
+    """Heads, neurons, attentions and MLPs of the model."""
     subnetworks: tuple[Subnetwork, ...] = ()
     """Sets of weights; then there are only weights, no activations, to ablate."""
 
-    def weights(self, model: Any, *, shared: bool = False) -> Subnetwork:
-        """All its weights, under its name; `shared`: with W_K and W_V that a head shares with its group."""
-        chosen = empty = Subnetwork.empty(model)
+    def weights(self, empty: Subnetwork, *, shared: bool = False) -> Subnetwork:
+        """All its weights, under its name, added to the empty subnetwork of the model.
+
+        `shared`: with W_K and W_V that a head shares with its group.
+        """
+        chosen = empty
         for component in self.components:
-            chosen |= component.weights(empty, shared=shared)
+            chosen |= _weights(component, empty, shared=shared)
         for subnetwork in self.subnetworks:
             chosen |= subnetwork
         return chosen.named(self.name)
@@ -123,21 +99,23 @@ class _Sizes:
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
 
-    def check(self, what: str, layer: int, kind: str, indices: Iterable[int]) -> None:
-        if layer >= len(self.heads):
-            raise ValueError(f"{what!r}: there is no layer {layer}: layers are 0 to {len(self.heads) - 1}")
-        count = self.heads[layer] if kind == "head" else self.neurons[layer]
-        wrong = next((index for index in indices if index >= count), None)
+    def check(self, what: str, name: PartName) -> None:
+        if name.layer >= len(self.heads):
+            raise ValueError(f"{what!r}: there is no layer {name.layer}: layers are 0 to {len(self.heads) - 1}")
+        count = self.heads[name.layer] if name.kind == "head" else self.neurons[name.layer]
+        wrong = next((index for index in name.indices if index >= count), None)
         if wrong is not None:
-            one, many = kind.removesuffix("s"), kind.removesuffix("s") + "s"
-            raise ValueError(f"{what!r}: there is no {one} {wrong} in layer {layer}: it has {many} 0 to {count - 1}")
+            one = name.kind.removesuffix("s")
+            raise ValueError(
+                f"{what!r}: there is no {one} {wrong} in layer {name.layer}: it has {one}s 0 to {count - 1}"
+            )
 
 
 def _sizes(model: Any) -> _Sizes:
     first = {matrix: {} for matrix in ("W_Q", "W_out")}
     for site in weight_sites(model):
-        if (matrix := site.name.rsplit(".", 1)[1]) in first:
-            first[matrix][site.layer] = site.shape[0]
+        if site.matrix in first:
+            first[site.matrix][site.layer] = site.shape[0]
     layers = range(len(first["W_Q"]))
     return _Sizes(tuple(first["W_Q"][i] for i in layers), tuple(first["W_out"][i] for i in layers))
 
@@ -151,40 +129,59 @@ def _read(item: Any, sizes: _Sizes, model: Any, subnetwork: Subnetwork | None) -
     text = " ".join(item.split())
     layers = range(len(sizes.heads))
     if text == "heads":
-        return [Part(f"head {i}.{h}", (Component("head", i, (h,)),)) for i in layers for h in range(sizes.heads[i])]
-    if text in ("attns", "mlps"):
-        kind = text.removesuffix("s")
-        return [Part(f"{kind} {i}", (Component(kind, i),)) for i in layers]
-    if text == "layers":
-        return [Part(f"layer {i}", (Component("attn", i), Component("mlp", i))) for i in layers]
-    components: list[Component] = []
+        return [_part(PartName("head", i, (h,))) for i in layers for h in range(sizes.heads[i])]
+    if text in _SWEEPS:
+        return [_part(PartName(text.removesuffix("s"), i)) for i in layers]
+    components: list[PartName] = []
     subnetworks: list[Subnetwork] = []
-    spelled = _SHORT.sub(lambda short: f"{_KINDS[short[2]]} {short[1]}.{short[3]}", text)
-    for term in (term.strip() for term in spelled.split("+")):
+    labels: list[str] = []
+    for term in (term.strip() for term in text.split("+")):
         if term in _OF_SUBNETWORK:
             if subnetwork is None:
                 raise ValueError(f"{item!r} needs to know of a subnetwork: pass subnetwork=")
             subnetwork.check_fits(model)
             sets = {"subnetwork": lambda: subnetwork, "complement": lambda: ~subnetwork}
             subnetworks.append(sets.get(term, lambda: subnetwork.random_like(seed=0))())
+            labels.append(term)
         else:
-            components += _components(term, item, sizes)
-    return [Part(text, tuple(components), tuple(subnetworks))]
+            name = _named(term, item, sizes)
+            components += _whole(name)
+            labels.append(name.label)
+    return [Part(" + ".join(labels), tuple(components), tuple(subnetworks))]
 
 
-def _components(term: str, whole: str, sizes: _Sizes) -> list[Component]:
-    found = _COMPONENT.fullmatch(term)
+def _named(term: str, whole: str, sizes: _Sizes) -> PartName:
+    found = PartName.parse(term)
     if found is None:
         problem = f"{term!r} stands for many and cannot be joined" if term in _SWEEPS else _ALLOWED
         raise ValueError(f"cannot read {whole!r} as a part of a model: {problem}")
-    kind = found[1] or found[4] or found[7]
-    layer = int(found[2] or found[5] or found[8])
-    listed = found[3] or found[6] or ""
-    indices = tuple(dict.fromkeys(int(number) for number in re.findall(r"\d+", listed)))
-    if kind == "neurons" and not indices:
-        raise ValueError(f"cannot read {whole!r} as a part of a model: it names no neuron, as in 'neurons 0.[1,5,7]'")
-    sizes.check(whole, layer, kind, indices)
-    return [Component(one, layer, indices) for one in (("attn", "mlp") if kind == "layer" else (kind,))]
+    if found.kind == "neurons" and not found.indices:
+        raise ValueError(f"cannot read {whole!r} as a part of a model: it names no neuron, as in 'L0N[1,5,7]'")
+    sizes.check(whole, found)
+    return found
+
+
+def _part(name: PartName) -> Part:
+    return Part(name.label, _whole(name))
+
+
+def _whole(name: PartName) -> tuple[PartName, ...]:
+    """A layer as its attention and MLP; any other part as it is."""
+    return tuple(PartName(kind, name.layer) for kind in COMPONENTS) if name.kind == "layer" else (name,)
+
+
+def _weights(name: PartName, empty: Subnetwork, *, shared: bool) -> Subnetwork:
+    """A part's weights; `shared`: with W_K and W_V of a head that others of its group read too."""
+    if name.kind == "head":
+        index = name.indices[0]
+        return empty.keep_head(name.layer, index) if shared else ~(~empty).drop_head(name.layer, index)
+    if name.kind == "neurons":
+        return empty.keep_neurons(name.layer, name.indices)
+    return Subnetwork(
+        {weight: torch.full(shape, WeightName.parse(weight).part == name) for weight, shape in empty.shapes.items()},
+        model_name=empty.model_name,
+        weight_hash=empty.weight_hash,
+    )
 
 
 # --- the activations of a part, and as many random ones ---
@@ -204,16 +201,17 @@ def coordinates(model: Any, part: Part) -> dict[str, Bool[Tensor, " _"]]:
     shapes = {site.name: site.shape for site in weight_sites(model)}
     found: dict[str, Tensor] = {}
     for component in part.components:
-        block = f"blocks.{component.layer}"
-        heads, d_head, d_model = shapes[f"{block}.attn.W_O"]
+        layer = component.layer
+        d_mlp, _ = shapes[str(WeightName(layer, "mlp", "W_out"))]
+        heads, d_head, d_model = shapes[str(WeightName(layer, "attn", "W_O"))]
         if component.kind == "head":
-            name, mask = f"{block}.attn.hook_z", torch.zeros(heads, d_head, dtype=torch.bool)
+            name, mask = in_block(layer, "attn.hook_z"), torch.zeros(heads, d_head, dtype=torch.bool)
             mask[list(component.indices)] = True
         elif component.kind == "neurons":
-            name, mask = f"{block}.mlp.hook_post", torch.zeros(shapes[f"{block}.mlp.W_out"][0], dtype=torch.bool)
+            name, mask = in_block(layer, "mlp.hook_post"), torch.zeros(d_mlp, dtype=torch.bool)
             mask[list(component.indices)] = True
         else:
-            name, mask = f"{block}.hook_{component.kind}_out", torch.ones(d_model, dtype=torch.bool)
+            name, mask = in_block(layer, f"hook_{component.kind}_out"), torch.ones(d_model, dtype=torch.bool)
         found[name] = mask.flatten() | found.get(name, torch.zeros(mask.numel(), dtype=torch.bool))
     return found
 
@@ -224,7 +222,7 @@ def random_coordinates(chosen: Coordinates, seed: int) -> dict[str, Bool[Tensor,
         return None
     drawn = {}
     for name, mask in chosen.items():
-        rng = np.random.default_rng((seed, int(name.split(".")[1]), name.endswith("post")))
+        rng = np.random.default_rng((seed, layer_of(name), name.endswith("post")))
         drawn[name] = torch.zeros(mask.shape, dtype=torch.bool)
         drawn[name][torch.from_numpy(rng.choice(mask.numel(), int(mask.sum()), replace=False))] = True
     return drawn

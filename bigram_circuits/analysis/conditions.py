@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import masked
+from bigram_circuits.measures.conditions import COMPARED
 from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import in_order
@@ -35,13 +36,8 @@ def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Sub
     check_seed(seed)
     check_subnetwork(subnetwork)
     if subnetwork is None:
-        return {"full": None}
-    return {
-        "full": None,
-        "subnetwork": subnetwork,
-        "complement": ~subnetwork,
-        "random": subnetwork.random_like(seed=seed),
-    }
+        return {COMPARED[0]: None}
+    return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
 
 
 def check_subnetwork(subnetwork: Any) -> None:

@@ -39,8 +39,10 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
-from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
-from bigram_circuits.models.activations import check_model, check_tokens, residual_streams
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import spread, token_array
@@ -107,7 +109,7 @@ def cosine_to_unembedding(
 def _check_widths(model: Any) -> None:
     widths = (model.W_E.shape[1], model.W_U.shape[0])
     if widths != (model.cfg.d_model, model.cfg.d_model):
-        raise ValueError(
+        raise NotShownError(
             f"a cosine needs vectors of one width, but this model's residual stream has {model.cfg.d_model}, its "
             f"embedding {widths[0]} and its unembedding {widths[1]}"
         )
@@ -239,7 +241,13 @@ def layer_rotations(
         maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
     elif not maps:
         raise ValueError("maps= has no affine maps")
-    check_maps(model, maps, dict.fromkeys(maps))
+    else:
+        check_maps(model, maps, dict.fromkeys(maps))
+    return rotation_curves(model, maps)
+
+
+def rotation_curves(model: Any, maps: Mapping[str, AffineMaps]) -> Curves:
+    """The curves of maps that are the model's, by condition."""
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
     notes = {"fitted_on": next(iter(maps.values())).tokens, "alpha": next(iter(maps.values())).alpha}
@@ -323,7 +331,7 @@ def covariance_similarity(
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
     if tokens.size < 4:
-        raise ValueError(f"CKA needs at least 4 tokens, not {tokens.size}")
+        raise NotShownError(f"CKA needs at least 4 tokens, not {tokens.size}")
     check_tokens(model, tokens)
     sums = covariance_sums(tokens, subnetwork, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
     named = {"full": None} if subnetwork is None else {"full": None, "subnetwork": subnetwork}
@@ -432,3 +440,13 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
     own = hsic.diagonal()
     known = torch.where(own > 0, own, torch.nan)
     return hsic / torch.outer(known, known).sqrt()
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("prompt_cosine")
+def _(subject: Subject) -> Curves | Maps:
+    return cosine_to_unembedding(
+        subject.model, subject.prompt, subject.subnetwork, target=subject.target, seed=subject.seed
+    )

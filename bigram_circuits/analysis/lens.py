@@ -27,9 +27,18 @@ from bigram_circuits.analysis.affine import (
 )
 from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Curves, Maps, Quantity, curves_from_sums
-from bigram_circuits.models.activations import check_model, lens_log_probs, readout, residual_streams, rows_at_once
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_model,
+    lens_log_probs,
+    readout,
+    residual_streams,
+    rows_at_once,
+)
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -257,7 +266,7 @@ def _prompt_lens(
 
 
 def check_readout(model: Any) -> None:
-    """Raise ValueError unless final norm and unembedding of the last residual stream give the model's logits."""
+    """Raise NotShownError unless final norm and unembedding of the last residual stream give the model's logits."""
     check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
     with torch.no_grad():
@@ -265,7 +274,7 @@ def check_readout(model: Any) -> None:
         ours = readout(model, streams[-1])
     worst, spread = (ours - logits).abs().max().item(), (logits - logits.mean(-1, keepdim=True)).abs().max().item()
     if not worst <= 0.1 * spread:
-        raise ValueError(
+        raise NotShownError(
             f"a lens reads the residual stream through the final norm and the unembedding, but for this model that "
             f"differs from its logits by up to {worst:.3g} (their spread is {spread:.3g})"
         )
@@ -313,15 +322,15 @@ def affine_lens(
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
     fit_on, held_out = _two_parts(text, split=maps is None)
-    if maps is None:
-        maps = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
-        if refine_steps:
-            maps = {
-                name: refine_affine_lens(model, maps[name], fit_on, one, steps=refine_steps)
-                for name, one in named.items()
-            }
     check_maps(model, maps, named)
     fitted = maps
+    if fitted is None:
+        fitted = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
+        if refine_steps:
+            fitted = {
+                name: refine_affine_lens(model, fitted[name], fit_on, one, steps=refine_steps)
+                for name, one in named.items()
+            }
     lenses = {name: LensSums(model, target, fitted[name]) for name in named}
     recalls = {name: RecallSums(model, fitted[name]) for name in named}
     observe(model, held_out, named, lambda name: [lenses[name], recalls[name]], what="affine lens")
@@ -362,3 +371,11 @@ def _two_parts(
         raise ValueError(f"an affine lens needs at least 4 sequences, to fit on and to measure on, not {len(tokens)}")
     cut = 3 * len(tokens) // 4
     return tokens[:cut], tokens[cut:]
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("prompt_lens")
+def _(subject: Subject) -> Curves | Maps:
+    return logit_lens(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)

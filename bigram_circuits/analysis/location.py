@@ -13,6 +13,7 @@ is uneven when it is small, which is why only the difference to it means anythin
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,32 +24,41 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
 from bigram_circuits.analysis.prompts import token_words
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity
-from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, record
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.measures.quantities import COUNT, Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps
+from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens, record
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import (
+    ATTENTION_MATRICES,
+    COMPONENTS,
+    MLP_MATRICES,
+    PartName,
+    WeightName,
+    in_block,
+    neuron_label,
+)
 from bigram_circuits.subnetwork import Count, Subnetwork
 from bigram_circuits.text.corpus import in_order, token_array
 
 _DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
 _SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")
-_MATRICES = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
-_MLP_MATRICES = _MATRICES[4:]
 
 
 def by_layer(subnetwork: Subnetwork) -> Maps:
     """Density and share of the kept weights, by layer and component (attention, MLP)."""
     counts = subnetwork.by_component()
-    return _counts_map(subnetwork, counts, "component", ("attn", "mlp"), "Kept weights by layer and component")
+    return _counts_map(subnetwork, counts, "component", COMPONENTS, "Kept weights by layer and component")
 
 
 def by_matrix(subnetwork: Subnetwork) -> Maps:
     """Density and share of the kept weights, by layer and weight matrix."""
     counts = {}
     for name, count in subnetwork.by_weight().items():
-        _, layer, _, matrix = name.split(".")
-        counts[int(layer), matrix] = count
+        weight = WeightName.parse(name)
+        counts[weight.layer, weight.matrix] = count
     there = {matrix for _, matrix in counts}
-    matrices = tuple(matrix for matrix in _MATRICES if matrix in there)
+    matrices = tuple(matrix for matrix in (*ATTENTION_MATRICES, *MLP_MATRICES) if matrix in there)
     return _counts_map(subnetwork, counts, "matrix", matrices, "Kept weights by layer and matrix")
 
 
@@ -66,7 +76,7 @@ def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
     for one in both.values():
         counts = one.by_head()
         if not counts:
-            raise ValueError("this subnetwork has no attention heads")
+            raise NotShownError("this subnetwork has no attention heads")
         heads = range(1 + max(head for _, head in counts))
         named = {(layer, str(head)): count for (layer, head), count in counts.items()}
         maps.append(_counts_map(one, named, "head", tuple(map(str, heads)), "Kept weights by layer and head"))
@@ -133,7 +143,7 @@ def concentration(
             raise ValueError(f"there is no layer {missing[0]}: layers are 0 to {max(counts)}")
         kept = np.sort(np.concatenate([counts[layer].sum(0) for layer in chosen]))[::-1]
         if kept.sum() == 0:
-            raise ValueError(f"the subnetwork ({subnetwork.lineage}) keeps no MLP weight there")
+            raise NotShownError(f"the subnetwork ({subnetwork.lineage}) keeps no MLP weight there")
         curve = np.concatenate([[0.0], np.cumsum(kept) / kept.sum()])
         at = np.linspace(0, 1, len(curve))
         values[0, row] = np.interp(x, at, curve)
@@ -181,7 +191,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     for layer, of in counts.items():
         widths = np.array(list(_widths(subnetwork, layer).values()))
         densities = np.concatenate([of.sum(0, keepdims=True) / widths.sum(), of / widths[:, None]])
-        listed += [(f"L{layer}N{i}", densities[:, i]) for i in np.flatnonzero(densities[0] >= threshold)]
+        listed += [(neuron_label(layer, int(i)), densities[:, i]) for i in np.flatnonzero(densities[0] >= threshold)]
     listed = sorted(listed, key=lambda item: -item[1][0])[:most]
     matrices = list(_widths(subnetwork, next(iter(counts))))
     values = np.array([numbers for _, numbers in listed]).T.reshape(1 + len(matrices), len(listed))
@@ -200,7 +210,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     )
 
 
-def exciting_tokens(
+def max_activating_tokens(
     model: Any,
     neurons: Sequence[tuple[int, int]],
     tokens: Any,
@@ -210,7 +220,7 @@ def exciting_tokens(
     min_count: int = 5,
     seed: int = 0,
 ) -> Maps:
-    """Which current tokens excite neurons most: the mean of a neuron's activation, by current token, over a text.
+    """Which current tokens activate neurons most: the mean of a neuron's activation, by current token, over a text.
 
     Args:
         model: From `load_model`.
@@ -232,26 +242,28 @@ def exciting_tokens(
     check_model(model)
     array = token_array(tokens)
     check_tokens(model, array)
-    d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.name.endswith(".W_out")}
+    d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.matrix == "W_out"}
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):
         raise ValueError(f"neurons must be (layer, neuron) pairs, not {neurons!r}")
-    for layer, neuron in neurons:
+    for layer, index in neurons:
         if layer not in d_mlp:
             raise ValueError(f"there is no layer {layer}: layers are 0 to {max(d_mlp)}")
-        if not 0 <= neuron < d_mlp[layer]:
-            raise ValueError(f"there is no neuron {neuron} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
+        if not 0 <= index < d_mlp[layer]:
+            raise ValueError(f"there is no neuron {index} in layer {layer}: it has neurons 0 to {d_mlp[layer] - 1}")
     if not neurons or k < 1:
-        raise ValueError(f"exciting tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}")
+        raise ValueError(
+            f"max-activating tokens need at least one neuron and k of at least 1, not {len(neurons)} and {k}"
+        )
     if min_count < 1:
         raise ValueError(f"min_count must be at least 1, not {min_count}")
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
     common = np.flatnonzero(counts >= min_count)
     if len(common) == 0:
-        raise ValueError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
+        raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
     by_name = conditions(subnetwork, seed=seed)
     values = np.full((3, len(by_name), len(neurons), k), np.nan)
     words = [[[""] * k for _ in neurons] for _ in by_name]
-    with tqdm(total=len(by_name) * len(array), desc="exciting tokens", unit="sequence", delay=2, leave=False) as bar:
+    with tqdm(total=len(by_name) * len(array), desc="activations", unit="sequence", delay=2, leave=False) as bar:
         for c, (name, condition) in enumerate(by_name.items()):
             bar.set_postfix_str(name, refresh=False)
             with torch.inference_mode(), reduced_to(model, condition):
@@ -268,14 +280,14 @@ def exciting_tokens(
                     values[2, c, n, : len(best)] = (by_token[n, best] - mean[n]) / sd[n]
                 words[c][n][: len(best)] = token_words(model, chosen.tolist())
     return Maps(
-        title="Tokens that excite neurons most",
+        title="Tokens that activate neurons most",
         quantities=(
             Quantity("mean_activation", "", "Mean activation of the neuron where this is the current token."),
-            Quantity("count", "tokens", "How often the token occurs in the text."),
+            COUNT,
             Quantity("deviations", "", "Mean activation less the mean over all positions, in standard deviations."),
         ),
         row_axis="neuron",
-        rows=tuple(f"L{layer}N{neuron}" for layer, neuron in neurons),
+        rows=tuple(neuron_label(layer, index) for layer, index in neurons),
         column_axis="rank",
         columns=tuple(str(rank + 1) for rank in range(k)),
         conditions=tuple(by_name),
@@ -285,6 +297,12 @@ def exciting_tokens(
     )
 
 
+def exciting_tokens(*args: Any, **options: Any) -> Maps:
+    """The name that `max_activating_tokens` had before; deprecated."""
+    warnings.warn("exciting_tokens is called max_activating_tokens now", DeprecationWarning, stacklevel=2)
+    return max_activating_tokens(*args, **options)
+
+
 def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matrix neuron"]]:
     """Weights kept of every MLP neuron, by layer: rows are W_in, W_gate (if there is one) and W_out.
 
@@ -292,19 +310,20 @@ def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matr
         ValueError: If the subnetwork has no MLP.
     """
     counts: dict[int, list[np.ndarray]] = {}
-    for layer in sorted({int(name.split(".")[1]) for name in subnetwork if name.split(".")[2] == "mlp"}):
+    weights = [WeightName.parse(name) for name in subnetwork]
+    for layer in sorted({weight.layer for weight in weights if weight.component == "mlp"}):
         for matrix in _widths(subnetwork, layer):
-            mask = subnetwork[f"blocks.{layer}.mlp.{matrix}"]
+            mask = subnetwork[str(WeightName(layer, "mlp", matrix))]
             counts.setdefault(layer, []).append(mask.sum(1 if matrix == "W_out" else 0).numpy())
     if not counts:
-        raise ValueError("this subnetwork has no MLP weights")
+        raise NotShownError("this subnetwork has no MLP weights")
     return {layer: np.stack(rows) for layer, rows in counts.items()}
 
 
 def _widths(subnetwork: Subnetwork, layer: int) -> dict[str, int]:
     """Weights of one neuron in each matrix of a layer's MLP."""
     shapes = subnetwork.shapes
-    names = {matrix: f"blocks.{layer}.mlp.{matrix}" for matrix in _MLP_MATRICES}
+    names = {matrix: str(WeightName(layer, "mlp", matrix)) for matrix in MLP_MATRICES}
     return {m: shapes[name][1 if m == "W_out" else 0] for m, name in names.items() if name in shapes}
 
 
@@ -341,17 +360,52 @@ def _sums_by_token(
     advance: Callable[[int], Any],
 ) -> tuple[Float[np.ndarray, "neuron d_vocab"], Float[np.ndarray, " neuron"]]:
     """Activations added up by current token, and their squares over all positions."""
-    layers = sorted({layer for layer, _ in neurons})
+    points = {layer: in_block(layer, "mlp.hook_post") for layer in sorted({layer for layer, _ in neurons})}
     device = model.cfg.device
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     sums = torch.zeros(len(neurons), model.cfg.d_vocab, dtype=dtype, device=device)
     squares = torch.zeros(len(neurons), dtype=dtype, device=device)
     for cpu_batch in in_order(tokens, batch_size_for(model, tokens.shape[1])):
         batch = cpu_batch.to(device)
-        seen, _ = record(model, batch, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
-        activations = torch.stack([seen[f"blocks.{layer}.mlp.hook_post"][..., n].flatten() for layer, n in neurons])
+        seen, _ = record(model, batch, list(points.values()))
+        activations = torch.stack([seen[points[layer]][..., n].flatten() for layer, n in neurons])
         activations = activations.to(dtype)
         sums.index_add_(1, batch.flatten(), activations)
         squares += activations.pow(2).sum(1)
         advance(len(batch))
     return sums.cpu().double().numpy(), squares.cpu().double().numpy()
+
+
+# --- what `analyze` shows of it ---
+
+_NEURONS_SHOWN = 12
+
+
+@in_suite("by_layer")
+def _(subject: Subject) -> Maps:
+    return by_layer(subject.subnetwork)
+
+
+@in_suite("by_head")
+def _(subject: Subject) -> Maps:
+    return by_head(subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("concentration")
+def _(subject: Subject) -> Curves:
+    return concentration(subject.subnetwork, seed=subject.seed)
+
+
+@in_suite("whole_neurons")
+def _(subject: Subject) -> Effects:
+    return whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
+
+
+@in_suite("max_activating_tokens")
+def _(subject: Subject) -> Maps:
+    """Of the densest neurons."""
+    densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
+    names = [PartName.parse(name) for name in densest.names]
+    neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
+    text = subject.sample(subject.fit_tokens)
+    return max_activating_tokens(subject.model, neurons, text, subject.subnetwork, k=5, seed=subject.seed)

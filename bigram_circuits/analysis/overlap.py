@@ -28,20 +28,23 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 from scipy.signal import convolve
 
+from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Effects, Maps, Quantity
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Effects, Maps
+from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.names import ATTENTION_MATRICES, WeightName, head_label, key_value_label
 from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,
 _MARGIN = 40  # and this much more: the tail of a small count is longer than a normal one's
 _LARGEST_TILT = 200.0
-_HEAD_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 _STRATA = ("matrix", "component", "head")
 _ALTERNATIVES = ("greater", "less", "two-sided")
 
@@ -132,7 +135,7 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
     else:
         strata = {}
         for name, cell in matrices.items():
-            strata.setdefault(name if by == "matrix" else name.rsplit(".", 1)[0], []).append(cell)
+            strata.setdefault(name if by == "matrix" else WeightName.parse(name).part.label, []).append(cell)
     logs = {name: log_p_value(cells, alternative) for name, cells in strata.items()}
     open_ones = [name for name, cells in strata.items() if any(cell.most > cell.least for cell in cells)]
     adjusted = dict.fromkeys(strata, 0.0) | dict(
@@ -227,7 +230,7 @@ def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
     both = a & b
     for which, one in (("first", a), ("second", b)):
         if one.kept == 0:
-            raise ValueError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
+            raise NotShownError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
     ours, theirs = a.by_weight(), b.by_weight()
     return {
         name: Cell(count.total, ours[name].kept, theirs[name].kept, count.kept)
@@ -236,18 +239,18 @@ def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
 
 
 def _head_cells(a: Subnetwork, b: Subnetwork) -> dict[str, list[Cell]]:
-    strata: dict[tuple[int, str, int], list[Cell]] = {}
+    strata: dict[tuple[int, bool, int], list[Cell]] = {}
     for name, shape in a.shapes.items():
-        _, layer, _, matrix = name.split(".")
-        if matrix not in _HEAD_MATRICES:
+        weight = WeightName.parse(name)
+        if weight.matrix not in ATTENTION_MATRICES:
             continue
-        n_heads = a.shapes[f"blocks.{layer}.attn.W_Q"][0]
-        kind = "H" if shape[0] == n_heads else "KV"
-        for head, cell in enumerate(_slices(a, b, name)):
-            strata.setdefault((int(layer), kind, head), []).append(cell)
+        shared = shape[0] != a.shapes[str(replace(weight, matrix="W_Q"))][0]
+        for index, cell in enumerate(_slices(a, b, name)):
+            strata.setdefault((weight.layer, shared, index), []).append(cell)
     if not strata:
-        raise ValueError("this subnetwork has no attention heads")
-    return {f"L{layer}{kind}{head}": strata[layer, kind, head] for layer, kind, head in sorted(strata)}
+        raise NotShownError("this subnetwork has no attention heads")
+    label = {False: head_label, True: key_value_label}
+    return {label[shared](layer, index): strata[layer, shared, index] for layer, shared, index in sorted(strata)}
 
 
 def _slices(a: Subnetwork, b: Subnetwork, name: str) -> Iterator[Cell]:
@@ -386,3 +389,12 @@ def _tilt(cells: Sequence[Cell], observed: int) -> float:
         else:
             high = middle
     return low
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("overlap_magnitude")
+def _(subject: Subject) -> Effects:
+    largest = Subnetwork.magnitude(subject.model, like=subject.subnetwork)
+    return overlap(subject.subnetwork, largest, by="component")

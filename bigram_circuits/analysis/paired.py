@@ -108,7 +108,7 @@ class Job:
     """Which random draw; None for the part itself."""
 
 
-class Runs:
+class PairedMeasurements:
     """Sums of every job, measured once for every key."""
 
     def __init__(self, model: Any, task: Task, target: Any = None) -> None:
@@ -117,7 +117,7 @@ class Runs:
         self._sums: list[Float[np.ndarray, "prompt column"]] = []
         self._places: dict[tuple[str, str, int | None], int] = {}
 
-    def run(self, job: Job, bar: Any) -> None:
+    def measure(self, job: Job, bar: Any) -> None:
         """Measure a job, unless an equal one has been; move the bar on."""
         key = (job.base, "") if job.key is None else job.key
         if key not in self._by_key:

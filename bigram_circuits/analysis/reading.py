@@ -1,4 +1,6 @@
-"""Texts, token by token: how surprising each token is, and what was expected in its place or is expected next."""
+"""Texts, token by token: how surprising each token is, and what was expected in its place or is expected next; after
+which tokens a model does what the target asks, and after which it does not.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,22 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
-from bigram_circuits.measures.results import Maps, Quantity
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.measures.quantities import COUNT, Quantity
+from bigram_circuits.measures.results import Maps
+from bigram_circuits.models.activations import NotShownError, check_tokens
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import check_target, entropy
 from bigram_circuits.text.corpus import spread, token_array
 
 _SURPRISAL = (Quantity("surprisal", "nats", "Surprisal of the token; undefined for the first, and at probability 0."),)
+
+_BY_TOKEN = (
+    Quantity("kl", "nats", "KL(target || model), mean over the positions where this is the current token."),
+    COUNT,
+)
 
 _Words = tuple[tuple[str, ...], ...]
 
@@ -157,3 +166,159 @@ def _shown(
             cells.append("\n".join([word, *lines]))
         rows.append(tuple(cells))
     return torch.cat([first, surprisal], 1).cpu().numpy(), tuple(rows)
+
+
+# --- by current token ---
+
+
+def faithfulness_by_token(
+    model: Any,
+    text: Any,
+    subnetwork: Subnetwork | None = None,
+    *,
+    target: Any,
+    most: int = 10,
+    min_count: int = 20,
+    top_k: int = 3,
+    seed: int = 0,
+) -> Maps:
+    """The tokens after which the target is reproduced best and worst, and what is predicted after them.
+
+    Tokens are ordered by KL(target || subnetwork), or KL(target || full model) if there is no subnetwork.
+
+    Args:
+        model: From `load_model`.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position].
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        target: What is to be reproduced; it must know its entropy. If it has `log_probs(tokens)`, as an `NGramTable`
+            has, what it predicts is shown beside the others as `target`.
+        most: How many of the best tokens, and how many of the worst, at most.
+        min_count: Tokens that occur less often in the text are left out.
+        top_k: How many of the tokens that are most likely to follow to name.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `Maps` [kl and count, condition, best or worst, rank]. The words of a cell are the token, then a line for each
+        of the most likely tokens to follow it with its probability, a mean over the positions.
+
+    Raises:
+        ValueError: If a number is below 1, no token is frequent enough, the target does not know its entropy, or
+            subnetwork, target and text do not fit the model.
+    """
+    if min(most, min_count, top_k) < 1:
+        raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
+    array = token_array(text)
+    check_tokens(model, array)
+    check_target(target, model.cfg.d_vocab)
+    if not hasattr(target, "entropy"):
+        raise NotShownError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
+    by_name = conditions(subnetwork, seed=seed)
+    counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
+    frequent = np.flatnonzero(counts >= min_count)
+    if len(frequent) == 0:
+        raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
+
+    first = "full" if subnetwork is None else "subnetwork"
+    ranked = _SumsByToken(model, target, frequent)
+    observe(model, array, {first: by_name[first]}, lambda name: [ranked], what="ranking tokens")
+    order = frequent[np.argsort(ranked.mean_kl(), kind="stable")]
+    most = min(most, max(1, len(order) // 2))
+    chosen = np.concatenate([order[:most], order[::-1][:most]])
+    sums = {name: _SumsByToken(model, target, chosen, probabilities=True) for name in by_name}
+    observe(model, array, by_name, lambda name: [sums[name]], what="tokens")
+    shown = {name: (of.mean_kl(), of.words(top_k)) for name, of in sums.items()}
+    if sums[first].of_target is not None:
+        shown["target"] = (np.zeros(len(chosen)), sums[first].words(top_k, of_target=True))
+
+    kl = np.stack([values for values, _ in shown.values()])
+    both = np.stack([kl, np.broadcast_to(counts[chosen], kl.shape)])
+    return Maps(
+        title="Tokens after which the target is reproduced best and worst",
+        quantities=_BY_TOKEN,
+        row_axis="tokens",
+        rows=("best", "worst"),
+        column_axis="rank",
+        columns=tuple(str(rank + 1) for rank in range(most)),
+        conditions=tuple(shown),
+        values=both.reshape(2, len(shown), 2, most),
+        text=tuple((tuple(words[:most]), tuple(words[most:])) for _, words in shown.values()),
+        notes={"tokens": int(array.size), "min_count": min_count, "frequent": len(frequent), "random_seed": seed},
+    )
+
+
+class _SumsByToken:
+    """Adds up KL and probabilities by current token, for chosen tokens."""
+
+    def __init__(
+        self, model: Any, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
+    ) -> None:
+        d_vocab, device = model.cfg.d_vocab, model.cfg.device
+        self.model, self.target, self.chosen = model, target, chosen
+        self.row = torch.full((d_vocab,), len(chosen), device=device)  # the last row is for all other tokens
+        self.row[torch.from_numpy(chosen).to(device)] = torch.arange(len(chosen), device=device)
+        self.counts, self.kl = (torch.zeros(len(chosen) + 1, dtype=torch.float64) for _ in range(2))
+        size = (len(chosen), d_vocab)
+        self.of_model = torch.zeros(size, device=device) if probabilities else None
+        self.of_target = torch.zeros(size, device=device) if probabilities and hasattr(target, "log_probs") else None
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch."""
+        current = _current(batch.tokens, self.target)
+        cross_entropy = self.target.cross_entropy(batch.logits, batch.tokens)
+        kl = cross_entropy - entropy(self.target, batch.tokens, cross_entropy.shape[1]).to(cross_entropy)
+        rows = self.row[current.flatten()]
+        self.kl.index_add_(0, rows.cpu(), kl.flatten().cpu().double())
+        self.counts += torch.bincount(rows.cpu(), minlength=len(self.counts))
+        if self.of_model is None:
+            return
+        wanted = (rows < len(self.chosen)).nonzero()[:, 0]
+        positions = getattr(self.target, "positions", slice(None))
+        logits = batch.logits[:, positions].flatten(0, 1)[wanted]
+        self.of_model.index_add_(0, rows[wanted], logits.float().softmax(-1))
+        if self.of_target is not None:
+            log_probs = self.target.log_probs(batch.tokens)[:, positions].flatten(0, 1)[wanted]
+            self.of_target.index_add_(0, rows[wanted], log_probs.float().exp())
+
+    def mean_kl(self) -> Float[np.ndarray, " token"]:
+        """By token."""
+        return (self.kl / self.counts)[:-1].numpy()
+
+    def words(self, top_k: int, *, of_target: bool = False) -> list[str]:
+        """For each token: itself, and what is most likely to follow."""
+        sums = self.of_target if of_target else self.of_model
+        assert sums is not None, "probabilities were not added up"
+        mean: Float[Tensor, "token d_vocab"] = sums / self.counts[:-1, None].to(sums)
+        top = mean.topk(min(top_k, mean.shape[1]))
+        return [
+            "\n".join([word, *(f"{one} {100 * share:.0f}%" for one, share in zip(following, shares, strict=True))])
+            for word, following, shares in zip(
+                token_words(self.model, self.chosen.tolist()),
+                (token_words(self.model, ids) for ids in top.indices.tolist()),
+                top.values.tolist(),
+                strict=True,
+            )
+        ]
+
+
+def _current(tokens: Any, target: Any) -> Any:
+    """The tokens at the positions that the target speaks about."""
+    return tokens[:, getattr(target, "positions", slice(None))]
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("passages")
+def _(subject: Subject) -> Maps:
+    return passages(
+        subject.model, subject.corpus.held_out, subject.subnetwork, target=subject.target, seed=subject.seed
+    )
+
+
+_WORD_TOKENS = 1 << 13  # of held-out text
+
+
+@in_suite("faithful_tokens")
+def _(subject: Subject) -> Maps:
+    text = subject.sample(_WORD_TOKENS)
+    return faithfulness_by_token(subject.model, text, subject.subnetwork, target=subject.target, seed=subject.seed)

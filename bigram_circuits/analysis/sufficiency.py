@@ -21,11 +21,13 @@ from scipy.special import log_ndtr
 from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
-from bigram_circuits.analysis.paired import Job, Runs, Table, mean_log_odds, mean_loss
-from bigram_circuits.analysis.tasks import COLUMNS, as_task
+from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.analysis.tasks import COLUMNS, ability, as_task, repeated_random_tokens
 from bigram_circuits.measures import statistics
-from bigram_circuits.measures.results import Effects, Quantity
-from bigram_circuits.models.activations import check_model
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Effects
+from bigram_circuits.models.activations import NotShownError, check_model
 from bigram_circuits.subnetwork import Subnetwork
 
 
@@ -56,17 +58,18 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
         raise ValueError(f"a {type(base).__name__} is no subnetwork: pass a Subnetwork as the base")
     base.check_fits(model)
     scored = as_task(task, model.cfg.d_vocab)
-    parts = {part.name: part.weights(model, shared=True) for part in parse(added, model, base)}
+    empty = Subnetwork.empty(model)
+    parts = {part.name: part.weights(empty, shared=True) for part in parse(added, model, base)}
     jobs = [Job("full", "", None, key="full"), Job("base", "", base)]
     for name, weights in parts.items():
         jobs.append(Job("base", name, base | weights, key=(base | weights).checksum))
         for seed, random in enumerate(random_additions(base, weights, seeds)):
             jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
-    runs = Runs(model, scored)
+    measurements = PairedMeasurements(model, scored)
     with tqdm(total=len(jobs) * len(scored), desc="adding", unit="sequence", delay=2, leave=False) as bar:
         for job in jobs:
-            runs.run(job, bar)
-    table = runs.table()
+            measurements.measure(job, bar)
+    table = measurements.table()
     names = tuple(parts)
     new = [(weights - base).kept for weights in parts.values()]
     rows = _rows(table, names, new, with_odds=scored.wrong is not None)
@@ -154,3 +157,25 @@ def _surprisal(sums: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, " 
 def _negated(change: tuple[float, float, float]) -> tuple[float, float, float]:
     point, low, high = change
     return (0.0 - point, 0.0 - high, 0.0 - low)
+
+
+# --- what `analyze` shows of it ---
+
+_PERIOD = 24  # of repeated random tokens
+
+
+@in_suite("induction")
+def _(subject: Subject) -> dict[str, Effects]:
+    """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
+    model, subnetwork = subject.model, subject.subnetwork
+    task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
+    able = ability(model, task)
+    if not able.able:
+        raise NotShownError(
+            f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
+            f"guessing would be {able.chance:.2f}"
+        )
+    alone = sufficiency(model, subnetwork, "heads", task, seeds=1)
+    best = alone.top(1)[0][0]
+    pairs = [f"{best} + {head}" for head in alone.names if head != best]
+    return {"induction": alone, "induction_pairs": sufficiency(model, subnetwork, pairs, task, seeds=1)}

@@ -1,58 +1,28 @@
-"""The set of analyses that tells the story of a subnetwork, in one go: `analyze`.
-
-All that is measured layer by layer (both lenses, recall, cosines, covariances) looks on at the same forward passes, one
-over the held-out text for each condition. Ablations, of which there are many, are measured on a part of the text.
-"""
+"""The set of analyses that tells the story of a subnetwork, in one go: `analyze` runs all that are registered."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis import lens
-from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
-from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
-from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
-from bigram_circuits.analysis.conditions import conditions, observe
-from bigram_circuits.analysis.faithful_tokens import faithfulness_by_token
-from bigram_circuits.analysis.geometry import (
-    CosineSums,
-    cosine_curves,
-    cosine_to_unembedding,
-    covariance_maps,
-    covariance_similarity,
-    covariance_sums,
-    layer_rotations,
-)
-from bigram_circuits.analysis.location import by_head, by_layer, concentration, exciting_tokens, whole_neurons
-from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.analysis.reading import passages
-from bigram_circuits.analysis.sufficiency import sufficiency
-from bigram_circuits.analysis.tasks import ability, repeated_random_tokens
+from bigram_circuits.analysis.conditions import check_seed
+from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
 from bigram_circuits.measures import html
-from bigram_circuits.measures.results import Curves, Effects, Maps, Result
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.measures.results import Curves, Effects, Result
+from bigram_circuits.models.activations import NotShownError, check_model, check_tokens
+from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target
-from bigram_circuits.text.corpus import Corpus, spread, token_array
+from bigram_circuits.text.corpus import Corpus, token_array
 
-_FIT_TOKENS = 1 << 14  # that affine maps are fitted on
-_TOKENS = 5 << 12  # that layers are measured on
-_SWEEP_TOKENS = 3 << 10  # that each ablation is measured on
-_WORD_TOKENS = 1 << 13  # that faithfulness by token is measured on
-_PROMPT_TOKENS = 16  # of held-out text that are shown one by one
-_NEURONS_SHOWN = 12
-_HEADS_SHOWN = 6
 _QUANTITIES_SHOWN = 3
-_PERIOD = 24  # of repeated random tokens
 
 
 @dataclass(frozen=True)
@@ -97,9 +67,9 @@ def analyze(
     corpus: Corpus,
     *,
     seed: int = 0,
-    tokens: int = _TOKENS,
-    sweep_tokens: int = _SWEEP_TOKENS,
-    fit_tokens: int = _FIT_TOKENS,
+    tokens: int = TOKENS,
+    sweep_tokens: int = SWEEP_TOKENS,
+    fit_tokens: int = FIT_TOKENS,
 ) -> Analyses:
     """Run a sensible set of analyses on a subnetwork.
 
@@ -111,152 +81,47 @@ def analyze(
         seed: Of matched random subnetworks.
         tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
         sweep_tokens: Held-out tokens that each ablation is measured on, at most.
-        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may excite neurons,
+        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may activate neurons,
             at most.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
         `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads that keep most), `passages`,
         `faithful_tokens`. Where it is: `by_layer`, `by_head`, `concentration`,
-        `whole_neurons`, `exciting_tokens`. What is needed: `ablation_components`, `ablation_heads`,
+        `whole_neurons`, `max_activating_tokens`. What is needed: `ablation_components`, `ablation_heads`,
         `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
         single heads, added to it, for repeated random tokens, if the full model can continue these, and
         `induction_pairs`, that of the best of them with every other.
 
     Raises:
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
-            model does not show is no error, but left out with the reason.
+            model does not show (`NotShownError`) is left out with the reason; every other error is raised.
     """
+    check_model(model)
+    check_seed(seed)
     check_target(target, model.cfg.d_vocab)
     subnetwork.check_fits(model)
     for part in (corpus.train, corpus.held_out):
         check_tokens(model, token_array(part))
-    some = spread(corpus.held_out, sweep_tokens)
-    prompt = np.asarray(corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
+    with hashed_once(model):
+        return _run(Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+
+
+def _run(subject: Subject) -> Analyses:
+    """Every registered analysis of a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
-    steps: dict[str, Callable[[], Result | Mapping[str, Result]]] = {
-        "layer by layer": lambda: layer_by_layer(
-            model, corpus, subnetwork, target, tokens=tokens, fit_tokens=fit_tokens, seed=seed
-        ),
-        "covariance": lambda: (
-            results["covariance"] if "covariance" in results
-            else covariance_similarity(model, corpus.held_out, subnetwork)
-        ),
-        "prompt_lens": lambda: lens.logit_lens(model, prompt, subnetwork, seed=seed),
-        "passages": lambda: passages(model, corpus.held_out, subnetwork, target=target, seed=seed),
-        "prompt_cosine": lambda: cosine_to_unembedding(model, prompt, subnetwork, target=target, seed=seed),
-        "attribution": lambda: logit_attribution(model, prompt, subnetwork, seed=seed),
-        "attention": lambda: _attention(model, prompt, subnetwork, seed),
-        "faithful_tokens": lambda: faithfulness_by_token(
-            model, spread(corpus.held_out, _WORD_TOKENS), subnetwork, target=target, seed=seed
-        ),
-        "by_layer": lambda: by_layer(subnetwork),
-        "by_head": lambda: by_head(subnetwork, seed=seed),
-        "concentration": lambda: concentration(subnetwork, seed=seed),
-        "whole_neurons": lambda: whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=seed),
-        "exciting_tokens": lambda: _excited(model, spread(corpus.held_out, fit_tokens), subnetwork, seed),
-        "ablation_components": lambda: ablate(model, ["attns", "mlps"], some, subnetwork, target=target, seeds=0),
-        "ablation_heads": lambda: ablate(model, "heads", some, target=target, seeds=1),
-        "stochastic_ablation": lambda: stochastic_ablation(model, subnetwork, target, some, draws=3, seed=seed),
-        "overlap_magnitude": lambda: overlap(
-            subnetwork, Subnetwork.magnitude(model, like=subnetwork), by="component"
-        ),
-        "induction": lambda: _induction(model, subnetwork),
-    }  # fmt: skip
-    for name, step in (bar := tqdm(steps.items(), desc="analysing", delay=2, leave=False)):
+    for name, step in (bar := tqdm(analyses().items(), desc="analysing", delay=2, leave=False)):
         bar.set_postfix_str(name.replace("_", " "), refresh=False)
+        if name in results:  # an earlier step measured it on the way
+            continue
         try:
-            found = step()
-        except ValueError as error:  # the arguments are right: this model does not show what the analysis needs
+            found = step(subject)
+        except NotShownError as error:
             left_out[name] = str(error)
             continue
         results |= {name: found} if isinstance(found, Result) else found
     return Analyses(results, left_out)
-
-
-def layer_by_layer(
-    model: Any,
-    corpus: Corpus,
-    subnetwork: Subnetwork | None = None,
-    target: Any = None,
-    *,
-    tokens: int | None = None,
-    fit_tokens: int = 1 << 17,
-    seed: int = 0,
-) -> dict[str, Curves | Maps]:
-    """Logit lens, affine lens, cosines, rotations and covariance similarity over a corpus, from shared forward passes.
-
-    Args:
-        model: From `load_model`.
-        corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        target: Also r with this target's surprisals, and the cosine with its prediction.
-        tokens: How many held-out tokens are measured on, at most; all if not given.
-        fit_tokens: How many training tokens the affine maps are fitted on, at most.
-        seed: Of the matched random subnetwork.
-
-    Returns:
-        `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
-        functions of these names return them.
-    """
-    lens.check_readout(model)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
-    named = conditions(subnetwork, seed=seed)
-    maps = fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
-    plain = {name: lens.LensSums(model, target) for name in named}
-    mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
-    recalls = {name: RecallSums(model, maps[name]) for name in named}
-    cosines = {name: CosineSums(model, target) for name in named}
-    held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
-    covariances = covariance_sums(held_out, subnetwork)
-    groups = (plain, mapped, recalls, cosines, covariances)
-    observe(
-        model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"
-    )
-    notes = {"tokens": int(held_out.size), "random_seed": seed}
-    fitted = notes | {"fitted_on": maps["full"].tokens, "alpha": maps["full"].alpha}
-    found: dict[str, Curves | Maps] = {
-        "logit_lens": lens.lens_curves("Logit lens", model, plain, notes),
-        "affine_lens": lens.affine_curves(model, mapped, recalls, fitted),
-        "cosine": cosine_curves(model, cosines, notes),
-        "rotations": layer_rotations(model, maps=maps),
-    }
-    if held_out.size >= 4:
-        found["covariance"] = covariance_maps(model, covariances)
-    return found
-
-
-def _excited(model: Any, tokens: Integer[np.ndarray, "sequence position"], subnetwork: Subnetwork, seed: int) -> Maps:
-    """The tokens that excite the densest neurons."""
-    densest = whole_neurons(subnetwork, threshold=0, most=_NEURONS_SHOWN)
-    neurons = [(int(layer), int(neuron)) for layer, neuron in (name[1:].split("N") for name in densest.names)]
-    return exciting_tokens(model, neurons, tokens, subnetwork, k=5, seed=seed)
-
-
-def _attention(model: Any, prompt: Integer[np.ndarray, " position"], subnetwork: Subnetwork, seed: int) -> Maps:
-    """The attention patterns of the heads of which most is kept, first to last layer."""
-    counts = {head: count.fraction for head, count in subnetwork.by_head().items() if count.kept}
-    if not counts:
-        raise ValueError("no weight of any head is kept")
-    heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
-    return attention_patterns(model, prompt, subnetwork, heads=heads, seed=seed)
-
-
-def _induction(model: Any, subnetwork: Subnetwork) -> dict[str, Effects]:
-    """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
-    task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
-    able = ability(model, task)
-    if not able.able:
-        raise ValueError(
-            f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
-            f"guessing would be {able.chance:.2f}"
-        )
-    alone = sufficiency(model, subnetwork, "heads", task, seeds=1)
-    best = alone.top(1)[0][0]
-    pairs = [f"{best} + {head}" for head in alone.names if head != best]
-    return {"induction": alone, "induction_pairs": sufficiency(model, subnetwork, pairs, task, seeds=1)}
 
 
 # --- in words ---

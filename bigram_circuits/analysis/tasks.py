@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.measures import statistics
-from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens
+from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens
 from bigram_circuits.text.corpus import token_array
 
 COLUMNS = (*statistics.COLUMNS[:6], "places", "surprisal", "log_odds")
@@ -295,7 +295,8 @@ def repeated_random_tokens(
     length = 2 * period if length is None else length
     ids = np.setdiff1d(np.arange(min(len(tokenizer), model.cfg.d_vocab)), tokenizer.all_special_ids)
     if not 2 <= period <= len(ids):
-        raise ValueError(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
+        kind = ValueError if period < 2 else NotShownError
+        raise kind(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
     if length < period + 2:
         raise ValueError(f"length must be at least period + 2 = {period + 2}, so that a token is scored, not {length}")
     _check_prompts(prompts, seed)
@@ -389,7 +390,7 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
     rng = np.random.default_rng(seed)
     usable = [(century, pair) for century, pair in years if min(digits) < pair < max(digits)]
     if not usable:
-        raise ValueError(
+        raise NotShownError(
             f"no prompts for {name!r}: this tokenizer does not split years (1732) into two tokens (17, 32)"
         )
     rows, right, wrong, chances = [], [], [], []
@@ -426,7 +427,7 @@ def indirect_object(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
     before = len(_encode(tokenizer, "gave it to"))
     names = [one for one in _NAMES if len(_encode(tokenizer, f"gave it to {one}")) == before + 1]
     if len(names) < _FEWEST_NAMES:
-        raise ValueError(
+        raise NotShownError(
             f"no prompts for {name!r}: only {len(names)} of {len(_NAMES)} names are single tokens of this tokenizer, "
             f"and {_FEWEST_NAMES} are needed"
         )
@@ -456,7 +457,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 def _tokenizer(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise ValueError("this model has no tokenizer, but a task makes its prompts with one")
+        raise NotShownError("this model has no tokenizer, but a task makes its prompts with one")
     return tokenizer
 
 
@@ -497,7 +498,7 @@ def _text_task(
     for text, answer, _ in texts:
         prompt, whole = _encode(tokenizer, text), _encode(tokenizer, text + answer)
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ValueError(f"no prompts for {name!r}: this tokenizer does not split {answer!r} off {text!r}")
+            raise NotShownError(f"no prompts for {name!r}: this tokenizer does not split {answer!r} off {text!r}")
         rows.append((whole, len(whole) - len(prompt)))
     chance = sum(math.log(candidates) for _, _, candidates in texts) / sum(count for _, count in rows)
     return _task(model, name, rows, chance=chance, wrong=wrong)
@@ -518,7 +519,7 @@ def _task(
     start = [] if separator is None else [separator]
     length = len(start) + max(len(ids) for ids, _ in rows)
     if length > model.cfg.n_ctx:
-        raise ValueError(f"the prompts of {name!r} take {length} tokens, more than the model's {model.cfg.n_ctx}")
+        raise NotShownError(f"the prompts of {name!r} take {length} tokens, more than the model's {model.cfg.n_ctx}")
     tokens = np.full((len(rows), length), separator or 0, dtype=np.int32)
     scored = np.zeros((len(rows), length), dtype=bool)
     for row, (ids, count) in enumerate(rows):

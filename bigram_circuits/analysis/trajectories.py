@@ -22,10 +22,11 @@ from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, co
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
-from bigram_circuits.measures.results import Curves, Quantity
+from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
+from bigram_circuits.measures.results import Curves
 from bigram_circuits.models.activations import check_model, check_tokens
 from bigram_circuits.models.loading import load_model
-from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -36,12 +37,8 @@ Measure = Callable[[Any], Mapping[str, Any]]
 _KNOWN = {
     one.name: one
     for one in (
-        Quantity("surprisal_correlation", "", "Pearson r of the model's surprisals with the target's."),
-        Quantity("cross_entropy", "nats", "Mean cross-entropy from the target's distribution to the model's."),
-        Quantity("kl", "nats", "Mean KL from the target's distribution to the model's."),
-        Quantity("mean_surprisal", "nats", "The model's own next-token loss."),
-        Quantity("top1_agreement", "share", "Positions where the model's most likely token is the target's."),
-        Quantity("fraction", "share", "Of the maskable weights, those that are kept."),
+        *FAITHFULNESS,
+        FRACTION,
         Quantity("share_in_first_mlp", "share", "Of the kept weights, those in the first layer's MLP."),
         Quantity("jaccard_with_previous", "share", "Overlap with the subnetwork of the checkpoint before."),
         Quantity("jaccard_with_last", "share", "Overlap with the subnetwork of the last checkpoint."),
@@ -129,8 +126,9 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     def measure(model: Any) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
-        every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
-        return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
+        with hashed_once(model):
+            every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
+            return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
     return measure
 
@@ -173,9 +171,10 @@ def subnetworks_over_training(
     for name, loaded in _each(checkpoints, names, model, device, dtype):
         folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
         of_model = _target_of(target, loaded)
-        one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
-        compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
-        rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
+        with hashed_once(loaded):
+            one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
+            compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
+            rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
         for key in ("subnetwork", "random"):
             rows[-1][key] |= {
                 "fraction": one.fraction,
@@ -251,11 +250,10 @@ def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.nd
     check_tokens(model, tokens)
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
-    names = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
     intervals = evaluation.intervals["subnetwork"]
     return {
         name: (getattr(measured, name), *intervals[name]) if name in intervals else getattr(measured, name)
-        for name in names
+        for name in MEASURED
     }
 
 

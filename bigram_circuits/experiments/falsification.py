@@ -33,7 +33,16 @@ from torch import Tensor
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.evaluation import Evaluation, evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
-from bigram_circuits.measures.results import Effects, Quantity, load_result
+from bigram_circuits.measures.quantities import (
+    CROSS_ENTROPY,
+    FRACTION,
+    KL,
+    MEAN_SURPRISAL,
+    SURPRISAL_CORRELATION,
+    TOP1_AGREEMENT,
+    Quantity,
+)
+from bigram_circuits.measures.results import Effects, load_result
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
@@ -42,14 +51,9 @@ from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
 
 _QUANTITIES = (
-    Quantity("surprisal_correlation", "", "r of the model's surprisals with the target's."),
-    Quantity("kl", "nats", "KL from the target that was asked for."),
-    Quantity("cross_entropy", "nats", "Cross-entropy from the target that was asked for."),
-    Quantity("mean_surprisal", "nats", "The masked model's own next-token loss."),
-    Quantity("top1_agreement", "share", "Positions where model and target find the same token most likely."),
-    Quantity("fraction", "share", "Maskable weights kept."),
+    SURPRISAL_CORRELATION, KL, CROSS_ENTROPY, MEAN_SURPRISAL, TOP1_AGREEMENT, FRACTION,
     Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."),
-)
+)  # fmt: skip
 _FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
 _AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,
 _AS_SMALL = 2.0  # if it keeps at most so many times its weights;

@@ -11,16 +11,14 @@ import numpy as np
 
 from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.measures import html
-from bigram_circuits.measures.results import Curves, Quantity
+from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantity
+from bigram_circuits.measures.results import Curves
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import STOPS, Outcome, Rollback, StepRecord
 from bigram_circuits.subnetwork import Subnetwork
 
-LEARNED = (
-    Quantity("fraction", "", "share of the maskable weights that would be kept if learning ended now"),
-    Quantity("cross_entropy", "nats", "cross-entropy from the target to the softly masked model"),
-    Quantity("undecided", "", "share of the gates between 0.1 and 0.9"),
-)
+LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Of the gates, those between 0.1 and 0.9."))
+"""What `plot` can show of the history."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Numbers and how they are shown: statistics, results with named axes, their plots, and tables as HTML."""
+"""Numbers and how they are shown: conditions, quantities, statistics, results with named axes, plots, HTML tables."""

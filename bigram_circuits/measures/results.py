@@ -21,43 +21,14 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.storage.files import write_text
 from bigram_circuits.storage.records import read_record, sealed, shown
 
 _FORMAT = "bigram_circuits.result/1"
 _NUMBERS = ("values", "low", "high")
-_COLOURS = {  # of Okabe and Ito, told apart by readers who see few colours
-    "full": "#222222",
-    "subnetwork": "#0072B2",
-    "complement": "#D55E00",
-    "random": "#999999",
-    "empty": "#CC79A7",
-}
-_MARKED = 40  # points; of longer lines only the line is drawn
-_WIDE = 12  # columns; wider maps stand above each other
-_TALL = 14  # rows that fit into a picture of the usual height
-_UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
 _ROWS_SHOWN = 12  # of a result in a notebook
 _COLUMNS_SHOWN = 12
-_OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """What a number means."""
-
-    name: str
-    """Its key, for example `kl`."""
-    unit: str
-    """`nats`, `degrees`, `share`, or empty for a pure number."""
-    meaning: str
-    """One sentence."""
-
-    @property
-    def label(self) -> str:
-        """Its name in words, with the unit."""
-        words = self.name.replace("_", " ")
-        return f"{words} ({self.unit})" if self.unit else words
 
 
 @dataclass(frozen=True)
@@ -86,9 +57,15 @@ class Result(ABC):
     def to_dataframe(self) -> Any:
         """A pandas table."""
 
-    @abstractmethod
     def plot(self, quantity: str | None = None) -> Any:
-        """A plotly figure of one quantity; of the first, if none is named."""
+        """A plotly figure of one quantity; of the first, if none is named.
+
+        `Curves` become lines with their intervals as bands, `Maps` heat maps on one colour scale (where there are
+        words, a cell shows its first line, and all of it when pointed at), `Effects` bars with their intervals.
+        """
+        from bigram_circuits.measures import plots  # which draws the results defined here
+
+        return plots.draw(self, quantity)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a number that is undefined is None."""
@@ -189,28 +166,6 @@ class Curves(Result):
         rows = [[name, *(float(self.values[0, c, p]) for p in places)] for c, name in enumerate(self.conditions)]
         return [self.axis, *(str(self.points[p]) for p in places)], rows
 
-    def plot(self, quantity: str | None = None) -> Any:
-        """Lines with their intervals as bands; of the first quantity, if none is named."""
-        import plotly.graph_objects as go
-
-        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
-        figure = go.Figure()
-        for index, condition in enumerate(self.conditions):
-            colour, at = _colour(condition, index), self._at(chosen.name, condition)
-            if not np.isnan(self.low[at]).all():
-                points = [*self.points, *reversed(self.points)]
-                edge = np.concatenate([self.high[at], self.low[at][::-1]])
-                band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
-                figure.add_scatter(x=points, y=edge, **band, hoverinfo="skip", legendgroup=condition, showlegend=False)
-            line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
-            figure.add_scatter(
-                x=list(self.points), y=self.values[at], name=condition, legendgroup=condition, line=line,
-                mode="lines+markers" if len(self.points) <= _MARKED else "lines",
-            )  # fmt: skip
-        figure.update_xaxes(title=self.axis.replace("_", " "))
-        figure.update_yaxes(title=chosen.label)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
-
 
 @dataclass(frozen=True)
 class Maps(Result):
@@ -277,55 +232,6 @@ class Maps(Result):
             return self.text[condition][row][column].split("\n")[0]
         return float(self.values[0, condition, row, column])
 
-    def plot(self, quantity: str | None = None) -> Any:
-        """Heat maps on one colour scale, of the first quantity if none is named; wide ones stand above each other.
-
-        Where there are words, a cell shows its first line, and all of it when pointed at.
-        """
-        from plotly.subplots import make_subplots
-
-        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
-        n_panels, n_rows, n_columns = len(self.conditions), len(self.rows), len(self.columns)
-        above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
-        figure = make_subplots(
-            rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
-            subplot_titles=[_plain(name) for name in self.conditions], vertical_spacing=0.25 / n_panels,
-        )  # fmt: skip
-        for index, condition in enumerate(self.conditions):
-            place = {"row": index + 1, "col": 1} if above else {"row": 1, "col": index + 1}
-            figure.add_heatmap(
-                z=self.get(chosen.name, condition), x=list(range(n_columns)), y=list(range(n_rows)),
-                coloraxis="coloraxis", **self._words(index), **place,
-            )  # fmt: skip
-        for axes, names in ((figure.update_xaxes, self.columns), (figure.update_yaxes, self.rows)):
-            axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[_plain(name) for name in names])
-        figure.update_xaxes(title=self.column_axis, row=n_panels if above else None)
-        figure.update_yaxes(title=self.row_axis, col=1)
-        if self.row_axis not in _UPWARDS:
-            figure.update_yaxes(autorange="reversed")
-        shown = self.values[self.quantities.index(chosen)]
-        signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
-        scale: dict[str, Any] = {"colorscale": "RdBu_r" if signed else "Viridis", "colorbar": {"title": chosen.unit}}
-        figure.update_layout(coloraxis=scale | ({"cmid": 0} if signed else {}))
-        if above:
-            figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
-        elif n_rows > _TALL:
-            figure.update_layout(height=160 + 18 * n_rows)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
-
-    def _words(self, index: int) -> dict[str, Any]:
-        """What plotly needs to write words into the cells of a panel."""
-        if self.text is None:
-            return {}
-        lines = [[[_plain(line) for line in cell.split("\n")] for cell in row] for row in self.text[index]]
-        return {
-            "text": [[cell[0] for cell in row] for row in lines],
-            "texttemplate": "%{text}",
-            "textfont": {"size": 11},
-            "customdata": [["<br>".join(cell) for cell in row] for row in lines],
-            "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
-        }
-
 
 @dataclass(frozen=True)
 class Effects(Result):
@@ -379,22 +285,6 @@ class Effects(Result):
     def _interval(self, thing: int) -> str:
         low, high = self.low[0, thing], self.high[0, thing]
         return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-
-    def plot(self, quantity: str | None = None) -> Any:
-        """Bars with their intervals; of the first quantity, if none is named."""
-        import plotly.graph_objects as go
-
-        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
-        at = self.quantities.index(chosen)
-        figure = go.Figure()
-        bars: dict[str, Any] = {}
-        if not np.isnan(self.low[at]).all():
-            above, below = self.high[at] - self.values[at], self.values[at] - self.low[at]
-            bars["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-        figure.add_bar(x=list(self.names), y=self.values[at], marker={"color": _COLOURS["subnetwork"]}, **bars)
-        figure.update_xaxes(title=self.subject, type="category")
-        figure.update_yaxes(title=chosen.label)
-        return _dressed(figure, f"{self.title}: {chosen.name.replace('_', ' ')}")
 
 
 def curves_from_sums(
@@ -552,17 +442,3 @@ def _place(kind: str, name: str, names: Sequence[str]) -> int:
 def _some(n: int) -> list[int]:
     """Places out of n for the columns of a table: all of them, or a few that are spread evenly."""
     return sorted({int(place) for place in np.linspace(0, n - 1, min(n, _COLUMNS_SHOWN)).round()})
-
-
-def _colour(condition: str, index: int) -> str:
-    return _COLOURS.get(condition.split()[0], _OTHERS[index % len(_OTHERS)])
-
-
-def _plain(words: str) -> str:
-    """Words that plotly shall show as they are, not read as markup."""
-    return html.plain(words)
-
-
-def _dressed(figure: Any, title: str) -> Any:
-    figure.update_layout(template="plotly_white", title=_plain(title), legend={"orientation": "h", "y": -0.2})
-    return figure

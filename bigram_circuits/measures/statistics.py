@@ -27,10 +27,6 @@ COLUMNS = ("used", "x", "y", "xx", "yy", "xy", "positions", "surprisal", "places
 target's); `positions` next-token positions in all; `places` positions with a prediction."""
 
 
-MEASURED = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
-"""The fields of `Faithfulness` that are measured, not counted."""
-
-
 @dataclass(frozen=True)
 class Faithfulness(Record):
     """How well one (masked) model does what the target says. Surprisal, CE and KL in nats; nan where undefined."""

@@ -15,11 +15,20 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigram_circuits.names import in_block
+
 _TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
 _NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
 
 _LOGITS_AT_ONCE = 1 << 22  # when residual streams are read out,
 _ROWS_AT_ONCE = 256  # but at least so many rows
+
+
+class NotShownError(ValueError):
+    """The arguments are right, but the model, the subnetwork, the target or the text lacks what was asked to be shown.
+
+    `analyze` leaves an analysis out that raises this, with the message as the reason, and nothing else.
+    """
 
 
 @dataclass(frozen=True)
@@ -132,15 +141,15 @@ def residual_streams(
     There are n_layers + 1 entries: the first is the embedding, the last is what the final norm and unembedding read.
 
     Raises:
-        ValueError: If the model does not show one of them.
+        NotShownError: If the model does not show one of them.
     """
     last = model.cfg.n_layers - 1
-    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
+    names = [*(in_block(layer, "hook_resid_pre") for layer in range(last + 1)), in_block(last, "hook_resid_post")]
     streams: list[Tensor] = []
     hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     if len(streams) != len(names):
-        raise ValueError(
+        raise NotShownError(
             f"this model shows its residual stream at {len(streams)} of the {len(names)} places before, between and "
             f"after its blocks"
         )
@@ -153,7 +162,7 @@ def record(
     """Activations by hook name, and the logits, from one forward pass.
 
     Raises:
-        ValueError: If the model has no such activation, or the forward pass does not show it.
+        NotShownError: If the model has no such activation, or the forward pass does not show it.
     """
     seen: dict[str, Tensor] = {}
 
@@ -163,10 +172,10 @@ def record(
     try:
         logits = model.run_with_hooks(tokens, fwd_hooks=[(name, recorder(name)) for name in names])
     except KeyError as error:
-        raise ValueError(f"this model has no activation of that name: {error.args[0]}") from error
+        raise NotShownError(f"this model has no activation of that name: {error.args[0]}") from error
     for name in names:
         if name not in seen:
-            raise ValueError(f"this model does not show the activation {name}")
+            raise NotShownError(f"this model does not show the activation {name}")
     return seen, logits
 
 
@@ -230,14 +239,21 @@ def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterato
             del module.__dict__["forward"]
 
 
+def check_has_readout(model: Any, d_model: int) -> None:
+    """Raise NotShownError unless the model has a final norm, and an unembedding that reads vectors of this width."""
+    if not hasattr(model, "ln_final") or model.W_U.shape[0] != d_model:
+        raise NotShownError(
+            "this model does not read its logits from the residual stream by a final norm and W_U alone"
+        )
+
+
 def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it.
 
     Raises:
-        ValueError: If the model has no final norm, or its unembedding reads vectors of another width.
+        NotShownError: If the model has no final norm, or its unembedding reads vectors of another width.
     """
-    if not hasattr(model, "ln_final") or model.W_U.shape[0] != residual.shape[-1]:
-        raise ValueError("this model does not read its logits from the residual stream by a final norm and W_U alone")
+    check_has_readout(model, residual.shape[-1])
     rows = residual.reshape(1, -1, residual.shape[-1])
     logits = model.unembed(model.ln_final(rows))
     transform = getattr(model.adapter, "apply_output_logits_transform", None)  # soft caps and scales

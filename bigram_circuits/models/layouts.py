@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bigram_circuits.models.loading import hooked
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import WeightName
 
 _TRACED_VOCABULARY = 16
 _SHOWN = 3  # names in an error message
@@ -122,14 +123,13 @@ def huggingface_layout(model: Any) -> Layout:
     state = _state_shapes(model)
     places: dict[str, Place] = {}
     for site in sites:
-        _, layer, rest = site.name.split(".", 2)
-        pattern = traced.get(f"blocks.0.{rest}")
+        pattern = traced.get(str(replace(WeightName.parse(site.name), layer=0)))
         if pattern is None or pattern.shape != site.shape:
             raise _untraceable(
                 model,
                 f"{site.name} has shape {site.shape}, unlike that of the first block, {pattern and pattern.shape}",
             )
-        name = re.sub(r"(^|\.)0\.", rf"\g<1>{layer}.", pattern.parameter, count=1)
+        name = re.sub(r"(^|\.)0\.", rf"\g<1>{site.layer}.", pattern.parameter, count=1)
         if name not in state:
             raise _untraceable(model, f"{site.name} should be in {name}, but there is no such parameter")
         places[site.name] = replace(pattern, parameter=name)

@@ -15,12 +15,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
     "q": ("W_Q", "head d_model d_head", "(head d_head) d_model"),
@@ -88,6 +91,11 @@ class WeightSite:
     """The axes of `leaf.weight`."""
 
     @property
+    def matrix(self) -> str:
+        """For example `W_Q`."""
+        return WeightName.parse(self.name).matrix
+
+    @property
     def size(self) -> int:
         """Number of weights."""
         return self.original.numel()
@@ -133,11 +141,41 @@ def weight_sites(model: Any) -> tuple[WeightSite, ...]:
     return sites
 
 
+_HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+"""Models within a `hashed_once` block, with their hash as soon as it was asked for."""
+
+
+@contextmanager
+def hashed_once(model: Any) -> Iterator[None]:
+    """Within the block, `weight_hash` of this model is computed once, at most: hashing reads every weight.
+
+    For the length of one public call, within which nobody edits the weights. Outside of it every call computes the hash
+    anew, because an edit through `.data` cannot be seen. Blocks of one model may be nested.
+    """
+    if model in _HASHED_ONCE:
+        yield
+        return
+    _HASHED_ONCE[model] = None
+    try:
+        yield
+    finally:
+        del _HASHED_ONCE[model]
+
+
 def weight_hash(model: Any) -> str:
     """A hash of all maskable weights: tells models and checkpoints apart, whatever precision they were loaded in.
 
     Weights are rounded to bfloat16 first, so one checkpoint hashes alike in float32 and in bfloat16.
     """
+    if model not in _HASHED_ONCE:
+        return _hash_of_sites(model)
+    known = _HASHED_ONCE[model]
+    if known is None:
+        known = _HASHED_ONCE[model] = _hash_of_sites(model)
+    return known
+
+
+def _hash_of_sites(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for site in weight_sites(model):
         digest.update(f"{site.name} {site.shape}".encode())
@@ -148,8 +186,8 @@ def weight_hash(model: Any) -> str:
 
 def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
     sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
-    for component in ("attn", "mlp"):
-        _check_nothing_is_left_out(f"blocks.{layer}.{component}", getattr(block, component), sites)
+    for component in COMPONENTS:
+        _check_nothing_is_left_out(in_block(layer, component), getattr(block, component), sites)
     _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=(block.attn, block.mlp))
     return sites
 
@@ -160,7 +198,7 @@ def _attention_sites(model: Any, layer: int, block: nn.Module) -> list[WeightSit
     over_heads, d_model = sizes["W_O"][1], sizes["W_O"][0]
     heads = model.cfg.n_heads
     d_head = over_heads // heads  # not cfg.d_head, which is d_model / n_heads where a config does not say
-    where = f"this model cannot be masked: blocks.{layer}.attn"
+    where = f"this model cannot be masked: {in_block(layer, 'attn')}"
     if over_heads != heads * d_head:
         raise ValueError(f"{where}.W_O reads {over_heads} values, not a multiple of the {heads} heads")
     if sizes["W_Q"] != (over_heads, d_model):
@@ -190,7 +228,7 @@ def _mlp_sites(layer: int, block: nn.Module) -> list[WeightSite]:
     if sizes["W_out"] != (d_model, d_mlp) or sizes.get("W_gate", sizes["W_in"]) != sizes["W_in"]:
         shown = ", ".join(f"{name} {_by(size)}" for name, size in sizes.items())
         raise ValueError(
-            f"this model cannot be masked: the matrices of blocks.{layer}.mlp do not fit together as neurons: "
+            f"this model cannot be masked: the matrices of {in_block(layer, 'mlp')} do not fit together as neurons: "
             f"{shown} (outputs by inputs)"
         )
     return [
@@ -224,11 +262,11 @@ def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple
         weight = None if module is None else _stored_weight(module)
         if weight is None or weight.ndim != 2:
             kind = type(getattr(part, "original_component", part)).__name__
-            what = f"blocks.{layer}.{component}" + ("" if part is None else f" ({kind})")
+            what = in_block(layer, component) + ("" if part is None else f" ({kind})")
             raise ValueError(f"this model cannot be masked: {what} has no plain {matrix}")
         outputs, inputs = weight.shape
         stored_axes = linear_axes
-        name = f"blocks.{layer}.{component}.{matrix}"
+        name = str(WeightName(layer, component, matrix))
         if not isinstance(module, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
             if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
                 raise ValueError(
@@ -255,7 +293,7 @@ def _check_nothing_is_left_out(
     A fused matrix stays listed beside the parts it was split into (query-key-value, or gate and up): it is dead.
     """
     known = {id(site.original) for site in sites} | {id(weight) for other in but for weight in other.parameters()}
-    mine = {site.name.rsplit(".", 1)[1]: site.size for site in sites if site.name.startswith(where + ".")}
+    mine = {site.matrix: site.size for site in sites if site.name.startswith(where + ".")}
     together = (("W_Q", "W_K", "W_V"), ("W_in", "W_gate"))
     fused = [sum(mine[name] for name in names) for names in together if mine.keys() >= set(names)]
     for owner, module in part.named_modules():

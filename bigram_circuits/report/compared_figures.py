@@ -8,16 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bigram_circuits.measures.plots import SERIES, SHADES, SIGNED_SHADES, SYMBOLS
 from bigram_circuits.report.figures import INK, MUTED, dressed, error_bars
 
-_SERIES = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-    "#8C6BD1", "#A6761D", "#00A3A3", "#C7405D", "#7C9A00", "#999999",
-)  # fmt: skip
-_SYMBOLS = (
-    "circle", "square", "diamond", "triangle-up", "triangle-down", "cross",
-    "x", "star", "pentagon", "hexagram", "triangle-left", "triangle-right",
-)  # fmt: skip
 _NAME = 30  # characters, of a name in a legend or beside a map
 _LEGEND_LINE = 19  # pixels
 _R_TICKS = (-0.9, -0.5, 0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -148,7 +141,7 @@ def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any
     figure.update_xaxes(**labels, tickangle=-35 if len(names) > 3 else 0, constrain="domain")
     figure.update_yaxes(**labels, autorange="reversed")
     figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"} | _SHORT_BAR}
+        coloraxis={"colorscale": SHADES, "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"} | _SHORT_BAR}
     )
     height = 46 * len(names) + 60
     return _plain_map(dressed(figure, 90 + (height if beside else height * len(panels))))
@@ -171,7 +164,7 @@ def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
     powers = [step * count for count in range(-int(most // step), int(most // step) + 1)]
     labels = [times(2**power) if power >= 0 else f"1/{times(2**-power)}" for power in powers]
     bar = {"title": "times chance", "tickvals": powers, "ticktext": labels} | _SHORT_BAR
-    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -most, "cmax": most, "colorbar": bar})
+    figure.update_layout(coloraxis={"colorscale": SIGNED_SHADES, "cmin": -most, "cmax": most, "colorbar": bar})
     figure.update_xaxes(type="category", side="top")
     figure.update_yaxes(
         tickmode="array", tickvals=list(range(len(rows))), ticktext=[_named(row, 44) for row in rows],
@@ -207,11 +200,11 @@ def _dot(fraction: float | int, value: float | int, scale: Any) -> dict[str, Any
 
 
 def _series(place: int) -> str:
-    return _SERIES[place % len(_SERIES)]
+    return SERIES[place % len(SERIES)]
 
 
 def _symbol(place: int) -> str:
-    return _SYMBOLS[(place + place // len(_SYMBOLS)) % len(_SYMBOLS)]
+    return SYMBOLS[(place + place // len(SYMBOLS)) % len(SYMBOLS)]
 
 
 def _named(name: str, most: int = _NAME) -> str:

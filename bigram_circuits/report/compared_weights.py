@@ -10,6 +10,7 @@ import numpy as np
 from bigram_circuits.experiments.comparison import SMALLEST, Compared, Comparison, Pair
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.names import PartName
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import few, found_pairs, pair_with, pair_words, section, value_range
@@ -141,7 +142,7 @@ def places(comparison: Comparison) -> Content:
             line = compared_figures.Line(one.name, place, [str(layer) for layer in layers], shares)
             panels[component_words(part)].append(line)
             rows += [
-                [one.name, f"L{layer}.{part}", count.kept, count.total, share, count.fraction]
+                [one.name, PartName(part, layer).label, count.kept, count.total, share, count.fraction]
                 for layer, count, share in zip(layers, here, shares, strict=True)
                 if count
             ]
@@ -164,7 +165,9 @@ def _place_words(items: Sequence[Compared]) -> str:
     parts = []
     for (layer, part), shares in by_place.items():
         of = "all of them" if len(by_place) == 1 and len(shares) == len(items) else listed(list(shares))
-        parts.append(f"L{layer}.{part} in {of} ({value_range(list(shares.values()), percent)} of the kept weights)")
+        parts.append(
+            f"{PartName(part, layer).label} in {of} ({value_range(list(shares.values()), percent)} of the kept weights)"
+        )
     return f"The component with the most kept weights is {'; '.join(parts)}." if parts else "No weight was kept."
 
 

@@ -13,23 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.measures.conditions import CONDITIONS, colour_of
+from bigram_circuits.measures.plots import SHADES
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.runs import StepRecord
 
-INK = "#222222"
+INK = CONDITIONS["full"].colour
 """Replaced by the colour of the page's text; results draw the full model in it."""
 MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
 GRID = "rgba(128,128,128,0.22)"
-COLOURS = {
-    "full": INK,
-    "subnetwork": "#0072B2",
-    "complement": "#D55E00",
-    "random": "#999999",
-    "full - random": "#999999",
-    "empty": "#CC79A7",
-    "magnitude": "#009E73",
-}
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
 _WORD = 6  # characters, of a word in a cell
@@ -72,7 +65,7 @@ def training(steps: Sequence[StepRecord]) -> Any:
     for row, key in enumerate(panels.values(), start=1):
         for attempt in attempts:
             of = [one for one in steps if one.attempt == attempt]
-            colour = COLOURS["subnetwork"] if attempt == attempts[-1] else COLOURS["random"]
+            colour = CONDITIONS["subnetwork" if attempt == attempts[-1] else "random"].colour
             figure.add_scatter(
                 x=[one.step for one in of], y=[getattr(one, key) for one in of], mode="lines",
                 line={"color": colour, "width": 2}, name=f"attempt {attempt}", legendgroup=str(attempt),
@@ -94,7 +87,7 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
     for name, value, low, high in known:
         bars = {} if math.isnan(low) else error_bars([value], [low], [high], "x")
         figure.add_scatter(
-            x=[value], y=[name], mode="markers", marker={"size": 11, "color": COLOURS.get(name, MUTED)},
+            x=[value], y=[name], mode="markers", marker={"size": 11, "color": colour_of(name) or MUTED},
             showlegend=False, name=name, **bars,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
@@ -115,7 +108,7 @@ def heat_map(
         text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}",
         hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": unit, "tickformat": "~%"}})
+    figure.update_layout(coloraxis={"colorscale": SHADES, "colorbar": {"title": unit, "tickformat": "~%"}})
     figure.update_xaxes(type="category", side="top")
     figure.update_yaxes(type="category", title=row_axis)
     return dressed(figure, 110 + 34 * len(rows))
@@ -136,7 +129,7 @@ def bars(
         error = (
             error_bars(values, low, high, "x") if len(low) and not np.isnan(np.asarray(low, dtype=float)).all() else {}
         )
-        colour = COLOURS.get(name, COLOURS["subnetwork"])
+        colour = colour_of(name) or CONDITIONS["subnetwork"].colour
         figure.add_bar(
             y=[html.escape(one, quote=False) for one in names], x=list(values), name=name, orientation="h",
             marker={"color": colour}, showlegend=len(series) > 1, **error,

@@ -6,13 +6,15 @@ import math
 
 import numpy as np
 
+from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.names import PartName, head_label
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart, Results, result_blocks, result_table
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import component_words, condition_words, listed, sentence, spoken_tokens
+from bigram_circuits.report.words import component_words, listed, sentence, spoken_tokens
 from bigram_circuits.runs import Run
 
 _MOST_BARS = 20
@@ -24,7 +26,7 @@ def where(run: Run, results: Results) -> Content:
     says = [_component_words(run)]
     if not run.analyses:
         says.append("This run was not analysed, so nothing is known about single heads and neurons.")
-    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "exciting_tokens")
+    says += results.reasons("by_layer", "by_head", "concentration", "whole_neurons", "max_activating_tokens")
     return Content(says, [*_by_component(run, results), *_by_head(results), *_neurons(results)])
 
 
@@ -37,9 +39,9 @@ def _by_component(run: Run, results: Results) -> list[Block]:
     ]
     densest = max(counts, key=lambda at: counts[at].fraction)
     density = percent(counts[densest].fraction)
-    says = f"The densest component is L{densest[0]}.{densest[1]}: {density} of its weights are kept."
+    says = f"The densest component is {PartName(densest[1], densest[0]).label}: {density} of its weights are kept."
     chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
-    rows = [[f"L{layer}.{part}", n.kept, n.total, n.fraction] for (layer, part), n in counts.items()]
+    rows = [[PartName(part, layer).label, n.kept, n.total, n.fraction] for (layer, part), n in counts.items()]
     blocks: list[Block] = [Chart("Share of all kept weights, by layer and component", says, chart)]
     blocks.append(Numbers("Numbers: kept weights by component", ["component", "kept", "of", "fraction"], rows))
     measured = results.maps("by_layer")
@@ -50,7 +52,7 @@ def _by_head(results: Results) -> list[Block]:
     heads = results.maps("by_head")
     if not heads:
         return []
-    says = [f"{_densest(heads, name)} in the {condition_words(name)}" for name in heads.conditions]
+    says = [f"{_densest(heads, name)} in the {label_of(name)}" for name in heads.conditions]
     title = "Share of each head's weights that is kept"
     figure = figures.dressed(heads.plot("density")).update_layout(coloraxis_colorbar_tickformat="~%")
     chart = Chart(title, f"The densest head is {', and '.join(says)}.", figure)
@@ -63,7 +65,7 @@ def _neurons(results: Results) -> list[Block]:
     dense = results.curves("concentration")
     if dense:
         blocks += result_blocks(dense, dense.title, _concentration_words(dense))
-    neurons, tokens = results.effects("whole_neurons"), results.maps("exciting_tokens")
+    neurons, tokens = results.effects("whole_neurons"), results.maps("max_activating_tokens")
     if neurons and neurons.names:
         says = "".join(
             f"The densest neuron is {name}: {percent(x)} of its weights are kept." for name, x in neurons.top(1)
@@ -94,13 +96,15 @@ def _densest(heads: Maps, condition: str) -> str:
     if np.isnan(density).all():
         return "unknown"
     row, column = np.unravel_index(int(np.nanargmax(density)), density.shape)
-    return f"L{heads.rows[row]}H{heads.columns[column]} ({percent(float(density[row, column]))} kept)"
+    return (
+        f"{head_label(int(heads.rows[row]), int(heads.columns[column]))} ({percent(float(density[row, column]))} kept)"
+    )
 
 
 def _concentration_words(dense: Curves) -> str:
     near = int(np.argmin([abs(float(point) - 0.1) for point in dense.points]))
     shares = [
-        f"{percent(float(line[near]))} in the {condition_words(name)}"
+        f"{percent(float(line[near]))} in the {label_of(name)}"
         for name, line in zip(dense.conditions, dense.values[0], strict=True)
     ]
     neurons = f"{100 * float(dense.points[near]):.0f}%"
@@ -115,7 +119,7 @@ def _activating(tokens: Maps) -> Numbers:
         [neuron, *(spoken_tokens(tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
         for r, neuron in enumerate(tokens.rows)
     ]
-    columns = ["neuron", *(f"maximally activating tokens ({condition_words(name)})" for name in wanted)]
+    columns = ["neuron", *(f"maximally activating tokens ({label_of(name)})" for name in wanted)]
     return Numbers(tokens.title, columns, rows, is_open=True)
 
 
@@ -130,7 +134,7 @@ def needed(run: Run, results: Results) -> Content:
     removed = results.curves("stochastic_ablation")
     if removed:
         says = [
-            f"from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)} for the {condition_words(name)}"
+            f"from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)} for the {label_of(name)}"
             for name, line in zip(removed.conditions, removed.values[0], strict=True)
         ]
         words = f"As all other weights are removed at random, r goes {listed(says)}."
@@ -154,7 +158,7 @@ def _ablation(effects: Effects, what: str) -> list[Block]:
         for name in series
     }
     says = [
-        f"{costliest} for the {condition_words(name)} ({rounded(cost, 2)} nats)"
+        f"{costliest} for the {label_of(name)} ({rounded(cost, 2)} nats)"
         for name in series
         for costliest, cost in effects.top(1, keys[name])
     ]
@@ -225,9 +229,7 @@ def _course(curves: Curves, quantity: str, what: str) -> str:
         place = curves.points[int(np.nanargmax(steps)) + 1]
         known = values[~np.isnan(values)]
         most = f" (mostly at layer {place})" if steps.size > 1 and np.nanmax(steps) > 0.01 else ""
-        parts.append(
-            f"from {rounded(known[0], 2)} to {rounded(known[-1], 2)} in the {condition_words(condition)}{most}"
-        )
+        parts.append(f"from {rounded(known[0], 2)} to {rounded(known[-1], 2)} in the {label_of(condition)}{most}")
     return f"From the first layer to the last, {what} goes {' and '.join(parts)}." if parts else ""
 
 
@@ -255,7 +257,7 @@ def attribution(run: Run, results: Results) -> Content:
             row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
             value = rounded(float(values[row, column]), 2)
             token = f"“{found.columns[column]}”"
-            parts.append(f"in the {condition_words(condition)}, {found.rows[row]} adds most to {token} ({value})")
+            parts.append(f"in the {label_of(condition)}, {found.rows[row]} adds most to {token} ({value})")
     says = sentence("; ".join(parts))
     if len(found.columns) > 1:
         return Content([], result_blocks(found, found.title, says))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bigram_circuits.evaluation import ZERO_RULE, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.measures.conditions import CONDITIONS
 from bigram_circuits.measures.words import flat, percent, rounded, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
@@ -57,14 +58,7 @@ _COLUMNS = {
     "mean_surprisal": "loss",
     "top1_agreement": "top-1",
 }
-_MEANINGS = {
-    "subnetwork": "the model with only the subnetwork's weights",
-    "full": "the full model",
-    "empty": "the model without any maskable weight: embeddings, normalisation and biases remain",
-    "complement": "the full model without the subnetwork's weights",
-    "magnitude": "the largest weights, as many in every matrix as the subnetwork keeps",
-    "random": "random weights, as many in every matrix as the subnetwork keeps: mean over seeds",
-    "full - random": "the full model without such random weights: mean over seeds",
+_MEANINGS = {name: one.meaning for name, one in CONDITIONS.items()} | {
     "r": "Pearson correlation of the model's surprisals with the target's",
     "cross-entropy, KL": "from the target's distribution to the model's, in nats",
     "loss": "the masked model's next-token loss, in nats",

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Attention, Block, Chart, Content, Numbers, Reading
 from bigram_circuits.report.results import Results, result_table
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import condition_words, predictions, spoken
+from bigram_circuits.report.words import predictions, spoken
 from bigram_circuits.runs import Run
 
 _CELL = 47  # pixels, of width for a column of a wide map
@@ -51,7 +52,7 @@ def _prompt_words(lens: Maps) -> str:
         first = [[cell.split("\n")[0] for cell in row] for row in text]
         same = [sum(a == b for a, b in zip(row, first[-1], strict=True)) for row in first]
         if len(same) > 1:
-            parts.append(f"{same[-2]} of {len(lens.columns)} positions in the {condition_words(condition)}")
+            parts.append(f"{same[-2]} of {len(lens.columns)} positions in the {label_of(condition)}")
     if not parts:
         return ""
     return f"Before the last layer, the most likely token is already the final one at {' and '.join(parts)}."
@@ -60,7 +61,7 @@ def _prompt_words(lens: Maps) -> str:
 def _cosine_words(cosine: Maps) -> str:
     last = {name: cosine.values[0, c, -1] for c, name in enumerate(cosine.conditions)}
     means = [
-        f"{rounded(float(np.nanmean(last[name])), 2)} in the {condition_words(name)}"
+        f"{rounded(float(np.nanmean(last[name])), 2)} in the {label_of(name)}"
         for name in ("subnetwork", "full")
         if name in last and not np.isnan(last[name]).all()
     ]
@@ -109,7 +110,7 @@ def _passage_reading(run: Run, found: Maps, names: Sequence[str], row: int, most
 
 def _reader(run: Run, condition: str) -> str:
     """Who reads: the full model, the subnetwork, or the target by its name."""
-    return f"The {run.target_words[0] if condition == 'target' else condition_words(condition)}"
+    return f"The {run.target_words[0] if condition == 'target' else label_of(condition)}"
 
 
 def _full_colour(values: Sequence[np.ndarray]) -> float:
@@ -164,7 +165,7 @@ def tokens(run: Run, results: Results) -> Content:
                 series[name].append(value)
             predicted = [predictions(text[name][r][c]) for name in predicting]
             rows.append([names[-1], float(found.get("count", own)[r, c]), *kl, *predicted])
-    columns = ["token", "occurrences", *(f"KL, {condition_words(name)}" for name in shown)]
+    columns = ["token", "occurrences", *(f"KL, {label_of(name)}" for name in shown)]
     columns += [f"{_reader(run, name).lower()} predicts" for name in predicting]
     chart = Chart("KL from the target by current token", "", figures.bars(names, series, "KL (nats)"))
     table = Numbers("Predictions after these tokens", columns, rows, is_open=True)
@@ -195,15 +196,13 @@ def heads(run: Run, results: Results) -> Content:
     tokens = [name.split(": ", 1)[-1] for name in found.rows]
     for condition in (name for name in ("full", "subnetwork") if (name, heads[0]) in panels):
         patterns = [found.get(found.quantities[0].name, f"{condition} {head}") for head in heads]
-        blocks.append(
-            Attention(f"In the {condition_words(condition)}", "", tokens, heads, [one.tolist() for one in patterns])
-        )
+        blocks.append(Attention(f"In the {label_of(condition)}", "", tokens, heads, [one.tolist() for one in patterns]))
         for head, pattern in zip(heads, patterns, strict=True):
-            rows.append([head, condition_words(condition), *_looks(pattern)])
+            rows.append([head, label_of(condition), *_looks(pattern)])
             numbers += [
                 [
                     head,
-                    condition_words(condition),
+                    label_of(condition),
                     name,
                     *(float(x) if c <= r else "" for c, x in enumerate(pattern[r])),
                 ]

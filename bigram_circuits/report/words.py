@@ -1,4 +1,4 @@
-"""How the pages write conditions, components, tokens and lists of names."""
+"""How the pages write components, tokens and lists of names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Sequence
 
 _MOST_NAMED = 8  # in a sentence
 _COMPONENTS = {"attn": "attention", "mlp": "MLP"}
-_CONDITIONS = {"full": "full model", "random": "matched random weights", "empty": "empty subnetwork"}
-
-
-def condition_words(name: str) -> str:
-    """The name of a condition in a sentence."""
-    return _CONDITIONS.get(name, name)
 
 
 def spaced(name: str) -> str:

@@ -43,14 +43,14 @@ def hooks_for(model, text, by="zero", tokens=None, seed=0):
 
 
 def test_sweeps_name_every_part(tiny_model):
-    assert [part.name for part in parse("heads", tiny_model)] == [f"head {i}.{h}" for i in range(2) for h in range(4)]
-    assert [part.name for part in parse(["attns", "mlps"], tiny_model)] == ["attn 0", "attn 1", "mlp 0", "mlp 1"]
-    assert [part.name for part in parse("layers", tiny_model)] == ["layer 0", "layer 1"]
-    (part,) = parse("head 1.2 + neurons 0.[1, 5]+layer 0", tiny_model)
+    assert [part.name for part in parse("heads", tiny_model)] == [f"L{i}H{h}" for i in range(2) for h in range(4)]
+    assert [part.name for part in parse(["attns", "mlps"], tiny_model)] == ["L0.attn", "L1.attn", "L0.mlp", "L1.mlp"]
+    assert [part.name for part in parse("layers", tiny_model)] == ["L0", "L1"]
+    (part,) = parse("L1H2 + L0N[1, 5]+L0", tiny_model)
     assert [(one.kind, one.layer, one.indices) for one in part.components] == [
         ("head", 1, (2,)), ("neurons", 0, (1, 5)), ("attn", 0, ()), ("mlp", 0, ()),
     ]  # fmt: skip
-    assert parse("neurons 0.5", tiny_model)[0].components[0].indices == (5,)
+    assert parse("L0N5", tiny_model)[0].components[0].indices == (5,)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,19 @@ def test_sweeps_name_every_part(tiny_model):
     [
         ("head", "cannot read 'head'"),
         ("", "cannot read ''"),
-        ("head 1.x", "say 'head 2.3'"),
-        ("head 1.2 + heads", "stands for many"),
-        ("head 1.2 +", "cannot read"),
-        ("neurons 0.[]", "names no neuron"),
-        ("head 7.0", "no layer 7: layers are 0 to 1"),
-        ("head 1.4", "no head 4 in layer 1: it has heads 0 to 3"),
-        ("neurons 0.[1,40]", "no neuron 40 in layer 0: it has neurons 0 to 39"),
-        ("mlp 2", "no layer 2"),
+        ("head 1.x", "say 'L2H3'"),
+        ("L1H2 + heads", "stands for many"),
+        ("L1H2 +", "cannot read"),
+        ("L0N[]", "names no neuron"),
+        ("L7H0", "no layer 7: layers are 0 to 1"),
+        ("L1H4", "no head 4 in layer 1: it has heads 0 to 3"),
+        ("L0N[1,40]", "no neuron 40 in layer 0: it has neurons 0 to 39"),
+        ("L2.mlp", "no layer 2"),
         ("subnetwork", "pass subnetwork="),
         ([], "no part of the model"),
         (3, "from a int"),
         ([3], "from a int"),
-        (["mlp 0", "mlp 0"], "two parts are called 'mlp 0'"),
+        (["L0.mlp", "L0.mlp"], "two parts are called 'L0.mlp'"),
         ({"a": "heads"}, "stands for 8"),
     ],
 )
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tiny_model, what, words):
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(tiny_model, half, random_tokens, options, words):
-    options = {"what": "mlp 0", "tokens": random_tokens, "subnetwork": half} | options
+    options = {"what": "L0.mlp", "tokens": random_tokens, "subnetwork": half} | options
     with pytest.raises(ValueError, match=words) as caught:
         ablate(tiny_model, **options)
     assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_zeroing_a_head_is_masking_its_output_matrix(any_model, random_tokens, h
     masks["blocks.1.attn.W_O"][head] = False
     with bc.masked(any_model, Subnetwork(masks)):
         expected = logits_of(any_model, random_tokens)
-    found = logits_of(any_model, random_tokens, hooks_for(any_model, f"head 1.{head}", tokens=random_tokens))
+    found = logits_of(any_model, random_tokens, hooks_for(any_model, f"L1H{head}", tokens=random_tokens))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found, logits_of(any_model, random_tokens), atol=1e-3)
 
@@ -117,18 +117,18 @@ def test_zeroing_neurons_is_masking_their_rows(any_model, random_tokens):
     masks["blocks.0.mlp.W_out"][[1, 5]] = False
     with bc.masked(any_model, Subnetwork(masks)):
         expected = logits_of(any_model, random_tokens)
-    found = logits_of(any_model, random_tokens, hooks_for(any_model, "neurons 0.[1,5]", tokens=random_tokens))
+    found = logits_of(any_model, random_tokens, hooks_for(any_model, "L0N[1,5]", tokens=random_tokens))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_head_or_neuron_without_its_activation_is_one_without_its_weights(any_model, random_tokens):
-    parts = ["head 0.1 + head 1.3", "neurons 0.[1,5]"]
+    parts = ["L0H1 + L1H3", "L0N[1,5]"]
     losses = [ablate(any_model, parts, random_tokens, by=by, seeds=0).get("loss") for by in ("zero", "weights")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_zeroing_everything_leaves_the_embedding(any_model, random_tokens):
-    hooks = hooks_for(any_model, "layer 0 + layer 1", tokens=random_tokens)
+    hooks = hooks_for(any_model, "L0 + L1", tokens=random_tokens)
     streams = []
     names = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_post")
     logits_of(
@@ -139,22 +139,23 @@ def test_zeroing_everything_leaves_the_embedding(any_model, random_tokens):
 
 def test_weights_of_a_head_are_those_that_drop_head_drops(any_model):
     full = Subnetwork.full(any_model)
-    (head,) = parse("head 1.2", any_model)
-    assert ~head.weights(any_model) == full.drop_head(1, 2)
-    assert head.weights(any_model, shared=True) == Subnetwork.empty(any_model).keep_head(1, 2)
-    (both,) = parse("mlp 0 + neurons 1.[3]", any_model)
-    assert both.weights(any_model).by_component()[0, "mlp"].fraction == 1
-    assert both.weights(any_model).by_component()[0, "attn"].kept == 0
-    (layer,) = parse("layer 1", any_model)
-    assert ~layer.weights(any_model) == full.drop_layer(1)
+    empty = Subnetwork.empty(any_model)
+    (head,) = parse("L1H2", any_model)
+    assert ~head.weights(empty) == full.drop_head(1, 2)
+    assert head.weights(empty, shared=True) == Subnetwork.empty(any_model).keep_head(1, 2)
+    (both,) = parse("L0.mlp + L1N[3]", any_model)
+    assert both.weights(empty).by_component()[0, "mlp"].fraction == 1
+    assert both.weights(empty).by_component()[0, "attn"].kept == 0
+    (layer,) = parse("L1", any_model)
+    assert ~layer.weights(empty) == full.drop_layer(1)
 
 
 def test_mean_ablation_of_a_constant_changes_nothing(tiny_model):
     tokens = np.full((3, 8), 5)  # rotary positions: equal tokens have equal activations everywhere
-    found = ablate(tiny_model, ["head 0.1", "neurons 1.[2,3]", "mlp 0", "layer 1"], tokens, by="mean", seeds=1)
+    found = ablate(tiny_model, ["L0H1", "L1N[2,3]", "L0.mlp", "L1"], tokens, by="mean", seeds=1)
     assert max(abs(rise) for rise in found.get("rise_in_loss").values()) < 1e-5
-    zeroed = ablate(tiny_model, ["mlp 0"], tokens, by="zero", seeds=0)
-    assert abs(zeroed.get("rise_in_loss")["mlp 0"]) > 1e-3
+    zeroed = ablate(tiny_model, ["L0.mlp"], tokens, by="zero", seeds=0)
+    assert abs(zeroed.get("rise_in_loss")["L0.mlp"]) > 1e-3
 
 
 def test_means_are_over_sequences_and_positions(any_model, random_tokens):
@@ -177,13 +178,13 @@ def test_means_leave_out_what_comes_after_the_last_answer(tiny_model):
 
 def test_resampled_activations_are_another_sequences_and_seeded(tiny_model, random_tokens):
     runs = [
-        logits_of(tiny_model, random_tokens, hooks_for(tiny_model, "mlp 0", "resample", random_tokens, seed))
+        logits_of(tiny_model, random_tokens, hooks_for(tiny_model, "L0.mlp", "resample", random_tokens, seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     kept = {}
-    hooks = hooks_for(tiny_model, "mlp 1", "resample", random_tokens)
+    hooks = hooks_for(tiny_model, "L1.mlp", "resample", random_tokens)
     name, replace = hooks[0]
 
     def keep_both(value, hook):
@@ -194,15 +195,15 @@ def test_resampled_activations_are_another_sequences_and_seeded(tiny_model, rand
     for row in range(len(random_tokens)):
         others = [torch.equal(kept["after"][row], kept["before"][k]) for k in range(len(random_tokens)) if k != row]
         assert sum(others) == 1
-    equal = ablate(tiny_model, "head 0.1", np.repeat(random_tokens[:1], 4, 0), by="resample", seeds=0)
-    assert equal.get("rise_in_loss")["head 0.1"] == pytest.approx(0, abs=1e-6)
+    equal = ablate(tiny_model, "L0H1", np.repeat(random_tokens[:1], 4, 0), by="resample", seeds=0)
+    assert equal.get("rise_in_loss")["L0H1"] == pytest.approx(0, abs=1e-6)
 
 
 # --- controls ---
 
 
 def test_random_coordinates_are_as_many(any_model):
-    (part,) = parse("head 0.1 + head 0.3 + neurons 1.[0,7,9]", any_model)
+    (part,) = parse("L0H1 + L0H3 + L1N[0,7,9]", any_model)
     chosen, drawn = coordinates(any_model, part), random_coordinates(coordinates(any_model, part), 0)
     assert {name: int(mask.sum()) for name, mask in chosen.items()} == {
         "blocks.0.attn.hook_z": 12,
@@ -210,7 +211,7 @@ def test_random_coordinates_are_as_many(any_model):
     }
     assert {name: int(mask.sum()) for name, mask in drawn.items()} == {n: int(m.sum()) for n, m in chosen.items()}
     assert not torch.equal(drawn["blocks.0.attn.hook_z"], chosen["blocks.0.attn.hook_z"])
-    assert random_coordinates(coordinates(any_model, parse("mlp 0", any_model)[0]), 0) is None
+    assert random_coordinates(coordinates(any_model, parse("L0.mlp", any_model)[0]), 0) is None
 
 
 def test_random_within_draws_from_the_pool_alone(half):
@@ -226,17 +227,15 @@ def test_random_within_draws_from_the_pool_alone(half):
 
 
 def test_there_is_no_matched_random_part_of_what_is_whole(tiny_model, half, random_tokens):
-    found = ablate(tiny_model, ["mlp 0", "head 0.1"], random_tokens, seeds=1)
-    assert math.isnan(found.get("random_rise")["mlp 0"])
-    assert math.isnan(found.get("excess")["mlp 0"])
-    assert not math.isnan(found.get("excess")["head 0.1"])
-    found = ablate(
-        tiny_model, ["layer 0", "subnetwork", "random", "head 0.0"], random_tokens, half, by="weights", seeds=1
-    )
+    found = ablate(tiny_model, ["L0.mlp", "L0H1"], random_tokens, seeds=1)
+    assert math.isnan(found.get("random_rise")["L0.mlp"])
+    assert math.isnan(found.get("excess")["L0.mlp"])
+    assert not math.isnan(found.get("excess")["L0H1"])
+    found = ablate(tiny_model, ["L0", "subnetwork", "random", "L0H0"], random_tokens, half, by="weights", seeds=1)
     missing = {name for name, value in found.get("random_rise").items() if math.isnan(value)}
-    assert missing == {"layer 0", "random"}
+    assert missing == {"L0", "random"}
     inside = found.get("random_rise_in_subnetwork")
-    assert {name for name, value in inside.items() if math.isnan(value)} == {"layer 0", "subnetwork", "random"}
+    assert {name for name, value in inside.items() if math.isnan(value)} == {"L0", "subnetwork", "random"}
 
 
 # --- what comes out ---
@@ -244,7 +243,7 @@ def test_there_is_no_matched_random_part_of_what_is_whole(tiny_model, half, rand
 
 @pytest.mark.parametrize("by", WAYS)
 def test_intervals_contain_the_point_and_numbers_add_up(tiny_model, half, target, random_tokens, by):
-    found = ablate(tiny_model, ["head 0.1", "neurons 1.[3,4]"], random_tokens, half, by=by, target=target, seeds=2)
+    found = ablate(tiny_model, ["L0H1", "L1N[3,4]"], random_tokens, half, by=by, target=target, seeds=2)
     for quantity in ("rise_in_loss", "excess", "change_in_r", "rise_in_loss_in_subnetwork", "excess_in_subnetwork"):
         at = found.quantities.index(found.quantity(quantity))
         assert (found.low[at] <= found.values[at] + 1e-9).all()
@@ -255,7 +254,7 @@ def test_intervals_contain_the_point_and_numbers_add_up(tiny_model, half, target
             assert rise == pytest.approx(found.get(f"excess{end}")[name] + found.get(f"random_rise{end}")[name])
             assert rise == pytest.approx(found.get(f"loss{end}")[name] - found.notes["loss_before"][base])
     assert found.notes["by"] == dict.fromkeys(found.names, by)
-    assert "head 0.1" in str(found)
+    assert "L0H1" in str(found)
 
 
 def test_losses_are_those_of_evaluate(tiny_model, half, target, random_tokens):
@@ -273,7 +272,7 @@ def test_losses_are_those_of_evaluate(tiny_model, half, target, random_tokens):
 
 def test_a_subnetwork_goes_by_its_lineage_and_a_mapping_by_its_keys(tiny_model, half, random_tokens):
     named = half.named("mine")
-    assert ablate(tiny_model, [named, "mlp 0"], random_tokens, seeds=0).names == ("mine", "mlp 0")
+    assert ablate(tiny_model, [named, "L0.mlp"], random_tokens, seeds=0).names == ("mine", "L0.mlp")
     assert ablate(tiny_model, {"this": named}, random_tokens, seeds=0).names == ("this",)
     assert ablate(tiny_model, named, random_tokens, seeds=0).notes["by"] == {"mine": "weights"}
 
@@ -299,7 +298,7 @@ def test_a_planted_part_is_ranked_first(tiny_folders, random_tokens, kind, by):
                 if site.name == matrix:
                     size[2] = 20
                 site.original.mul_(site.to_stored(size))
-    what = "heads" if kind == "head" else [f"neurons 1.{index}" for index in range(6)]
+    what = "heads" if kind == "head" else [f"L1N{index}" for index in range(6)]
     with torch.no_grad():  # a text that the model itself would write, so that its planted part helps
         tokens = torch.from_numpy(random_tokens[:, :1])
         torch.manual_seed(0)
@@ -307,7 +306,7 @@ def test_a_planted_part_is_ranked_first(tiny_folders, random_tokens, kind, by):
             probs = model(tokens)[:, -1].softmax(-1)
             tokens = torch.cat([tokens, torch.multinomial(probs, 1)], 1)
     found = ablate(model, what, tokens.numpy(), by=by, seeds=1)
-    assert found.top(1)[0][0] == ("head 1.2" if kind == "head" else "neurons 1.2")
+    assert found.top(1)[0][0] == ("L1H2" if kind == "head" else "L1N2")
 
 
 @pytest.mark.parametrize("by", WAYS)
@@ -328,9 +327,9 @@ def test_nothing_is_left_behind(any_model, random_tokens, by):
             raise RuntimeError("broken")
 
     before = state()
-    ablate(any_model, ["head 0.1"], random_tokens, by=by, seeds=1)
+    ablate(any_model, ["L0H1"], random_tokens, by=by, seeds=1)
     with pytest.raises(RuntimeError, match="broken"):
-        ablate(any_model, ["head 0.1"], random_tokens, by=by, seeds=1, target=Late())
+        ablate(any_model, ["L0H1"], random_tokens, by=by, seeds=1, target=Late())
     after = state()
     assert before[0] == after[0]
     assert before[2] == after[2]
@@ -341,7 +340,7 @@ def test_nothing_is_left_behind(any_model, random_tokens, by):
 def test_a_hook_that_fails_is_taken_off(tiny_model, random_tokens, monkeypatch):
     monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
-        ablate(tiny_model, "head 0.1", random_tokens, seeds=0)
+        ablate(tiny_model, "L0H1", random_tokens, seeds=0)
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
 
 

@@ -33,7 +33,7 @@ RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(0, D_VOCAB, (6, 8))
 PROMPT = torch.from_numpy(TOKENS[0])
 TARGET = bc.count_ngrams(RANDOM.integers(0, D_VOCAB, (2000, 32)), d_vocab=D_VOCAB)
-PARTS = ["head 0.1", "neurons 1.[1,5]", "attn 0", "mlp 1"]
+PARTS = ["L0H1", "L1N[1,5]", "L0.attn", "L1.mlp"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,16 +218,16 @@ def test_ablating_by_hooks_is_ablating_by_masks_and_every_part_matters(model, ha
         changed = {**masks, f"blocks.{layer_matrix}": masks[f"blocks.{layer_matrix}"].clone()}
         changed[f"blocks.{layer_matrix}"][index] = False
         masked_loss = surprisals(logits_of(model, bc.Subnetwork(changed)), torch.from_numpy(TOKENS)).mean()
-        part = "head 0.1" if "attn" in layer_matrix else "neurons 1.[1,5]"
+        part = "L0H1" if "attn" in layer_matrix else "L1N[1,5]"
         assert found["zero"].get("loss")[part] == pytest.approx(masked_loss.item(), rel=1e-5)
 
 
 def test_a_part_that_was_taken_out_is_sufficient_when_it_is_put_back(model):
     task = analysis.repeated_random_tokens(model, prompts=4, period=4)
     base = bc.Subnetwork.full(model).drop_neurons(1, [1, 5])
-    found = analysis.sufficiency(model, base, ["neurons 1.[1,5]", "mlp 0"], task, seeds=1)
-    assert found.get("loss")["neurons 1.[1,5]"] == pytest.approx(found.notes["loss_of_full"], rel=1e-6)
-    assert found.get("loss")["mlp 0"] == found.notes["loss_of_base"]
+    found = analysis.sufficiency(model, base, ["L1N[1,5]", "L0.mlp"], task, seeds=1)
+    assert found.get("loss")["L1N[1,5]"] == pytest.approx(found.notes["loss_of_full"], rel=1e-6)
+    assert found.get("loss")["L0.mlp"] == found.notes["loss_of_base"]
     assert found.notes["loss_of_base"] != pytest.approx(found.notes["loss_of_full"], rel=1e-7)
 
 
@@ -259,7 +259,7 @@ def test_attention_goes_backwards_and_its_shares_are_1(model, half):
 
 
 def test_the_tokens_that_excite_a_neuron_are_those_of_its_activations(model, half):
-    found = analysis.exciting_tokens(model, [(0, 1), (1, 2)], TOKENS, half, min_count=1, k=2)
+    found = analysis.max_activating_tokens(model, [(0, 1), (1, 2)], TOKENS, half, min_count=1, k=2)
     for condition, kept in (("full", None), ("subnetwork", half)):
         with torch.no_grad(), reduced_to(model, kept):
             seen, _ = record(model, torch.from_numpy(TOKENS), [f"blocks.{layer}.mlp.hook_post" for layer in (0, 1)])

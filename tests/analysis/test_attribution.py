@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -52,11 +54,10 @@ def test_it_agrees_with_transformer_lens_on_folded_weights(any_model, tiny_folde
     theirs = direct_logit_attribution(folded, tokens, answer_tokens=80, incorrect_tokens=70, unit="component")
     ours = logit_attribution(any_model, PROMPT, answer=80, wrong=70)
     difference = dict(zip(ours.rows, ours.get("contribution")[:, 2], strict=True))
-    expected = dict(zip(theirs.labels, theirs.attribution.flatten().tolist(), strict=True))
+    labels = [re.sub(r"(\d+)_(attn|mlp)_out", r"L\1.\2", label) for label in theirs.labels]
+    expected = dict(zip(labels, theirs.attribution.flatten().tolist(), strict=True))
     shared = [name for name in difference if name in expected]
-    assert [name for name in shared if name.endswith("_out")] == [
-        f"{i}_{k}_out" for i in (0, 1) for k in ("attn", "mlp")
-    ]
+    assert [name for name in shared if name.startswith("L")] == ["L0.attn", "L0.mlp", "L1.attn", "L1.mlp"]
     assert "embed" in shared
     # folding moves biases of W_V and of norms within a component, and constants of the logits into b_U
     for name in shared:
@@ -73,8 +74,8 @@ def test_heads_add_up_to_their_attention(any_model):
         whole = dict(zip(by_component.rows, by_component.get("contribution", condition)[:, 0], strict=True))
         heads = dict(zip(by_head.rows, by_head.get("contribution", condition)[:, 0], strict=True))
         for layer in range(2):
-            parts = [value for name, value in heads.items() if name.startswith((f"L{layer}H", f"{layer}_attn"))]
-            assert sum(parts) == pytest.approx(whole[f"{layer}_attn_out"], abs=1e-5)
+            parts = [value for name, value in heads.items() if name.startswith((f"L{layer}H", f"L{layer}.attn"))]
+            assert sum(parts) == pytest.approx(whole[f"L{layer}.attn"], abs=1e-5)
 
 
 def test_a_dropped_head_writes_nothing(tiny_model):
@@ -151,7 +152,7 @@ def test_bad_input_is_said_in_one_line(tiny_model):
         prompt_tokens(tiny_model, np.zeros((2, 3), int))
     with pytest.raises(ValueError, match="token ids must be 0 to 256 for this model, but there is 257"):
         prompt_tokens(tiny_model, [1, 257])
-    with pytest.raises(ValueError, match=r"there is no head 1\.4"):
+    with pytest.raises(ValueError, match="there is no head 4 in layer 1"):
         attention_patterns(tiny_model, PROMPT, heads=[(1, 4)])
     with pytest.raises(ValueError, match="at least one head"):
         attention_patterns(tiny_model, PROMPT, heads=[])

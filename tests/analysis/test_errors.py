@@ -31,12 +31,12 @@ OF_TEXT = {
     "cosine_to_unembedding": lambda model, text, **options: analysis.cosine_to_unembedding(model, text, **options),
     "layer_rotations": lambda model, text, **options: analysis.layer_rotations(model, text, **options),
     "covariance_similarity": lambda model, text, **options: analysis.covariance_similarity(model, text, **options),
-    "ablate": lambda model, text, **options: analysis.ablate(model, "mlp 0", text, **options),
+    "ablate": lambda model, text, **options: analysis.ablate(model, "L0.mlp", text, **options),
     "stochastic_ablation": lambda model, text, **options: analysis.stochastic_ablation(
         model, half(model), counted(), text, **options
     ),
-    "sufficiency": lambda model, text, **options: analysis.sufficiency(model, half(model), "mlp 0", text, **options),
-    "exciting_tokens": lambda model, text, **options: analysis.exciting_tokens(
+    "sufficiency": lambda model, text, **options: analysis.sufficiency(model, half(model), "L0.mlp", text, **options),
+    "max_activating_tokens": lambda model, text, **options: analysis.max_activating_tokens(
         model, [(0, 1)], text, min_count=1, **options
     ),
     "faithfulness_by_token": lambda model, text, **options: analysis.faithfulness_by_token(
@@ -145,8 +145,10 @@ def test_text_without_a_tokenizer(tiny_folders):
 def test_too_little_text(tiny_model):
     refused(lambda: analysis.affine_lens(tiny_model, TEXT[:3]), "at least 4 sequences")
     refused(lambda: analysis.covariance_similarity(tiny_model, TEXT[:1, :3]), "at least 4 tokens, not 3")
-    refused(lambda: analysis.exciting_tokens(tiny_model, [(0, 1)], TEXT, min_count=1000), "no token occurs 1000 times")
-    refused(lambda: analysis.ablate(tiny_model, "mlp 0", TEXT[:1], by="resample"), "another sequence")
+    refused(
+        lambda: analysis.max_activating_tokens(tiny_model, [(0, 1)], TEXT, min_count=1000), "no token occurs 1000 times"
+    )
+    refused(lambda: analysis.ablate(tiny_model, "L0.mlp", TEXT[:1], by="resample"), "another sequence")
     refused(lambda: analysis.linear_cka(torch.zeros(3, 2), torch.zeros(3, 2)), "at least 4 tokens")
 
 
@@ -180,7 +182,7 @@ def test_the_subnetwork_of_another_model(tiny_model, other_half, name):
 def test_the_subnetwork_of_another_model_where_it_must_be_given(tiny_model, other_half):
     for call in (
         lambda: analysis.stochastic_ablation(tiny_model, other_half, counted(), TEXT),
-        lambda: analysis.sufficiency(tiny_model, other_half, "mlp 0", TEXT),
+        lambda: analysis.sufficiency(tiny_model, other_half, "L0.mlp", TEXT),
         lambda: analysis.ablate(tiny_model, other_half, TEXT),
         lambda: analysis.logit_attribution(tiny_model, "abc", other_half),
         lambda: analysis.attention_patterns(tiny_model, "abc", other_half),
@@ -271,7 +273,7 @@ def test_seeds_below_0_elsewhere(tiny_model):
         ("stochastic_ablation", {"shares": (0, -0.5)}, "shares must be numbers from 0 to 1"),
         ("stochastic_ablation", {"shares": ()}, "shares must be numbers from 0 to 1"),
         ("sufficiency", {"seeds": -1}, "seeds must be 0 or more, not -1"),
-        ("exciting_tokens", {"k": 0}, "k of at least 1"),
+        ("max_activating_tokens", {"k": 0}, "k of at least 1"),
     ],
 )
 def test_numbers(tiny_model, name, options, words):
@@ -281,14 +283,17 @@ def test_numbers(tiny_model, name, options, words):
 def test_places_that_do_not_exist(tiny_model):
     kept = half(tiny_model)
     for call, words in (
-        (lambda: analysis.exciting_tokens(tiny_model, [(9, 0)], TEXT), "there is no layer 9"),
-        (lambda: analysis.exciting_tokens(tiny_model, [(0, -1)], TEXT), "there is no neuron -1"),
-        (lambda: analysis.exciting_tokens(tiny_model, [], TEXT), "at least one neuron"),
-        (lambda: analysis.exciting_tokens(tiny_model, [(0, 1)], TEXT, min_count=0), "min_count must be at least 1"),
-        (lambda: analysis.attention_patterns(tiny_model, "abc", heads=[(0, -1)]), r"there is no head 0\.-1"),
-        (lambda: analysis.ablate(tiny_model, "mlp 7", TEXT), "there is no layer 7"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [(9, 0)], TEXT), "there is no layer 9"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [(0, -1)], TEXT), "there is no neuron -1"),
+        (lambda: analysis.max_activating_tokens(tiny_model, [], TEXT), "at least one neuron"),
+        (
+            lambda: analysis.max_activating_tokens(tiny_model, [(0, 1)], TEXT, min_count=0),
+            "min_count must be at least 1",
+        ),
+        (lambda: analysis.attention_patterns(tiny_model, "abc", heads=[(0, -1)]), "there is no head -1 in layer 0"),
+        (lambda: analysis.ablate(tiny_model, "L7.mlp", TEXT), "there is no layer 7"),
         (lambda: analysis.ablate(tiny_model, [], TEXT), "no part of the model is named"),
-        (lambda: analysis.sufficiency(tiny_model, kept, "head 0.9", TEXT), "there is no head 9"),
+        (lambda: analysis.sufficiency(tiny_model, kept, "L0H9", TEXT), "there is no head 9"),
         (lambda: analysis.concentration(kept, layers=[5]), "there is no layer 5"),
         (lambda: analysis.concentration(kept, layers=[]), "at least one layer"),
         (lambda: analysis.concentration(kept, points=1), "at least 2 points"),

@@ -9,7 +9,7 @@ from bigram_circuits.analysis.location import (
     by_matrix,
     by_neuron,
     concentration,
-    exciting_tokens,
+    max_activating_tokens,
     neuron_counts,
     whole_neurons,
 )
@@ -85,11 +85,11 @@ def test_concentration_is_a_lorenz_curve(tiny_model):
     )
 
 
-def test_exciting_tokens_are_means_by_current_token(any_model, random_tokens):
+def test_max_activating_tokens_are_means_by_current_token(any_model, random_tokens):
     subnetwork = some_weights(any_model)
     tokens = random_tokens % 20
     neurons = [(1, 3), (0, 7)]
-    result = exciting_tokens(any_model, neurons, tokens, subnetwork, k=4, min_count=4)
+    result = max_activating_tokens(any_model, neurons, tokens, subnetwork, k=4, min_count=4)
     assert result.conditions == ("full", "subnetwork", "complement", "random")
     with torch.inference_mode(), masked(any_model, subnetwork):
         _, cache = any_model.run_with_cache(torch.from_numpy(tokens))
@@ -106,7 +106,7 @@ def test_exciting_tokens_are_means_by_current_token(any_model, random_tokens):
 
 def test_fewer_tokens_than_asked_for_leave_cells_empty(tiny_model):
     tokens = np.array([[1, 2, 1, 2, 1, 2]])
-    result = exciting_tokens(tiny_model, [(0, 0)], tokens, k=3, min_count=1)
+    result = max_activating_tokens(tiny_model, [(0, 0)], tokens, k=3, min_count=1)
     assert result.text is not None
     assert result.text[0][0][2] == ""
     assert np.isnan(result.get("count")[0, 2])
@@ -125,15 +125,21 @@ def test_bad_input_is_said_in_one_line(tiny_model, random_tokens):
     with pytest.raises(ValueError, match="most must be at least 1"):
         whole_neurons(empty, most=0)
     with pytest.raises(ValueError, match="there is no neuron 40 in layer 0: it has neurons 0 to 39"):
-        exciting_tokens(tiny_model, [(0, 40)], random_tokens)
+        max_activating_tokens(tiny_model, [(0, 40)], random_tokens)
     with pytest.raises(ValueError, match="there is no layer 2: layers are 0 to 1"):
-        exciting_tokens(tiny_model, [(2, 0)], random_tokens)
+        max_activating_tokens(tiny_model, [(2, 0)], random_tokens)
     with pytest.raises(ValueError, match="no token occurs 50 times in these 96 tokens"):
-        exciting_tokens(tiny_model, [(0, 0)], random_tokens, min_count=50)
+        max_activating_tokens(tiny_model, [(0, 0)], random_tokens, min_count=50)
     with pytest.raises(ValueError, match="at least one neuron"):
-        exciting_tokens(tiny_model, [], random_tokens)
+        max_activating_tokens(tiny_model, [], random_tokens)
     with pytest.raises(ValueError, match="no MLP weights"):
         neuron_counts(bc.Subnetwork({"blocks.0.attn.W_Q": torch.ones(2, 3, 4, dtype=torch.bool)}))
     with pytest.raises(ValueError, match="no attention heads"):
         by_head(bc.Subnetwork({"blocks.0.mlp.W_in": torch.ones(2, 3, dtype=torch.bool)}))
     assert np.isnan(by_layer(empty).get("share_of_kept", "subnetwork")).all()
+
+
+def test_the_earlier_name_still_works(tiny_model, random_tokens):
+    with pytest.warns(DeprecationWarning, match="is called max_activating_tokens now"):
+        earlier = bc.analysis.exciting_tokens(tiny_model, [(0, 1)], random_tokens, min_count=1)
+    assert earlier.text == max_activating_tokens(tiny_model, [(0, 1)], random_tokens, min_count=1).text

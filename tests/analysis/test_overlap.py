@@ -164,10 +164,10 @@ def test_components_and_heads_add_up():
     a, b = random_masks(0), random_masks(1)
     by_component = overlap(a, b, by="component").get("intersection")
     by_head = overlap(a, b, by="head").get("intersection")
-    assert list(by_component) == ["all", "blocks.0.attn", "blocks.0.mlp"]
+    assert list(by_component) == ["all", "L0.attn", "L0.mlp"]
     assert list(by_head) == ["all", "L0H0", "L0H1"]
-    assert by_head["L0H0"] + by_head["L0H1"] == by_component["blocks.0.attn"]
-    assert by_component["all"] == by_head["all"] == by_component["blocks.0.attn"] + by_component["blocks.0.mlp"]
+    assert by_head["L0H0"] + by_head["L0H1"] == by_component["L0.attn"]
+    assert by_component["all"] == by_head["all"] == by_component["L0.attn"] + by_component["L0.mlp"]
     expected = sum(
         int(a[name][1].sum()) * int(b[name][1].sum()) / a[name][1].numel() for name in SHAPES if "attn" in name
     )

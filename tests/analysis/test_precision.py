@@ -101,7 +101,7 @@ def test_geometry(models, half):
 
 @pytest.mark.parametrize("by", ["zero", "mean", "resample", "weights"])
 def test_ablation(models, by):
-    parts = ["head 0.1", "neurons 1.[1,5]", "attn 1", "mlp 0"]
+    parts = ["L0H1", "L1N[1,5]", "L1.attn", "L0.mlp"]
     wide, narrow = both(models, lambda model: analysis.ablate(model, parts, TOKENS, by=by, target=TARGET, seeds=0))
     close(wide, narrow, "loss", 0.03)
     close(wide, narrow, "rise_in_loss", 0.02)
@@ -133,11 +133,11 @@ def test_attribution_in_float64(models, tmp_path):
     )
 
 
-def test_attention_and_exciting_tokens(models, half):
+def test_attention_and_max_activating_tokens(models, half):
     prompt = torch.from_numpy(TOKENS[0])
     close(*both(models, lambda model: analysis.attention_patterns(model, prompt, half)), "attention", 0.02)
     neurons = [(0, 1), (1, 2)]
-    found = both(models, lambda model: analysis.exciting_tokens(model, neurons, TOKENS, half, min_count=1, k=3))
+    found = both(models, lambda model: analysis.max_activating_tokens(model, neurons, TOKENS, half, min_count=1, k=3))
     close(*found, "mean_activation", 0.05)
 
 

@@ -36,7 +36,7 @@ def losses(logits, tokens):
 
 
 def test_mean_ablation_is_a_hook_that_writes_the_mean(tiny_model, random_tokens):
-    """Of head 0.1 alone, over all sequences and positions."""
+    """Of L0H1 alone, over all sequences and positions."""
     inputs = torch.from_numpy(random_tokens)
     seen = {}
     with torch.no_grad():
@@ -52,18 +52,18 @@ def test_mean_ablation_is_a_hook_that_writes_the_mean(tiny_model, random_tokens)
 
         changed = tiny_model.run_with_hooks(inputs, fwd_hooks=[("blocks.0.attn.hook_z", write)])
         before = losses(tiny_model(inputs), random_tokens).mean()
-    found = analysis.ablate(tiny_model, "head 0.1", random_tokens, by="mean", seeds=0)
+    found = analysis.ablate(tiny_model, "L0H1", random_tokens, by="mean", seeds=0)
     after = losses(changed, random_tokens).mean()
-    assert found.get("loss")["head 0.1"] == pytest.approx(after, rel=1e-6)
-    assert found.get("rise_in_loss")["head 0.1"] == pytest.approx(after - before, abs=1e-6)
+    assert found.get("loss")["L0H1"] == pytest.approx(after, rel=1e-6)
+    assert found.get("rise_in_loss")["L0H1"] == pytest.approx(after - before, abs=1e-6)
 
 
 def test_intervals_are_paired_bootstraps_over_sequences(tiny_model, half, target, random_tokens):
-    found = analysis.ablate(tiny_model, "mlp 0", random_tokens, half, by="weights", target=target, seeds=0)
+    found = analysis.ablate(tiny_model, "L0.mlp", random_tokens, half, by="weights", target=target, seeds=0)
     inputs = torch.from_numpy(random_tokens)
     with torch.no_grad():
         before = losses(tiny_model(inputs), random_tokens)
-        kept = ~parse("mlp 0", tiny_model)[0].weights(tiny_model)
+        kept = ~parse("L0.mlp", tiny_model)[0].weights(bc.Subnetwork.empty(tiny_model))
         with bc.masked(tiny_model, kept):
             after = losses(tiny_model(inputs), random_tokens)
     theirs = target.surprisal(random_tokens).double().numpy()
@@ -135,7 +135,7 @@ def test_a_cosine_is_with_the_token_of_its_own_position_and_the_next_of_the_next
 def test_resampling_never_pairs_a_sequence_with_itself(tiny_model, n, size):
     tokens = np.random.default_rng(n).integers(0, D_VOCAB, (n, 6))
     task = as_task(tokens, D_VOCAB)
-    (part,) = parse("mlp 0", tiny_model)
+    (part,) = parse("L0.mlp", tiny_model)
     for seed in range(3):
         for index, rows in enumerate(batches(n, size, smallest=2)):
             inside = len(range(n)[rows])
@@ -174,7 +174,7 @@ def test_one_sequence_has_no_p_and_intervals_of_no_width(tiny_model, half):
     np.testing.assert_allclose(found.low[0], found.values[0])
     np.testing.assert_allclose(found.high[0], found.values[0])
     assert math.isnan(log_p_of_fall(np.array([1.0])))
-    whole(analysis.ablate(tiny_model, ["mlp 0", "head 0.1"], tokens, seeds=0))
+    whole(analysis.ablate(tiny_model, ["L0.mlp", "L0H1"], tokens, seeds=0))
     whole(analysis.logit_lens(tiny_model, tokens, half))
 
 
@@ -200,7 +200,7 @@ def test_what_is_constant_or_missing_is_nan_and_stays_readable(tiny_model, half,
     whole(analysis.cosine_to_unembedding(tiny_model, tokens, empty))
     whole(analysis.cosine_to_unembedding(tiny_model, "abc", half))
     whole(analysis.logit_lens(tiny_model, "abc", half))
-    whole(analysis.exciting_tokens(tiny_model, [(0, 1)], tokens, empty))
+    whole(analysis.max_activating_tokens(tiny_model, [(0, 1)], tokens, empty))
     whole(analysis.stochastic_ablation(tiny_model, half, target, tokens, shares=(0, 1), draws=1))
     for one in (
         analysis.by_layer(empty),

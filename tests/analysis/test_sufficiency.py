@@ -21,20 +21,20 @@ def third(tiny_model):
 def test_a_head_put_back_restores_the_loss(any_model):
     task = TASKS["repeated_random_tokens"](any_model, prompts=6, period=8)
     base = Subnetwork.full(any_model).drop_head(1, 2)
-    found = sufficiency(any_model, base, ["head 1.2", "head 1.1"], task, seeds=2)
+    found = sufficiency(any_model, base, ["L1H2", "L1H1"], task, seeds=2)
     loss = found.get("loss")
-    assert loss["head 1.2"] == found.notes["loss_of_full"]
-    assert loss["head 1.1"] == found.notes["loss_of_base"] != found.notes["loss_of_full"]
-    assert found.get("weights_added") == {"head 1.2": (~base).kept, "head 1.1": 0}
-    assert found.get("fall_in_loss")["head 1.1"] == 0
-    assert found.get("p")["head 1.1"] == 1
-    assert math.isnan(found.get("random_fall")["head 1.2"])  # nothing else is left to add
+    assert loss["L1H2"] == found.notes["loss_of_full"]
+    assert loss["L1H1"] == found.notes["loss_of_base"] != found.notes["loss_of_full"]
+    assert found.get("weights_added") == {"L1H2": (~base).kept, "L1H1": 0}
+    assert found.get("fall_in_loss")["L1H1"] == 0
+    assert found.get("p")["L1H1"] == 1
+    assert math.isnan(found.get("random_fall")["L1H2"])  # nothing else is left to add
 
 
 def test_the_sweep_has_every_head_and_adds_up(tiny_model, third):
     task = TASKS["repeated_random_tokens"](tiny_model, prompts=6, period=8)
     found = sufficiency(tiny_model, third, "heads", task, seeds=2)
-    assert found.names == tuple(f"head {layer}.{head}" for layer in range(2) for head in range(4))
+    assert found.names == tuple(f"L{layer}H{head}" for layer in range(2) for head in range(4))
     for name in found.names:
         fall = found.get("fall_in_loss")[name]
         assert fall == pytest.approx(found.get("excess")[name] + found.get("random_fall")[name])
@@ -45,7 +45,7 @@ def test_the_sweep_has_every_head_and_adds_up(tiny_model, third):
     assert ((found.values[-1] >= 0) & (found.values[-1] <= 1)).all()
     assert len(found.top(3)) == 3
     own = sufficiency(tiny_model, third, third.keep_head(0, 1).named("by hand"), task, seeds=0)
-    assert own.get("loss")["by hand"] == pytest.approx(found.get("loss")["head 0.1"], abs=1e-12)
+    assert own.get("loss")["by hand"] == pytest.approx(found.get("loss")["L0H1"], abs=1e-12)
 
 
 def test_random_additions_are_matched_in_every_matrix(any_model):
@@ -62,7 +62,7 @@ def test_random_additions_are_matched_in_every_matrix(any_model):
 
 
 def test_names_and_mappings(tiny_model, third, random_tokens):
-    additions = {"one": "head 0.1 + mlp 1", "other": ~third}
+    additions = {"one": "L0H1 + L1.mlp", "other": ~third}
     found = sufficiency(tiny_model, third, additions, random_tokens, seeds=1)
     assert found.names == ("one", "other")
     assert found.get("loss")["other"] == found.notes["loss_of_full"]
@@ -84,7 +84,7 @@ def test_a_contrast_is_reported(tiny_model, third):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"added": "head 9.0"}, "no layer 9"),
+        ({"added": "L9H0"}, "no layer 9"),
         ({"added": "everything"}, "cannot read 'everything'"),
         ({"added": []}, "no part"),
         ({"seeds": -1}, "seeds must be"),

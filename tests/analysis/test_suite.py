@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import analyze, covariance_similarity, layer_by_layer, logit_lens
+from bigram_circuits.analysis import analyze, covariance_similarity, layer_by_layer, logit_lens, suite
+from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.storage.files import read_checked_json
 from tests.architectures import CONFIGS
 from tests.conftest import D_VOCAB, save_tiny
@@ -25,6 +26,21 @@ def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
     found.save(tmp_path / "analysis")
     assert read_checked_json(tmp_path / "analysis" / "left_out.json") == dict(found.left_out)
     assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
+
+
+def test_only_what_is_not_shown_is_left_out(tiny_model, monkeypatch):
+    def planted(error):
+        def step(subject):
+            raise error
+
+        return step
+
+    monkeypatch.setattr(suite, "analyses", lambda: {"planted": planted(NotShownError("it has no such thing"))})
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    assert analyze(tiny_model, some, TARGET, CORPUS).left_out == {"planted": "it has no such thing"}
+    monkeypatch.setattr(suite, "analyses", lambda: {"planted": planted(ValueError("a mistake in the analysis"))})
+    with pytest.raises(ValueError, match="a mistake in the analysis"):
+        analyze(tiny_model, some, TARGET, CORPUS)
 
 
 def test_layers_measured_together_are_those_measured_alone(tiny_model):
@@ -49,3 +65,7 @@ def test_wrong_arguments_are_errors_and_not_left_out(tiny_model):
         analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS[:16], TOKENS[16:] + 200))
     with pytest.raises(ValueError, match=r"shape \(0, 16\)"):
         analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS, TOKENS[:0]))
+    with pytest.raises(ValueError, match="a seed must be a whole number"):
+        analyze(tiny_model, some, TARGET, CORPUS, seed=-1)
+    with pytest.raises(ValueError, match="at least 1 token must be used, not 0"):
+        analyze(tiny_model, some, TARGET, CORPUS, sweep_tokens=0)

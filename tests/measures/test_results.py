@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bigram_circuits.measures.results import Curves, Effects, Maps, Quantity, curves_from_sums, load_result
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, curves_from_sums, load_result
 
 QUANTITIES = (Quantity("kl", "nats", "a divergence"), Quantity("r", "", "a correlation"))
 NOTHING = np.full((2, 2, 3), np.nan)

@@ -222,3 +222,12 @@ def test_where_no_command_can_do_it_the_page_says_why(tmp_path):
     assert "made in Python from objects" in page(make_run(tmp_path / "a", rebuild=False))
     assert "only be given in Python" in page(make_run(tmp_path / "b", recipe=SparsifyConfig(beta_growth=1.5)))
     assert "inside another subnetwork" in page(make_run(tmp_path / "c", within="12ab"))
+
+
+def test_an_analysis_of_an_earlier_version_is_read_under_its_name_of_now(tmp_path):
+    found = results()
+    found["exciting_tokens"] = found.pop("max_activating_tokens")
+    run = make_run(tmp_path / "run", metrics=measured(), found=found)
+    assert "max_activating_tokens" in run.analyses
+    assert "exciting_tokens" not in run.analyses
+    assert "tokens that excite it most" in page(run)

@@ -1,0 +1,92 @@
+"""Everything that is measured layer by layer, from shared forward passes: one over a text for each condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigram_circuits.analysis import lens
+from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
+from bigram_circuits.analysis.conditions import conditions, observe
+from bigram_circuits.analysis.geometry import (
+    CosineSums,
+    cosine_curves,
+    covariance_maps,
+    covariance_similarity,
+    covariance_sums,
+    rotation_curves,
+)
+from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.measures.results import Curves, Maps
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets.base import check_target
+from bigram_circuits.text.corpus import Corpus, spread
+
+
+def layer_by_layer(
+    model: Any,
+    corpus: Corpus,
+    subnetwork: Subnetwork | None = None,
+    target: Any = None,
+    *,
+    tokens: int | None = None,
+    fit_tokens: int = 1 << 17,
+    seed: int = 0,
+) -> dict[str, Curves | Maps]:
+    """Logit lens, affine lens, cosines, rotations and covariance similarity over a corpus, from shared forward passes.
+
+    Args:
+        model: From `load_model`.
+        corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
+        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        target: Also r with this target's surprisals, and the cosine with its prediction.
+        tokens: How many held-out tokens are measured on, at most; all if not given.
+        fit_tokens: How many training tokens the affine maps are fitted on, at most.
+        seed: Of the matched random subnetwork.
+
+    Returns:
+        `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
+        functions of these names return them.
+    """
+    lens.check_readout(model)
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
+    named = conditions(subnetwork, seed=seed)
+    maps = fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
+    plain = {name: lens.LensSums(model, target) for name in named}
+    mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
+    recalls = {name: RecallSums(model, maps[name]) for name in named}
+    cosines = {name: CosineSums(model, target) for name in named}
+    held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
+    covariances = covariance_sums(held_out, subnetwork)
+    groups = (plain, mapped, recalls, cosines, covariances)
+    observe(
+        model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"
+    )
+    notes = {"tokens": int(held_out.size), "random_seed": seed}
+    fitted = notes | {"fitted_on": maps["full"].tokens, "alpha": maps["full"].alpha}
+    found: dict[str, Curves | Maps] = {
+        "logit_lens": lens.lens_curves("Logit lens", model, plain, notes),
+        "affine_lens": lens.affine_curves(model, mapped, recalls, fitted),
+        "cosine": cosine_curves(model, cosines, notes),
+        "rotations": rotation_curves(model, maps),
+    }
+    if held_out.size >= 4:
+        found["covariance"] = covariance_maps(model, covariances)
+    return found
+
+
+# --- what `analyze` shows of it ---
+
+
+@in_suite("layer by layer")
+def _(subject: Subject) -> dict[str, Curves | Maps]:
+    return layer_by_layer(
+        subject.model, subject.corpus, subject.subnetwork, subject.target, tokens=subject.tokens,
+        fit_tokens=subject.fit_tokens, seed=subject.seed,
+    )  # fmt: skip
+
+
+@in_suite("covariance")
+def _(subject: Subject) -> Maps:
+    """Where a model does not show all of the above, it may show this."""
+    return covariance_similarity(subject.model, subject.corpus.held_out, subject.subnetwork)

@@ -1,0 +1,96 @@
+"""The analyses that `analyze` runs: each is registered in its own module, and nothing else needs to know of it.
+
+@in_suite("by_layer")
+def _(subject: Subject) -> Result:
+    return by_layer(subject.subnetwork)
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+from bigram_circuits.measures.results import Result
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.text.corpus import Corpus, spread
+
+TOKENS = 5 << 12
+"""Held-out tokens that layers are measured on."""
+SWEEP_TOKENS = 3 << 10
+"""Held-out tokens that each ablation is measured on."""
+FIT_TOKENS = 1 << 14
+"""Training tokens that affine maps are fitted on."""
+_PROMPT_TOKENS = 16  # of held-out text that are shown one by one
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is analysed, and on how much text; all of it is checked."""
+
+    model: Any = field(repr=False)
+    """From `load_model`."""
+    subnetwork: Subnetwork
+    """What was found."""
+    target: Any
+    """What it was asked to reproduce."""
+    corpus: Corpus
+    """The text."""
+    seed: int = 0
+    """Of matched random subnetworks."""
+    tokens: int = TOKENS
+    """Held-out tokens that layers are measured on, at most."""
+    sweep_tokens: int = SWEEP_TOKENS
+    """Held-out tokens that each ablation is measured on, at most."""
+    fit_tokens: int = FIT_TOKENS
+    """Training tokens that affine maps are fitted on, at most."""
+
+    @cached_property
+    def prompt(self) -> Integer[np.ndarray, " position"]:
+        """The first tokens of the held-out text."""
+        return np.asarray(self.corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
+
+    @cached_property
+    def sweep_text(self) -> Integer[np.ndarray, "sequence position"]:
+        """What each ablation is measured on."""
+        return self.sample(self.sweep_tokens)
+
+    def sample(self, tokens: int) -> Integer[np.ndarray, "sequence position"]:
+        """At most so many tokens of the held-out text, spread over it."""
+        return spread(self.corpus.held_out, tokens)
+
+
+Step = Callable[[Subject], Result | Mapping[str, Any]]
+"""Gives a result, which is called like the step, or several by name."""
+ANALYSES: dict[str, Step] = {}
+"""The steps that were registered so far; `analyses` gives all of them, in order."""
+
+
+def in_suite(name: str) -> Callable[[Step], Step]:
+    """Register a step of `analyze` under a name.
+
+    Raises:
+        ValueError: If there is one of this name already.
+    """
+
+    def register(step: Step) -> Step:
+        if name in ANALYSES:
+            raise ValueError(f"there is an analysis {name!r} already, in {ANALYSES[name].__module__}")
+        ANALYSES[name] = step
+        return step
+
+    return register
+
+
+def analyses() -> dict[str, Step]:
+    """Every step of `analyze`: the modules of this package by name, and within a module as they stand there."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return dict(sorted(ANALYSES.items(), key=lambda item: item[1].__module__))

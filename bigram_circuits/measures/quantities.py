@@ -1,0 +1,43 @@
+"""What a number means: `Quantity`, and those that several parts of the package measure. What one analysis alone
+measures is defined beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number means."""
+
+    name: str
+    """Its key, for example `kl`."""
+    unit: str
+    """`nats`, `degrees`, `share`, or empty for a pure number."""
+    meaning: str
+    """One sentence."""
+
+    @property
+    def label(self) -> str:
+        """Its name in words, with the unit."""
+        return f"{self.words} ({self.unit})" if self.unit else self.words
+
+    @property
+    def words(self) -> str:
+        """Its name in words."""
+        return self.name.replace("_", " ")
+
+
+SURPRISAL_CORRELATION = Quantity("surprisal_correlation", "", "Pearson r of the model's surprisals with the target's.")
+CROSS_ENTROPY = Quantity("cross_entropy", "nats", "Mean cross-entropy from the target's distribution to the model's.")
+KL = Quantity("kl", "nats", "Mean KL divergence from the target's distribution to the model's.")
+MEAN_SURPRISAL = Quantity("mean_surprisal", "nats", "The model's own next-token loss.")
+TOP1_AGREEMENT = Quantity("top1_agreement", "share", "Positions where the model's most likely token is the target's.")
+FRACTION = Quantity("fraction", "share", "Of the maskable weights, those that are kept.")
+COUNT = Quantity("count", "tokens", "How often the token occurs in the text.")
+
+FAITHFULNESS = (SURPRISAL_CORRELATION, CROSS_ENTROPY, KL, MEAN_SURPRISAL, TOP1_AGREEMENT)
+"""What `Faithfulness` measures of a model; the rest of its fields are counts."""
+MEASURED = tuple(one.name for one in FAITHFULNESS)
+"""Their names."""

@@ -1,0 +1,129 @@
+"""The grammar of names: of weight matrices (`blocks.0.attn.W_Q`), and of parts of a model.
+
+| part | label | also read |
+|---|---|---|
+| an attention head | `L2H3` | `head 2.3` |
+| an MLP neuron, or several of a layer | `L0N5`, `L0N[1,5]` | `neurons 0.5`, `neurons 0.[1,5]` |
+| a block's attention, its MLP | `L1.attn`, `L1.mlp` | `attn 1`, `mlp 1` |
+| both | `L1` | `layer 1` |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+ATTENTION_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
+"""The weight matrices of an attention, whose first axis is the head."""
+MLP_MATRICES = ("W_in", "W_gate", "W_out")
+"""The weight matrices of an MLP; a plain one has no gate."""
+COMPONENTS = ("attn", "mlp")
+"""What a block is made of."""
+
+_WEIGHT = re.compile(r"blocks\.(\d+)\.(\w+)\.(\w+)")
+_LABEL = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neurons>\d+|\[[\d,\s]*\])|\.(?P<component>attn|mlp))?")
+_SPELLED = re.compile(
+    r"head\s+(?P<head_layer>\d+)\.(?P<head>\d+)|neurons\s+(?P<neuron_layer>\d+)\.(?P<neurons>\d+|\[[\d,\s]*\])|"
+    r"(?P<kind>attn|mlp|layer)\s+(?P<layer>\d+)"
+)
+_MOST_INDICES = 5  # of neurons, in a short label
+
+
+def in_block(layer: int, what: str) -> str:
+    """The address of something in a block, for example of the activation `hook_attn_out`."""
+    return f"blocks.{layer}.{what}"
+
+
+def layer_of(address: str) -> int:
+    """The layer of something in a block, from its address."""
+    return int(address.split(".")[1])
+
+
+@dataclass(frozen=True)
+class WeightName:
+    """The canonical name of a weight matrix, taken apart; `str` puts it together."""
+
+    layer: int
+    """Index of the block."""
+    component: str
+    """`attn` or `mlp`."""
+    matrix: str
+    """For example `W_Q`."""
+
+    @classmethod
+    def parse(cls, name: str) -> WeightName:
+        """Take a name apart. Raises ValueError if it is none."""
+        found = _WEIGHT.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} is not the name of a weight matrix, such as 'blocks.0.attn.W_Q'")
+        return cls(int(found[1]), found[2], found[3])
+
+    def __str__(self) -> str:
+        return in_block(self.layer, f"{self.component}.{self.matrix}")
+
+    @property
+    def part(self) -> PartName:
+        """The attention or MLP that it belongs to."""
+        return PartName(self.component, self.layer)
+
+
+@dataclass(frozen=True)
+class PartName:
+    """A part of a model."""
+
+    kind: str
+    """`head`, `neurons`, `attn`, `mlp`, or `layer` for both."""
+    layer: int
+    """Index of the block."""
+    indices: tuple[int, ...] = ()
+    """The head, or the neurons; empty for the others, which are whole."""
+
+    @classmethod
+    def parse(cls, text: str) -> PartName | None:
+        """Read a label, or one of the other spellings; None if it is neither. No neuron may be named, as in `L0N[]`."""
+        if found := _LABEL.fullmatch(text):
+            layer, kind = int(found["layer"]), found["component"] or "layer"
+        elif found := _SPELLED.fullmatch(text):
+            layer = int(found["head_layer"] or found["neuron_layer"] or found["layer"])
+            kind = found["kind"]
+        else:
+            return None
+        if found["head"]:
+            return cls("head", layer, (int(found["head"]),))
+        if found["neurons"]:
+            indices = dict.fromkeys(int(number) for number in re.findall(r"\d+", found["neurons"]))
+            return cls("neurons", layer, tuple(indices))
+        return cls(kind, layer)
+
+    @property
+    def label(self) -> str:
+        """The one way to write it."""
+        return self._label(",".join(map(str, self.indices)))
+
+    @property
+    def short(self) -> str:
+        """The same, with the number of the neurons where they are many."""
+        many = len(self.indices) > _MOST_INDICES
+        return self._label(f"{len(self.indices)} of them") if many else self.label
+
+    def _label(self, neurons: str) -> str:
+        if self.kind == "head":
+            return f"L{self.layer}H{self.indices[0]}"
+        if self.kind == "neurons":
+            return f"L{self.layer}N{neurons}" if len(self.indices) == 1 else f"L{self.layer}N[{neurons}]"
+        return f"L{self.layer}" if self.kind == "layer" else f"L{self.layer}.{self.kind}"
+
+
+def head_label(layer: int, index: int) -> str:
+    """The label of an attention head."""
+    return PartName("head", layer, (index,)).label
+
+
+def neuron_label(layer: int, index: int) -> str:
+    """The label of an MLP neuron."""
+    return PartName("neurons", layer, (index,)).label
+
+
+def key_value_label(layer: int, index: int) -> str:
+    """The label of keys and values that a group of query heads shares."""
+    return f"L{layer}KV{index}"
