@@ -14,6 +14,7 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from tests.folders import names_in
 
 COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
 
@@ -177,7 +178,7 @@ def test_it_stays_within_two_gigabytes(main_job):
 def test_find_evaluate_and_find_again(run, quick):
     code, out, err = run(*quick, "--out", "mine")
     assert (code, err) == (0, "")
-    assert sorted(path.name for path in Path("mine").iterdir()) == [
+    assert names_in(Path("mine")) == [
         "config.json", "metrics.json", "progress.jsonl", "report.html", "subnetwork.safetensors", "training.json",
     ]  # fmt: skip
     assert "the page to look at: mine/report.html" in out
@@ -227,7 +228,7 @@ def test_methods_granularities_and_targets(run, quick):
 def test_a_path_of_sparsity_weights(run, quick):
     code, out, err = run(*quick, "--sparsity-weights", "1,10,100", "--out", "path")
     assert (code, err) == (0, "")
-    assert sorted(path.name for path in Path("path").iterdir()) == ["path.json", "weight-1", "weight-10", "weight-100"]
+    assert names_in(Path("path")) == ["path.json", "weight-1", "weight-10", "weight-100"]
     assert re.search(r"CPR\) -?\d\.\d{3}", out)
     assert run("evaluate", "path/weight-10", "--random-seeds", "1")[0] == 0
 

@@ -299,7 +299,7 @@ class _TokenFile:
 
     def _write(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="bigram_circuits_")  # noqa: SIM115 (lives with its map)
+            self._file = tempfile.TemporaryFile(prefix="bigram_circuits_")  # noqa: SIM115 (closed when it is mapped)
         np.concatenate(self._blocks).tofile(self._file)
         self._blocks, self._waiting = [], 0
 
@@ -310,8 +310,9 @@ class _TokenFile:
             return tokens[: shape[0] * shape[1]].reshape(shape)
         if self._blocks:
             self._write()
-        self._file.flush()
-        return np.memmap(self._file, dtype=np.int32, mode="r", shape=shape)
+        with self._file as file:  # the map keeps the file's contents when it is closed
+            file.flush()
+            return np.memmap(file, dtype=np.int32, mode="r", shape=shape)
 
 
 def _fingerprint(*arrays: Integer[np.ndarray, "_ _"]) -> str:

@@ -11,6 +11,7 @@ import bigram_circuits as bc
 from bigram_circuits import runs
 from bigram_circuits.learning import training
 from bigram_circuits.learning.schedules import is_unstable
+from tests.folders import names_in
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_mask_and_another_seed_another(tiny_model, 
 
 def test_a_run_folder_holds_the_run(tiny_model, target, corpus, tmp_path):
     found = bc.find_subnetwork(tiny_model, target, corpus, QUICK, run_dir=tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+    assert names_in(tmp_path / "run") == [
         "config.json", "progress.jsonl", "subnetwork.safetensors", "training.json",
     ]  # fmt: skip
     run = bc.load_run(tmp_path / "run")
@@ -143,7 +144,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_model, target, cor
     found = bc.find_subnetwork(tiny_model, StopsAt(target, 10_000, die), corpus, QUICK, run_dir=tmp_path)
     assert found.subnetwork == expected.subnetwork
     assert found.history == expected.history
-    assert [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").open()] == [
+    assert [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()] == [
         record["step"] for record in expected.history
     ]
 
@@ -165,7 +166,7 @@ def test_an_unstable_run_is_tried_again_with_another_order(tiny_model, target, c
     found = bc.find_subnetwork(tiny_model, target, corpus, config, run_dir=tmp_path)
     assert {record["attempt"] for record in found.history} == {2}
     assert found.stopped_because == "max_steps"
-    attempts = [json.loads(line) for line in (tmp_path / "progress.jsonl").open()]
+    attempts = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert [record["attempt"] for record in attempts] == [0] * 5 + [1] * 5 + [2] * 5
     assert attempts[0]["cross_entropy"] != attempts[5]["cross_entropy"]
     monkeypatch.setattr(training, "is_unstable", lambda *_: True)
