@@ -28,18 +28,18 @@ from tqdm.auto import trange
 from bigram_circuits.analysis.conditions import (
     Batch,
     Conditions,
-    check_seed,
-    check_subnetwork,
+    check_arguments,
+    checked_text,
     conditions,
     observe,
     reduced_to,
 )
-from bigram_circuits.models.activations import check_model, check_tokens, readout, residual_streams, rows_at_once
+from bigram_circuits.models.activations import check_model, readout, residual_streams, rows_at_once
 from bigram_circuits.models.weights import hashed_once, weight_hash
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.text.corpus import Corpus, batch_of, spread, token_array
+from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
 _FORMAT = "bigram_circuits.affine_maps/1"
 _TENSORS = ("output_weight", "output_bias", "input_weight", "input_bias")
@@ -226,8 +226,15 @@ def fit_affine_lens(
     check_model(model)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
-    some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
-    named = conditions(subnetwork, seed=seed)
+    check_arguments(model, subnetwork, seed=seed)
+    text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
+    return fit_maps(model, spread(text, max_tokens), conditions(subnetwork, seed=seed), alpha)
+
+
+def fit_maps(
+    model: Any, some: Integer[np.ndarray, "sequence position"], named: Conditions, alpha: float | int
+) -> dict[str, AffineMaps]:
+    """`fit_affine_lens` on a checked text, under given conditions."""
     with hashed_once(model):
         return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
 
@@ -269,17 +276,14 @@ def refine_affine_lens(
     Raises:
         ValueError: If the maps were not fitted on this model, or a number is below what it can be.
     """
-    check_model(model)
-    check_subnetwork(subnetwork)
-    check_seed(seed)
+    check_arguments(model, subnetwork, seed=seed)
     if steps < 0 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(
             f"refining needs steps of 0 or more, a batch_size of at least 1 and a learning_rate above 0, not {steps}, "
             f"{batch_size} and {learning_rate}"
         )
     check_maps(model, {"": maps}, {"": None})
-    text = token_array(tokens.train if isinstance(tokens, Corpus) else tokens)
-    check_tokens(model, text)
+    text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
     device = model.cfg.device
     weight = maps.output_weight.detach().clone().to(device).requires_grad_()
     bias = maps.output_bias.detach().clone().to(device).requires_grad_()

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
@@ -74,6 +74,7 @@ def logit_attribution(
     if getattr(model, "compatibility_mode", False):
         raise NotShownError("masks belong to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
+    check_arguments(model, subnetwork, seed=seed)
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
@@ -141,6 +142,7 @@ def attention_patterns(
         ValueError: If there is no such head, or the model does not show its attention patterns.
     """
     tokens = prompt_tokens(model, prompt)
+    check_arguments(model, subnetwork, seed=seed)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     chosen = [(layer, head) for layer in range(n_layers) for head in range(n_heads)] if heads is None else list(heads)
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in chosen):

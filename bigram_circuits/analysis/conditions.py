@@ -19,22 +19,40 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
-from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
+from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.text.corpus import in_order
+from bigram_circuits.targets.base import check_target
+from bigram_circuits.text.corpus import in_order, token_array
 
 Conditions = Mapping[str, Subnetwork | None]
 """By name: the weights that are kept, or None for all of them."""
 
 
-def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
-    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw).
+def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> None:
+    """The door of a public analysis: what is within takes these as they are.
 
     Raises:
-        ValueError: If it is no subnetwork, or the seed is below 0.
+        ValueError: If it is no model, no subnetwork of it, no target of its vocabulary, or the seed is below 0.
     """
+    check_model(model)
     check_seed(seed)
     check_subnetwork(subnetwork)
+    if subnetwork is not None:
+        subnetwork.check_fits(model)
+    if target is not None:
+        check_target(target, model.cfg.d_vocab)
+
+
+def checked_text(model: Any, text: Any) -> Integer[np.ndarray, "sequence position"]:
+    """Token ids that the model can read, of a corpus those of its held-out part. Raises ValueError if they are none."""
+    check_model(model)
+    array = token_array(text)
+    check_tokens(model, array)
+    return array
+
+
+def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
+    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
     if subnetwork is None:
         return {COMPARED[0]: None}
     return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
@@ -92,15 +110,7 @@ def observe(
     *,
     what: str = "analysing",
 ) -> None:
-    """Stream a text through the model under each condition; `observers(condition)` makes who looks on.
-
-    Raises:
-        ValueError: If a token or the length of the sequences is beyond the model, or a subnetwork is another model's.
-    """
-    check_tokens(model, tokens)
-    for subnetwork in subnetworks.values():
-        if subnetwork is not None:
-            subnetwork.check_fits(model)
+    """Stream a checked text through the model under each condition; `observers(condition)` returns the observers."""
     batch_size = batch_size_for(model, tokens.shape[1], streams=True)
     with tqdm(total=len(subnetworks) * len(tokens), desc=what, unit="sequence", delay=2, leave=False) as bar:
         for name, subnetwork in subnetworks.items():

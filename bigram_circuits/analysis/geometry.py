@@ -32,7 +32,8 @@ from torch import Tensor
 from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_lens
 from bigram_circuits.analysis.conditions import (
     Batch,
-    check_subnetwork,
+    check_arguments,
+    checked_text,
     conditions,
     layer_names,
     observe,
@@ -44,7 +45,6 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import spread, token_array
 
 _DIRECTIONS = (
@@ -93,14 +93,12 @@ def cosine_to_unembedding(
         ValueError: If the text is empty or of another shape, the target has another vocabulary, or the model's
             embeddings have another width than its residual stream.
     """
-    check_model(model)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
     named = conditions(subnetwork, seed=seed)
     if is_prompt(text):
         return _prompt_cosines(model, prompt_tokens(model, text), named, target)
-    tokens = token_array(text)
+    tokens = checked_text(model, text)
     watching = {name: CosineSums(model, target) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="cosines")
     return cosine_curves(model, watching, {"tokens": int(tokens.size), "random_seed": seed})
@@ -325,8 +323,7 @@ def covariance_similarity(
         ValueError: If there are fewer than 4 tokens, or so many at once, or a token or the length of the sequences is
             beyond the model.
     """
-    check_model(model)
-    check_subnetwork(subnetwork)
+    check_arguments(model, subnetwork)
     if tokens_at_once < 4:
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
@@ -446,7 +443,6 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
 
 
 @in_suite("prompt_cosine")
-def _(subject: Subject) -> Curves | Maps:
-    return cosine_to_unembedding(
-        subject.model, subject.prompt, subject.subnetwork, target=subject.target, seed=subject.seed
-    )
+def _(subject: Subject) -> Maps:
+    _check_widths(subject.model)
+    return _prompt_cosines(subject.model, subject.prompt_tokens, subject.conditions, subject.target)

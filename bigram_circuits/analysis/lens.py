@@ -25,7 +25,16 @@ from bigram_circuits.analysis.affine import (
     fit_affine_lens,
     refine_affine_lens,
 )
-from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_arguments,
+    checked_text,
+    conditions,
+    layer_names,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
@@ -34,16 +43,17 @@ from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import (
     NotShownError,
     check_model,
+    check_tokens,
     lens_log_probs,
     readout,
     residual_streams,
     rows_at_once,
 )
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
 _LOGITS_IN_CACHE = 1 << 18  # read again and again while they are in a cache: 1 MiB
+_TOP_K = 5  # most likely tokens that are named
 _PAIRS = 6  # columns of statistics.correlation_sums
 
 LENS_QUANTITIES = (
@@ -77,7 +87,7 @@ def logit_lens(
     *,
     target: Any = None,
     maps: Mapping[str, AffineMaps] | None = None,
-    top_k: int = 5,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps | Curves:
     """The logit lens on a prompt, or its means over a corpus.
@@ -104,13 +114,12 @@ def logit_lens(
     check_readout(model)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     check_maps(model, maps, named)
     if is_prompt(text):
         return _prompt_lens(model, prompt_tokens(model, text), named, maps, top_k)
-    tokens = token_array(text)
+    tokens = checked_text(model, text)
     watching = {name: LensSums(model, target, None if maps is None else maps[name]) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="logit lens")
     title = "Logit lens" if maps is None else "Affine lens"
@@ -316,12 +325,12 @@ def affine_lens(
         ValueError: If there is too little text, or maps are not the model's.
     """
     check_readout(model)
+    check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
     fit_on, held_out = _two_parts(text, split=maps is None)
+    check_tokens(model, held_out)
     check_maps(model, maps, named)
     fitted = maps
     if fitted is None:
@@ -377,5 +386,6 @@ def _two_parts(
 
 
 @in_suite("prompt_lens")
-def _(subject: Subject) -> Curves | Maps:
-    return logit_lens(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)
+def _(subject: Subject) -> Maps:
+    check_readout(subject.model)
+    return _prompt_lens(subject.model, subject.prompt_tokens, subject.conditions, None, _TOP_K)

@@ -12,16 +12,27 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_arguments,
+    checked_text,
+    conditions,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import NotShownError, check_tokens
+from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import check_target, entropy
-from bigram_circuits.text.corpus import spread, token_array
+from bigram_circuits.text.corpus import spread
 
+_PASSAGES, _LENGTH = 4, 64  # passages, and tokens of each
+_MOST, _MIN_COUNT = 10, 20  # tokens after which it is best and worst, of those that occur so often
+_TOP_K = 3  # most likely tokens that are named
 _SURPRISAL = (Quantity("surprisal", "nats", "Surprisal of the token; undefined for the first, and at probability 0."),)
 
 _BY_TOKEN = (
@@ -38,9 +49,9 @@ def passages(
     subnetwork: Subnetwork | None = None,
     *,
     target: Any = None,
-    count: int = 4,
-    length: int = 64,
-    top_k: int = 3,
+    count: int = _PASSAGES,
+    length: int = _LENGTH,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
     """Surprisal of every token of some passages, and what was expected in its place, under each condition.
@@ -64,15 +75,25 @@ def passages(
     """
     if min(count, length, top_k) < 1:
         raise ValueError(f"count, length and top_k must be at least 1, not {count}, {length} and {top_k}")
-    array = token_array(text)
-    check_tokens(model, array)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
-    chosen = spread(array, count * array.shape[1])[:, :length].astype(np.int64)
-    tokens = torch.from_numpy(chosen).to(model.cfg.device)
+    check_arguments(model, subnetwork, target=target, seed=seed)
+    array = checked_text(model, text)
+    chosen = spread(array, count * array.shape[1])[:, :length]
+    return _passages(model, chosen, conditions(subnetwork, seed=seed), target, top_k, seed)
+
+
+def _passages(
+    model: Any,
+    chosen: Integer[np.ndarray, "passage position"],
+    named: Conditions,
+    target: Any,
+    top_k: int,
+    seed: int,
+) -> Maps:
+    """`passages`, of those that are chosen."""
+    tokens = torch.from_numpy(chosen.astype(np.int64)).to(model.cfg.device)
     shown: dict[str, tuple[Float[np.ndarray, "passage pos"], _Words]] = {}
     with torch.no_grad():
-        for name, kept in conditions(subnetwork, seed=seed).items():
+        for name, kept in named.items():
             with reduced_to(model, kept):
                 log_probs = model(tokens).float().log_softmax(-1)
             shown[name] = _shown(model, tokens, log_probs, top_k)
@@ -121,8 +142,7 @@ def next_tokens(
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    check_arguments(model, subnetwork, target=target, seed=seed)
     rows = [prompt_tokens(model, prompt) for prompt in prompts]
     found: dict[str, Float[Tensor, "prompt d_vocab"]] = {}
     with torch.no_grad():
@@ -177,9 +197,9 @@ def faithfulness_by_token(
     subnetwork: Subnetwork | None = None,
     *,
     target: Any,
-    most: int = 10,
-    min_count: int = 20,
-    top_k: int = 3,
+    most: int = _MOST,
+    min_count: int = _MIN_COUNT,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
     """The tokens after which the target is reproduced best and worst, and what is predicted after them.
@@ -207,18 +227,33 @@ def faithfulness_by_token(
     """
     if min(most, min_count, top_k) < 1:
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
-    array = token_array(text)
-    check_tokens(model, array)
-    check_target(target, model.cfg.d_vocab)
+    check_arguments(model, subnetwork, seed=seed)
+    array = checked_text(model, text)
+    check_target(target, model.cfg.d_vocab)  # None is no target here
+    by_name = conditions(subnetwork, seed=seed)
+    return _by_token(model, array, by_name, target, most=most, min_count=min_count, top_k=top_k, seed=seed)
+
+
+def _by_token(
+    model: Any,
+    array: Integer[np.ndarray, "sequence position"],
+    by_name: Conditions,
+    target: Any,
+    *,
+    most: int,
+    min_count: int,
+    top_k: int,
+    seed: int,
+) -> Maps:
+    """`faithfulness_by_token`, of arguments that are checked."""
     if not hasattr(target, "entropy"):
         raise NotShownError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
-    by_name = conditions(subnetwork, seed=seed)
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
     frequent = np.flatnonzero(counts >= min_count)
     if len(frequent) == 0:
         raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
 
-    first = "full" if subnetwork is None else "subnetwork"
+    first = "subnetwork" if "subnetwork" in by_name else "full"
     ranked = _SumsByToken(model, target, frequent)
     observe(model, array, {first: by_name[first]}, lambda name: [ranked], what="ranking tokens")
     order = frequent[np.argsort(ranked.mean_kl(), kind="stable")]
@@ -310,9 +345,8 @@ def _current(tokens: Any, target: Any) -> Any:
 
 @in_suite("passages")
 def _(subject: Subject) -> Maps:
-    return passages(
-        subject.model, subject.corpus.held_out, subject.subnetwork, target=subject.target, seed=subject.seed
-    )
+    chosen = subject.sample(_PASSAGES * subject.corpus.held_out.shape[1])[:, :_LENGTH]
+    return _passages(subject.model, chosen, subject.conditions, subject.target, _TOP_K, subject.seed)
 
 
 _WORD_TOKENS = 1 << 13  # of held-out text
@@ -320,5 +354,7 @@ _WORD_TOKENS = 1 << 13  # of held-out text
 
 @in_suite("faithful_tokens")
 def _(subject: Subject) -> Maps:
-    text = subject.sample(_WORD_TOKENS)
-    return faithfulness_by_token(subject.model, text, subject.subnetwork, target=subject.target, seed=subject.seed)
+    return _by_token(
+        subject.model, subject.sample(_WORD_TOKENS), subject.conditions, subject.target, most=_MOST,
+        min_count=_MIN_COUNT, top_k=_TOP_K, seed=subject.seed,
+    )  # fmt: skip

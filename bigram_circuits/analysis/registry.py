@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Integer
+from torch import Tensor
 
+from bigram_circuits.analysis.conditions import Conditions, conditions
 from bigram_circuits.measures.results import Result
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, spread
@@ -56,6 +59,16 @@ class Subject:
     def prompt(self) -> Integer[np.ndarray, " position"]:
         """The first tokens of the held-out text."""
         return np.asarray(self.corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
+
+    @cached_property
+    def prompt_tokens(self) -> Integer[Tensor, "1 position"]:
+        """The same as a batch, on the model's device."""
+        return torch.from_numpy(self.prompt)[None].to(self.model.cfg.device)
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        """What is measured side by side."""
+        return conditions(self.subnetwork, seed=self.seed)
 
     @cached_property
     def sweep_text(self) -> Integer[np.ndarray, "sequence position"]:

@@ -170,11 +170,23 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
     return Task("text", array, scored, math.log(d_vocab))
 
 
+def checked_task(model: Any, tokens: Any) -> Task:
+    """A task, or text as one, whose token ids and lengths are the model's. Raises ValueError if they are not."""
+    check_model(model)
+    task = as_task(tokens, model.cfg.d_vocab)
+    check_tokens(model, task.tokens)
+    for ids in (task.right, task.wrong):
+        if ids is not None and ids.max() >= model.cfg.d_vocab:
+            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
+    return task
+
+
 def ability(model: Any, task: Task) -> Ability:
     """Measure a model on a task, against guessing. Raises ValueError if a surprisal is not finite."""
     check_model(model)
     if not isinstance(task, Task):
         raise ValueError(f"an ability is measured on a Task, not on a {type(task).__name__}")
+    checked_task(model, task)
     sums = measure(model, task)
     whole = sums.sum(0)
     odds = float(per_place(whole, "log_odds")) if task.wrong is not None else math.nan
@@ -200,7 +212,7 @@ def measure(
 
     Args:
         model: From `load_model`, as it is now: masked or not.
-        task: What is scored.
+        task: What is scored, checked.
         target: Something with `surprisal`, whose surprisals at scored places are correlated with the model's
             (zero-probability rule: where they are finite).
         hooks: Forward hooks for every batch; none are left behind.
@@ -208,12 +220,8 @@ def measure(
         bar: A progress bar to move on by the prompts done.
 
     Raises:
-        ValueError: If a token id is outside the vocabulary, or a surprisal is not finite.
+        ValueError: If a surprisal is not finite.
     """
-    check_tokens(model, task.tokens)
-    for ids in (task.right, task.wrong):
-        if ids is not None and ids.max() >= model.cfg.d_vocab:
-            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
     rows = []
     with torch.inference_mode():
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):

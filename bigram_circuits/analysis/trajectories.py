@@ -24,7 +24,7 @@ from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.models.activations import check_model, check_tokens
+from bigram_circuits.models.activations import check_model
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
@@ -247,7 +247,6 @@ def _target_of(target: Any, model: Any) -> Any:
 
 def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Numbers by name, with intervals where there are any."""
-    check_tokens(model, tokens)
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
     intervals = evaluation.intervals["subnetwork"]
