@@ -38,7 +38,7 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
         model: From `load_model`.
         base: The subnetwork that is added to.
         added: What is added, one after the other: `heads` for every single head (all its weights, also W_K and W_V
-            that it shares with its group), any other part in the language of `parts`, a `Subnetwork`, a list
+            that it shares with its group), any other part in the language of `components`, a `Subnetwork`, a list
             of these, or a mapping of names to them.
         task: A `Task`, or text (an array, or a corpus: its held-out part).
         seeds: Number of random additions beside each, of which the mean is taken; 0 for none.
