@@ -1,5 +1,6 @@
 """What a notebook shows of a value: its numbers as a small table, any name as text, no script and no colour."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -221,8 +222,9 @@ def test_an_evaluation_draws_every_row_with_its_interval():
 
 
 def test_what_was_found_draws_how_it_was_learned():
-    record = {"fraction": 0.5, "cross_entropy": 4.25, "undecided": 1.0, "step": 0}
-    learned = FoundSubnetwork(subnetwork(), [record, record | {"step": 1}], SparsifyConfig(), "decided", 1.0)
+    (first,) = found().history
+    history = [first, dataclasses.replace(first, step=1)]
+    learned = FoundSubnetwork(subnetwork(), history, SparsifyConfig(), "decided", 1.0)
     assert list(learned.plot().data[0].y) == [0.5, 0.5]
     assert list(learned.plot("cross_entropy").data[0].x) == [0, 1]
 

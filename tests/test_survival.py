@@ -266,7 +266,7 @@ def test_a_loss_that_explodes_once_goes_back_and_lowers_the_rate(
     assert found.history[12] != expected.history[12]
     assert [record["step"] for record in found.history] == list(range(20))
     run = bc.load_run(tmp_path)
-    assert (run.history, run.outcome["rollbacks"]) == (found.history, [rollback])
+    assert (run.history, run.outcome.rollbacks) == (found.history, (rollback,))
     assert bc.find_subnetwork(tiny_model, target, corpus, RECIPE, run_dir=tmp_path).rollbacks == found.rollbacks
     assert "at step 12: back to step 10, with learning rate 0.025" in capfd.readouterr().err
 

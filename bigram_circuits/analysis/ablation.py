@@ -1,7 +1,7 @@
 """Take parts of a model away and see what its predictions lose.
 
-What is taken away is said in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or a
-`Subnetwork`, whose weights are taken away. How: activations are replaced by hooks, or weights set to 0.
+What is taken away is said in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or
+a `Subnetwork`, whose weights are taken away. How: activations are replaced by hooks, or weights set to 0.
 
 - `zero`: the activation is 0.
 - `mean`: it is its own mean over all sequences and positions of the text, in the model as it was before.
