@@ -17,7 +17,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs import Run
+from bigram_circuits.runs import CorpusIdentity, ModelIdentity, Outcome, Run, RunSettings, StepRecord, TargetIdentity
 from bigram_circuits.subnetwork import Subnetwork
 
 PACKAGE = Path(bc.__file__).parent
@@ -101,20 +101,20 @@ def evaluation(controls=True):
 
 
 def found():
-    history = [{"cross_entropy": 4.25}]
+    history = [StepRecord(0, 0, cross_entropy=4.25, fraction=0.5, undecided=1.0)]
     return FoundSubnetwork(subnetwork(), history, SparsifyConfig(), "decided", 12.3)
 
 
 def run(evaluated=True):
     return Run(
         path=Path("runs") / "<b>first",
-        settings={"model": {"name": HOSTILE}, "corpus": {"source": HOSTILE}},
+        settings=RunSettings(ModelIdentity(HOSTILE), CorpusIdentity(HOSTILE), TargetIdentity(), SparsifyConfig()),
         rebuild=None,
         versions={},
         subnetwork=subnetwork(),
-        outcome={"stopped_because": "decided", "seconds": 12.3, "attempts": 1},
-        metrics=evaluation().to_json() if evaluated else None,
-        history=[{}] * 7,
+        outcome=Outcome("decided", 12.3),
+        evaluation=evaluation() if evaluated else None,
+        history=found().history * 7,
     )
 
 

@@ -44,7 +44,7 @@ from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import NotShownError, check_model, record
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import as_target
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement, that are removed
 WAYS = ("zero", "mean", "resample", "weights")
@@ -88,7 +88,7 @@ def ablate(
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     task = checked_task(model, tokens)
     return _ablate(
         model, parse(what, model, subnetwork), task, subnetwork, by=by, target=target, seeds=seeds, seed=seed
@@ -349,7 +349,7 @@ def stochastic_ablation(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
-    check_target(target, model.cfg.d_vocab)  # None is no target here,
+    target = as_target(target, model.cfg.d_vocab)  # None is no target here,
     if subnetwork is None:  # and no subnetwork
         raise ValueError("a NoneType is no subnetwork: pass a Subnetwork")
     check_arguments(model, subnetwork, seed=seed)

@@ -21,15 +21,18 @@ from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
 from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order, token_array
 
 Conditions = Mapping[str, Subnetwork | None]
 """By name: the weights that are kept, or None for all of them."""
 
 
-def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> None:
+def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
     """The door of a public analysis: what is within takes these as they are.
+
+    Returns:
+        What to take as the target; None if there is none.
 
     Raises:
         ValueError: If it is no model, no subnetwork of it, no target of its vocabulary, or the seed is below 0.
@@ -39,8 +42,7 @@ def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, s
     check_subnetwork(subnetwork)
     if subnetwork is not None:
         subnetwork.check_fits(model)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    return None if target is None else as_target(target, model.cfg.d_vocab)
 
 
 def checked_text(model: Any, text: Any) -> Integer[np.ndarray, "sequence position"]:

@@ -45,6 +45,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import spread, token_array
 
 _DIRECTIONS = (
@@ -93,7 +94,7 @@ def cosine_to_unembedding(
         ValueError: If the text is empty or of another shape, the target has another vocabulary, or the model's
             embeddings have another width than its residual stream.
     """
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
     named = conditions(subnetwork, seed=seed)
     if is_prompt(text):
@@ -154,10 +155,10 @@ class CosineSums:
 class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
-    def __init__(self, model: Any, target: Any) -> None:
+    def __init__(self, model: Any, target: Target | None) -> None:
         _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
-        self._target = target if hasattr(target, "top1") else None
+        self._target = target
 
     def of(
         self, tokens: Integer[Tensor, "batch pos"], logits: Float[Tensor, "batch pos d_vocab"]
@@ -169,10 +170,11 @@ class _Directions:
             self._unembedding[following],
             self._unembedding[logits.argmax(-1)],
         ]
-        if self._target is None:
+        top = None if self._target is None else self._target.top1(tokens)
+        if top is None:
             found.append(torch.full_like(found[0], torch.nan))
         else:
-            top = self._target.top1(tokens).to(tokens)
+            top = top.to(tokens)
             if top.shape != tokens.shape:  # a target that says nothing about the last position
                 top = torch.cat([top, tokens[:, top.shape[1] :]], 1)
             found.append(self._unembedding[top])

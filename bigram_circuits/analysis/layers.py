@@ -49,7 +49,7 @@ def layer_by_layer(
         `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
         functions of these names return them.
     """
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     fit_on, held_out = spread(checked_text(model, corpus.train), fit_tokens), checked_text(model, corpus)
     held_out = held_out if tokens is None else spread(held_out, tokens)
     return _layer_by_layer(model, fit_on, held_out, conditions(subnetwork, seed=seed), target, seed)

@@ -114,7 +114,7 @@ def logit_lens(
     check_readout(model)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     check_maps(model, maps, named)
     if is_prompt(text):
@@ -325,7 +325,7 @@ def affine_lens(
         ValueError: If there is too little text, or maps are not the model's.
     """
     check_readout(model)
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")

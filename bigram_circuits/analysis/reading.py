@@ -27,7 +27,7 @@ from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target, entropy
+from bigram_circuits.targets.base import as_target, entropy
 from bigram_circuits.text.corpus import spread
 
 _PASSAGES, _LENGTH = 4, 64  # passages, and tokens of each
@@ -75,7 +75,7 @@ def passages(
     """
     if min(count, length, top_k) < 1:
         raise ValueError(f"count, length and top_k must be at least 1, not {count}, {length} and {top_k}")
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     array = checked_text(model, text)
     chosen = spread(array, count * array.shape[1])[:, :length]
     return _passages(model, chosen, conditions(subnetwork, seed=seed), target, top_k, seed)
@@ -97,8 +97,9 @@ def _passages(
             with reduced_to(model, kept):
                 log_probs = model(tokens).float().log_softmax(-1)
             shown[name] = _shown(model, tokens, log_probs, top_k)
-        if target is not None and hasattr(target, "log_probs"):
-            shown["target"] = _shown(model, tokens, target.log_probs(tokens).float(), top_k)
+        theirs = None if target is None else target.log_probs(tokens)
+        if theirs is not None:
+            shown["target"] = _shown(model, tokens, theirs.float(), top_k)
     return Maps(
         title="Passages",
         quantities=_SURPRISAL,
@@ -142,15 +143,16 @@ def next_tokens(
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
-    check_arguments(model, subnetwork, target=target, seed=seed)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     rows = [prompt_tokens(model, prompt) for prompt in prompts]
     found: dict[str, Float[Tensor, "prompt d_vocab"]] = {}
     with torch.no_grad():
         for name, kept in conditions(subnetwork, seed=seed).items():
             with reduced_to(model, kept):
                 found[name] = torch.stack([model(row)[0, -1].float().log_softmax(-1) for row in rows])
-        if target is not None and hasattr(target, "log_probs"):
-            found["target"] = torch.stack([target.log_probs(row)[0, -1].float() for row in rows])
+        theirs = [] if target is None else [target.log_probs(row) for row in rows]
+        if theirs and not any(one is None for one in theirs):
+            found["target"] = torch.stack([one[0, -1].float() for one in theirs])
     tops = {name: log_probs.topk(top_k) for name, log_probs in found.items()}
     return Maps(
         title="Most likely next tokens",
@@ -229,7 +231,7 @@ def faithfulness_by_token(
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
     check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, text)
-    check_target(target, model.cfg.d_vocab)  # None is no target here
+    target = as_target(target, model.cfg.d_vocab)  # None is no target here
     by_name = conditions(subnetwork, seed=seed)
     return _by_token(model, array, by_name, target, most=most, min_count=min_count, top_k=top_k, seed=seed)
 
@@ -246,8 +248,8 @@ def _by_token(
     seed: int,
 ) -> Maps:
     """`faithfulness_by_token`, of arguments that are checked."""
-    if not hasattr(target, "entropy"):
-        raise NotShownError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
+    if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
+        raise NotShownError(f"KL needs the target's entropy, but {target.kind} cannot tell it")
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
     frequent = np.flatnonzero(counts >= min_count)
     if len(frequent) == 0:
@@ -294,7 +296,7 @@ class _SumsByToken:
         self.counts, self.kl = (torch.zeros(len(chosen) + 1, dtype=torch.float64) for _ in range(2))
         size = (len(chosen), d_vocab)
         self.of_model = torch.zeros(size, device=device) if probabilities else None
-        self.of_target = torch.zeros(size, device=device) if probabilities and hasattr(target, "log_probs") else None
+        self.of_target = torch.zeros(size, device=device) if probabilities else None
 
     def add(self, batch: Batch) -> None:
         """Take in a batch."""
@@ -307,12 +309,14 @@ class _SumsByToken:
         if self.of_model is None:
             return
         wanted = (rows < len(self.chosen)).nonzero()[:, 0]
-        positions = getattr(self.target, "positions", slice(None))
+        positions = self.target.positions
         logits = batch.logits[:, positions].flatten(0, 1)[wanted]
         self.of_model.index_add_(0, rows[wanted], logits.float().softmax(-1))
-        if self.of_target is not None:
-            log_probs = self.target.log_probs(batch.tokens)[:, positions].flatten(0, 1)[wanted]
-            self.of_target.index_add_(0, rows[wanted], log_probs.float().exp())
+        log_probs = None if self.of_target is None else self.target.log_probs(batch.tokens)
+        if self.of_target is None or log_probs is None:
+            self.of_target = None  # it cannot tell its distributions
+            return
+        self.of_target.index_add_(0, rows[wanted], log_probs[:, positions].flatten(0, 1)[wanted].float().exp())
 
     def mean_kl(self) -> Float[np.ndarray, " token"]:
         """By token."""
@@ -337,7 +341,7 @@ class _SumsByToken:
 
 def _current(tokens: Any, target: Any) -> Any:
     """The tokens at the positions that the target speaks about."""
-    return tokens[:, getattr(target, "positions", slice(None))]
+    return tokens[:, target.positions]
 
 
 # --- what `analyze` shows of it ---

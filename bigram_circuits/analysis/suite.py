@@ -19,7 +19,7 @@ from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import as_target
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES_SHOWN = 3
@@ -98,7 +98,7 @@ def analyze(
             model does not show (`NotShownError`) is left out with the reason; every other error is raised.
     """
     check_arguments(model, subnetwork, seed=seed)
-    check_target(target, model.cfg.d_vocab)
+    target = as_target(target, model.cfg.d_vocab)
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
     with hashed_once(model):

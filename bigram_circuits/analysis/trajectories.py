@@ -28,7 +28,7 @@ from bigram_circuits.models.activations import check_model
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import Target
+from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
 Measure = Callable[[Any], Mapping[str, Any]]
@@ -233,7 +233,7 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _check_target(target: Any) -> None:
-    if not callable(target) and not isinstance(target, Target):
+    if not callable(target) and not is_target(target):
         raise ValueError(
             f"a target needs the methods cross_entropy and surprisal, or is a function from a model to one; "
             f"{type(target).__name__} is neither"
@@ -241,8 +241,7 @@ def _check_target(target: Any) -> None:
 
 
 def _target_of(target: Any, model: Any) -> Any:
-    is_one = hasattr(target, "cross_entropy") and not isinstance(target, type)  # a class makes one of a model
-    return target if is_one else target(model)
+    return target if is_target(target) else target(model)
 
 
 def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:

@@ -6,6 +6,7 @@ never considered again), so a smaller subnetwork is always a part of a larger on
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -94,7 +95,7 @@ class _Point(Faithfulness):
     """A size of a path, as `path.json` holds it."""
 
     sparsity_weight: float | int
-    faithfulness: float
+    faithfulness: float = math.nan
 
     @property
     def folder(self) -> str:
