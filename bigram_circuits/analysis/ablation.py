@@ -43,6 +43,7 @@ from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import NotShownError, check_model, record
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import as_target
 
@@ -52,7 +53,7 @@ WAYS = ("zero", "mean", "resample", "weights")
 
 
 def ablate(
-    model: Any,
+    model: Model,
     what: Any,
     tokens: Any,
     subnetwork: Subnetwork | None = None,
@@ -96,7 +97,7 @@ def ablate(
 
 
 def _ablate(
-    model: Any,
+    model: Model,
     parts: Sequence[Part],
     task: Task,
     subnetwork: Subnetwork | None,
@@ -149,7 +150,7 @@ def _ablate(
     )
 
 
-def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
+def _check_shown(model: Model, task: Task, chosen: Iterable[Coordinates]) -> None:
     """Raise NotShownError unless the forward pass shows all these activations in these sizes."""
     sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
     tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
@@ -163,7 +164,7 @@ def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
 class _BaseMeans:
     """Mean activations of a base, taken when they are first needed."""
 
-    def __init__(self, model: Any, task: Task, kept: Kept, names: set[str]) -> None:
+    def __init__(self, model: Model, task: Task, kept: Kept, names: set[str]) -> None:
         self._arguments = (model, task, sorted(names))
         self._kept = kept
         self._means: dict[str, Tensor] | None = None
@@ -284,7 +285,7 @@ class _Replace:
         return replace
 
 
-def mean_activations(model: Any, task: Task, names: Iterable[str]) -> dict[str, Float[Tensor, " _"]]:
+def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str, Float[Tensor, " _"]]:
     """Means of activations over all prompts and positions, up to the last scored place of each; float64, CPU."""
     totals: dict[str, Tensor] = {}
     ends = torch.from_numpy(task.ends)
@@ -311,7 +312,7 @@ def mean_activations(model: Any, task: Task, names: Iterable[str]) -> dict[str, 
 
 
 def stochastic_ablation(
-    model: Any,
+    model: Model,
     subnetwork: Subnetwork,
     target: Any,
     tokens: Any,
@@ -357,7 +358,7 @@ def stochastic_ablation(
 
 
 def _thin_out(
-    model: Any,
+    model: Model,
     subnetwork: Subnetwork,
     target: Any,
     task: Task,

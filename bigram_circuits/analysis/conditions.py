@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
 from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, residual_streams
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order, token_array
@@ -28,7 +29,7 @@ Conditions = Mapping[str, Subnetwork | None]
 """By name: the weights that are kept, or None for all of them."""
 
 
-def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
+def check_arguments(model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
     """The door of a public analysis: what is within takes these as they are.
 
     Returns:
@@ -45,7 +46,7 @@ def check_arguments(model: Any, subnetwork: Any = None, *, target: Any = None, s
     return None if target is None else as_target(target, model.cfg.d_vocab)
 
 
-def checked_text(model: Any, text: Any) -> Integer[np.ndarray, "sequence position"]:
+def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence position"]:
     """Token ids that the model can read, of a corpus those of its held-out part. Raises ValueError if they are none."""
     check_model(model)
     array = token_array(text)
@@ -74,7 +75,7 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
-def reduced_to(model: Any, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
+def reduced_to(model: Model, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
     """`masked`, or nothing where all weights are kept."""
     return nullcontext(model) if subnetwork is None else masked(model, subnetwork)
 
@@ -91,7 +92,7 @@ class Batch:
     """The model's own."""
 
 
-def layer_names(model: Any) -> tuple[str, ...]:
+def layer_names(model: Model) -> tuple[str, ...]:
     """`embed`, then the blocks after which the residual stream is read: `0`, `1`, ..."""
     return ("embed", *map(str, range(model.cfg.n_layers)))
 
@@ -105,7 +106,7 @@ class Observer(Protocol):
 
 
 def observe(
-    model: Any,
+    model: Model,
     tokens: Integer[np.ndarray, "sequence position"],
     subnetworks: Conditions,
     observers: Callable[[str], Sequence[Observer]],

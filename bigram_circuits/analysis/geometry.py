@@ -44,6 +44,7 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import spread, token_array
@@ -73,7 +74,7 @@ _CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 fo
 
 
 def cosine_to_unembedding(
-    model: Any, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
+    model: Model, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
 ) -> Curves | Maps:
     """Cosine of the residual stream with (un)embedding vectors, by layer; for a prompt, by layer and position.
 
@@ -105,7 +106,7 @@ def cosine_to_unembedding(
     return cosine_curves(model, watching, {"tokens": int(tokens.size), "random_seed": seed})
 
 
-def _check_widths(model: Any) -> None:
+def _check_widths(model: Model) -> None:
     widths = (model.W_E.shape[1], model.W_U.shape[0])
     if widths != (model.cfg.d_model, model.cfg.d_model):
         raise NotShownError(
@@ -114,7 +115,7 @@ def _check_widths(model: Any) -> None:
         )
 
 
-def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
+def cosine_curves(model: Model, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
     """The curves of what `CosineSums` added up, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
 
@@ -130,7 +131,7 @@ def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str
 class CosineSums:
     """Adds up cosines and their baselines for every sequence and layer; an observer."""
 
-    def __init__(self, model: Any, target: Any = None) -> None:
+    def __init__(self, model: Model, target: Any = None) -> None:
         self._directions = _Directions(model, target)
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
@@ -155,7 +156,7 @@ class CosineSums:
 class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
-    def __init__(self, model: Any, target: Target | None) -> None:
+    def __init__(self, model: Model, target: Target | None) -> None:
         _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
         self._target = target
@@ -185,7 +186,7 @@ def _unit(vectors: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
-def _prompt_cosines(model: Any, tokens: Integer[Tensor, "one position"], named: Any, target: Any) -> Maps:
+def _prompt_cosines(model: Model, tokens: Integer[Tensor, "one position"], named: Any, target: Any) -> Maps:
     directions, values = _Directions(model, target), []
     for subnetwork in named.values():
         with torch.no_grad(), reduced_to(model, subnetwork):
@@ -208,7 +209,7 @@ def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*laye
 
 
 def layer_rotations(
-    model: Any,
+    model: Model,
     text: Any = None,
     subnetwork: Subnetwork | None = None,
     *,
@@ -246,7 +247,7 @@ def layer_rotations(
     return rotation_curves(model, maps)
 
 
-def rotation_curves(model: Any, maps: Mapping[str, AffineMaps]) -> Curves:
+def rotation_curves(model: Model, maps: Mapping[str, AffineMaps]) -> Curves:
     """The curves of maps that are the model's, by condition."""
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
@@ -301,7 +302,7 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
 
 
 def covariance_similarity(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -411,7 +412,7 @@ class CovarianceSums:
         self.notes["tokens"] += grams.shape[2]
 
 
-def covariance_maps(model: Any, sums: Mapping[str, CovarianceSums]) -> Maps:
+def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
     """What `covariance_similarity` returns, of observers that were shown all of their text."""
     last = list(sums.values())[-1]
     similarity, n_layers = _ratio(last.hsic).cpu().numpy(), model.cfg.n_layers + 1

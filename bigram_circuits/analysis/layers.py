@@ -20,12 +20,13 @@ from bigram_circuits.analysis.geometry import (
 )
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.results import Curves, Maps
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, spread
 
 
 def layer_by_layer(
-    model: Any,
+    model: Model,
     corpus: Corpus,
     subnetwork: Subnetwork | None = None,
     target: Any = None,
@@ -56,7 +57,7 @@ def layer_by_layer(
 
 
 def _layer_by_layer(
-    model: Any,
+    model: Model,
     fit_on: Integer[np.ndarray, "a position"],
     held_out: Integer[np.ndarray, "b position"],
     named: Conditions,

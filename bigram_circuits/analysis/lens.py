@@ -49,6 +49,7 @@ from bigram_circuits.models.activations import (
     residual_streams,
     rows_at_once,
 )
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, token_array
 
@@ -81,7 +82,7 @@ PROMPT_QUANTITIES = (
 
 
 def logit_lens(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -126,7 +127,7 @@ def logit_lens(
     return lens_curves(title, model, watching, {"tokens": int(tokens.size), "random_seed": seed})
 
 
-def lens_curves(title: str, model: Any, sums: Mapping[str, LensSums], notes: Mapping[str, Any]) -> Curves:
+def lens_curves(title: str, model: Model, sums: Mapping[str, LensSums], notes: Mapping[str, Any]) -> Curves:
     """The curves of what `LensSums` added up, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
     return curves_from_sums(title, LENS_QUANTITIES, "layer", layer_names(model), rows, _lens_statistics, notes)
@@ -143,7 +144,7 @@ def _lens_statistics(sums: Float[np.ndarray, "... layer column"]) -> Float[np.nd
 class LensSums:
     """Adds up, for every sequence and layer, what the lens's statistics are made of; an observer."""
 
-    def __init__(self, model: Any, target: Any = None, maps: AffineMaps | None = None) -> None:
+    def __init__(self, model: Model, target: Any = None, maps: AffineMaps | None = None) -> None:
         """With `maps`, the residual stream goes through them first."""
         self._model, self._target, self._maps = model, target, maps
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
@@ -244,7 +245,7 @@ def _readings(
 
 
 def _prompt_lens(
-    model: Any,
+    model: Model,
     tokens: Integer[Tensor, "one position"],
     named: Conditions,
     maps: Mapping[str, AffineMaps] | None,
@@ -274,7 +275,7 @@ def _prompt_lens(
     )  # fmt: skip
 
 
-def check_readout(model: Any) -> None:
+def check_readout(model: Model) -> None:
     """Raise NotShownError unless final norm and unembedding of the last residual stream give the model's logits."""
     check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
@@ -293,7 +294,7 @@ def check_readout(model: Any) -> None:
 
 
 def affine_lens(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -348,7 +349,7 @@ def affine_lens(
 
 
 def affine_curves(
-    model: Any, lenses: Mapping[str, LensSums], recalls: Mapping[str, RecallSums], notes: Mapping[str, Any]
+    model: Model, lenses: Mapping[str, LensSums], recalls: Mapping[str, RecallSums], notes: Mapping[str, Any]
 ) -> Curves:
     """The curves of what `LensSums` and `RecallSums` added up, by condition."""
     rows = {name: np.concatenate([lenses[name].rows(), recalls[name].rows()], -1) for name in lenses}

@@ -35,6 +35,7 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.models.activations import NotShownError, batch_size_for, record
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import (
     ATTENTION_MATRICES,
@@ -219,7 +220,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
 
 
 def max_activating_tokens(
-    model: Any,
+    model: Model,
     neurons: Sequence[tuple[int, int]],
     tokens: Any,
     subnetwork: Subnetwork | None = None,
@@ -268,7 +269,7 @@ def max_activating_tokens(
 
 
 def _max_activating(
-    model: Any,
+    model: Model,
     neurons: Sequence[tuple[int, int]],
     array: Integer[np.ndarray, "sequence position"],
     by_name: Conditions,
@@ -375,7 +376,7 @@ def _counts_map(
 
 
 def _sums_by_token(
-    model: Any,
+    model: Model,
     neurons: Sequence[tuple[int, int]],
     tokens: Integer[np.ndarray, "sequence position"],
     advance: Callable[[int], Any],

@@ -26,6 +26,7 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import as_target, entropy
 from bigram_circuits.text.corpus import spread
@@ -44,7 +45,7 @@ _Words = tuple[tuple[str, ...], ...]
 
 
 def passages(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -82,7 +83,7 @@ def passages(
 
 
 def _passages(
-    model: Any,
+    model: Model,
     chosen: Integer[np.ndarray, "passage position"],
     named: Conditions,
     target: Any,
@@ -115,7 +116,7 @@ def _passages(
 
 
 def next_tokens(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     subnetwork: Subnetwork | None = None,
     *,
@@ -169,7 +170,7 @@ def next_tokens(
 
 
 def _shown(
-    model: Any, tokens: Integer[Tensor, "passage pos"], log_probs: Float[Tensor, "passage pos d_vocab"], top_k: int
+    model: Model, tokens: Integer[Tensor, "passage pos"], log_probs: Float[Tensor, "passage pos d_vocab"], top_k: int
 ) -> tuple[Float[np.ndarray, "passage pos"], _Words]:
     """Surprisals, and the words of every cell; what is expected at a position is predicted at the one before."""
     surprisal = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
@@ -194,7 +195,7 @@ def _shown(
 
 
 def faithfulness_by_token(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -237,7 +238,7 @@ def faithfulness_by_token(
 
 
 def _by_token(
-    model: Any,
+    model: Model,
     array: Integer[np.ndarray, "sequence position"],
     by_name: Conditions,
     target: Any,
@@ -287,7 +288,7 @@ class _SumsByToken:
     """Adds up KL and probabilities by current token, for chosen tokens."""
 
     def __init__(
-        self, model: Any, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
+        self, model: Model, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
     ) -> None:
         d_vocab, device = model.cfg.d_vocab, model.cfg.device
         self.model, self.target, self.chosen = model, target, chosen

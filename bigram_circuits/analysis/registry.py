@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import Conditions, conditions
 from bigram_circuits.measures.results import Result
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, spread
 
@@ -38,7 +39,7 @@ _PROMPT_TOKENS = 16  # of held-out text that are shown one by one
 class Subject:
     """What is analysed, and on how much text; all of it is checked."""
 
-    model: Any = field(repr=False)
+    model: Model = field(repr=False)
     """From `load_model`."""
     subnetwork: Subnetwork
     """What was found."""

@@ -28,10 +28,11 @@ from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.models.activations import NotShownError, check_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 
 
-def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
+def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
     """Measure how much a subnetwork's loss on a task falls with each of several additions.
 
     Args:

@@ -26,6 +26,7 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.models.activations import check_model
 from bigram_circuits.models.loading import load_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import is_target
@@ -123,7 +124,7 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     check_subnetwork(subnetwork)
     _check_target(target)
 
-    def measure(model: Any) -> dict[str, dict[str, Any]]:
+    def measure(model: Model) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
         with hashed_once(model):
@@ -240,11 +241,11 @@ def _check_target(target: Any) -> None:
         )
 
 
-def _target_of(target: Any, model: Any) -> Any:
+def _target_of(target: Any, model: Model) -> Any:
     return target if is_target(target) else target(model)
 
 
-def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
+def _faithfulness(model: Model, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Numbers by name, with intervals where there are any."""
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
