@@ -54,7 +54,7 @@ class Subjects:
 
 
 @overload
-def study(
+def study(  # pyright: ignore[reportOverlappingOverload]
     model: Any = "reference", corpus: Any = "reference", *, sparsity_weights: Sequence[float | int], **options: Any
 ) -> SubnetworkPath: ...
 @overload

@@ -23,7 +23,7 @@ class ModelTarget(Target):
     def __init__(self, model: Any) -> None:
         """Take a model from `load_model`."""
         self.model = model
-        self.d_vocab = model.cfg.d_vocab
+        self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
         self.fingerprint = f"model {weight_hash(model)}"
         self._last: tuple[Tensor, Tensor] | None = None
 
