@@ -569,7 +569,8 @@ class Run:
         """What a notebook shows: what was asked, how it ended, and the answer."""
         asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
-        return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], self.subnetwork._repr_html_())
+        shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
 
     def _answer(self) -> str:
         """In words: how faithful it is."""

@@ -191,7 +191,7 @@ class Subnetwork(Mapping[str, Tensor]):
     def __and__(self, other: Subnetwork) -> Subnetwork:
         return self._combine(other, "&", np.bitwise_and)
 
-    def __or__(self, other: Subnetwork) -> Subnetwork:  # type: ignore[override]
+    def __or__(self, other: Subnetwork) -> Subnetwork:
         return self._combine(other, "|", np.bitwise_or)
 
     def __sub__(self, other: Subnetwork) -> Subnetwork:

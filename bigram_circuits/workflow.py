@@ -55,7 +55,7 @@ class Subjects:
 
 
 @overload
-def study(
+def study(  # pyright: ignore[reportOverlappingOverload]
     model: Model | str | Path = "reference",
     corpus: Any = "reference",
     *,

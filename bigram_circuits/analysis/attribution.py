@@ -253,7 +253,7 @@ def _heads(
     bias_name = f"{PartName('attn', layer).label} bias"
     parts = {head_label(layer, head): out for head, out in enumerate(heads)}
     if (bias := getattr(site.leaf, "bias", None)) is not None:
-        parts[bias_name] = bias.float()  # type: ignore[operator]
+        parts[bias_name] = bias.float()
     if before_norm is None:
         return parts
     norm = model.blocks[layer].ln1_post

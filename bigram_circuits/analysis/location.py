@@ -142,7 +142,7 @@ def concentration(
         raise ValueError(f"a curve needs at least 2 points, not {points}")
     x = np.linspace(0, 1, points)
     both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
-    values, gini = np.empty((1, 2, points)), {}
+    values, gini, chosen = np.empty((1, 2, points)), {}, []
     for row, (name, one) in enumerate(both.items()):
         counts = neuron_counts(one)
         chosen = list(counts) if layers is None else [int(layer) for layer in layers]

@@ -78,4 +78,5 @@ class FoundSubnetwork:
             f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )
-        return html.summary("A subnetwork was found", [says], self.subnetwork._repr_html_())
+        shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return html.summary("A subnetwork was found", [says], shown)

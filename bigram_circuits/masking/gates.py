@@ -200,8 +200,8 @@ class Gates(nn.Module, ABC):
         """A weight matrix, in stored layout, times its soft gates; only `scores` gets a gradient."""
         group = self._group_of[name]
         if group.unit == "weight":
-            return _GatedWeight.apply(self.scores, weight, self, group.place)  # pyright: ignore[reportReturnType]
-        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)  # pyright: ignore[reportAssignmentType]
+            return _GatedWeight.apply(self.scores, weight, self, group.place)
+        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
         return weight * group.spread(soft).to(weight.dtype)
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class InducedTarget(Target):
         """
         if tokens.size == 0:
             raise ValueError("an induced bigram needs text: there are no tokens")
-        self.d_vocab = model.cfg.d_vocab
+        self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
         counts = np.bincount(np.asarray(tokens).ravel(), minlength=self.d_vocab)
         contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or self.d_vocab)]
         size = 4 * len(contexts) * self.d_vocab

@@ -22,7 +22,7 @@ class ModelTarget(Target):
     def __init__(self, model: Model) -> None:
         """Take a model from `load_model`."""
         self.model = model
-        self.d_vocab = model.cfg.d_vocab
+        self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
         self.fingerprint = f"model {weight_hash(model)}"
         self._last: tuple[Tensor, Tensor] | None = None
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.storage.records import is_text, shown
-from bigram_circuits.text.sources import _open_source
+from bigram_circuits.text.sources import open_source
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
 _BATCH_CHARACTERS = 1 << 20  # text tokenised at once
@@ -121,7 +121,7 @@ def load_corpus(
         raise ValueError(f"max_tokens must allow one sequence in each part ({2 * context_length}), not {max_tokens}")
     if tokenizer is None:
         raise ValueError("tokenizer is None, but text needs one: pass the tokenizer of the model, model.tokenizer")
-    description, documents, n_bytes = _open_source(source, text_column)
+    description, documents, n_bytes = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
     tokenized = _tokenize(documents, tokenizer, salt, max_tokens, n_bytes)
     train, rest, counts = _split(tokenized, held_out, context_length, description)

@@ -212,7 +212,7 @@ class NGramTable:
             )
         rows = self._rows(tokens.to(logits.device))
         flat = logits.reshape(-1, self.d_vocab).contiguous()
-        return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as one safetensors file, with its checksums."""
@@ -398,7 +398,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         rows_at_once = max(1, _LOGITS_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
         lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
         expected = torch.zeros_like(lse)
-        for position, place, prob in table._entry_chunks(rows):
+        for position, place, prob in table._entry_chunks(rows):  # pyright: ignore[reportPrivateUsage]
             expected.index_add_(0, position, logits.view(-1).index_select(0, place).float().mul_(prob))
         ctx.save_for_backward(logits, lse)
         ctx.table, ctx.rows = table, rows

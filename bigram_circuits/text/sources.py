@@ -15,7 +15,7 @@ _MOST_UNPACKED = 1 << 32  # bytes of a group of rows of a Parquet file
 _LONGEST_NAME = 1024  # characters; a longer string is text, not the name of a source
 
 
-def _open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str, str]], int | None]:
+def open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str, str]], int | None]:
     """The source in words, its documents as (key that decides the split, text), and its size in bytes if known."""
     if isinstance(source, str) and source == "reference":
         from bigram_circuits.text.reference import reference_documents
