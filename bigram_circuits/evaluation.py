@@ -27,6 +27,7 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
@@ -233,7 +234,7 @@ def _seeds(group: Any, name: str) -> tuple[Faithfulness, ...]:
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     subnetwork: Subnetwork,
     target: Any,
     tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
@@ -326,7 +327,7 @@ class SoftHardGap(Record):
 
 @torch.no_grad()
 def soft_hard_gap(
-    model: Any, gates: Gates, subnetwork: Subnetwork, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
+    model: Model, gates: Gates, subnetwork: Subnetwork, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
 ) -> SoftHardGap:
     """Compare a model under soft gates with the same model under the mask made of them, on the same batch.
 
@@ -346,7 +347,7 @@ def soft_hard_gap(
     return SoftHardGap(soft, hard)
 
 
-def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tuple[str, Subnetwork]]:
+def _conditions(model: Model, subnetwork: Subnetwork, seeds: int) -> Iterator[tuple[str, Subnetwork]]:
     yield "subnetwork", subnetwork
     yield "full", Subnetwork.full(model)
     yield "empty", Subnetwork.empty(model)
@@ -359,7 +360,7 @@ def _conditions(model: Any, subnetwork: Subnetwork, seeds: int) -> Iterator[tupl
 
 
 def _sums(
-    model: Any, subnetwork: Subnetwork, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
+    model: Model, subnetwork: Subnetwork, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """One row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])

@@ -35,6 +35,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.loading import load_model, quiet_transformers
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_hash, weight_sites
 from bigram_circuits.names import WeightName
 from bigram_circuits.subnetwork import Subnetwork
@@ -55,7 +56,7 @@ _WRITING = ("c_proj.weight", "dense.weight", "4h_to_h.weight", "o_proj.weight", 
 class Planted:
     """A model with a planted circuit, and all that is known about it."""
 
-    model: Any
+    model: Model
     """From `load_model`."""
     circuit: Subnetwork
     """The planted weights."""

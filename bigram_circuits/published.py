@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bigram_circuits.models.loading import hub_errors, is_local, load_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.storage.records import check_content, check_header, read_tensors, regular_size, shown
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -71,7 +72,7 @@ _OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
 }
 
 
-def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
+def import_published(path: str | os.PathLike[str], model: Model) -> Subnetwork:
     """A subnetwork of `model` from a file of boolean masks by Hugging Face parameter name.
 
     Args:
@@ -93,7 +94,11 @@ def import_published(path: str | os.PathLike[str], model: Any) -> Subnetwork:
 
 
 def load_published(
-    model_name: str, sparsity: int | float | str | None = None, *, model: Any = None, revision: str | None = None
+    model_name: str,
+    sparsity: int | float | str | None = None,
+    *,
+    model: Model | None = None,
+    revision: str | None = None,
 ) -> Subnetwork:
     """The released bigram subnetwork of a model, from the hub repository `tylerachang/bigram-subnetworks-<model>`.
 

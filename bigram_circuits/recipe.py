@@ -473,4 +473,7 @@ def _words(one: Option, value: Any) -> list[str]:
     """An option with a value as words of a command."""
     if one.kind is None:
         return [one.flag]
-    return [one.kind.write(value)] if not one.flag.startswith("-") else [one.flag, one.kind.write(value)]
+    text = one.kind.write(value)
+    if text.startswith("-"):  # what begins with a dash reads as an option where it stands alone
+        return [f"{one.flag}={text}"]
+    return [text] if not one.flag.startswith("-") else [one.flag, text]

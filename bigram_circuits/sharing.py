@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
@@ -25,7 +26,7 @@ from bigram_circuits.subnetwork import Subnetwork
 _HUB_FILE = "subnetwork.safetensors"
 
 
-def export_huggingface(model: Any, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
+def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: the model with every other weight 0.
 
     The maskable weights are those of `model` as it is now; all else, and the tokenizer, is read again from where
@@ -53,7 +54,7 @@ def export_huggingface(model: Any, subnetwork: Subnetwork, folder: str | os.Path
     return Path(folder)
 
 
-def export_masks(model: Any, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
+def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
     """Write boolean masks by Hugging Face parameter name; `import_published` reads them.
 
     Args:
@@ -113,7 +114,7 @@ def push_subnetwork(
     return str(address)
 
 
-def pull_subnetwork(repo_id: str, model: Any, *, revision: str | None = None) -> Subnetwork:
+def pull_subnetwork(repo_id: str, model: Model, *, revision: str | None = None) -> Subnetwork:
     """A subnetwork that `push_subnetwork` put on the hub, checked against the model's weights.
 
     Raises:

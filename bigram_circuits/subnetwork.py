@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bigram_circuits.measures import html
 from bigram_circuits.models.layouts import huggingface_layout
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_hash, weight_sites
 from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName
 from bigram_circuits.storage.files import whole_file
@@ -108,22 +109,22 @@ class Subnetwork(Mapping[str, Tensor]):
     # --- constructors from a model ---
 
     @classmethod
-    def full(cls, model: Any) -> Subnetwork:
+    def full(cls, model: Model) -> Subnetwork:
         """All maskable weights of a model."""
         return cls._constant(model, True, "full")
 
     @classmethod
-    def empty(cls, model: Any) -> Subnetwork:
+    def empty(cls, model: Model) -> Subnetwork:
         """None of them: what is left is embeddings, unembedding, normalisation and biases."""
         return cls._constant(model, False, "empty")
 
     @classmethod
-    def _constant(cls, model: Any, value: bool, lineage: str) -> Subnetwork:
+    def _constant(cls, model: Model, value: bool, lineage: str) -> Subnetwork:
         masks = {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
         return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     @classmethod
-    def magnitude(cls, model: Any, like: Subnetwork) -> Subnetwork:
+    def magnitude(cls, model: Model, like: Subnetwork) -> Subnetwork:
         """The weights of largest absolute value, as many in every weight matrix as `like` keeps there.
 
         Of equal values at the threshold, the first in canonical order are kept.
@@ -388,11 +389,11 @@ class Subnetwork(Mapping[str, Tensor]):
 
     # --- models and files ---
 
-    def check_fits(self, model: Any) -> None:
+    def check_fits(self, model: Model) -> None:
         """Raise ValueError unless every name and shape is the model's."""
         _check_same_shapes(self._shapes, {site.name: site.shape for site in weight_sites(model)}, "the model")
 
-    def to_huggingface(self, model: Any) -> dict[str, Tensor]:
+    def to_huggingface(self, model: Model) -> dict[str, Tensor]:
         """Boolean masks by Hugging Face parameter name, in the shapes of the model's checkpoint.
 
         Every parameter that holds maskable weights is there; embeddings, norms and biases are not (all kept).
@@ -401,7 +402,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return huggingface_layout(model).to_huggingface(self)
 
     @classmethod
-    def from_huggingface(cls, masks: Mapping[str, Any], model: Any) -> Subnetwork:
+    def from_huggingface(cls, masks: Mapping[str, Any], model: Model) -> Subnetwork:
         """A subnetwork of `model` from boolean masks (torch or numpy) by Hugging Face parameter name.
 
         Masks of embeddings, norms and biases may be given if they keep everything.
@@ -430,7 +431,7 @@ class Subnetwork(Mapping[str, Tensor]):
             save_file(dict(self._packed), temporary, metadata | {HEADER: header_checksum(self._packed, metadata)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any = None) -> Subnetwork:
+    def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> Subnetwork:
         """Read what `save` wrote, and check it.
 
         Raises:

@@ -25,6 +25,7 @@ from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.training import find_subnetwork, run_settings
 from bigram_circuits.models.loading import load_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.recipe import Inputs, Request
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
@@ -36,7 +37,7 @@ from bigram_circuits.text.corpus import Corpus, load_corpus
 class Subjects:
     """What a study is about: a model, a text, a target, and how to make them again."""
 
-    model: Any
+    model: Model
     """Hooked."""
     corpus: Corpus
     """Its training part is learned from, its held-out part measured on."""
@@ -55,12 +56,16 @@ class Subjects:
 
 @overload
 def study(  # pyright: ignore[reportOverlappingOverload]
-    model: Any = "reference", corpus: Any = "reference", *, sparsity_weights: Sequence[float | int], **options: Any
+    model: Model | str | Path = "reference",
+    corpus: Any = "reference",
+    *,
+    sparsity_weights: Sequence[float | int],
+    **options: Any,
 ) -> SubnetworkPath: ...
 @overload
-def study(model: Any = "reference", corpus: Any = "reference", **options: Any) -> Run: ...
+def study(model: Model | str | Path = "reference", corpus: Any = "reference", **options: Any) -> Run: ...
 def study(
-    model: Any = "reference",
+    model: Model | str | Path = "reference",
     corpus: Any = "reference",
     *,
     target: Any = "ngram",
@@ -136,13 +141,13 @@ def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: st
     return Subjects(model, corpus, target, inputs if named == given.keys() else None)
 
 
-def _corpus(inputs: Inputs, source: Any, model: Any) -> Corpus:
+def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
     return load_corpus(
         source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens
     )
 
 
-def default_folder(model: Any, settings: RunSettings, *more: Any) -> Path:
+def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
     """One folder for one set of settings, so that the same command continues the same run."""
     name = str(model.cfg.model_name).rstrip("/").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -39,6 +39,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
 from bigram_circuits.published import read_masks
 from bigram_circuits.storage.records import CONTENT, HEADER, header_checksum, sealed
+from bigram_circuits.storage.typed import to_json
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.ngrams import Level, NGramTable
 
@@ -408,11 +409,11 @@ def maps_content(maps: AffineMaps) -> Any:
 
 def run_content(run: Any) -> Any:
     record = run.settings, run.rebuild, run.versions, run.outcome, run.metrics, run.history
-    return json.dumps(record), subnetwork_content(run.subnetwork)
+    return json.dumps(to_json(record)), subnetwork_content(run.subnetwork)
 
 
 def path_content(runs: Any) -> Any:
-    return [(run_content(replace(run, metrics=None)), json.dumps(run.metrics)) for run in runs]
+    return [(run_content(replace(run, evaluation=None)), json.dumps(run.metrics)) for run in runs]
 
 
 def masks_content(found: Any) -> Any:
@@ -486,7 +487,8 @@ def some_run(folder: Path) -> None:
     from tests.example_runs import make_run
 
     shutil.rmtree(folder, ignore_errors=True)
-    numbers = {"surprisal_correlation": 0.5, "kl": 1.0, "kept": 2, "total": 14, "fraction": 1 / 7}
+    measured = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
+    numbers = dict.fromkeys(measured, 0.5) | {"kept": 2, "total": 14, "fraction": 1 / 7}
     make_run(folder, metrics={"subnetwork": numbers, "full": numbers, "verdict": "fine"})
 
 

@@ -63,7 +63,7 @@ def finished(work: Callable[[], object], log: Path) -> None:
     assert code == 0, f"exit code {code}: {log.read_text()[-3000:]}"
 
 
-def result(folder: Path) -> tuple[str, list[dict], dict]:
+def result(folder: Path) -> tuple[str, list[runs.StepRecord], tuple]:
     """What a finished run must end in, however often it was killed; and nothing else may lie in its folder."""
     run = bc.load_run(folder)
     names = set(names_in(folder))
@@ -71,8 +71,7 @@ def result(folder: Path) -> tuple[str, list[dict], dict]:
     assert names - {"report.html"} == expected, names
     assert set(run.analyses) == {"by_layer"}
     assert run.metrics is not None
-    rollbacks = {"rollbacks": run.outcome["rollbacks"], "stopped_because": run.outcome["stopped_because"]}
-    return run.subnetwork.checksum, run.history, rollbacks
+    return run.subnetwork.checksum, run.history, (run.outcome.rollbacks, run.outcome.stopped_because)
 
 
 def stage(folder: Path) -> str:
@@ -94,7 +93,7 @@ def often() -> None:
     learner._GOOD_EVERY = 3
 
 
-def explode_once_at(history: list[dict], step: int) -> None:
+def explode_once_at(history: list[runs.StepRecord], step: int) -> None:
     """Let the loss explode at a step of this history; a lower rate leads to another loss there."""
     value, explosion = history[step]["cross_entropy"], training.explosion
 
@@ -131,7 +130,7 @@ def at_random_moments(folder: Path, kills: int, seed: int) -> dict:
     finished(find("whole"), log)
     life = time.monotonic() - started
     expected = result(folder / "whole")
-    assert len(expected[2]["rollbacks"]) == 1
+    assert len(expected[2][0]) == 1
     rng = random.Random(seed)
     stages: Counter[str] = Counter()
     done = 0
@@ -170,7 +169,7 @@ def before_every_access(folder: Path, stride: int) -> dict:
             found = bc.find_subnetwork(model, target, corpus, config, run_dir=folder / name)
             run = runs.RunFolder(folder / name)
             with run.lock():
-                run.write_metrics({"subnetwork": {"kept": found.subnetwork.kept}})
+                run.write_evaluation(bc.evaluate(model, found.subnetwork, target, corpus.held_out, controls=False))
                 small_analysis(model, found.subnetwork).save(folder / name / "analysis")
             if count:
                 count.write_text(str(seen))
@@ -183,7 +182,7 @@ def before_every_access(folder: Path, stride: int) -> dict:
     explode_once_at(bc.load_run(folder / "probe").history, 4)
     finished(work("whole", count=folder / "count"), log)
     expected = result(folder / "whole")
-    assert [one["back_to"] for one in expected[2]["rollbacks"]] == [3]
+    assert [one.back_to for one in expected[2][0]] == [3]
     accesses = int((folder / "count").read_text())
     moments = range(1, accesses + 1, stride)
     for moment in moments:

@@ -1,5 +1,6 @@
 """What a notebook shows of a value: its numbers as a small table, any name as text, no script and no colour."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs import Run
+from bigram_circuits.runs import CorpusIdentity, ModelIdentity, Outcome, Run, RunSettings, StepRecord, TargetIdentity
 from bigram_circuits.subnetwork import Subnetwork
 
 PACKAGE = Path(bc.__file__).parent
@@ -100,20 +101,20 @@ def evaluation(controls=True):
 
 
 def found():
-    history = [{"cross_entropy": 4.25}]
+    history = [StepRecord(0, 0, cross_entropy=4.25, fraction=0.5, undecided=1.0)]
     return FoundSubnetwork(subnetwork(), history, SparsifyConfig(), "decided", 12.3)
 
 
 def run(evaluated=True):
     return Run(
         path=Path("runs") / "<b>first",
-        settings={"model": {"name": HOSTILE}, "corpus": {"source": HOSTILE}},
+        settings=RunSettings(ModelIdentity(HOSTILE), CorpusIdentity(HOSTILE), TargetIdentity(), SparsifyConfig()),
         rebuild=None,
         versions={},
         subnetwork=subnetwork(),
-        outcome={"stopped_because": "decided", "seconds": 12.3, "attempts": 1},
-        metrics=evaluation().to_json() if evaluated else None,
-        history=[{}] * 7,
+        outcome=Outcome("decided", 12.3),
+        evaluation=evaluation() if evaluated else None,
+        history=found().history * 7,
     )
 
 
@@ -221,8 +222,9 @@ def test_an_evaluation_draws_every_row_with_its_interval():
 
 
 def test_what_was_found_draws_how_it_was_learned():
-    record = {"fraction": 0.5, "cross_entropy": 4.25, "undecided": 1.0, "step": 0}
-    learned = FoundSubnetwork(subnetwork(), [record, record | {"step": 1}], SparsifyConfig(), "decided", 1.0)
+    (first,) = found().history
+    history = [first, dataclasses.replace(first, step=1)]
+    learned = FoundSubnetwork(subnetwork(), history, SparsifyConfig(), "decided", 1.0)
     assert list(learned.plot().data[0].y) == [0.5, 0.5]
     assert list(learned.plot("cross_entropy").data[0].x) == [0, 1]
 

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigram_circuits as bc
 from bigram_circuits import cli, sharing
+from bigram_circuits.recipe import Inputs
+from bigram_circuits.runs import CorpusIdentity, ModelIdentity, Outcome, RunFolder, RunSettings, TargetIdentity
 from tests.architectures import CONFIGS
 from tests.conftest import save_tiny
 
@@ -225,11 +227,9 @@ def command(capsys, monkeypatch, tmp_path):
 @pytest.fixture
 def finished_run(reference_model, tmp_path):
     """A run's folder as `find` leaves it, with a subnetwork that was not learned."""
-    from bigram_circuits.runs import RunFolder
-
-    rebuild = {"model": {"name": "reference", "revision": None, "dtype": "float32"}, "corpus": {}, "order": 2}
-    folder = RunFolder.open(tmp_path / "run", {"seed": 0}, rebuild=rebuild)
-    folder.finish(bc.Subnetwork.full(reference_model).drop_layer(2), {"stopped_because": "decided", "seconds": 0.0})
+    settings = RunSettings(ModelIdentity("reference"), CorpusIdentity(), TargetIdentity(), bc.SparsifyConfig())
+    folder = RunFolder.open(tmp_path / "run", settings, rebuild=Inputs())
+    folder.finish(bc.Subnetwork.full(reference_model).drop_layer(2), Outcome("decided", 0.0))
     return tmp_path / "run"
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 import bigram_circuits as bc
 from bigram_circuits import cli, runs
-from bigram_circuits.evaluation import SoftHardGap
+from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.learning import learner, training
+from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from bigram_circuits.storage.locks import LOCK, FolderInUseError
@@ -204,7 +205,7 @@ def test_progress_that_is_not_what_came_before_the_checkpoint_starts_over(stoppe
 def test_a_damaged_file_of_a_finished_run_is_named_with_what_to_do(goes_on, tmp_path):
     folder = tmp_path / "run"
     goes_on(folder)
-    RunFolder(folder).write_metrics({"subnetwork": {"kept": 1234}})
+    RunFolder(folder).write_evaluation(Evaluation(Faithfulness(0.5, 1.0, 0.5, 2.0, 0.5, 1234, 2000, 0.617)))
     remedies = {"config.json": "choose another", "training.json": "--fresh", "metrics.json": "writes it again"}
     for name, remedy in remedies.items():
         data = (folder / name).read_text()
@@ -266,7 +267,7 @@ def test_a_loss_that_explodes_once_goes_back_and_lowers_the_rate(
     assert found.history[12] != expected.history[12]
     assert [record["step"] for record in found.history] == list(range(20))
     run = bc.load_run(tmp_path)
-    assert (run.history, run.outcome["rollbacks"]) == (found.history, [rollback])
+    assert (run.history, run.outcome.rollbacks) == (found.history, (rollback,))
     assert bc.find_subnetwork(tiny_model, target, corpus, RECIPE, run_dir=tmp_path).rollbacks == found.rollbacks
     assert "at step 12: back to step 10, with learning rate 0.025" in capfd.readouterr().err
 

@@ -1,7 +1,7 @@
 """Take parts of a model away and see what its predictions lose.
 
-What is taken away is said in the language of `parts`: `head 2.3`, `mlp 0`, `heads` for each in turn, `subnetwork`, or a
-`Subnetwork`, whose weights are taken away. How: activations are replaced by hooks, or weights set to 0.
+What is taken away is said in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or
+a `Subnetwork`, whose weights are taken away. How: activations are replaced by hooks, or weights set to 0.
 
 - `zero`: the activation is 0.
 - `mean`: it is its own mean over all sequences and positions of the text, in the model as it was before.
@@ -35,23 +35,25 @@ from bigram_circuits.analysis.components import (
     random_coordinates,
     random_within,
 )
-from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, reduced_to
+from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import Task, as_task, measure
+from bigram_circuits.analysis.tasks import Task, as_task, checked_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
-from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, record
+from bigram_circuits.models.activations import NotShownError, check_model, record
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import as_target
 
+_SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement, that are removed
 WAYS = ("zero", "mean", "resample", "weights")
 """Values of `by`."""
 
 
 def ablate(
-    model: Any,
+    model: Model,
     what: Any,
     tokens: Any,
     subnetwork: Subnetwork | None = None,
@@ -87,15 +89,25 @@ def ablate(
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
-    check_seed(seed)
-    check_model(model)
-    check_subnetwork(subnetwork)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
-    task = as_task(tokens, model.cfg.d_vocab)
-    if subnetwork is not None:
-        subnetwork.check_fits(model)
-    parts = parse(what, model, subnetwork)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    task = checked_task(model, tokens)
+    return _ablate(
+        model, parse(what, model, subnetwork), task, subnetwork, by=by, target=target, seeds=seeds, seed=seed
+    )
+
+
+def _ablate(
+    model: Model,
+    parts: Sequence[Part],
+    task: Task,
+    subnetwork: Subnetwork | None,
+    *,
+    by: str | None,
+    target: Any,
+    seeds: int,
+    seed: int,
+) -> Effects:
+    """`ablate`, of arguments that are checked."""
     ways = {part.name: by or ("weights" if part.subnetworks else "zero") for part in parts}
     if "resample" in ways.values() and len(task) < 2:
         raise ValueError("resampling takes activations from another sequence, but there is only one")
@@ -138,10 +150,9 @@ def ablate(
     )
 
 
-def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
+def _check_shown(model: Model, task: Task, chosen: Iterable[Coordinates]) -> None:
     """Raise NotShownError unless the forward pass shows all these activations in these sizes."""
     sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
-    check_tokens(model, task.tokens)
     tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
     with torch.inference_mode():
         seen, _ = record(model, tokens, list(sizes))
@@ -153,7 +164,7 @@ def _check_shown(model: Any, task: Task, chosen: Iterable[Coordinates]) -> None:
 class _BaseMeans:
     """Mean activations of a base, taken when they are first needed."""
 
-    def __init__(self, model: Any, task: Task, kept: Kept, names: set[str]) -> None:
+    def __init__(self, model: Model, task: Task, kept: Kept, names: set[str]) -> None:
         self._arguments = (model, task, sorted(names))
         self._kept = kept
         self._means: dict[str, Tensor] | None = None
@@ -274,7 +285,7 @@ class _Replace:
         return replace
 
 
-def mean_activations(model: Any, task: Task, names: Iterable[str]) -> dict[str, Float[Tensor, " _"]]:
+def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str, Float[Tensor, " _"]]:
     """Means of activations over all prompts and positions, up to the last scored place of each; float64, CPU."""
     totals: dict[str, Tensor] = {}
     ends = torch.from_numpy(task.ends)
@@ -301,12 +312,12 @@ def mean_activations(model: Any, task: Task, names: Iterable[str]) -> dict[str, 
 
 
 def stochastic_ablation(
-    model: Any,
+    model: Model,
     subnetwork: Subnetwork,
     target: Any,
     tokens: Any,
     *,
-    shares: Sequence[float | int] = (0, 0.25, 0.5, 0.75, 1),
+    shares: Sequence[float | int] = _SHARES,
     draws: int = 5,
     seed: int = 0,
 ) -> Curves:
@@ -338,13 +349,25 @@ def stochastic_ablation(
         raise ValueError(f"shares must be numbers from 0 to 1, not {tuple(shares)}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
-    check_seed(seed)
     check_model(model)
-    check_target(target, model.cfg.d_vocab)
-    if not isinstance(subnetwork, Subnetwork):
-        raise ValueError(f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork")
-    subnetwork.check_fits(model)
-    task = as_task(tokens, model.cfg.d_vocab)
+    target = as_target(target, model.cfg.d_vocab)  # None is no target here,
+    if subnetwork is None:  # and no subnetwork
+        raise ValueError("a NoneType is no subnetwork: pass a Subnetwork")
+    check_arguments(model, subnetwork, seed=seed)
+    return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
+
+
+def _thin_out(
+    model: Model,
+    subnetwork: Subnetwork,
+    target: Any,
+    task: Task,
+    *,
+    shares: Sequence[float | int],
+    draws: int,
+    seed: int,
+) -> Curves:
+    """`stochastic_ablation`, of arguments that are checked."""
     numbers = np.full((2, 2, len(shares), draws), math.nan)
     seen: dict[str, tuple[float, float]] = {}
     with tqdm(total=2 * len(shares) * draws * len(task), desc="removing", unit="sequence", delay=2, leave=False) as bar:
@@ -391,17 +414,22 @@ def _thinned(subnetwork: Subnetwork, share: float | int, seed: int) -> Subnetwor
 
 @in_suite("ablation_components")
 def _(subject: Subject) -> Effects:
-    what = ["attns", "mlps"]
-    return ablate(subject.model, what, subject.sweep_text, subject.subnetwork, target=subject.target, seeds=0)
+    parts, task = parse(["attns", "mlps"], subject.model), _task(subject)
+    return _ablate(subject.model, parts, task, subject.subnetwork, by=None, target=subject.target, seeds=0, seed=0)
 
 
 @in_suite("ablation_heads")
 def _(subject: Subject) -> Effects:
-    return ablate(subject.model, "heads", subject.sweep_text, target=subject.target, seeds=1)
+    parts, task = parse("heads", subject.model), _task(subject)
+    return _ablate(subject.model, parts, task, None, by=None, target=subject.target, seeds=1, seed=0)
 
 
 @in_suite("stochastic_ablation")
 def _(subject: Subject) -> Curves:
-    return stochastic_ablation(
-        subject.model, subject.subnetwork, subject.target, subject.sweep_text, draws=3, seed=subject.seed
+    return _thin_out(
+        subject.model, subject.subnetwork, subject.target, _task(subject), shares=_SHARES, draws=3, seed=subject.seed
     )
+
+
+def _task(subject: Subject) -> Task:
+    return as_task(subject.sweep_text, subject.model.cfg.d_vocab)

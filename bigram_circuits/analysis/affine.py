@@ -28,18 +28,19 @@ from tqdm.auto import trange
 from bigram_circuits.analysis.conditions import (
     Batch,
     Conditions,
-    check_seed,
-    check_subnetwork,
+    check_arguments,
+    checked_text,
     conditions,
     observe,
     reduced_to,
 )
-from bigram_circuits.models.activations import check_model, check_tokens, readout, residual_streams, rows_at_once
+from bigram_circuits.models.activations import check_model, readout, residual_streams, rows_at_once
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import hashed_once, weight_hash
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.text.corpus import Corpus, batch_of, spread, token_array
+from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
 _FORMAT = "bigram_circuits.affine_maps/1"
 _TENSORS = ("output_weight", "output_bias", "input_weight", "input_bias")
@@ -85,7 +86,7 @@ class AffineMaps:
             save_file(tensors, temporary, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any = None) -> AffineMaps:
+    def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> AffineMaps:
         """Read what `save` wrote; with `model`, check that they were fitted on it.
 
         Raises:
@@ -142,7 +143,7 @@ class AffineFitter:
     Everything is taken relative to the first batch's means, so that centring loses no digits.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self._embedding: Tensor = model.W_E.detach()
         self._n = 0
         self._shift: tuple[Tensor, Tensor] | None = None
@@ -168,7 +169,7 @@ class AffineFitter:
         self._e += embedded.sum(0)
         self._n += x.shape[1]
 
-    def freeze(self, model: Any, subnetwork: Subnetwork | None, alpha: float) -> AffineMaps:
+    def freeze(self, model: Model, subnetwork: Subnetwork | None, alpha: float) -> AffineMaps:
         """Solve (X'X + alpha) W = X'Y for centred X and Y, layer by layer; the intercept is not penalised."""
         assert self._shift is not None, "no text was added"
         n, x, e = self._n, self._x, self._e
@@ -199,7 +200,7 @@ class AffineFitter:
 
 
 def fit_affine_lens(
-    model: Any,
+    model: Model,
     tokens: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -226,14 +227,21 @@ def fit_affine_lens(
     check_model(model)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
-    some = spread(token_array(tokens.train if isinstance(tokens, Corpus) else tokens), max_tokens)
-    named = conditions(subnetwork, seed=seed)
+    check_arguments(model, subnetwork, seed=seed)
+    text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
+    return fit_maps(model, spread(text, max_tokens), conditions(subnetwork, seed=seed), alpha)
+
+
+def fit_maps(
+    model: Model, some: Integer[np.ndarray, "sequence position"], named: Conditions, alpha: float | int
+) -> dict[str, AffineMaps]:
+    """`fit_affine_lens` on a checked text, under given conditions."""
     with hashed_once(model):
         return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
 
 
 def _fit(
-    model: Any, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Subnetwork | None, alpha: float
+    model: Model, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Subnetwork | None, alpha: float
 ) -> AffineMaps:
     """One condition's maps; the normal equations are let go before the next one's are added up."""
     fitter = AffineFitter(model)
@@ -242,7 +250,7 @@ def _fit(
 
 
 def refine_affine_lens(
-    model: Any,
+    model: Model,
     maps: AffineMaps,
     tokens: Any,
     subnetwork: Subnetwork | None = None,
@@ -269,17 +277,14 @@ def refine_affine_lens(
     Raises:
         ValueError: If the maps were not fitted on this model, or a number is below what it can be.
     """
-    check_model(model)
-    check_subnetwork(subnetwork)
-    check_seed(seed)
+    check_arguments(model, subnetwork, seed=seed)
     if steps < 0 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(
             f"refining needs steps of 0 or more, a batch_size of at least 1 and a learning_rate above 0, not {steps}, "
             f"{batch_size} and {learning_rate}"
         )
     check_maps(model, {"": maps}, {"": None})
-    text = token_array(tokens.train if isinstance(tokens, Corpus) else tokens)
-    check_tokens(model, text)
+    text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
     device = model.cfg.device
     weight = maps.output_weight.detach().clone().to(device).requires_grad_()
     bias = maps.output_bias.detach().clone().to(device).requires_grad_()
@@ -306,7 +311,7 @@ def refine_affine_lens(
 class RecallSums:
     """Counts, for every sequence and layer, how often the map to the input finds the current token; an observer."""
 
-    def __init__(self, model: Any, maps: AffineMaps) -> None:
+    def __init__(self, model: Model, maps: AffineMaps) -> None:
         self._maps, self._embedding = maps, model.W_E.detach().float()
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
@@ -330,7 +335,7 @@ class RecallSums:
         self._rows.append(torch.stack(layers, 1).double().cpu().numpy())
 
 
-def check_maps(model: Any, maps: Mapping[str, AffineMaps] | None, named: Conditions) -> None:
+def check_maps(model: Model, maps: Mapping[str, AffineMaps] | None, named: Conditions) -> None:
     """Raise ValueError unless there are maps for every condition, fitted on this model and on that condition."""
     if maps is None:
         return

@@ -25,12 +25,13 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.conditions import conditions, reduced_to
+from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
 from bigram_circuits.subnetwork import Subnetwork
@@ -39,7 +40,7 @@ _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
 
 
 def logit_attribution(
-    model: Any,
+    model: Model,
     prompt: Prompt,
     subnetwork: Subnetwork | None = None,
     *,
@@ -74,6 +75,7 @@ def logit_attribution(
     if getattr(model, "compatibility_mode", False):
         raise NotShownError("masks belong to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
+    check_arguments(model, subnetwork, seed=seed)
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
@@ -118,7 +120,7 @@ def logit_attribution(
 
 
 def attention_patterns(
-    model: Any,
+    model: Model,
     prompt: Prompt,
     subnetwork: Subnetwork | None = None,
     *,
@@ -141,6 +143,7 @@ def attention_patterns(
         ValueError: If there is no such head, or the model does not show its attention patterns.
     """
     tokens = prompt_tokens(model, prompt)
+    check_arguments(model, subnetwork, seed=seed)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     chosen = [(layer, head) for layer in range(n_layers) for head in range(n_heads)] if heads is None else list(heads)
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in chosen):
@@ -184,7 +187,7 @@ def attention_patterns(
 
 
 def _contributions(
-    model: Any, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
+    model: Model, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """What every component adds to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
@@ -210,7 +213,7 @@ def _contributions(
 
 
 def _components(
-    model: Any, tokens: Integer[Tensor, "1 pos"], place: int, by: str
+    model: Model, tokens: Integer[Tensor, "1 pos"], place: int, by: str
 ) -> tuple[dict[str, Float[Tensor, " d_model"]], Float[Tensor, " d_model"], Float[Tensor, " d_vocab"]]:
     """What is added to the residual stream at one position, the stream at its end, and the model's logits there."""
     blocks = range(model.cfg.n_layers)
@@ -241,7 +244,7 @@ def _components(
 
 
 def _heads(
-    model: Any, layer: int, z: Float[Tensor, "..."], before_norm: Float[Tensor, " d_model"] | None
+    model: Model, layer: int, z: Float[Tensor, "..."], before_norm: Float[Tensor, " d_model"] | None
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """What every head of a block adds to the residual stream, and the bias of its output."""
     site = next(site for site in weight_sites(model) if site.name == str(WeightName(layer, "attn", "W_O")))
@@ -261,7 +264,7 @@ def _heads(
 
 
 def _through_norm(
-    model: Any, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
+    model: Model, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_model"]:
     """A part of the residual stream through a norm whose scale is frozen at its value for the whole; no bias."""
     kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())

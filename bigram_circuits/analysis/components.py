@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, in_block, layer_of
 from bigram_circuits.subnetwork import Subnetwork
@@ -63,7 +64,7 @@ class Part:
         return chosen.named(self.name)
 
 
-def parse(what: Any, model: Any, subnetwork: Subnetwork | None = None) -> tuple[Part, ...]:
+def parse(what: Any, model: Model, subnetwork: Subnetwork | None = None) -> tuple[Part, ...]:
     """The parts that `what` names: a string, a `Subnetwork`, a sequence of these, or a mapping of names to them.
 
     Raises:
@@ -111,7 +112,7 @@ class _Sizes:
             )
 
 
-def _sizes(model: Any) -> _Sizes:
+def _sizes(model: Model) -> _Sizes:
     first = {matrix: {} for matrix in ("W_Q", "W_out")}
     for site in weight_sites(model):
         if site.matrix in first:
@@ -120,7 +121,7 @@ def _sizes(model: Any) -> _Sizes:
     return _Sizes(tuple(first["W_Q"][i] for i in layers), tuple(first["W_out"][i] for i in layers))
 
 
-def _read(item: Any, sizes: _Sizes, model: Any, subnetwork: Subnetwork | None) -> list[Part]:
+def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None) -> list[Part]:
     if isinstance(item, Subnetwork):
         item.check_fits(model)
         return [Part(item.lineage, (), (item,))]
@@ -190,7 +191,7 @@ Coordinates = Mapping[str, Bool[Tensor, " _"]]
 """By hook point: which coordinates of an activation are replaced."""
 
 
-def coordinates(model: Any, part: Part) -> dict[str, Bool[Tensor, " _"]]:
+def coordinates(model: Model, part: Part) -> dict[str, Bool[Tensor, " _"]]:
     """The activations of a part: for every hook point, which of its coordinates (heads flattened) belong to it.
 
     Raises:

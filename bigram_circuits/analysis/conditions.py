@@ -19,22 +19,43 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
-from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
+from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, residual_streams
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.text.corpus import in_order
+from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.text.corpus import in_order, token_array
 
 Conditions = Mapping[str, Subnetwork | None]
 """By name: the weights that are kept, or None for all of them."""
 
 
-def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
-    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw).
+def check_arguments(model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
+    """The door of a public analysis: what is within takes these as they are.
+
+    Returns:
+        What to take as the target; None if there is none.
 
     Raises:
-        ValueError: If it is no subnetwork, or the seed is below 0.
+        ValueError: If it is no model, no subnetwork of it, no target of its vocabulary, or the seed is below 0.
     """
+    check_model(model)
     check_seed(seed)
     check_subnetwork(subnetwork)
+    if subnetwork is not None:
+        subnetwork.check_fits(model)
+    return None if target is None else as_target(target, model.cfg.d_vocab)
+
+
+def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence position"]:
+    """Token ids that the model can read, of a corpus those of its held-out part. Raises ValueError if they are none."""
+    check_model(model)
+    array = token_array(text)
+    check_tokens(model, array)
+    return array
+
+
+def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
+    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
     if subnetwork is None:
         return {COMPARED[0]: None}
     return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
@@ -54,7 +75,7 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
-def reduced_to(model: Any, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
+def reduced_to(model: Model, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
     """`masked`, or nothing where all weights are kept."""
     return nullcontext(model) if subnetwork is None else masked(model, subnetwork)
 
@@ -71,7 +92,7 @@ class Batch:
     """The model's own."""
 
 
-def layer_names(model: Any) -> tuple[str, ...]:
+def layer_names(model: Model) -> tuple[str, ...]:
     """`embed`, then the blocks after which the residual stream is read: `0`, `1`, ..."""
     return ("embed", *map(str, range(model.cfg.n_layers)))
 
@@ -85,22 +106,14 @@ class Observer(Protocol):
 
 
 def observe(
-    model: Any,
+    model: Model,
     tokens: Integer[np.ndarray, "sequence position"],
     subnetworks: Conditions,
     observers: Callable[[str], Sequence[Observer]],
     *,
     what: str = "analysing",
 ) -> None:
-    """Stream a text through the model under each condition; `observers(condition)` makes who looks on.
-
-    Raises:
-        ValueError: If a token or the length of the sequences is beyond the model, or a subnetwork is another model's.
-    """
-    check_tokens(model, tokens)
-    for subnetwork in subnetworks.values():
-        if subnetwork is not None:
-            subnetwork.check_fits(model)
+    """Stream a checked text through the model under each condition; `observers(condition)` returns the observers."""
     batch_size = batch_size_for(model, tokens.shape[1], streams=True)
     with tqdm(total=len(subnetworks) * len(tokens), desc=what, unit="sequence", delay=2, leave=False) as bar:
         for name, subnetwork in subnetworks.items():

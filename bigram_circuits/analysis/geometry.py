@@ -32,7 +32,8 @@ from torch import Tensor
 from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_lens
 from bigram_circuits.analysis.conditions import (
     Batch,
-    check_subnetwork,
+    check_arguments,
+    checked_text,
     conditions,
     layer_names,
     observe,
@@ -43,8 +44,9 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
+from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import spread, token_array
 
 _DIRECTIONS = (
@@ -72,7 +74,7 @@ _CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 fo
 
 
 def cosine_to_unembedding(
-    model: Any, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
+    model: Model, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
 ) -> Curves | Maps:
     """Cosine of the residual stream with (un)embedding vectors, by layer; for a prompt, by layer and position.
 
@@ -93,20 +95,18 @@ def cosine_to_unembedding(
         ValueError: If the text is empty or of another shape, the target has another vocabulary, or the model's
             embeddings have another width than its residual stream.
     """
-    check_model(model)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
     named = conditions(subnetwork, seed=seed)
     if is_prompt(text):
         return _prompt_cosines(model, prompt_tokens(model, text), named, target)
-    tokens = token_array(text)
+    tokens = checked_text(model, text)
     watching = {name: CosineSums(model, target) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="cosines")
     return cosine_curves(model, watching, {"tokens": int(tokens.size), "random_seed": seed})
 
 
-def _check_widths(model: Any) -> None:
+def _check_widths(model: Model) -> None:
     widths = (model.W_E.shape[1], model.W_U.shape[0])
     if widths != (model.cfg.d_model, model.cfg.d_model):
         raise NotShownError(
@@ -115,7 +115,7 @@ def _check_widths(model: Any) -> None:
         )
 
 
-def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
+def cosine_curves(model: Model, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
     """The curves of what `CosineSums` added up, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
 
@@ -131,7 +131,7 @@ def cosine_curves(model: Any, sums: Mapping[str, CosineSums], notes: Mapping[str
 class CosineSums:
     """Adds up cosines and their baselines for every sequence and layer; an observer."""
 
-    def __init__(self, model: Any, target: Any = None) -> None:
+    def __init__(self, model: Model, target: Any = None) -> None:
         self._directions = _Directions(model, target)
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
@@ -156,10 +156,10 @@ class CosineSums:
 class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
-    def __init__(self, model: Any, target: Any) -> None:
+    def __init__(self, model: Model, target: Target | None) -> None:
         _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
-        self._target = target if hasattr(target, "top1") else None
+        self._target = target
 
     def of(
         self, tokens: Integer[Tensor, "batch pos"], logits: Float[Tensor, "batch pos d_vocab"]
@@ -171,10 +171,11 @@ class _Directions:
             self._unembedding[following],
             self._unembedding[logits.argmax(-1)],
         ]
-        if self._target is None:
+        top = None if self._target is None else self._target.top1(tokens)
+        if top is None:
             found.append(torch.full_like(found[0], torch.nan))
         else:
-            top = self._target.top1(tokens).to(tokens)
+            top = top.to(tokens)
             if top.shape != tokens.shape:  # a target that says nothing about the last position
                 top = torch.cat([top, tokens[:, top.shape[1] :]], 1)
             found.append(self._unembedding[top])
@@ -185,7 +186,7 @@ def _unit(vectors: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
-def _prompt_cosines(model: Any, tokens: Integer[Tensor, "one position"], named: Any, target: Any) -> Maps:
+def _prompt_cosines(model: Model, tokens: Integer[Tensor, "one position"], named: Any, target: Any) -> Maps:
     directions, values = _Directions(model, target), []
     for subnetwork in named.values():
         with torch.no_grad(), reduced_to(model, subnetwork):
@@ -208,7 +209,7 @@ def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*laye
 
 
 def layer_rotations(
-    model: Any,
+    model: Model,
     text: Any = None,
     subnetwork: Subnetwork | None = None,
     *,
@@ -246,7 +247,7 @@ def layer_rotations(
     return rotation_curves(model, maps)
 
 
-def rotation_curves(model: Any, maps: Mapping[str, AffineMaps]) -> Curves:
+def rotation_curves(model: Model, maps: Mapping[str, AffineMaps]) -> Curves:
     """The curves of maps that are the model's, by condition."""
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
@@ -301,7 +302,7 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
 
 
 def covariance_similarity(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -325,8 +326,7 @@ def covariance_similarity(
         ValueError: If there are fewer than 4 tokens, or so many at once, or a token or the length of the sequences is
             beyond the model.
     """
-    check_model(model)
-    check_subnetwork(subnetwork)
+    check_arguments(model, subnetwork)
     if tokens_at_once < 4:
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
@@ -412,7 +412,7 @@ class CovarianceSums:
         self.notes["tokens"] += grams.shape[2]
 
 
-def covariance_maps(model: Any, sums: Mapping[str, CovarianceSums]) -> Maps:
+def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
     """What `covariance_similarity` returns, of observers that were shown all of their text."""
     last = list(sums.values())[-1]
     similarity, n_layers = _ratio(last.hsic).cpu().numpy(), model.cfg.n_layers + 1
@@ -446,7 +446,6 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
 
 
 @in_suite("prompt_cosine")
-def _(subject: Subject) -> Curves | Maps:
-    return cosine_to_unembedding(
-        subject.model, subject.prompt, subject.subnetwork, target=subject.target, seed=subject.seed
-    )
+def _(subject: Subject) -> Maps:
+    _check_widths(subject.model)
+    return _prompt_cosines(subject.model, subject.prompt_tokens, subject.conditions, subject.target)

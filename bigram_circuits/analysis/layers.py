@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from jaxtyping import Integer
+
 from bigram_circuits.analysis import lens
-from bigram_circuits.analysis.affine import RecallSums, fit_affine_lens
-from bigram_circuits.analysis.conditions import conditions, observe
+from bigram_circuits.analysis.affine import RecallSums, fit_maps
+from bigram_circuits.analysis.conditions import Conditions, check_arguments, checked_text, conditions, observe
 from bigram_circuits.analysis.geometry import (
     CosineSums,
     cosine_curves,
@@ -17,13 +20,13 @@ from bigram_circuits.analysis.geometry import (
 )
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.results import Curves, Maps
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import Corpus, spread
 
 
 def layer_by_layer(
-    model: Any,
+    model: Model,
     corpus: Corpus,
     subnetwork: Subnetwork | None = None,
     target: Any = None,
@@ -47,17 +50,28 @@ def layer_by_layer(
         `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
         functions of these names return them.
     """
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    fit_on, held_out = spread(checked_text(model, corpus.train), fit_tokens), checked_text(model, corpus)
+    held_out = held_out if tokens is None else spread(held_out, tokens)
+    return _layer_by_layer(model, fit_on, held_out, conditions(subnetwork, seed=seed), target, seed)
+
+
+def _layer_by_layer(
+    model: Model,
+    fit_on: Integer[np.ndarray, "a position"],
+    held_out: Integer[np.ndarray, "b position"],
+    named: Conditions,
+    target: Any,
+    seed: int,
+) -> dict[str, Curves | Maps]:
+    """The same of arguments that are checked."""
     lens.check_readout(model)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
-    named = conditions(subnetwork, seed=seed)
-    maps = fit_affine_lens(model, corpus, subnetwork, max_tokens=fit_tokens, seed=seed)
+    maps = fit_maps(model, fit_on, named, 1.0)
     plain = {name: lens.LensSums(model, target) for name in named}
     mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
     recalls = {name: RecallSums(model, maps[name]) for name in named}
     cosines = {name: CosineSums(model, target) for name in named}
-    held_out = corpus.held_out if tokens is None else spread(corpus.held_out, tokens)
-    covariances = covariance_sums(held_out, subnetwork)
+    covariances = covariance_sums(held_out, named.get("subnetwork"))
     groups = (plain, mapped, recalls, cosines, covariances)
     observe(
         model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"
@@ -80,10 +94,8 @@ def layer_by_layer(
 
 @in_suite("layer by layer")
 def _(subject: Subject) -> dict[str, Curves | Maps]:
-    return layer_by_layer(
-        subject.model, subject.corpus, subject.subnetwork, subject.target, tokens=subject.tokens,
-        fit_tokens=subject.fit_tokens, seed=subject.seed,
-    )  # fmt: skip
+    fit_on, held_out = spread(subject.corpus.train, subject.fit_tokens), subject.sample(subject.tokens)
+    return _layer_by_layer(subject.model, fit_on, held_out, subject.conditions, subject.target, subject.seed)
 
 
 @in_suite("covariance")

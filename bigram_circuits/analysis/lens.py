@@ -25,7 +25,16 @@ from bigram_circuits.analysis.affine import (
     fit_affine_lens,
     refine_affine_lens,
 )
-from bigram_circuits.analysis.conditions import Batch, Conditions, conditions, layer_names, observe, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_arguments,
+    checked_text,
+    conditions,
+    layer_names,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
@@ -34,16 +43,18 @@ from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import (
     NotShownError,
     check_model,
+    check_tokens,
     lens_log_probs,
     readout,
     residual_streams,
     rows_at_once,
 )
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
 _LOGITS_IN_CACHE = 1 << 18  # read again and again while they are in a cache: 1 MiB
+_TOP_K = 5  # most likely tokens that are named
 _PAIRS = 6  # columns of statistics.correlation_sums
 
 LENS_QUANTITIES = (
@@ -71,13 +82,13 @@ PROMPT_QUANTITIES = (
 
 
 def logit_lens(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
     target: Any = None,
     maps: Mapping[str, AffineMaps] | None = None,
-    top_k: int = 5,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps | Curves:
     """The logit lens on a prompt, or its means over a corpus.
@@ -104,20 +115,19 @@ def logit_lens(
     check_readout(model)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     check_maps(model, maps, named)
     if is_prompt(text):
         return _prompt_lens(model, prompt_tokens(model, text), named, maps, top_k)
-    tokens = token_array(text)
+    tokens = checked_text(model, text)
     watching = {name: LensSums(model, target, None if maps is None else maps[name]) for name in named}
     observe(model, tokens, named, lambda name: [watching[name]], what="logit lens")
     title = "Logit lens" if maps is None else "Affine lens"
     return lens_curves(title, model, watching, {"tokens": int(tokens.size), "random_seed": seed})
 
 
-def lens_curves(title: str, model: Any, sums: Mapping[str, LensSums], notes: Mapping[str, Any]) -> Curves:
+def lens_curves(title: str, model: Model, sums: Mapping[str, LensSums], notes: Mapping[str, Any]) -> Curves:
     """The curves of what `LensSums` added up, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
     return curves_from_sums(title, LENS_QUANTITIES, "layer", layer_names(model), rows, _lens_statistics, notes)
@@ -134,7 +144,7 @@ def _lens_statistics(sums: Float[np.ndarray, "... layer column"]) -> Float[np.nd
 class LensSums:
     """Adds up, for every sequence and layer, what the lens's statistics are made of; an observer."""
 
-    def __init__(self, model: Any, target: Any = None, maps: AffineMaps | None = None) -> None:
+    def __init__(self, model: Model, target: Any = None, maps: AffineMaps | None = None) -> None:
         """With `maps`, the residual stream goes through them first."""
         self._model, self._target, self._maps = model, target, maps
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
@@ -235,7 +245,7 @@ def _readings(
 
 
 def _prompt_lens(
-    model: Any,
+    model: Model,
     tokens: Integer[Tensor, "one position"],
     named: Conditions,
     maps: Mapping[str, AffineMaps] | None,
@@ -265,7 +275,7 @@ def _prompt_lens(
     )  # fmt: skip
 
 
-def check_readout(model: Any) -> None:
+def check_readout(model: Model) -> None:
     """Raise NotShownError unless final norm and unembedding of the last residual stream give the model's logits."""
     check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
@@ -284,7 +294,7 @@ def check_readout(model: Any) -> None:
 
 
 def affine_lens(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
@@ -316,12 +326,12 @@ def affine_lens(
         ValueError: If there is too little text, or maps are not the model's.
     """
     check_readout(model)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
     fit_on, held_out = _two_parts(text, split=maps is None)
+    check_tokens(model, held_out)
     check_maps(model, maps, named)
     fitted = maps
     if fitted is None:
@@ -339,7 +349,7 @@ def affine_lens(
 
 
 def affine_curves(
-    model: Any, lenses: Mapping[str, LensSums], recalls: Mapping[str, RecallSums], notes: Mapping[str, Any]
+    model: Model, lenses: Mapping[str, LensSums], recalls: Mapping[str, RecallSums], notes: Mapping[str, Any]
 ) -> Curves:
     """The curves of what `LensSums` and `RecallSums` added up, by condition."""
     rows = {name: np.concatenate([lenses[name].rows(), recalls[name].rows()], -1) for name in lenses}
@@ -377,5 +387,6 @@ def _two_parts(
 
 
 @in_suite("prompt_lens")
-def _(subject: Subject) -> Curves | Maps:
-    return logit_lens(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)
+def _(subject: Subject) -> Maps:
+    check_readout(subject.model)
+    return _prompt_lens(subject.model, subject.prompt_tokens, subject.conditions, None, _TOP_K)

@@ -22,12 +22,20 @@ import torch
 from jaxtyping import Float, Integer
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import check_seed, conditions, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Conditions,
+    check_arguments,
+    check_seed,
+    checked_text,
+    conditions,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
-from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens, record
+from bigram_circuits.models.activations import NotShownError, batch_size_for, record
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import (
     ATTENTION_MATRICES,
@@ -39,8 +47,9 @@ from bigram_circuits.names import (
     neuron_label,
 )
 from bigram_circuits.subnetwork import Count, Subnetwork
-from bigram_circuits.text.corpus import in_order, token_array
+from bigram_circuits.text.corpus import in_order
 
+_MIN_COUNT = 5  # of a token in a text
 _DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
 _SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")
 
@@ -211,13 +220,13 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
 
 
 def max_activating_tokens(
-    model: Any,
+    model: Model,
     neurons: Sequence[tuple[int, int]],
     tokens: Any,
     subnetwork: Subnetwork | None = None,
     *,
     k: int = 10,
-    min_count: int = 5,
+    min_count: int = _MIN_COUNT,
     seed: int = 0,
 ) -> Maps:
     """Which current tokens activate neurons most: the mean of a neuron's activation, by current token, over a text.
@@ -239,9 +248,8 @@ def max_activating_tokens(
     Raises:
         ValueError: If there is no such neuron, no text, or no token occurs often enough.
     """
-    check_model(model)
-    array = token_array(tokens)
-    check_tokens(model, array)
+    check_arguments(model, subnetwork, seed=seed)
+    array = checked_text(model, tokens)
     d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.matrix == "W_out"}
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):
         raise ValueError(f"neurons must be (layer, neuron) pairs, not {neurons!r}")
@@ -256,11 +264,25 @@ def max_activating_tokens(
         )
     if min_count < 1:
         raise ValueError(f"min_count must be at least 1, not {min_count}")
+    by_name = conditions(subnetwork, seed=seed)
+    return _max_activating(model, neurons, array, by_name, k=k, min_count=min_count, seed=seed)
+
+
+def _max_activating(
+    model: Model,
+    neurons: Sequence[tuple[int, int]],
+    array: Integer[np.ndarray, "sequence position"],
+    by_name: Conditions,
+    *,
+    k: int,
+    min_count: int,
+    seed: int,
+) -> Maps:
+    """`max_activating_tokens`, of arguments that are checked."""
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
     common = np.flatnonzero(counts >= min_count)
     if len(common) == 0:
         raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
-    by_name = conditions(subnetwork, seed=seed)
     values = np.full((3, len(by_name), len(neurons), k), np.nan)
     words = [[[""] * k for _ in neurons] for _ in by_name]
     with tqdm(total=len(by_name) * len(array), desc="activations", unit="sequence", delay=2, leave=False) as bar:
@@ -354,7 +376,7 @@ def _counts_map(
 
 
 def _sums_by_token(
-    model: Any,
+    model: Model,
     neurons: Sequence[tuple[int, int]],
     tokens: Integer[np.ndarray, "sequence position"],
     advance: Callable[[int], Any],
@@ -408,4 +430,6 @@ def _(subject: Subject) -> Maps:
     names = [PartName.parse(name) for name in densest.names]
     neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
     text = subject.sample(subject.fit_tokens)
-    return max_activating_tokens(subject.model, neurons, text, subject.subnetwork, k=5, seed=subject.seed)
+    return _max_activating(
+        subject.model, neurons, text, subject.conditions, k=5, min_count=_MIN_COUNT, seed=subject.seed
+    )

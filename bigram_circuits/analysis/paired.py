@@ -18,6 +18,7 @@ from jaxtyping import Float
 from bigram_circuits.analysis.conditions import reduced_to
 from bigram_circuits.analysis.tasks import Hooks, Task, measure, per_place
 from bigram_circuits.measures import statistics
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 
 _DRAWS = 1000
@@ -111,7 +112,7 @@ class Job:
 class PairedMeasurements:
     """Sums of every job, measured once for every key."""
 
-    def __init__(self, model: Any, task: Task, target: Any = None) -> None:
+    def __init__(self, model: Model, task: Task, target: Any = None) -> None:
         self.model, self.task, self.target = model, task, target
         self._by_key: dict[Any, int] = {}
         self._sums: list[Float[np.ndarray, "prompt column"]] = []

@@ -11,6 +11,7 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from bigram_circuits.models.activations import check_model, check_tokens
+from bigram_circuits.models.model import Model
 
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
 """Text, or the token ids of one sequence."""
@@ -21,7 +22,7 @@ def is_prompt(text: Any) -> bool:
     return isinstance(text, str) or getattr(text, "ndim", 0) == 1 or (isinstance(text, list) and bool(text))
 
 
-def prompt_tokens(model: Any, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
+def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     """The token ids of one prompt, on the model's device.
 
     Raises:
@@ -54,13 +55,13 @@ def _token_ids(prompt: Any) -> Integer[Tensor, "..."]:
     return ids[None] if ids.ndim == 1 else ids
 
 
-def check_tokenizer(model: Any) -> None:
+def check_tokenizer(model: Model) -> None:
     """Raise ValueError if the model has no tokenizer."""
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer: give token ids instead of text")
 
 
-def token_id(model: Any, token: str | int) -> int:
+def token_id(model: Model, token: str | int) -> int:
     """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
     if isinstance(token, str):
         check_tokenizer(model)
@@ -73,7 +74,7 @@ def token_id(model: Any, token: str | int) -> int:
     return int(token)
 
 
-def token_words(model: Any, ids: Sequence[int]) -> list[str]:
+def token_words(model: Model, ids: Sequence[int]) -> list[str]:
     """Tokens as readable strings: line ends and tabs are shown, a token without text by its id."""
     if model.tokenizer is None:
         return [str(index) for index in ids]
@@ -82,11 +83,11 @@ def token_words(model: Any, ids: Sequence[int]) -> list[str]:
     return [word or f"<{index}>" for word, index in zip(shown, ids, strict=True)]
 
 
-def token_word(model: Any, index: int) -> str:
+def token_word(model: Model, index: int) -> str:
     """One token as a readable string."""
     return token_words(model, [index])[0]
 
 
-def position_names(model: Any, tokens: Integer[Tensor, "one pos"]) -> tuple[str, ...]:
+def position_names(model: Model, tokens: Integer[Tensor, "one pos"]) -> tuple[str, ...]:
     """`0: The`, `1: value`, ...: positions of a prompt, told apart also where words repeat."""
     return tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))

@@ -12,16 +12,28 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.conditions import Batch, conditions, observe, reduced_to
+from bigram_circuits.analysis.conditions import (
+    Batch,
+    Conditions,
+    check_arguments,
+    checked_text,
+    conditions,
+    observe,
+    reduced_to,
+)
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import NotShownError, check_tokens
+from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target, entropy
-from bigram_circuits.text.corpus import spread, token_array
+from bigram_circuits.targets.base import as_target, entropy
+from bigram_circuits.text.corpus import spread
 
+_PASSAGES, _LENGTH = 4, 64  # passages, and tokens of each
+_MOST, _MIN_COUNT = 10, 20  # tokens after which it is best and worst, of those that occur so often
+_TOP_K = 3  # most likely tokens that are named
 _SURPRISAL = (Quantity("surprisal", "nats", "Surprisal of the token; undefined for the first, and at probability 0."),)
 
 _BY_TOKEN = (
@@ -33,14 +45,14 @@ _Words = tuple[tuple[str, ...], ...]
 
 
 def passages(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
     target: Any = None,
-    count: int = 4,
-    length: int = 64,
-    top_k: int = 3,
+    count: int = _PASSAGES,
+    length: int = _LENGTH,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
     """Surprisal of every token of some passages, and what was expected in its place, under each condition.
@@ -64,20 +76,31 @@ def passages(
     """
     if min(count, length, top_k) < 1:
         raise ValueError(f"count, length and top_k must be at least 1, not {count}, {length} and {top_k}")
-    array = token_array(text)
-    check_tokens(model, array)
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
-    chosen = spread(array, count * array.shape[1])[:, :length].astype(np.int64)
-    tokens = torch.from_numpy(chosen).to(model.cfg.device)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    array = checked_text(model, text)
+    chosen = spread(array, count * array.shape[1])[:, :length]
+    return _passages(model, chosen, conditions(subnetwork, seed=seed), target, top_k, seed)
+
+
+def _passages(
+    model: Model,
+    chosen: Integer[np.ndarray, "passage position"],
+    named: Conditions,
+    target: Any,
+    top_k: int,
+    seed: int,
+) -> Maps:
+    """`passages`, of those that are chosen."""
+    tokens = torch.from_numpy(chosen.astype(np.int64)).to(model.cfg.device)
     shown: dict[str, tuple[Float[np.ndarray, "passage pos"], _Words]] = {}
     with torch.no_grad():
-        for name, kept in conditions(subnetwork, seed=seed).items():
+        for name, kept in named.items():
             with reduced_to(model, kept):
                 log_probs = model(tokens).float().log_softmax(-1)
             shown[name] = _shown(model, tokens, log_probs, top_k)
-        if target is not None and hasattr(target, "log_probs"):
-            shown["target"] = _shown(model, tokens, target.log_probs(tokens).float(), top_k)
+        theirs = None if target is None else target.log_probs(tokens)
+        if theirs is not None:
+            shown["target"] = _shown(model, tokens, theirs.float(), top_k)
     return Maps(
         title="Passages",
         quantities=_SURPRISAL,
@@ -93,7 +116,7 @@ def passages(
 
 
 def next_tokens(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     subnetwork: Subnetwork | None = None,
     *,
@@ -121,16 +144,16 @@ def next_tokens(
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
-    if target is not None:
-        check_target(target, model.cfg.d_vocab)
+    target = check_arguments(model, subnetwork, target=target, seed=seed)
     rows = [prompt_tokens(model, prompt) for prompt in prompts]
     found: dict[str, Float[Tensor, "prompt d_vocab"]] = {}
     with torch.no_grad():
         for name, kept in conditions(subnetwork, seed=seed).items():
             with reduced_to(model, kept):
                 found[name] = torch.stack([model(row)[0, -1].float().log_softmax(-1) for row in rows])
-        if target is not None and hasattr(target, "log_probs"):
-            found["target"] = torch.stack([target.log_probs(row)[0, -1].float() for row in rows])
+        theirs = [] if target is None else [target.log_probs(row) for row in rows]
+        if theirs and not any(one is None for one in theirs):
+            found["target"] = torch.stack([one[0, -1].float() for one in theirs])
     tops = {name: log_probs.topk(top_k) for name, log_probs in found.items()}
     return Maps(
         title="Most likely next tokens",
@@ -147,7 +170,7 @@ def next_tokens(
 
 
 def _shown(
-    model: Any, tokens: Integer[Tensor, "passage pos"], log_probs: Float[Tensor, "passage pos d_vocab"], top_k: int
+    model: Model, tokens: Integer[Tensor, "passage pos"], log_probs: Float[Tensor, "passage pos d_vocab"], top_k: int
 ) -> tuple[Float[np.ndarray, "passage pos"], _Words]:
     """Surprisals, and the words of every cell; what is expected at a position is predicted at the one before."""
     surprisal = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
@@ -172,14 +195,14 @@ def _shown(
 
 
 def faithfulness_by_token(
-    model: Any,
+    model: Model,
     text: Any,
     subnetwork: Subnetwork | None = None,
     *,
     target: Any,
-    most: int = 10,
-    min_count: int = 20,
-    top_k: int = 3,
+    most: int = _MOST,
+    min_count: int = _MIN_COUNT,
+    top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
     """The tokens after which the target is reproduced best and worst, and what is predicted after them.
@@ -207,18 +230,33 @@ def faithfulness_by_token(
     """
     if min(most, min_count, top_k) < 1:
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
-    array = token_array(text)
-    check_tokens(model, array)
-    check_target(target, model.cfg.d_vocab)
-    if not hasattr(target, "entropy"):
-        raise NotShownError(f"KL needs the target's entropy, but {type(target).__name__} has no method entropy")
+    check_arguments(model, subnetwork, seed=seed)
+    array = checked_text(model, text)
+    target = as_target(target, model.cfg.d_vocab)  # None is no target here
     by_name = conditions(subnetwork, seed=seed)
+    return _by_token(model, array, by_name, target, most=most, min_count=min_count, top_k=top_k, seed=seed)
+
+
+def _by_token(
+    model: Model,
+    array: Integer[np.ndarray, "sequence position"],
+    by_name: Conditions,
+    target: Any,
+    *,
+    most: int,
+    min_count: int,
+    top_k: int,
+    seed: int,
+) -> Maps:
+    """`faithfulness_by_token`, of arguments that are checked."""
+    if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
+        raise NotShownError(f"KL needs the target's entropy, but {target.kind} cannot tell it")
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
     frequent = np.flatnonzero(counts >= min_count)
     if len(frequent) == 0:
         raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
 
-    first = "full" if subnetwork is None else "subnetwork"
+    first = "subnetwork" if "subnetwork" in by_name else "full"
     ranked = _SumsByToken(model, target, frequent)
     observe(model, array, {first: by_name[first]}, lambda name: [ranked], what="ranking tokens")
     order = frequent[np.argsort(ranked.mean_kl(), kind="stable")]
@@ -250,7 +288,7 @@ class _SumsByToken:
     """Adds up KL and probabilities by current token, for chosen tokens."""
 
     def __init__(
-        self, model: Any, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
+        self, model: Model, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
     ) -> None:
         d_vocab, device = model.cfg.d_vocab, model.cfg.device
         self.model, self.target, self.chosen = model, target, chosen
@@ -259,7 +297,7 @@ class _SumsByToken:
         self.counts, self.kl = (torch.zeros(len(chosen) + 1, dtype=torch.float64) for _ in range(2))
         size = (len(chosen), d_vocab)
         self.of_model = torch.zeros(size, device=device) if probabilities else None
-        self.of_target = torch.zeros(size, device=device) if probabilities and hasattr(target, "log_probs") else None
+        self.of_target = torch.zeros(size, device=device) if probabilities else None
 
     def add(self, batch: Batch) -> None:
         """Take in a batch."""
@@ -272,12 +310,14 @@ class _SumsByToken:
         if self.of_model is None:
             return
         wanted = (rows < len(self.chosen)).nonzero()[:, 0]
-        positions = getattr(self.target, "positions", slice(None))
+        positions = self.target.positions
         logits = batch.logits[:, positions].flatten(0, 1)[wanted]
         self.of_model.index_add_(0, rows[wanted], logits.float().softmax(-1))
-        if self.of_target is not None:
-            log_probs = self.target.log_probs(batch.tokens)[:, positions].flatten(0, 1)[wanted]
-            self.of_target.index_add_(0, rows[wanted], log_probs.float().exp())
+        log_probs = None if self.of_target is None else self.target.log_probs(batch.tokens)
+        if self.of_target is None or log_probs is None:
+            self.of_target = None  # it cannot tell its distributions
+            return
+        self.of_target.index_add_(0, rows[wanted], log_probs[:, positions].flatten(0, 1)[wanted].float().exp())
 
     def mean_kl(self) -> Float[np.ndarray, " token"]:
         """By token."""
@@ -302,7 +342,7 @@ class _SumsByToken:
 
 def _current(tokens: Any, target: Any) -> Any:
     """The tokens at the positions that the target speaks about."""
-    return tokens[:, getattr(target, "positions", slice(None))]
+    return tokens[:, target.positions]
 
 
 # --- what `analyze` shows of it ---
@@ -310,9 +350,8 @@ def _current(tokens: Any, target: Any) -> Any:
 
 @in_suite("passages")
 def _(subject: Subject) -> Maps:
-    return passages(
-        subject.model, subject.corpus.held_out, subject.subnetwork, target=subject.target, seed=subject.seed
-    )
+    chosen = subject.sample(_PASSAGES * subject.corpus.held_out.shape[1])[:, :_LENGTH]
+    return _passages(subject.model, chosen, subject.conditions, subject.target, _TOP_K, subject.seed)
 
 
 _WORD_TOKENS = 1 << 13  # of held-out text
@@ -320,5 +359,7 @@ _WORD_TOKENS = 1 << 13  # of held-out text
 
 @in_suite("faithful_tokens")
 def _(subject: Subject) -> Maps:
-    text = subject.sample(_WORD_TOKENS)
-    return faithfulness_by_token(subject.model, text, subject.subnetwork, target=subject.target, seed=subject.seed)
+    return _by_token(
+        subject.model, subject.sample(_WORD_TOKENS), subject.conditions, subject.target, most=_MOST,
+        min_count=_MIN_COUNT, top_k=_TOP_K, seed=subject.seed,
+    )  # fmt: skip

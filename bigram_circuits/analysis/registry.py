@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Integer
+from torch import Tensor
 
+from bigram_circuits.analysis.conditions import Conditions, conditions
 from bigram_circuits.measures.results import Result
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, spread
 
@@ -35,7 +39,7 @@ _PROMPT_TOKENS = 16  # of held-out text that are shown one by one
 class Subject:
     """What is analysed, and on how much text; all of it is checked."""
 
-    model: Any = field(repr=False)
+    model: Model = field(repr=False)
     """From `load_model`."""
     subnetwork: Subnetwork
     """What was found."""
@@ -56,6 +60,16 @@ class Subject:
     def prompt(self) -> Integer[np.ndarray, " position"]:
         """The first tokens of the held-out text."""
         return np.asarray(self.corpus.held_out[0][:_PROMPT_TOKENS]).astype(np.int64)
+
+    @cached_property
+    def prompt_tokens(self) -> Integer[Tensor, "1 position"]:
+        """The same as a batch, on the model's device."""
+        return torch.from_numpy(self.prompt)[None].to(self.model.cfg.device)
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        """What is measured side by side."""
+        return conditions(self.subnetwork, seed=self.seed)
 
     @cached_property
     def sweep_text(self) -> Integer[np.ndarray, "sequence position"]:

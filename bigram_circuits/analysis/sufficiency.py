@@ -23,22 +23,23 @@ from tqdm.auto import tqdm
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
 from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import COLUMNS, ability, as_task, repeated_random_tokens
+from bigram_circuits.analysis.tasks import COLUMNS, ability, checked_task, repeated_random_tokens
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.models.activations import NotShownError, check_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 
 
-def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
+def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
     """Measure how much a subnetwork's loss on a task falls with each of several additions.
 
     Args:
         model: From `load_model`.
         base: The subnetwork that is added to.
         added: What is added, one after the other: `heads` for every single head (all its weights, also W_K and W_V
-            that it shares with its group), any other part in the language of `parts`, a `Subnetwork`, a list
+            that it shares with its group), any other part in the language of `components`, a `Subnetwork`, a list
             of these, or a mapping of names to them.
         task: A `Task`, or text (an array, or a corpus: its held-out part).
         seeds: Number of random additions beside each, of which the mean is taken; 0 for none.
@@ -57,7 +58,7 @@ def sufficiency(model: Any, base: Subnetwork, added: Any, task: Any, *, seeds: i
     if not isinstance(base, Subnetwork):
         raise ValueError(f"a {type(base).__name__} is no subnetwork: pass a Subnetwork as the base")
     base.check_fits(model)
-    scored = as_task(task, model.cfg.d_vocab)
+    scored = checked_task(model, task)
     empty = Subnetwork.empty(model)
     parts = {part.name: part.weights(empty, shared=True) for part in parse(added, model, base)}
     jobs = [Job("full", "", None, key="full"), Job("base", "", base)]

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from bigram_circuits.analysis.conditions import check_seed
+from bigram_circuits.analysis.conditions import check_arguments, checked_text
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
-from bigram_circuits.models.activations import NotShownError, check_model, check_tokens
+from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import check_target
-from bigram_circuits.text.corpus import Corpus, token_array
+from bigram_circuits.targets.base import as_target
+from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES_SHOWN = 3
 
@@ -61,7 +62,7 @@ class Analyses:
 
 
 def analyze(
-    model: Any,
+    model: Model,
     subnetwork: Subnetwork,
     target: Any,
     corpus: Corpus,
@@ -97,12 +98,10 @@ def analyze(
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
             model does not show (`NotShownError`) is left out with the reason; every other error is raised.
     """
-    check_model(model)
-    check_seed(seed)
-    check_target(target, model.cfg.d_vocab)
-    subnetwork.check_fits(model)
+    check_arguments(model, subnetwork, seed=seed)
+    target = as_target(target, model.cfg.d_vocab)
     for part in (corpus.train, corpus.held_out):
-        check_tokens(model, token_array(part))
+        checked_text(model, part)
     with hashed_once(model):
         return _run(Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
 

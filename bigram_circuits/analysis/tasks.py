@@ -27,6 +27,7 @@ from torch import Tensor
 from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.measures import statistics
 from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens
+from bigram_circuits.models.model import Model
 from bigram_circuits.text.corpus import token_array
 
 COLUMNS = (*statistics.COLUMNS[:6], "places", "surprisal", "log_odds")
@@ -170,11 +171,23 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
     return Task("text", array, scored, math.log(d_vocab))
 
 
-def ability(model: Any, task: Task) -> Ability:
+def checked_task(model: Model, tokens: Any) -> Task:
+    """A task, or text as one, whose token ids and lengths are the model's. Raises ValueError if they are not."""
+    check_model(model)
+    task = as_task(tokens, model.cfg.d_vocab)
+    check_tokens(model, task.tokens)
+    for ids in (task.right, task.wrong):
+        if ids is not None and ids.max() >= model.cfg.d_vocab:
+            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
+    return task
+
+
+def ability(model: Model, task: Task) -> Ability:
     """Measure a model on a task, against guessing. Raises ValueError if a surprisal is not finite."""
     check_model(model)
     if not isinstance(task, Task):
         raise ValueError(f"an ability is measured on a Task, not on a {type(task).__name__}")
+    checked_task(model, task)
     sums = measure(model, task)
     whole = sums.sum(0)
     odds = float(per_place(whole, "log_odds")) if task.wrong is not None else math.nan
@@ -188,7 +201,7 @@ def per_place(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndar
 
 
 def measure(
-    model: Any,
+    model: Model,
     task: Task,
     *,
     target: Any = None,
@@ -200,7 +213,7 @@ def measure(
 
     Args:
         model: From `load_model`, as it is now: masked or not.
-        task: What is scored.
+        task: What is scored, checked.
         target: Something with `surprisal`, whose surprisals at scored places are correlated with the model's
             (zero-probability rule: where they are finite).
         hooks: Forward hooks for every batch; none are left behind.
@@ -208,12 +221,8 @@ def measure(
         bar: A progress bar to move on by the prompts done.
 
     Raises:
-        ValueError: If a token id is outside the vocabulary, or a surprisal is not finite.
+        ValueError: If a surprisal is not finite.
     """
-    check_tokens(model, task.tokens)
-    for ids in (task.right, task.wrong):
-        if ids is not None and ids.max() >= model.cfg.d_vocab:
-            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
     rows = []
     with torch.inference_mode():
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
@@ -273,7 +282,7 @@ def _log_total(
 
 
 def repeated_random_tokens(
-    model: Any, *, prompts: int = 64, period: int = 24, length: int | None = None, seed: int = 0
+    model: Model, *, prompts: int = 64, period: int = 24, length: int | None = None, seed: int = 0
 ) -> Task:
     """A block of random tokens, over and over: what an induction head does (Olsson et al. 2022).
 
@@ -308,7 +317,7 @@ def repeated_random_tokens(
     return _task(model, name, rows, chance=math.log(len(ids)))
 
 
-def ordered_sequences(model: Any, *, prompts: int = 64, shown: Sequence[int] = (3, 4, 5), seed: int = 0) -> Task:
+def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] = (3, 4, 5), seed: int = 0) -> Task:
     """Days, months or numbers in their order, of which the next is asked: what a successor head does (Gould et al.).
 
     `Monday, Tuesday, Wednesday,` -> ` Thursday`; all tokens of the answer are scored. Guessing is among the words of
@@ -338,7 +347,7 @@ def ordered_sequences(model: Any, *, prompts: int = 64, shown: Sequence[int] = (
     return _text_task(model, "ordered sequences", [texts[index] for index in chosen])
 
 
-def earlier_value(model: Any, *, prompts: int = 64, pairs: int = 4, seed: int = 0) -> Task:
+def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int = 0) -> Task:
     """People and their things, of whom one is asked about again: retrieval from what was listed.
 
     `Tom has a lamp. Anna has a kite. ... Tom has a` -> ` lamp`; all tokens of the answer are scored. Guessing is among
@@ -367,7 +376,7 @@ def earlier_value(model: Any, *, prompts: int = 64, pairs: int = 4, seed: int = 
     return _text_task(model, "earlier value", texts)
 
 
-def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
+def greater_than(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
     """A year, and the beginning of a later one, which must go on with two higher digits (Hanna et al. 2023).
 
     `The war lasted from the year 1732 to the year 17` -> `33` to `99`. Right are all two-digit tokens above the year,
@@ -407,7 +416,7 @@ def greater_than(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
     return _task(model, name, rows, chance=float(np.mean(chances)), right=_filled(right), wrong=_filled(wrong))
 
 
-def indirect_object(model: Any, *, prompts: int = 64, seed: int = 0) -> Task:
+def indirect_object(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
     """Two people, of whom one gives something to the other (Wang et al. 2022).
 
     `When Mary and John went to the store, John gave a drink to` -> ` Mary`, against ` John`. In half of the prompts
@@ -454,7 +463,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 """The tasks by name."""
 
 
-def _tokenizer(model: Any) -> Any:
+def _tokenizer(model: Model) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise NotShownError("this model has no tokenizer, but a task makes its prompts with one")
@@ -487,7 +496,7 @@ def _split_years(tokenizer: Any) -> dict[tuple[int, int], int]:
 
 
 def _text_task(
-    model: Any,
+    model: Model,
     name: str,
     texts: Sequence[tuple[str, str, int]],
     wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
@@ -505,7 +514,7 @@ def _text_task(
 
 
 def _task(
-    model: Any,
+    model: Model,
     name: str,
     rows: Sequence[tuple[list[int], int]],
     *,

@@ -24,11 +24,12 @@ from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.models.activations import check_model, check_tokens
+from bigram_circuits.models.activations import check_model
 from bigram_circuits.models.loading import load_model
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import hashed_once, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import Target
+from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
 Measure = Callable[[Any], Mapping[str, Any]]
@@ -123,7 +124,7 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     check_subnetwork(subnetwork)
     _check_target(target)
 
-    def measure(model: Any) -> dict[str, dict[str, Any]]:
+    def measure(model: Model) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
         with hashed_once(model):
@@ -233,21 +234,19 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _check_target(target: Any) -> None:
-    if not callable(target) and not isinstance(target, Target):
+    if not callable(target) and not is_target(target):
         raise ValueError(
             f"a target needs the methods cross_entropy and surprisal, or is a function from a model to one; "
             f"{type(target).__name__} is neither"
         )
 
 
-def _target_of(target: Any, model: Any) -> Any:
-    is_one = hasattr(target, "cross_entropy") and not isinstance(target, type)  # a class makes one of a model
-    return target if is_one else target(model)
+def _target_of(target: Any, model: Model) -> Any:
+    return target if is_target(target) else target(model)
 
 
-def _faithfulness(model: Any, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
+def _faithfulness(model: Model, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Numbers by name, with intervals where there are any."""
-    check_tokens(model, tokens)
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
     intervals = evaluation.intervals["subnetwork"]

@@ -46,6 +46,7 @@ from bigram_circuits.measures.results import Effects, load_result
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
+from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
@@ -111,7 +112,7 @@ class RenamedTarget(Target):
         return self.name_of.argsort().to(device)
 
 
-def with_random_blocks(model: Any, seed: int = 0) -> Any:
+def with_random_blocks(model: Model, seed: int = 0) -> Model:
     """The same architecture with its blocks initialised anew, as Hugging Face does it; all else is as it was trained.
 
     Returns:
@@ -207,7 +208,7 @@ def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
 
 
 def falsify(
-    model: Any,
+    model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,

@@ -6,6 +6,7 @@ never considered again), so a smaller subnetwork is always a part of a larger on
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.training import find_subnetwork
 from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
+from bigram_circuits.models.model import Model
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import checked_json, damaged, read_checked_json, remove_leftovers, write_text
@@ -94,7 +96,7 @@ class _Point(Faithfulness):
     """A size of a path, as `path.json` holds it."""
 
     sparsity_weight: float | int
-    faithfulness: float
+    faithfulness: float = math.nan
 
     @property
     def folder(self) -> str:
@@ -123,7 +125,7 @@ def _folder_of(weight: float | int) -> str:
 
 
 def sparsity_path(
-    model: Any,
+    model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig,
@@ -167,7 +169,7 @@ def sparsity_path(
 
 
 def _along(
-    weights: Sequence[float | int], model: Any, target: Any, corpus: Corpus, config: SparsifyConfig,
+    weights: Sequence[float | int], model: Model, target: Any, corpus: Corpus, config: SparsifyConfig,
     run_dir: Path | None, how: Mapping[str, Any],
 ) -> SubnetworkPath:  # fmt: skip
     found: list[FoundSubnetwork] = []

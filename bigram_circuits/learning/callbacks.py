@@ -31,6 +31,13 @@ class Callback(Protocol):
         ...
 
 
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raise ValueError unless all have both methods."""
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ValueError(f"a callback needs the methods on_step and on_end; {type(callback).__name__} lacks one")
+
+
 def tell_step(callbacks: Sequence[Callback], record: StepRecord) -> None:
     """Tell all of them about a step."""
     for callback in callbacks:

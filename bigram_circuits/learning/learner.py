@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.masking.gates import Gates, group_gates
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import WeightSite, weight_hash, weight_sites
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
@@ -30,7 +31,7 @@ class Learner:
     """The gates of one attempt, and all that changes while they are learned."""
 
     def __init__(
-        self, model: Any, config: SparsifyConfig, within: Subnetwork | None = None, start: Checkpoint | None = None
+        self, model: Model, config: SparsifyConfig, within: Subnetwork | None = None, start: Checkpoint | None = None
     ) -> None:
         """Begin at a checkpoint, or anew."""
         start = start or Checkpoint({}, 0, 0, 0.0)
@@ -96,7 +97,7 @@ class Learner:
         """Whether all scores are numbers: they are not any more after a gradient that was not finite."""
         return not self.gates.scores.detach().sum().isnan()
 
-    def subnetwork(self, model: Any, within: Subnetwork | None) -> Subnetwork:
+    def subnetwork(self, model: Model, within: Subnetwork | None) -> Subnetwork:
         """The weights whose hard gate is open, and those that no gate governs."""
         masks = self.gates.masks(self.wanted)
         return Subnetwork(

@@ -24,6 +24,7 @@ from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
 from bigram_circuits.subnetwork import Subnetwork
@@ -146,7 +147,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def forecast_memory(
-    model: Any,
+    model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
@@ -229,7 +230,7 @@ def memory_of(device: torch.device | str) -> tuple[int, int]:
 
 
 def _kept(
-    model: Any,
+    model: Model,
     target: Target,
     tokens: Integer[np.ndarray, "row position"],
     config: SparsifyConfig,

@@ -25,13 +25,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bigram_circuits.evaluation import soft_hard_gap
-from bigram_circuits.learning.callbacks import Callback, tell_end, tell_step
+from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_hash
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
@@ -57,7 +58,7 @@ _MOST_ROLLBACKS = 4  # in an attempt
 class _Job:
     """What is learned, and who looks on."""
 
-    model: Any
+    model: Model
     target: Target
     corpus: Corpus
     config: SparsifyConfig
@@ -76,7 +77,7 @@ class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state 
 
 
 def find_subnetwork(
-    model: Any,
+    model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
@@ -85,7 +86,7 @@ def find_subnetwork(
     resume: bool = True,
     within: Subnetwork | None = None,
     rebuild: Inputs | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
@@ -115,6 +116,7 @@ def find_subnetwork(
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
     folder = None
@@ -227,7 +229,7 @@ def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because
     return FoundSubnetwork(subnetwork, history, job.config, stopped_because, learner.seconds, gap)
 
 
-def _memory_saved(model: Any, config: SparsifyConfig) -> Any:
+def _memory_saved(model: Model, config: SparsifyConfig) -> Any:
     return recomputed(model) if config.low_memory else nullcontext()
 
 
@@ -277,7 +279,7 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
 
 
 def run_settings(
-    model: Any, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
+    model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
 ) -> RunSettings:
     """What decides a run's result; a run's folder is tied to it."""
     target = as_target(target, model.cfg.d_vocab)
@@ -295,7 +297,7 @@ def run_settings(
     )
 
 
-def _read_found(folder: RunFolder, model: Any, config: SparsifyConfig) -> FoundSubnetwork:
+def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """A run that was finished before."""
     subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model)
     return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.masking.gates import Gates
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 
 
 @contextmanager
-def masked(model: Any, subnetwork: Subnetwork) -> Iterator[Any]:
+def masked(model: Model, subnetwork: Subnetwork) -> Iterator[Any]:
     """Within the block, every weight outside `subnetwork` is 0; afterwards every weight is as before, bit for bit.
 
     Raises:
@@ -37,7 +38,7 @@ def masked(model: Any, subnetwork: Subnetwork) -> Iterator[Any]:
 
 
 @contextmanager
-def gated(model: Any, gates: Gates) -> Iterator[Any]:
+def gated(model: Model, gates: Gates) -> Iterator[Any]:
     """Within the block, every gated weight is multiplied by its soft gate (`gates.gate`).
 
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores get a gradient: all the model's
@@ -55,7 +56,7 @@ def gated(model: Any, gates: Gates) -> Iterator[Any]:
 
 
 @contextmanager
-def _parametrized(model: Any, make: Callable[[WeightSite], nn.Module | None]) -> Iterator[None]:
+def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) -> Iterator[None]:
     sites = weight_sites(model)
     if any(parametrize.is_parametrized(site.leaf, "weight") for site in sites):
         raise ValueError("the model is masked already: leave that mask first, or combine the subnetworks with &")

@@ -15,6 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.names import in_block
 
 _TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
@@ -45,7 +46,7 @@ class ActivationPoint:
     """Other names of the same point, for example `blocks.0.hook_resid_post`."""
 
 
-def activation_points(model: Any) -> tuple[ActivationPoint, ...]:
+def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
     """Every hook point of a model, in the order of the forward pass, with named axes (found by running it)."""
     first, second = _shapes(model, batch=2, pos=3), _shapes(model, batch=3, pos=5)
     aliases: dict[int, list[str]] = {}
@@ -66,7 +67,7 @@ def activation_points(model: Any) -> tuple[ActivationPoint, ...]:
     return tuple(points)
 
 
-def _shapes(model: Any, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]:
     """The shape of what passes each hook point, from one forward pass of `batch` x `pos` tokens."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -97,26 +98,26 @@ def _axes(cfg: Any, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[st
     return tuple(reversed(names))
 
 
-def _hook_at(model: Any, path: str) -> Any:
-    part = model
+def _hook_at(model: Model, path: str) -> Any:
+    part: Any = model
     for name in path.split("."):
         part = part[int(name)] if name.isdigit() else getattr(part, name)
     return part
 
 
-def batch_size_for(model: Any, length: int, *, streams: bool = False) -> int:
+def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
     """How many sequences of `length` tokens to run at once: what keeps the logits, and all streams if kept, small."""
     per_token = max(model.cfg.d_vocab, (model.cfg.n_layers + 1) * model.cfg.d_model if streams else 0)
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Model) -> None:
     """Raise ValueError unless it is a hooked model."""
     if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
         raise ValueError(f"a {type(model).__name__} is no model: pass one from load_model")
 
 
-def check_tokens(model: Any, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
+def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
     """Raise ValueError if token ids are outside a model's vocabulary, or sequences longer than its context."""
     check_model(model)
     least, largest = int(tokens.min()), int(tokens.max())
@@ -134,7 +135,7 @@ def rows_at_once(d_vocab: int) -> int:
 
 
 def residual_streams(
-    model: Any, tokens: Integer[Tensor, "batch pos"]
+    model: Model, tokens: Integer[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "layer batch pos d_model"], Float[Tensor, "batch pos d_vocab"]]:
     """The residual stream before every block and after the last, and the logits, from one forward pass.
 
@@ -157,7 +158,7 @@ def residual_streams(
 
 
 def record(
-    model: Any, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
+    model: Model, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "batch pos d_vocab"]]:
     """Activations by hook name, and the logits, from one forward pass.
 
@@ -180,7 +181,7 @@ def record(
 
 
 @contextlib.contextmanager
-def recomputed(model: Any) -> Iterator[None]:
+def recomputed(model: Model) -> Iterator[None]:
     """Within the block, what a transformer block computes is not kept for the backward pass, but computed once more.
 
     Of each block only its input is kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174). Only within
@@ -192,7 +193,7 @@ def recomputed(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lean_forward(model: Any) -> Iterator[None]:
+def lean_forward(model: Model) -> Iterator[None]:
     """Within the block, a forward pass computes what leads to its output and nothing else; the output is the same.
 
     Keys and values are not kept for further tokens. And of normalisations TransformerLens computes the scale and the
@@ -239,7 +240,7 @@ def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterato
             del module.__dict__["forward"]
 
 
-def check_has_readout(model: Any, d_model: int) -> None:
+def check_has_readout(model: Model, d_model: int) -> None:
     """Raise NotShownError unless the model has a final norm, and an unembedding that reads vectors of this width."""
     if not hasattr(model, "ln_final") or model.W_U.shape[0] != d_model:
         raise NotShownError(
@@ -247,7 +248,7 @@ def check_has_readout(model: Any, d_model: int) -> None:
         )
 
 
-def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+def readout(model: Model, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it.
 
     Raises:
@@ -265,7 +266,7 @@ def readout(model: Any, residual: Float[Tensor, "*rows d_model"]) -> Float[Tenso
 
 
 def lens_log_probs(
-    model: Any, tokens: Integer[Tensor, "batch pos"], lens: Any = None
+    model: Model, tokens: Integer[Tensor, "batch pos"], lens: Any = None
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
     """What TransformerLens' logit lens reads from the residual stream: log-probabilities after every layer.
 

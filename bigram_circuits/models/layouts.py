@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from bigram_circuits.models.loading import hooked
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
@@ -112,7 +113,7 @@ class Layout:
         }
 
 
-def huggingface_layout(model: Any) -> Layout:
+def huggingface_layout(model: Model) -> Layout:
     """Find the layout of a model's weights in Hugging Face's parameters, by tracing (about as costly as one block).
 
     Raises:
@@ -146,7 +147,7 @@ def huggingface_layout(model: Any) -> Layout:
 # --- tracing ---
 
 
-def _trace(model: Any) -> dict[str, Place]:
+def _trace(model: Model) -> dict[str, Place]:
     """The places of the first block's weights."""
     small, starts = _numbered_model(model)
     covered: dict[str, Tensor] = {}
@@ -167,7 +168,7 @@ def _trace(model: Any) -> dict[str, Place]:
     return places
 
 
-def _place(model: Any, name: str, numbers: Float64[Tensor, "..."], starts: Mapping[str, range]) -> Place:
+def _place(model: Model, name: str, numbers: Float64[Tensor, "..."], starts: Mapping[str, range]) -> Place:
     """Read where a canonical weight came from out of the numbers it holds, and check every one."""
     first = int(numbers.flatten()[0])
     parameter = next((key for key, its_numbers in starts.items() if first in its_numbers), None)
@@ -204,7 +205,7 @@ def _group(along: Tensor) -> int:
     return group if len(along) % group == 0 else len(along)
 
 
-def _numbered_model(model: Any) -> tuple[Any, dict[str, range]]:
+def _numbered_model(model: Model) -> tuple[Any, dict[str, range]]:
     """A Hugging Face model with one block and the real widths, and the running numbers that its parameters hold."""
     config = copy.deepcopy(model.original_model.config)
     n_layers = len(model.blocks)
@@ -225,7 +226,7 @@ def _numbered_model(model: Any) -> tuple[Any, dict[str, range]]:
     return small, starts
 
 
-def _state_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _state_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state dict of the Hugging Face model behind a hooked one."""
     return {
         name: tuple(value.shape)
@@ -234,7 +235,7 @@ def _state_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _on_meta(model: Any, config: Any) -> Any:
+def _on_meta(model: Model, config: Any) -> Any:
     """A model of this configuration, without memory for its weights."""
     try:
         with torch.device("meta"):
@@ -243,7 +244,7 @@ def _on_meta(model: Any, config: Any) -> Any:
         raise _untraceable(model, f"no model can be built from its configuration ({type(error).__name__})") from error
 
 
-def _untraceable(model: Any, why: str) -> ValueError:
+def _untraceable(model: Model, why: str) -> ValueError:
     return ValueError(f"cannot trace the Hugging Face layout of {model.cfg.architecture}: {why}")
 
 

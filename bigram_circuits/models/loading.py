@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
@@ -46,7 +47,7 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> Any:
+) -> Model:
     """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, on its raw weights.
 
     Args:
@@ -76,7 +77,7 @@ def load_model(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
-        model = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
+        model: Any = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
     if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
         raise ValueError(
             f"the tokenizer of {str(name)!r} has {len(model.tokenizer)} tokens, more than the model's vocabulary of "
@@ -87,27 +88,28 @@ def load_model(
     return model.eval()
 
 
-def hooked(huggingface_model: Any, *, like: Any) -> Any:
+def hooked(huggingface_model: Any, *, like: Model) -> Model:
     """A Hugging Face model as a `TransformerBridge`, with the name and tokenizer of another bridge of its kind."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
-        return TransformerBridge.boot_transformers(
+        bridge: Any = TransformerBridge.boot_transformers(
             str(like.cfg.model_name),
             hf_model=huggingface_model,
             tokenizer=copy.deepcopy(like.tokenizer),
             device="cpu",
             dtype=next(huggingface_model.parameters()).dtype,
         )
+    return bridge
 
 
-def model_source(model: Any) -> tuple[str, str | None]:
+def model_source(model: Model) -> tuple[str, str | None]:
     """The folder or hub id that a model came from, and its revision: where its Hugging Face files are."""
     name = str(model.cfg.model_name)
     return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
 
 
-def fresh_huggingface(model: Any) -> tuple[Any, Any]:
+def fresh_huggingface(model: Model) -> tuple[Any, Any]:
     """The plain Hugging Face model and tokenizer that a hooked model was loaded from, read again, on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

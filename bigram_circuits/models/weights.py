@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
@@ -59,7 +60,7 @@ class WeightGate(nn.Module, ABC):
 
 
 @contextmanager
-def full_weights(model: nn.Module) -> Iterator[None]:
+def full_weights(model: Model) -> Iterator[None]:
     """Within the block, a model that is masked or gated runs on all its weights."""
     gates = [module for module in model.modules() if isinstance(module, WeightGate) and module.active]
     for gate in gates:
@@ -122,7 +123,7 @@ class WeightSite:
         return rearrange(stored, f"{self.stored_axes} -> {self.axes}", **sizes)
 
 
-def weight_sites(model: Any) -> tuple[WeightSite, ...]:
+def weight_sites(model: Model) -> tuple[WeightSite, ...]:
     """Every maskable weight of a `TransformerBridge`, in the order of its blocks.
 
     Raises:
@@ -146,7 +147,7 @@ _HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 @contextmanager
-def hashed_once(model: Any) -> Iterator[None]:
+def hashed_once(model: Model) -> Iterator[None]:
     """Within the block, `weight_hash` of this model is computed once, at most: hashing reads every weight.
 
     For the length of one public call, within which nobody edits the weights. Outside of it every call computes the hash
@@ -162,7 +163,7 @@ def hashed_once(model: Any) -> Iterator[None]:
         del _HASHED_ONCE[model]
 
 
-def weight_hash(model: Any) -> str:
+def weight_hash(model: Model) -> str:
     """A hash of all maskable weights: tells models and checkpoints apart, whatever precision they were loaded in.
 
     Weights are rounded to bfloat16 first, so one checkpoint hashes alike in float32 and in bfloat16.
@@ -175,7 +176,7 @@ def weight_hash(model: Any) -> str:
     return known
 
 
-def _hash_of_sites(model: Any) -> str:
+def _hash_of_sites(model: Model) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for site in weight_sites(model):
         digest.update(f"{site.name} {site.shape}".encode())
@@ -184,7 +185,7 @@ def _hash_of_sites(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
+def _block_sites(model: Model, layer: int, block: Any) -> list[WeightSite]:
     sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
     for component in COMPONENTS:
         _check_nothing_is_left_out(in_block(layer, component), getattr(block, component), sites)
@@ -192,7 +193,7 @@ def _block_sites(model: Any, layer: int, block: Any) -> list[WeightSite]:
     return sites
 
 
-def _attention_sites(model: Any, layer: int, block: nn.Module) -> list[WeightSite]:
+def _attention_sites(model: Model, layer: int, block: nn.Module) -> list[WeightSite]:
     found = _leaves(layer, block, "attn", _ATTENTION)
     sizes = {name: leaf.sizes for name, leaf in found.items()}  # (outputs, inputs)
     over_heads, d_model = sizes["W_O"][1], sizes["W_O"][0]

@@ -117,13 +117,14 @@ def as_target(target: Any, d_vocab: int) -> Target:
     return taken
 
 
-def check_target(target: Any, d_vocab: int) -> None:
-    """Raise ValueError unless an object can be taken as a target of a model with this vocabulary."""
-    as_target(target, d_vocab)
+def is_target(target: Any) -> bool:
+    """Whether an object can be taken as a target."""
+    needed = ("cross_entropy", "surprisal")
+    return not isinstance(target, type) and all(callable(getattr(target, name, None)) for name in needed)
 
 
 def _foreign(target: Any) -> Target:
-    if not all(callable(getattr(target, name, None)) for name in ("cross_entropy", "surprisal")):
+    if not is_target(target):
         raise ValueError(f"a target needs the methods cross_entropy and surprisal; {type(target).__name__} lacks one")
     return _Foreign(target)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import full_weights, weight_hash
 from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order
@@ -30,7 +30,7 @@ class InducedTarget(Target):
     d_vocab: int
 
     def __init__(
-        self, model: Any, tokens: Integer[np.ndarray, "sequence position"], *, max_contexts: int | None = None
+        self, model: Model, tokens: Integer[np.ndarray, "sequence position"], *, max_contexts: int | None = None
     ) -> None:
         """Run the full model once over `tokens`, usually `corpus.train`.
 
@@ -55,7 +55,7 @@ class InducedTarget(Target):
         self.fingerprint = f"induced {weight_hash(model)} {len(contexts)} {int(counts.sum())}"
 
     def _fit(
-        self, model: Any, tokens: Integer[np.ndarray, "sequence position"], n: int
+        self, model: Model, tokens: Integer[np.ndarray, "sequence position"], n: int
     ) -> Float[Tensor, "row d_vocab"]:
         """Mean predictions by row; the last row is the mean over all positions."""
         totals = torch.zeros(n + 1, self.d_vocab, device=self._row.device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import full_weights, weight_hash
 from bigram_circuits.targets.base import Target, TargetKind
 
@@ -20,7 +19,7 @@ class ModelTarget(Target):
 
     d_vocab: int
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         """Take a model from `load_model`."""
         self.model = model
         self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]

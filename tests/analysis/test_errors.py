@@ -347,6 +347,7 @@ def test_every_public_function_is_here():
     plain = {"by_layer", "by_matrix", "by_neuron", "indirect_object", "greater_than"}  # of a subnetwork; of any number
     in_their_own_tests = {
         "analyze",
+        "exciting_tokens",
         "layer_by_layer",
         "load_result",
         "next_tokens",

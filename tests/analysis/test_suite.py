@@ -1,12 +1,16 @@
 """The whole set of analyses: what a model does not show is left out with its reason; wrong arguments are errors."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import analyze, covariance_similarity, layer_by_layer, logit_lens, suite
+from bigram_circuits.analysis import analyze, conditions, covariance_similarity, layer_by_layer, logit_lens, suite
+from bigram_circuits.models import activations
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.storage.files import read_checked_json
+from bigram_circuits.targets import base
 from tests.architectures import CONFIGS
 from tests.conftest import D_VOCAB, save_tiny
 
@@ -69,3 +73,15 @@ def test_wrong_arguments_are_errors_and_not_left_out(tiny_model):
         analyze(tiny_model, some, TARGET, CORPUS, seed=-1)
     with pytest.raises(ValueError, match="at least 1 token must be used, not 0"):
         analyze(tiny_model, some, TARGET, CORPUS, sweep_tokens=0)
+
+
+def test_arguments_are_checked_at_the_door_alone(tiny_model, monkeypatch):
+    checked = []
+    for name, home in (("check_target", base), ("check_tokens", activations)):
+        real = getattr(home, name)
+        for module in {conditions, suite, *(import_module(step.__module__) for step in suite.analyses().values())}:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda *a, name=name, real=real: checked.append(name) or real(*a))
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS, TOKENS))
+    assert checked == ["check_target", "check_tokens", "check_tokens"]  # of both parts of the text

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bigram_circuits.analysis import tasks
-from bigram_circuits.analysis.tasks import TASKS, Task, ability, as_task, measure, per_place
+from bigram_circuits.analysis.tasks import TASKS, Task, ability, as_task, checked_task, measure, per_place
 from bigram_circuits.measures import statistics
 from bigram_circuits.targets.next_token import NextTokenTarget
 
@@ -213,9 +213,9 @@ def test_ability_compares_with_chance(tiny_model):
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tiny_model):
-    task = as_task(np.full((2, 4), 300), 257)
-    with pytest.raises(ValueError, match="token ids must be 0 to 256"):
-        measure(tiny_model, task)
+    for text in (np.full((2, 4), 300), as_task(np.full((2, 4), 300), 257)):
+        with pytest.raises(ValueError, match="token ids must be 0 to 256"):
+            checked_task(tiny_model, text)
 
 
 def test_batches_are_even():

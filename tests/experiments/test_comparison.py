@@ -42,7 +42,7 @@ def made(folder, subnetwork, *, r=None, random=True, analysed=0, **options):
     metrics = None
     if r is not None:
         own = numbers(r) | {"kl": 1 - r, "kept": subnetwork.kept, "fraction": subnetwork.fraction}
-        metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "verdict": ""})
+        metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "advantage": {}})
     names = ("surprisal_correlation", "recall_at_1", "current_embedding", "target_unembedding", "output_angle")
     found = (
         {name: curves(*names, tokens=analysed) for name in ("logit_lens", "affine_lens", "cosine")} if analysed else {}
@@ -147,7 +147,7 @@ def test_p_values_of_components_are_adjusted_over_all_pairs(comparison):
 def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, elements):
     there = set(elements.values)
     for one in comparison.items[:3]:
-        own = one.metrics["subnetwork"]
+        own = one.evaluation.subnetwork
         assert {own[key] for key in ("surprisal_correlation", "kl", "cross_entropy", "mean_surprisal")} <= there
         assert {one.subnetwork.kept, one.subnetwork.fraction} <= there
         for count in one.subnetwork.by_component().values():

@@ -56,7 +56,8 @@ def test_a_renamed_target_knows_what_its_target_knows():
     class Least:
         cross_entropy, surprisal = TARGET.cross_entropy, TARGET.surprisal
 
-    assert not hasattr(RenamedTarget(Least(), D_VOCAB), "entropy")
+    assert RenamedTarget(Least(), D_VOCAB).entropy(tokens) is None
+    assert RenamedTarget(Least(), D_VOCAB).top1(tokens) is None
     with pytest.raises(ValueError, match="vocabulary of 257"):
         RenamedTarget(TARGET, 300)
 

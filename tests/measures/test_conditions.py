@@ -20,7 +20,7 @@ def test_analyses_compare_the_conditions_of_the_table():
 
 
 def test_a_name_that_is_no_condition_stays_as_it_is():
-    assert label_of("full") == "whole model"
+    assert label_of("full") == "full model"
     assert label_of("target") == "target"
     assert (colour_of("random 0"), colour_of("full L0H1")) == (CONDITIONS["random"].colour, CONDITIONS["full"].colour)
     assert colour_of("target") is None

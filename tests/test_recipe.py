@@ -1,0 +1,183 @@
+"""Options: each is defined once, and Python, command line, JSON and the printed command agree on it."""
+
+import dataclasses
+import json
+import math
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bigram_circuits as bc
+from bigram_circuits import cli
+from bigram_circuits.recipe import METHODS, PARTS, RECIPES, TARGETS, Inputs, Request, StudyOptions, options_of, spelled
+
+OPTIONS = {name: option for part in PARTS for name, option in options_of(part).items()}
+OTHER = {  # for every option a value that is not its default
+    "model": "some/folder",
+    "revision": "step1000",
+    "dtype": "bfloat16",
+    "corpus": "texts with spaces/",
+    "context_length": 64,
+    "max_tokens": 9_000,
+    "target": "next-token",
+    "order": 3,
+    "method": "hard_concrete",
+    "granularity": {"attn": "head", "mlp": "weight"},
+    "layers": (0, 2),
+    "sparsity_weight": 0.1 + 0.2,
+    "target_fraction": 0.01,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.5,
+    "second_moment_decay": 0.9,
+    "first_score": -0.25,
+    "beta_start": 2.0,
+    "beta_growth": 1.01,
+    "max_steps": 7,
+    "batch_size": 3,
+    "stop_undecided": 0.02,
+    "recovery_steps": 9,
+    "retries": 0,
+    "low_memory": True,
+    "seed": 11,
+    "recipe": "paper",
+    "sparsity_weights": (1.0, 2.5),
+    "random_seeds": 5,
+    "analysis": False,
+    "falsify": True,
+    "check_memory": "off",
+}
+
+
+def parsed(command: str) -> Request:
+    """What the command line makes of a command."""
+    program, *words = shlex.split(command)
+    assert program == "bigram-circuits"
+    arguments = cli._parser().parse_args(words)
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    return Request.of(**{name: value for name, value in given.items() if value is not None})
+
+
+def test_every_field_is_an_option_and_has_another_value_here():
+    fields = {one.name for part in PARTS for one in dataclasses.fields(part)}
+    assert fields == OPTIONS.keys() == OTHER.keys()
+    flags = [flag for option in OPTIONS.values() for flag in option.flags]
+    assert len(set(flags)) == len(flags)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_command_of_an_option_is_read_as_it_was_asked(name):
+    asked = Request.of(**{name: OTHER[name]})
+    assert parsed(asked.command()) == asked
+    assert OTHER[name] in (getattr(asked.inputs, name, None), getattr(asked.config, name, None)) or hasattr(
+        asked.options, name
+    )
+    plain = Request.of()
+    assert plain.command() == "bigram-circuits find"
+    if name == "recipe":
+        assert asked.config == bc.SparsifyConfig.paper()
+    else:
+        assert asked != plain
+
+
+def test_the_command_of_all_options_at_once_is_read_as_it_was_asked():
+    values = {name: value for name, value in OTHER.items() if name != "sparsity_weights"}
+    asked = Request.of(**values)
+    read = parsed(asked.command())
+    assert (read.inputs, read.config) == (asked.inputs, asked.config)
+    assert dataclasses.replace(read.options, recipe="paper") == asked.options  # which recipe it starts from is free
+    assert asked.command().startswith("bigram-circuits find some/folder --revision step1000 ")
+
+
+NUMBER = st.floats(0, 1e6, allow_subnormal=False)
+
+
+@given(
+    sparsity_weight=NUMBER, first_score=st.floats(-1e3, 1e3), seed=st.integers(0, 2**31),
+    layers=st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
+    granularity=st.sampled_from(["weight", "head", "neuron", "block", {"attn": "block"}]),
+    paper=st.booleans(), low_memory=st.booleans(), learning_rate=st.none() | st.floats(1e-9, 10),
+)  # fmt: skip
+def test_any_recipe_is_asked_for_by_a_command(paper, **changes):
+    config = (bc.SparsifyConfig.paper if paper else bc.SparsifyConfig)(**changes)
+    asked = Request(Inputs(), config, StudyOptions())
+    assert parsed(asked.command()).config == config
+
+
+def test_former_spellings_stay():
+    assert parsed("bigram-circuits find --steps 7 --learning-rate 0.5").config == bc.SparsifyConfig(
+        max_steps=7, learning_rate=0.5
+    )
+
+
+@pytest.mark.parametrize("record", [bc.SparsifyConfig.paper(layers=(1, 2)), Inputs(max_tokens=9), StudyOptions()])
+def test_options_come_back_from_json(record):
+    assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_a_file_that_lacks_an_option_of_today_has_its_default():
+    values = bc.SparsifyConfig(seed=3).to_json()
+    del values["low_memory"], values["second_moment_decay"]
+    assert bc.SparsifyConfig.from_json(values) == bc.SparsifyConfig(seed=3)
+    with pytest.raises(ValueError, match="it holds 'of_tomorrow', which is not known"):
+        bc.SparsifyConfig.from_json(values | {"of_tomorrow": 1})
+    with pytest.raises(ValueError, match="max_steps should be a whole number, not '7'"):
+        bc.SparsifyConfig.from_json(values | {"max_steps": "7"})
+
+
+def test_what_version_0_1_0_wrote_of_model_and_text_is_read():
+    nested = {
+        "model": {"name": "m", "revision": "step1", "dtype": "bfloat16"},
+        "corpus": {"source": "t.txt", "context_length": 16, "max_tokens": None},
+        "target": "model",
+        "order": 2,
+    }
+    expected = Inputs("m", "step1", "bfloat16", "t.txt", 16, None, "model", 2)
+    assert Inputs.from_json(nested) == expected
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="there is no option 'stpes': there are analysis, batch_size"):
+        Request.of(stpes=3)
+    with pytest.raises(ValueError, match="target must be one of induced, model, next-token, ngram, not 'bigram'"):
+        Request.of(target="bigram")
+    with pytest.raises(ValueError, match="sparsity_weights goes with neither"):
+        Request.of(sparsity_weights=(1, 2), target_fraction=0.1)
+    with pytest.raises(ValueError, match="sparsity_weights must be at least two different numbers"):
+        Request.of(sparsity_weights=(1, 1))
+    with pytest.raises(ValueError, match="random_seeds must be a whole number of at least 1, not 0"):
+        Request.of(random_seeds=0)
+    with pytest.raises(ValueError, match=r"layers must be layers, whole numbers from 0, not \(0, -1\)"):
+        bc.SparsifyConfig(layers=(0, -1))
+
+
+# --- the registries that options choose from ---
+
+
+def test_methods_are_the_modules_of_their_folder():
+    assert set(METHODS) == {"continuous_sparsification", "hard_concrete", "straight_through"}
+    for name, method in METHODS.items():
+        assert method.__module__.endswith(f"masking.methods.{name}")
+        assert method.learning_rate > 0
+    with pytest.raises(KeyError):
+        METHODS["magic"]
+
+
+def test_targets_are_the_modules_of_their_folder(tiny_model, tokenizer):
+    assert set(map(spelled, TARGETS)) == {"ngram", "model", "next-token", "induced"}
+    corpus = bc.load_corpus(
+        [f"text {n} " * 40 for n in range(8)], tokenizer=tokenizer, context_length=16, held_out=0.25
+    )
+    for kind in TARGETS.values():
+        target = kind.make(tiny_model, corpus, 2)
+        assert math.isfinite(bc.evaluate(
+            tiny_model, bc.Subnetwork.full(tiny_model), target, corpus.held_out, controls=False
+        ).subnetwork.cross_entropy)  # fmt: skip
+        assert kind.label(2)
+        assert kind.meaning(2)
+
+
+def test_recipes_are_their_names():
+    assert RECIPES["default"]() == bc.SparsifyConfig()
+    assert RECIPES["paper"]() == bc.SparsifyConfig.paper()
