@@ -9,9 +9,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := $(addprefix tests/,storage text measures targets masking models/test_models.py models/test_weights.py \
+	$(addsuffix .py,test_contents test_evaluation test_names test_package test_runs test_subnetwork test_subnetwork_edits))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint docs notebooks
+.PHONY: run test quick lint docs notebooks
 
 run: $(INSTALLED)
 	$(BIN)/bigram-circuits find
@@ -19,7 +22,11 @@ run: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/lint-imports
+	$(PYTEST)
+
+quick: $(INSTALLED)
+	$(PYTEST) $(QUICK)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
