@@ -214,7 +214,7 @@ def test_methods_granularities_and_targets(run, quick):
     assert run(*quick, *mixed, "--target", "model", "--out", "a")[0] == 0
     recipe = bc.load_run("a").settings["recipe"]
     assert recipe["granularity"] == {"attn": "head", "mlp": "weight"}
-    assert (recipe["layers"], recipe["method"]) == ([0, 1], "hard_concrete")
+    assert (recipe.layers, recipe.method) == ((0, 1), "hard_concrete")
     code, out, err = run("evaluate", "a", "--random-seeds", "1")
     assert (code, err) == (0, "")
     assert "Verdict" in out
@@ -268,7 +268,9 @@ def refused(run):
 
 def test_wrong_arguments(refused):
     refused("find", "--sparsity-weight", "-3", code=2, said="'-3' is not a number of at least 0")
-    refused("find", "--sparsity-weight", "1", "--target-fraction", "0.1", code=2, said="not allowed with")
+    refused("find", "--sparsity-weights", "1,2", "--target-fraction", "0.1", code=2, said="goes with neither")
+    refused("find", "--target", "bigram", code=2, said="invalid choice: 'bigram'")
+    refused("find", "--check-memory", "maybe", code=2, said="invalid choice: 'maybe'")
     refused("find", "--target-fraction", "1.5", code=2, said="target_fraction must be above 0 and at most 1, not 1.5")
     refused("find", "--granularity", "word", code=2, said="granularity must be one of weight, neuron, head, block")
     refused("find", "--granularity", "attn=neuron", code=2, said="granularity of attn must be one of")
@@ -323,7 +325,7 @@ def test_an_output_folder_that_cannot_be_used(run, refused, quick, tmp_path):
 def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
     assert run(*quick, "--out", "mine")[0] == 0
     config = json.loads(Path("mine/config.json").read_text())
-    config["rebuild"]["model"]["name"] = str(tiny_folders["gpt2"])
+    config["rebuild"]["model"] = str(tiny_folders["gpt2"])
     del config["checksum"]
     Path("mine/config.json").write_text(json.dumps(config))
     refused("evaluate", "mine", code=1, said="was made for")
