@@ -59,6 +59,12 @@ def keep_whole(app, what, name, obj, options, lines):
         lines[at : at + 2] = [f":returns: {lines[at + 1].strip()}"]
 
 
+def readable_defaults(app, what, name, obj, options, signature, return_annotation):
+    """Write the default of a field with a factory as `...`: Sphinx cannot parse `<factory>`."""
+    return (signature or "").replace("<factory>", "...") or signature, return_annotation
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", readable_defaults)
     app.connect("autodoc-process-docstring", keep_whole, priority=400)  # before napoleon's, at 500

@@ -30,15 +30,15 @@ words = ["The", " of", " is", "import", "("]
 analysis.next_tokens(model, words, target=target).only("target", "full").plot()
 
 # %% [markdown]
-# Given a single token, the whole model (right) says much the same as the table (left). In a text it has more to go
-# by, and uses it.
+# Given a single token, the full model (right) predicts much the same as the table (left). In a text it has more
+# context, and uses it.
 #
 # ## Learn which weights it takes
 #
 # Every attention and MLP weight is multiplied by a gate between 0 and 1. The gates follow the gradient of the
 # cross-entropy with the table, plus a penalty on how many are open, and harden as they learn: in the end each is open
-# or shut. The model's weights do not change. (A gate's steepness grows by 5% a step here. The default, 3%, takes
-# longer, and finds fewer weights that do as well.)
+# or closed. The model's weights do not change. (Here beta, the steepness of the gates, grows by 5% per step. The
+# default, 3%, takes longer, and finds fewer weights that do as well.)
 
 # %%
 recipe = bc.SparsifyConfig(beta_growth=1.05)
@@ -61,19 +61,19 @@ print(f"{first_mlp.kept / found.subnetwork.kept:.0%} of the kept weights are in 
 analysis.next_tokens(model, words, found.subnetwork, target=target).only("target", "subnetwork", "random").plot()
 
 # %% [markdown]
-# And on documents that nobody has seen, beside the same number of weights chosen in other ways. *r* compares how
-# surprising each next token is to the subnetwork and to the table; 1 would be the same surprise everywhere.
+# And on held-out documents, against as many weights chosen in other ways. *r* is the correlation between the
+# subnetwork's and the table's surprisal of each next token; 1 would be perfect agreement.
 
 # %%
 bc.evaluate(model, found.subnetwork, target, corpus.held_out[::4], seeds=2)
 
 # %% [markdown]
-# The subnetwork follows the table far more closely than the whole model does (which knows better: it uses more than
-# one token, so its own loss is lower), and than as many large or random weights. Without it, the whole model loses
-# much; without as many random weights, next to nothing. [Is it real?](03-is-it-real.ipynb) looks further into this.
+# The subnetwork follows the table far more closely than the full model does (which uses more than one token, so its
+# own loss is lower), and than as many large or random weights. Dropping it costs the full model much; dropping as many
+# random weights costs next to nothing. [Is it real?](03-is-it-real.ipynb) looks further into this.
 #
-# The run is on disk. `bc.load_run` reads it; the same call of `find_subnetwork` gives it back, or continues it if it
-# was interrupted; `bc.write_report` makes a page of it.
+# The run is on disk. `bc.load_run` reads it; calling `find_subnetwork` again returns it, or continues it if it was
+# interrupted; `bc.write_report` writes its page. `bc.study` does all of this notebook and more in one call.
 
 # %%
 bc.load_run("runs/first")

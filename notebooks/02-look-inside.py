@@ -2,7 +2,7 @@
 # # Look inside it
 #
 # A bigram subnetwork turns the current token into a prediction of the next one. Where in the model does that happen,
-# and does the whole model do it there too? Every analysis below measures four conditions on the same held-out text:
+# and does the full model do it there too? Every analysis below measures four conditions on the same held-out text:
 # the `full` model, the `subnetwork`, its `complement` (the model without it), and as many `random` weights.
 
 # %%
@@ -28,9 +28,9 @@ curves = analysis.layer_by_layer(model, corpus, bigram, target, tokens=6_000, fi
 curves["logit_lens"].plot("surprisal_correlation")
 
 # %% [markdown]
-# The first block makes the step, in the whole model and in the subnetwork alike: before it there is no trace of
-# bigrams, after it the predictions follow them closely. From there the two part. The subnetwork stays with the
-# bigram; the whole model moves on to predictions that use more than one token. Random weights never get there.
+# The first block makes the step, both in the full model and in the subnetwork: before it there is no trace of bigrams,
+# after it the predictions follow them closely. Then the two diverge. The subnetwork stays with the bigram; the full
+# model moves on to predictions that use more than one token. Random weights never get there.
 #
 # The same, token by token. Each cell shows the most likely next token after that block, coloured by the probability
 # of the token that comes next in the prompt.
@@ -39,15 +39,15 @@ curves["logit_lens"].plot("surprisal_correlation")
 analysis.logit_lens(model, "Return the value of the", bigram).only("full", "subnetwork").plot("probability")
 
 # %% [markdown]
-# The affine (tuned) lens first sends each layer's residual stream through a map that was fitted to give the last
-# layer's.
+# The affine (tuned) lens first sends each layer's residual stream through an affine map that was fitted to predict the
+# last layer's.
 
 # %%
 curves["affine_lens"].plot("surprisal_correlation")
 
 # %% [markdown]
-# With a map of its own it finds bigrams in the embedding already: a map can hold a bigram table. So it says what
-# *could* be read off a layer, and the logit lens what the model's own unembedding does read.
+# It finds bigrams in the embedding already: a map can hold a bigram table. So the affine lens shows what *could* be
+# read off a layer, and the logit lens what the model's own unembedding does read.
 #
 # ## Where does the residual stream point?
 #
@@ -58,7 +58,7 @@ curves["cosine"].plot("current_embedding")
 
 # %% [markdown]
 # After the first block it points at the unembedding of a next token: here, the bigram table's most likely one.
-# Current-token space turns into next-token space in one step.
+# One block maps current-token space to next-token space.
 
 # %%
 curves["cosine"].plot("target_unembedding")
@@ -67,27 +67,27 @@ curves["cosine"].plot("target_unembedding")
 # ## A rotation
 #
 # For each layer, the affine map that best takes its residual stream to the last layer's. The eigenvalues of that map
-# have angles; their median says by how much the layer still has to turn. At the last layer nothing is left to turn.
+# have angles; their median says how much rotation is still to come. At the last layer none is left.
 
 # %%
 curves["rotations"].plot("output_angle")
 
 # %% [markdown]
-# Nearly all of the turning is done by the first block, in the whole model and in the subnetwork. Random weights turn
-# little.
+# The first block does nearly all of the rotation, in the full model and in the subnetwork. Random weights
+# rotate little.
 
 # %% [markdown]
 # ## The same geometry?
 #
 # Linear CKA compares the geometry of two layers' activations: 1 if they differ by a rotation and a scale only. The
-# third panel holds the whole model (rows) against the subnetwork (columns).
+# third panel compares the full model (rows) with the subnetwork (columns).
 
 # %%
 bc.covariance_similarity(model, corpus, bigram, max_tokens=4_096).plot()
 
 # %% [markdown]
-# In the whole model every block changes the geometry. The later layers of the subnetwork look alike: little is added
-# to them any more. The two are most alike at the beginning.
+# In the full model every block changes the geometry. The later layers of the subnetwork are alike: little is added
+# there. The two are most similar in the first layers.
 #
 # ## Your model
 #

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Is it real?
 #
-# Choosing weights by gradient is a way of fitting, and a mask can be made to do things that the model never does.
-# Four checks: controls of the same size; another seed; a mask that never saw a bigram; and the rest of the model
-# taken away bit by bit.
+# Choosing weights by gradient is a form of fitting, and a mask can create behaviour that the model never shows. Four
+# checks: controls of the same size; another seed; a mask that never saw a bigram; and ablating the rest of the model
+# step by step.
 
 # %%
 import bigram_circuits as bc
@@ -19,9 +19,9 @@ bigram = found.subnetwork.named("bigram, seed 0")
 # %% [markdown]
 # ## Controls
 #
-# A number alone means little, so `evaluate` puts controls beside it, on the same held-out text: the whole model, no
-# maskable weight at all, the whole model without the subnetwork, as many of the largest weights in every matrix, and
-# as many random ones.
+# A number alone means little, so `evaluate` measures controls on the same held-out text: the full model, no maskable
+# weight at all, the full model without the subnetwork, as many of the largest weights in every matrix, and as many
+# random ones.
 
 # %%
 evaluation = bc.evaluate(model, bigram, target, corpus.held_out[::4], seeds=2)
@@ -31,8 +31,8 @@ evaluation
 evaluation.plot()
 
 # %% [markdown]
-# Is it *necessary*, too? `necessity` is the rise of the model's own loss when the subnetwork is taken out of it, and
-# when as many random weights are.
+# Is it *necessary*, too? `necessity` is the rise of the model's own loss when the subnetwork is dropped, and when as
+# many random weights are.
 
 # %%
 without_it, without_random = evaluation.necessity
@@ -41,8 +41,8 @@ print(f"without the subnetwork: +{without_it:.2f} nats; without as many random w
 # %% [markdown]
 # ## Another seed, and a mask that never saw a bigram
 #
-# Two more masks of the same size. One is found like the first, from text in another order. The other is asked for
-# something else altogether: the whole model's own predictions (optimal pruning). Nothing tells it about bigrams.
+# Two more masks of the same size. One is found like the first, from text in another order. The other has
+# another target: the full model's own predictions (optimal pruning). It never sees a bigram.
 # (Fewer and smaller steps than above, to save time.)
 
 # %%
@@ -54,8 +54,8 @@ random = bigram.random_like(seed=0)
 masks = {"bigram, seed 0": bigram, "bigram, seed 1": again, "optimal pruning": pruned, "random": random}
 
 # %% [markdown]
-# How many weights do they share, as a multiple of what chance would give? (Chance keeps the number of weights in
-# every matrix, so that it knows about the first MLP. The scale is log2: 1 is twice as many, 2 four times.)
+# How many weights do they share, as a multiple of what chance would give? (The null keeps the number of weights in
+# every matrix, so it accounts for the first MLP. The scale is log2: 1 is twice as many, 2 four times.)
 
 # %%
 analysis.overlaps(masks).plot("log2_ratio")
@@ -66,15 +66,15 @@ bc.overlap(pruned.named("optimal pruning"), bigram, by="component").to_dataframe
 ].round(2)
 
 # %% [markdown]
-# The two seeds agree on many weights, far more than chance would have them share, though not on all: weights can
-# stand in for each other. And the mask that was only asked to keep the model's predictions picks many of the same
-# weights, above all in the first MLP: a model that has to get by with few weights keeps its bigrams.
-# `share_of_a_in_b` is the share of its weights that the bigram subnetwork has too.
+# The two seeds agree on many weights, far more than by chance, though not on all: some weights can replace each other.
+# And the mask whose target is the model's own predictions keeps many of the same weights, above all in the first MLP: a
+# model reduced to few weights keeps its bigrams. `share_of_a_in_b` is the share of its weights that the bigram
+# subnetwork keeps too.
 #
-# ## Take the rest away bit by bit
+# ## Ablate the rest step by step
 #
-# If the subnetwork carries bigrams inside the whole model, then they should stay as more and more of everything else
-# is removed. For a random mask of the same size they should not.
+# If the subnetwork carries bigrams inside the full model, they should remain as more and more of everything else is
+# dropped. With a random mask of the same size they should not.
 
 # %%
 analysis.stochastic_ablation(
@@ -82,11 +82,12 @@ analysis.stochastic_ablation(
 ).plot("surprisal_correlation")
 
 # %% [markdown]
-# Around the subnetwork, the more is taken away, the more what is left looks like a bigram table. Around random
-# weights there is soon nothing.
+# The more is dropped around the subnetwork, the more the rest resembles a bigram table. Around random weights there is
+# soon nothing left.
 #
-# What no check here shows: that the model computes bigrams *only* so. The intervals cover the choice of held-out
-# text, not the choice of seed or training text.
+# No check here shows that the model computes bigrams *only* in this way. The intervals cover the choice of held-out
+# text, not the choice of seed or training text. `bc.study(..., falsify=True)` also repeats the recipe on re-initialised
+# blocks and for a nonsense target.
 #
 # ## Your model
 #

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Build on it
 #
-# A bigram subnetwork sees the current token only. Shown random tokens that repeat, it cannot know what comes next,
-# while the whole model can: it looks back for the last time it saw this token (*induction*; Olsson et al.
-# [2022](https://arxiv.org/abs/2209.11895)). Which attention heads have to be added to the subnetwork for that?
+# A bigram subnetwork sees only the current token. On random tokens that repeat, it cannot know what comes next, while
+# the full model can: it looks back to the last occurrence of this token (*induction*; Olsson et al.
+# [2022](https://arxiv.org/abs/2209.11895)). Which attention heads must be added to the subnetwork for that?
 
 # %%
 import bigram_circuits as bc
@@ -20,7 +20,7 @@ bigram
 # %% [markdown]
 # ## The task
 #
-# Random tokens, then the same again. Only the second time counts.
+# Random tokens, then the same again. Only the repetition counts.
 
 # %%
 task = analysis.repeated_random_tokens(model, prompts=16, period=24)
@@ -30,7 +30,7 @@ print(f"the whole model: {able.loss:.2f} nats per token; guessing among all toke
 # %% [markdown]
 # ## One head at a time
 #
-# Every head in turn is added to the subnetwork, all of its weights. The bars show by how much the loss falls.
+# Every head in turn is added to the subnetwork, with all of its weights. The bars show by how much the loss falls.
 
 # %%
 single = bc.sufficiency(model, bigram, "heads", task, seeds=1)
@@ -54,8 +54,8 @@ print(f"as many random weights as in both: {pairs.get('random_fall')[together]:.
 print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats; of the whole model: {able.loss:.2f}")
 
 # %% [markdown]
-# Together they do far more than the sum of what each does alone: they work as a circuit. It does not get as far as
-# the whole model, so there is more to it than two heads. Where do they look?
+# Together they do far more than the sum of what each does alone: they form a circuit. It does not reach the full
+# model, so more parts than these two heads are involved. Where do they attend?
 
 # %%
 heads = [tuple(int(number) for number in head.removeprefix("L").split("H")) for head in (best, partner)]
@@ -63,14 +63,14 @@ short = analysis.repeated_random_tokens(model, prompts=1, period=9)
 analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
 
 # %% [markdown]
-# The pictures read from top to bottom: a row is a position, its bright cell where the head looks from there. The head
-# in the earlier layer looks at the token just before. The one in the later layer, once the tokens repeat, looks at
-# the token *after* the last occurrence of the current one: the answer. The first writes "what came before me" into
-# every position, and the second searches for it.
+# Each row is a position, and its bright cell is where the head attends from there. The head in the earlier layer
+# attends to the previous token. The one in the later layer, once the tokens repeat, attends to the token *after* the
+# last occurrence of the current one: the answer. The first writes "what came before me" into every position, and the
+# second searches for it.
 #
 # ## Subnetworks are values
 #
-# What was added can be kept, combined, and saved.
+# A subnetwork with the heads added is a value too: it can be combined and saved.
 
 # %%
 both = bigram
@@ -83,7 +83,7 @@ both
 # ## Your model
 #
 # Change these lines; everything else stays the same. `analysis.TASKS` has more tasks (indirect objects, greater-than,
-# ordered sequences, a value listed earlier); each makes its prompts for your tokenizer, or says that it cannot.
+# ordered sequences, a value listed earlier); each generates prompts for your tokenizer, or reports that it cannot.
 #
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own model, your own text
 #
-# Everything works on any folder that `transformers` can load, and on any text. To see the whole way, this notebook
+# Everything works with any folder that `transformers` can load, and with any text. To show every step, this notebook
 # makes both in a few seconds: a language of a few dozen words, and a small Llama that learns it. The language has one
-# rule that no bigram can know.
+# rule that no bigram can capture.
 
 # %%
 import random
@@ -78,10 +78,10 @@ tokenizer.save_pretrained("runs/tiny-llama")
 print(f"{loss.item():.2f} nats per token")
 
 # %% [markdown]
-# ## From here on, nothing is special
+# ## From here on, as with any model
 #
-# A folder is loaded like a model of the hub. A list of documents is a corpus, as are text, JSONL and Parquet files,
-# and datasets of the hub. Which documents are held out is decided by their content, so it is the same each time.
+# A folder is loaded like a model from the hub. A list of documents is a corpus, as are text, JSONL and Parquet files,
+# and datasets from the hub. Which documents are held out depends on their content, so it is the same each time.
 
 # %%
 model = bc.load_model("runs/tiny-llama")
@@ -94,9 +94,9 @@ found
 bc.evaluate(model, found.subnetwork, target, corpus.held_out)
 
 # %% [markdown]
-# The subnetwork follows the table closely, with less than one weight in a hundred. But read the controls: in so small
-# a language embedding and unembedding alone (`empty`) come close, and the model without the subnetwork gets by nearly
-# as well. It is *sufficient* for bigrams, and hardly *necessary*. In the reference model it is
+# The subnetwork follows the table closely, with less than one weight in a hundred. But look at the controls: in so
+# small a language, embedding and unembedding alone (`empty`) come close, and the model without the subnetwork does
+# nearly as well. It is *sufficient* for bigrams, and hardly *necessary*. In the reference model it is
 # [both](03-is-it-real.ipynb).
 #
 # ## The rule
@@ -108,9 +108,8 @@ prompts = ["the cat near the dogs", "the cats near the dog"]
 analysis.next_tokens(model, prompts, found.subnetwork, top_k=6).only("full", "subnetwork").plot()
 
 # %% [markdown]
-# The whole model (left) looks back at the subject: its verbs agree with *cat*, then with *cats*. The subnetwork goes
-# by the last word alone, as a bigram does. It expects another place to follow, and verbs that agree with the wrong
-# noun.
+# The full model (left) looks back at the subject: its verbs agree with *cat*, then with *cats*. The subnetwork uses the
+# last word alone, as a bigram does. It expects another place to follow, and verbs that agree with the wrong noun.
 #
 # ## Your model
 #

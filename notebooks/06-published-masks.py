@@ -1,8 +1,9 @@
 # %% [markdown]
 # # The paper's published masks
 #
-# Chang and Bergen released the bigram subnetworks they found in GPT-2 and Pythia. They are pickles: a dict from
-# Hugging Face parameter name to a boolean array, and the name of the model. This notebook reads such a file.
+# Chang and Bergen released the bigram subnetworks they found in GPT-2 and Pythia. They are pickles: a
+# dictionary of boolean arrays by Hugging Face parameter name, with the name of the model. This notebook reads such a
+# file.
 #
 # So that it runs anywhere, without a download, the file it reads is **not one of theirs**. It is a mask of the
 # reference model, found below with a quick recipe and written in their format. The lines for the real ones are at the
@@ -37,8 +38,7 @@ with open("runs/subnetwork_dict_lambda1e1.pickle", "wb") as file:
 # %% [markdown]
 # ## Read it
 #
-# The names are matched with the model's own weights by tracing, whatever the architecture, and nothing is lost on the
-# way.
+# The names are matched with the model's own weights by tracing, whatever the architecture, and nothing is lost.
 
 # %%
 published = bc.import_published("runs/subnetwork_dict_lambda1e1.pickle", model)
@@ -46,8 +46,8 @@ assert published == found.subnetwork
 published
 
 # %% [markdown]
-# A pickle can hold a program, and loading it the usual way runs it. This reader admits boolean arrays, strings, and a
-# dict, and refuses anything else before it does anything:
+# A pickle can hold a program, and loading it the usual way runs it. This reader accepts boolean arrays, strings and a
+# dictionary, and refuses anything else before it does anything:
 
 
 # %%
@@ -74,7 +74,7 @@ except ValueError as error:
 bc.evaluate(model, published, target, corpus.held_out[::8], seeds=1)
 
 # %% [markdown]
-# And it can leave as a model of its own, which plain `transformers` loads:
+# And it can be exported as a model of its own, which plain `transformers` loads:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ print(f"{type(alone).__name__}: {sum((p == 0).sum().item() for p in alone.parame
 # ## Your model
 #
 # The real masks, of any released model. The paper reports r = 0.961 for Pythia 70M with about 15% of the weights, and
-# 0.737 for the whole model; the numbers depend on the text.
+# 0.737 for the full model; the numbers depend on the text.
 #
 # ```python
 # model = bc.load_model("EleutherAI/pythia-70m")                        # or "gpt2"
@@ -96,5 +96,5 @@ print(f"{type(alone).__name__}: {sum((p == 0).sum().item() for p in alone.parame
 # bc.evaluate(model, published, target, corpus.held_out)
 # ```
 #
-# There are no published masks of Llama: `bc.find_subnetwork` finds one. Where there are, `bc.overlap(published,
-# found.subnetwork)` says how far a published mask and one of your own agree.
+# There are no published masks for Llama; `bc.find_subnetwork` finds one. For models that have them, `bc.overlap(
+# published, found.subnetwork)` measures how far a published mask and one of yours agree.

@@ -103,12 +103,12 @@ def test_the_readme_states_what_it_measures(main_job):
     metrics, readme = main_job[0].metrics, (Path(__file__).parents[1] / "README.md").read_text()
     table = readme[: readme.index("| logit lens: r")]
     rows = {
-        r"\*\*subnetwork found\*\*": metrics["subnetwork"],
-        "whole model": metrics["full"],
-        "largest weights, as many": metrics["magnitude"],
-        "random weights, as many": metrics["random"]["mean"],
-        "whole model without the subnetwork": metrics["complement"],
-        "whole model without as many random weights": metrics["full_minus_random"]["mean"],
+        r"\*\*subnetwork\*\*": metrics["subnetwork"],
+        "full model": metrics["full"],
+        r"magnitude \(largest weights, as many\)": metrics["magnitude"],
+        "matched random weights": metrics["random"]["mean"],
+        r"complement \(full model without the subnetwork\)": metrics["complement"],
+        "full model without matched random weights": metrics["full_minus_random"]["mean"],
     }
     for name, measured in rows.items():
         (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
@@ -123,10 +123,10 @@ def test_the_readme_states_what_each_layer_predicts(main_job):
     lens, readme = main_job[0].analyses["logit_lens"], (Path(__file__).parents[1] / "README.md").read_text()
     table = readme[readme.index("| logit lens: r") :]
     rows = {
-        "whole model": "full",
-        "subnetwork alone": "subnetwork",
-        "whole model without it": "complement",
-        "random weights, as many": "random",
+        "full model": "full",
+        "subnetwork": "subnetwork",
+        "complement": "complement",
+        "matched random weights": "random",
     }
     for name, condition in rows.items():
         (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
