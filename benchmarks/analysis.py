@@ -1,7 +1,7 @@
 """Time and peak memory of `bigram-circuits analyze` on a run of the reference model: `python benchmarks/analysis.py`.
 
-The run is found first, unless a folder that holds one is named. What a logit lens costs beside the forward pass is in
-`logit_lens.py`.
+The run is made first, unless an existing run folder is given. `logit_lens.py` measures the logit lens against the
+forward pass.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
 
 
 def main() -> None:
-    """Print what the command prints, then seconds and memory."""
+    """Print the command's output, then its time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else Path(folder) / "run"
         if not run.exists():

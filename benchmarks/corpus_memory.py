@@ -1,6 +1,6 @@
 """Peak memory of tokenising and counting texts of growing size: `python benchmarks/corpus_memory.py`.
 
-Each size runs in its own process, on made-up words that follow a Zipf distribution, with the reference tokenizer.
+Each size runs in its own process, on artificial words that follow a Zipf distribution, with the reference tokenizer.
 """
 
 import argparse

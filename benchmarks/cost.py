@@ -1,8 +1,8 @@
 """Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about 20 minutes on two cores).
 
-The parts are the benchmarks beside this file, which can be run by themselves: a step's time and memory (`step.py`),
-counting (`counting.py`), evaluation (`evaluation.py`), the start (`start.py`), how cost grows (`growth.py`). Quality
-for the time (`quality.py`) takes hours and is apart. Nothing else should run on the machine meanwhile.
+It runs the benchmarks in this folder, each of which also runs on its own: time and memory of a step (`step.py`),
+counting (`counting.py`), evaluation (`evaluation.py`), start-up (`start.py`), and how cost grows (`growth.py`). Quality
+for a given time (`quality.py`) takes hours and is not included. Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PARTS: dict[str, Callable[[], list[tuple[str, float, float, str]]]] = {
 
 
 def main() -> None:
-    """Run the parts, then print all rows as a table in Markdown."""
+    """Run the benchmarks, then print all rows as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table to a file")

@@ -1,10 +1,10 @@
 """Counting bigrams, loading tables, and the sparse loss, at GPT-2's vocabulary: `python benchmarks/counting.py`.
 
-Counting runs on one core, the whole table included, against NumPy's in-place sort of the same keys, already made, and
-against `numpy.unique` of them as int64. A table is loaded memory-mapped from a file that was written before. The loss
-(forward and backward) runs against the unembedding matrix product that makes its logits, in the same process and with
-the same threads. Token ids are drawn from a Zipf distribution, which is close to that of words. Medians of interleaved
-repetitions.
+Counting on one core, including building the full table, is compared with NumPy's in-place sort of the same precomputed
+keys, and with `numpy.unique` of them as int64. A table is loaded memory-mapped from an existing file. The loss (forward
+and backward) is compared with the unembedding matrix product that computes its logits, in the same process and with the
+same threads. Token ids are drawn from a Zipf distribution, which is close to that of words. Times are medians of
+interleaved repetitions.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def elapsed(work: Callable[[], object]) -> float:
 
 
 def counting(millions: int, repeats: int) -> list[tuple[str, float, float, str]]:
-    """Seconds of counting over those of a sort; prints both, and `numpy.unique`."""
+    """Return the ratio of counting time to sorting time; print both, and the time of `numpy.unique`."""
     tokens = zipf_tokens(millions * 1_000_000 // 128)
     keys = (tokens[:, :-1].astype(np.uint32) * np.uint32(D_VOCAB) + tokens[:, 1:].astype(np.uint32)).reshape(-1)
     times: dict[str, list[float]] = {"count_ngrams": [], "numpy's sort": [], "numpy.unique": []}
@@ -70,7 +70,7 @@ def counting(millions: int, repeats: int) -> list[tuple[str, float, float, str]]
 
 
 def loading(millions: int, repeats: int) -> tuple[str, float, float, str]:
-    """Seconds of loading a table of so many bigrams, whose rows are all alike."""
+    """Time the loading of a table with this many bigrams, in identical rows."""
     n = millions * 1_000_000
     offsets = torch.linspace(0, n, D_VOCAB + 1, dtype=torch.float64).long()
     lengths = offsets.diff()
@@ -92,7 +92,7 @@ def loading(millions: int, repeats: int) -> tuple[str, float, float, str]:
 
 
 def measure(millions: int = 32, repeats: int = 5) -> list[tuple[str, float, float, str]]:
-    """Rows of (what, measured, goal, unit); on one core."""
+    """Return rows of (what, measured, goal, unit), measured on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = [*counting(millions, repeats), *(loading(size, repeats) for size in (20, 100))]
@@ -121,7 +121,7 @@ def loss(d_model: int, repeats: int) -> None:
 
 
 def main() -> None:
-    """Print the rows, then what the loss costs."""
+    """Print the rows, then the cost of the loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, default=32, help="tokens to count")
     parser.add_argument("--d-model", type=int, default=768)

@@ -1,8 +1,8 @@
-"""What `evaluate` with all controls costs beside the forward passes it needs: `python benchmarks/evaluation.py`.
+"""Cost of `evaluate` with all controls, relative to the forward passes it needs: `python benchmarks/evaluation.py`.
 
-The forward passes: under every condition (the subnetwork and its controls), of the same batches, nothing measured. On
-the reference model with its held-out text, and on a random model of GPT-2 small's shape with a few tokens, where the
-vocabulary is large. Medians of interleaved repetitions.
+The baseline runs the same batches under every condition (the subnetwork and its controls) without measuring anything.
+It is run on the reference model with its held-out text, and, for a large vocabulary, on a random model of GPT-2 small's
+shape with few tokens. Times are medians of interleaved repetitions.
 """
 
 import argparse
@@ -25,14 +25,14 @@ GOAL = 1.2
 
 
 def conditions(model: Any, subnetwork: bc.Subnetwork, seeds: int) -> list[bc.Subnetwork | None]:
-    """What `evaluate` runs the model under; None is all weights."""
+    """Return the subnetworks that `evaluate` runs the model with; None means all weights."""
     random = [subnetwork.random_like(seed=seed) for seed in range(seeds)]
     controls = [bc.Subnetwork.empty(model), ~subnetwork, bc.Subnetwork.magnitude(model, like=subnetwork)]
     return [None, subnetwork, *controls, *random, *(~one for one in random)]
 
 
 def forward_seconds(model: Any, every: list[bc.Subnetwork | None], tokens: np.ndarray) -> float:
-    """Of the forward passes alone."""
+    """Time the forward passes alone, in seconds."""
     total = 0.0
     for one in every:
         with torch.inference_mode(), nullcontext() if one is None else bc.masked(model, one):
@@ -46,7 +46,7 @@ def forward_seconds(model: Any, every: list[bc.Subnetwork | None], tokens: np.nd
 def ratio(
     name: str, model: Any, target: Any, tokens: np.ndarray, repeats: int, seeds: int
 ) -> tuple[str, float, float, str]:
-    """Median of evaluation over forward passes, with so many random controls."""
+    """Return the median ratio of evaluation time to forward-pass time, with this many random controls."""
     generator = torch.Generator().manual_seed(0)
     shapes = bc.Subnetwork.full(model).shapes
     masks = {site: torch.rand(shape, generator=generator) < 0.05 for site, shape in shapes.items()}
@@ -68,7 +68,7 @@ def ratio(
 
 
 def measure(repeats: int = 3) -> list[tuple[str, float, float, str]]:
-    """Rows of (what, measured, goal, unit)."""
+    """Return rows of (what, measured, goal, unit)."""
     model = bc.load_model("reference", device="cpu")
     corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
     target = bc.count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)

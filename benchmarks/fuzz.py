@@ -1,6 +1,6 @@
-"""Hostile and damaged files of every kind, by a seed: `python benchmarks/fuzz.py --cases 100000`.
+"""Fuzz the readers with seeded hostile and damaged files of every kind: `python benchmarks/fuzz.py --cases 100000`.
 
-What is done and what must hold is told in `tests/fuzzing.py`. Ends with status 1 if a case failed.
+`tests/fuzzing.py` describes the cases and what must hold. Exits with status 1 if a case fails.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""How time and memory of a step of mask learning grow, and of counting: `python benchmarks/growth.py`.
+"""How the time and memory of mask-learning steps and of counting grow with size: `python benchmarks/growth.py`.
 
-One size is doubled at a time, of a model of Pythia's architecture with random weights: width, depth, sequences in a
-batch, vocabulary; and the tokens that are counted. Each point is a process of its own on the CPU. Beside time and
-memory stands the exponent: 1 where doubling the size doubles the cost. `--plot FILE.html` draws all of it.
+One size is doubled at a time: the width, depth, batch size or vocabulary of a model of Pythia's architecture with
+random weights, or the number of tokens that are counted. Each point runs in its own process on the CPU. The table gives
+time, memory and the exponent, which is 1 where doubling the size doubles the cost. `--plot FILE.html` draws them all.
 """
 
 import argparse
@@ -26,17 +26,17 @@ SIZES = {
     "tokens": ("tokens counted", (2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000)),
 }
 EXPONENTS = {"hidden_size": 2, "num_hidden_layers": 1, "batch": 1, "vocab_size": 1, "tokens": 1}
-"""The most that is no surprise: matrices grow with the square of the width, all else in proportion."""
+"""Largest exponents to expect: the number of weights grows with the square of the width; all else grows linearly."""
 
 
 def peak_gigabytes() -> float:
-    """Held at most by this process so far."""
+    """Return the peak memory of this process so far, in GB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1e6
 
 
 def measure_point(size: dict[str, int], what: str) -> dict[str, float]:
-    """Seconds and GB of one point, in this process."""
+    """Measure one point in this process: seconds and GB."""
     import bigram_circuits as bc
 
     if what == "tokens":
@@ -57,7 +57,7 @@ def measure_point(size: dict[str, int], what: str) -> dict[str, float]:
 
 
 def measure(plot: Path | None = None) -> list[tuple[str, float, float, str]]:
-    """Rows of (what, exponent of the last doublings, goal, unit); prints the table and draws the plot."""
+    """Return rows of (what, exponent of the last doublings, goal, unit); print the table and draw the plot."""
     rows, curves = [], {}
     print(f"{'':<24}{'size':>12}{'seconds':>10}{'exponent':>10}{'GB':>8}{'exponent':>10}")
     for what, (title, sizes) in SIZES.items():
@@ -81,7 +81,7 @@ def measure(plot: Path | None = None) -> list[tuple[str, float, float, str]]:
 
 
 def draw(curves: dict[str, tuple[tuple[int, ...], list[dict[str, Any]]]], path: Path) -> None:
-    """Time and memory over the first point of each line, against size over the first size; both axes logarithmic."""
+    """Plot time and memory against size, each relative to the first point of its line, on logarithmic axes."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, subplot_titles=("time", "memory"), shared_yaxes=True)
@@ -100,7 +100,7 @@ def draw(curves: dict[str, tuple[tuple[int, ...], list[dict[str, Any]]]], path: 
 
 
 def main() -> None:
-    """Print the table, and the rows."""
+    """Print the table and the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)

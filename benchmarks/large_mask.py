@@ -1,7 +1,7 @@
-"""Time and memory of importing and applying a mask of a large model: `python benchmarks/large_mask.py`.
+"""Time and memory of importing and applying a mask on a large model: `python benchmarks/large_mask.py`.
 
 The model has the shape of Llama 3.2 1B (16 blocks, width 2,048, grouped queries, gated MLPs), random weights, and a
-byte tokenizer. Each step's time is printed with the process's peak memory so far, as a share of the model's weights.
+byte tokenizer. For each step, its time and the process's peak memory so far, relative to the weights, are printed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def save_model(folder: Path, layers: int) -> None:
 
 
 def memory() -> tuple[float, float]:
-    """Memory of this process, now and at its highest, in GB; without the pages of mapped files for now."""
+    """Return the current memory of this process, without pages of mapped files, and its peak memory, in GB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 

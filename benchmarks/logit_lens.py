@@ -1,7 +1,7 @@
-"""What a logit lens over a corpus costs beside the forward pass and its unembedding products.
+"""Cost of a logit lens over a corpus, relative to the forward pass and its unembedding products.
 
-`python benchmarks/logit_lens.py`: the reference model, and a random model of GPT-2 small's shape. Medians of
-interleaved repetitions; ratios are of times taken side by side.
+`python benchmarks/logit_lens.py` runs the reference model and a random model of GPT-2 small's shape. Times are medians
+of interleaved repetitions; ratios are of adjacent runs.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from bigram_circuits.models.loading import REFERENCE_FOLDER
 
 
 def passes(model, tokens: torch.Tensor) -> None:
-    """The forward pass, and one product with the unembedding for every layer."""
+    """Run the forward pass, and one product with the unembedding for every layer."""
     streams, _ = residual_streams(model, tokens)
     for layer in streams:
         for rows in layer.flatten(0, 1).split(4096):
@@ -27,7 +27,7 @@ def passes(model, tokens: torch.Tensor) -> None:
 
 
 def whole(model, tokens: torch.Tensor, sums) -> None:
-    """The same, with all that the lens adds up."""
+    """Run the same, with all statistics that the lens accumulates."""
     sums.add(conditions.Batch(tokens, *residual_streams(model, tokens)))
 
 
@@ -49,7 +49,7 @@ def compare(name: str, model, tokens: torch.Tensor, repetitions: int) -> None:
 
 
 def main() -> None:
-    """Both models."""
+    """Run the benchmark on both models."""
     rng = np.random.default_rng(0)
     model = bc.load_model("reference", device="cpu")
     compare("reference model, 32 x 128", model, torch.from_numpy(rng.integers(0, 1024, (32, 128))), 9)

@@ -1,8 +1,8 @@
-"""Memory that learning takes, forecast and measured: `python benchmarks/memory.py`.
+"""Predicted and measured peak memory of mask learning: `python benchmarks/memory.py`.
 
-Each configuration runs in a process of its own, on the CPU: the forecast, then three steps of learning, and the highest
-memory of the process (`VmHWM`, so on Linux only). Models have random weights and a byte tokenizer; texts are random
-tokens. `--only NAME` runs one configuration.
+Each configuration runs in its own process, on the CPU: first the prediction, then three learning steps, and finally
+the peak memory of the process (`VmHWM`, so on Linux only). Models have random weights and a byte tokenizer; texts are
+random tokens. `--only NAME` runs one configuration.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CONFIGURATIONS = {  # model, batch, context, method, dtype, granularity
 
 
 def save_model(kind: str, folder: Path) -> None:
-    """A model of a known shape with random weights."""
+    """Build a model of a known shape with random weights."""
     import transformers as hf
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,7 +50,7 @@ def save_model(kind: str, folder: Path) -> None:
 
 
 def measure(name: str, folder: str) -> None:
-    """Print what was forecast and what was held at most, as JSON."""
+    """Print the predicted and the measured peak memory as JSON."""
     import numpy as np
 
     import bigram_circuits as bc

@@ -1,8 +1,8 @@
 """Precision and recall on planted circuits, for each method: `python benchmarks/planted.py` (a few minutes).
 
 Each row is one run: a model with a planted circuit (`bigram_circuits.plant_bigram`), a method, and either the circuit's
-size as `target_fraction` or a `sparsity_weight`. `magnitude` and `random` are the controls: as many weights of every
-matrix as the circuit has there, the largest or any. Below the table stands what was below 0.95.
+size as `target_fraction` or a `sparsity_weight`. The controls `magnitude` and `random` keep as many weights of every
+matrix as the circuit has there: the largest, or random ones. Runs below 0.95 are listed after the table.
 """
 
 import argparse
@@ -18,10 +18,10 @@ RECIPES = {
     "hard_concrete": {"learning_rate": 0.1},
     "straight_through": {},
 }
-"""What differs from the defaults, for the longer runs."""
+"""Non-default settings by method, for the longer runs."""
 
 SPARSITY_WEIGHTS = {"continuous_sparsification": 10.0, "hard_concrete": 30.0}
-"""Straight-through has no penalty."""
+"""Sparsity weights by method; straight-through has no penalty."""
 
 HEAD = (
     f"{'model':<7}{'layers':>7}{'noise':>7}  {'method':<26}{'size set by':<20}{'kept':>6}{'of':>5}{'precision':>11}"

@@ -1,14 +1,14 @@
-"""Quality for the time: recipes for learning masks, side by side on small models of other architectures and texts.
+"""Quality for a given time: compare mask-learning recipes on small models of other architectures and texts.
 
     python benchmarks/quality.py --models MODELS --data TEXTS --results results.jsonl --plot quality.html
 
-Each run learns a bigram subnetwork with a recipe, at a sparsity weight or target fraction and with a seed, and measures
-it on a fixed part of the held-out text. It ends as one line in the results, and is not done again while its line is
-there. From all lines come the table, the comparison with the published recipe, and the figure. `--label` names the
-lines of a recipe that is being changed; `--report` runs nothing.
+Each run learns a bigram subnetwork with a recipe, a sparsity weight or target fraction, and a seed, and measures it on
+a fixed part of the held-out text. It adds one line to the results, and runs that have a line there are not repeated.
+The table, the comparison with the published recipe, and the figure are made from all lines. `--label` labels the lines
+of a recipe under development; `--report` only makes the report.
 
-MODELS is where the small models are written, once, and read from. TEXTS holds `tinyshakespeare/input.txt` and
-`wikitext-2/valid.txt` and `test.txt`.
+MODELS is the folder for the small models, which are trained once. TEXTS contains `tinyshakespeare/input.txt`,
+`wikitext-2/valid.txt` and `wikitext-2/test.txt`.
 """
 
 import argparse
@@ -36,17 +36,17 @@ RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
     "paper": lambda **size: bc.SparsifyConfig.paper(retries=0, **size),
     "ours": lambda **size: bc.SparsifyConfig(**size),
 }
-"""Settings by the name of a recipe; `size` is a sparsity weight or a target fraction, and the seed."""
+"""Settings by recipe name, as functions of the size (a sparsity weight or a target fraction) and the seed."""
 
 FEWER_STEPS = 50
-"""Times fewer than the published recipe's, in which ours is to be at least as good."""
+"""Speed-ups over the published recipe at which ours should be at least as good."""
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def run(subject: Subject, config: bc.SparsifyConfig, budgets: Iterable[int], sequences: int) -> dict[str, Any]:
-    """Learn a subnetwork and measure it, and what it would have been after fewer steps."""
+    """Learn a subnetwork and measure it, also as it would have been after fewer steps."""
     tokens = spread_out(subject.corpus.held_out, sequences)
     started, cpu_started = time.perf_counter(), time.process_time()
     with watched(budgets) as taken:
@@ -71,7 +71,7 @@ def run(subject: Subject, config: bc.SparsifyConfig, budgets: Iterable[int], seq
 
 
 def spread_out(tokens: np.ndarray, count: int) -> np.ndarray:
-    """That many sequences at equal distances, so that they come from as many passages as possible."""
+    """Select that many evenly spaced sequences, so that they come from as many passages as possible."""
     return tokens[np.linspace(0, len(tokens) - 1, min(count, len(tokens))).astype(int)]
 
 
@@ -90,7 +90,7 @@ def measure(subject: Subject, subnetwork: bc.Subnetwork, tokens: np.ndarray) -> 
 
 @dataclass
 class Steps:
-    """Steps that optimizers took, in all attempts, and the gates' scores after some of them."""
+    """Counts optimizer steps over all attempts, and records the gates' scores after some of them."""
 
     steps: int = 0
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Steps:
 
 @contextmanager
 def watched(budgets: Iterable[int]) -> Iterator[Steps]:
-    """Within the block, count the steps of any optimizer, and note the scores after these numbers of them."""
+    """Within the `with` block, count the steps of any optimizer, and record the scores after the given steps."""
     taken, wanted = Steps(), set(budgets)
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -114,7 +114,7 @@ def watched(budgets: Iterable[int]) -> Iterator[Steps]:
 
 
 def as_subnetwork(model: Any, config: bc.SparsifyConfig, scores: torch.Tensor) -> bc.Subnetwork:
-    """The mask that a run would have ended in with these scores."""
+    """Build the mask that a run would have ended with, given these scores."""
     sites = weight_sites(model)
     gates, wanted = make_gates(sites, config, config.seed, None)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def as_subnetwork(model: Any, config: bc.SparsifyConfig, scores: torch.Tensor) -
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Do the runs of the grid that have no line in the results yet, sizes of all recipes and models before seeds."""
+    """Do all runs of the grid that have no line in the results yet: all sizes, recipes and models before more seeds."""
     sizes = [{"sparsity_weight": weight} for weight in arguments.weights]
     sizes += [{"target_fraction": fraction} for fraction in arguments.fractions]
     subjects = {name: load(name, arguments.models, arguments.data) for name in arguments.on}
@@ -160,7 +160,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def frame(lines: list[dict[str, Any]]) -> pd.DataFrame:
-    """A row for a run; of runs that differ in nothing but what their label stands for, the last."""
+    """Build one row per run; of runs with the same model, label, size and seed, only the last is kept."""
     rows = []
     for line in lines:
         config, target = line["config"], line["config"]["target_fraction"]
@@ -187,7 +187,7 @@ def table(runs: pd.DataFrame) -> str:
 
 
 def early_table(runs: pd.DataFrame) -> str:
-    """The published recipe's hard masks after fewer steps than it took; means over seeds."""
+    """Format how the published recipe's hard masks do after fewer steps than it takes; means over seeds."""
     lines = [f"{'model':<11}{'size set by':<16}{'steps':>8}{'share':>9}{'r':>8}{'KL':>9}{'seeds':>7}"]
     for (model, size), group in runs[runs.label == "paper"].groupby(["model", "size"], sort=False):
         early = pd.DataFrame(itertools.chain.from_iterable(group.stopped_early))
@@ -200,10 +200,10 @@ def early_table(runs: pd.DataFrame) -> str:
 
 
 def compare(runs: pd.DataFrame, label: str) -> pd.DataFrame:
-    """For each size of the published recipe: the curve of another recipe at its fraction, interpolated over log.
+    """For each size of the published recipe, interpolate another recipe's curve at the same fraction, on a log axis.
 
-    A curve is made of the runs of one seed. Means over the seeds whose curve reaches the fraction (how many these are
-    stands under `seeds`: the published recipe's, the other's), and the standard deviation between them.
+    A curve consists of the runs of one seed. The result has means and standard deviations over the seeds whose curve
+    reaches the fraction; `seeds` gives their numbers (the published recipe's, the other's).
     """
     rows = []
     for (model, size), group in runs[runs.label == "paper"].groupby(["model", "size"], sort=False):
@@ -267,7 +267,7 @@ def verdict(row: Any) -> str:
 
 
 def plot(runs: pd.DataFrame, path: Path) -> None:
-    """Against the fraction kept: r above, KL below; a column for each model, a line for each recipe."""
+    """Plot r (top) and KL (bottom) against the fraction kept; a column per model, a line per recipe."""
     from plotly.colors import qualitative
     from plotly.subplots import make_subplots
 

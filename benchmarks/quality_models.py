@@ -1,6 +1,6 @@
-"""Two small models to compare recipes on, of other architectures and texts than the reference model's.
+"""Two small models for comparing recipes, with other architectures and texts than the reference model.
 
-Each is trained once, in a few minutes on one core, and written with its tokenizer by `save_pretrained`.
+Each is trained once, in a few minutes on one core, and saved with its tokenizer by `save_pretrained`.
 """
 
 import json
@@ -27,7 +27,7 @@ STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 4000, 32, 5e-3, 0.1
 
 
 def gpt2() -> PreTrainedModel:
-    """Learned positions, tied embeddings."""
+    """Build a GPT-2: learned positions, tied embeddings."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=D_VOCAB, n_positions=CONTEXT_LENGTH, n_embd=64, n_layer=2, n_head=4,
@@ -37,7 +37,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def llama() -> PreTrainedModel:
-    """Gated MLP, grouped queries, RMS norm, rotary positions."""
+    """Build a Llama: gated MLP, grouped queries, RMSNorm, rotary positions."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=D_VOCAB, max_position_embeddings=CONTEXT_LENGTH, hidden_size=64, num_hidden_layers=2,
@@ -51,12 +51,12 @@ MODELS = {
     "gpt2": (gpt2, ("tinyshakespeare/input.txt",)),
     "llama": (llama, ("wikitext-2/valid.txt", "wikitext-2/test.txt")),
 }
-"""Architecture and text."""
+"""Architecture and text of each model."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model with its text, to learn masks on."""
+    """A trained model and its text, for learning masks."""
 
     name: str
     model: Any
@@ -65,7 +65,7 @@ class Subject:
 
 
 def load(name: str, models: Path, data: Path) -> Subject:
-    """One of `MODELS`, trained first if its folder is not there; or the reference model."""
+    """Load one of `MODELS`, training it first if its folder does not exist, or the reference model."""
     if name == "reference":
         model = bc.load_model(device="cpu")
         corpus = bc.load_corpus("reference", tokenizer=model.tokenizer, context_length=model.cfg.n_ctx)
@@ -78,13 +78,13 @@ def load(name: str, models: Path, data: Path) -> Subject:
 
 
 def read_corpus(name: str, data: Path, tokenizer: Any) -> bc.Corpus:
-    """The model's text, of which every tenth passage of about 2,000 characters, by its hash, is held out."""
+    """Load the model's text, with a tenth of the passages (about 2,000 characters each) held out by their hash."""
     paths = [data / path for path in MODELS[name][1]]
     return bc.load_corpus(paths, tokenizer=tokenizer, context_length=CONTEXT_LENGTH, held_out=HELD_OUT)
 
 
 def make(name: str, folder: Path, data: Path) -> None:
-    """Train tokenizer and model, and write them, with the losses on the held-out text. Only the tokenizer saw that."""
+    """Train and save tokenizer and model, with the held-out losses; only the tokenizer has seen held-out text."""
     build, paths = MODELS[name]
     sys.path.append(str(Path(__file__).parents[1] / "scripts"))
     from train_reference import train_tokenizer
@@ -104,7 +104,7 @@ def make(name: str, folder: Path, data: Path) -> None:
 
 
 def train(model: PreTrainedModel, corpus: bc.Corpus) -> PreTrainedModel:
-    """Minimise the next-token loss with AdamW on windows at random places, with a warm-up and a cosine decay."""
+    """Minimise the next-token loss with AdamW on randomly placed windows, with warm-up and cosine decay."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -129,9 +129,9 @@ def train(model: PreTrainedModel, corpus: bc.Corpus) -> PreTrainedModel:
 
 @torch.inference_mode()
 def held_out_losses(model: PreTrainedModel, corpus: bc.Corpus) -> dict[str, float]:
-    """Nats per token: the model's on all held-out text; the model's and the bigram table's where the table's is finite.
+    """Measure held-out losses in nats per token: the model's everywhere, and both where the bigram table's is finite.
 
-    The table's is infinite wherever the bigram is not in the training text, so the comparison is in its favour.
+    The table's loss is infinite wherever the bigram is not in the training text, so this comparison favours the table.
     """
     own = torch.cat([surprisals(model(tokens).logits, tokens) for tokens in in_order(corpus.held_out, BATCH)])
     table = bc.count_ngrams(corpus.train, 2, d_vocab=D_VOCAB).surprisal(corpus.held_out)

@@ -1,4 +1,4 @@
-"""How soon fresh processes are ready: `python benchmarks/start.py`. Medians, everything read once before."""
+"""Start-up times of new processes: `python benchmarks/start.py`. Medians, with all files in the page cache."""
 
 import argparse
 import statistics
@@ -14,14 +14,14 @@ JOBS = (
 
 
 def seconds(arguments: list[str]) -> float:
-    """Of one process, from its start to its end."""
+    """Time one process from start to exit, in seconds."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def measure(repeats: int = 5) -> list[tuple[str, float, float, str]]:
-    """Rows of (what, measured, goal, unit)."""
+    """Return rows of (what, measured, goal, unit)."""
     rows = []
     for what, arguments, goal in JOBS:
         seconds(arguments)  # so that files are in memory

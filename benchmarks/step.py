@@ -1,10 +1,10 @@
-"""Time and memory of a step of mask learning, over those of a dense step: `python benchmarks/step.py`.
+"""Time and memory of a mask-learning step relative to a dense step: `python benchmarks/step.py`.
 
-A dense step is forward, backward and fused AdamW for the weight matrices that would be masked, of the plain Hugging
-Face model on the same batch. A step of mask learning is one of `find_subnetwork` itself, everything included: from one
-call of the target to the next. Times are medians of steps taken in turns in one process; memory is the highest of a
-process of its own (`VmHWM`, so on Linux only), with and without what it held before it loaded the model. Weights are
-random: they do not change the cost.
+A dense step is forward, backward and fused AdamW for the weight matrices that would be masked, with the plain Hugging
+Face model on the same batch. A mask-learning step is one of `find_subnetwork` itself with everything included, timed
+from one call of the target to the next. Times are medians of alternating steps in one process; memory is the peak of a
+separate process (`VmHWM`, so on Linux only), with and without what it held before loading the model. Weights are
+random, which does not change the cost.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bigram_circuits.models.loading import REFERENCE_FOLDER
 
 GOALS = {"time": 1.10, "memory": 1.25, "memory, low": 0.8}
 SHAPES = {"reference": 16, "gpt2": 4, "pythia-70m": 8}
-"""Sequences in a batch, of 128 tokens."""
+"""Number of sequences in a batch, of 128 tokens each."""
 TITLES = {"reference": "reference, 16 x 128", "gpt2": "GPT-2 small, 4 x 128", "pythia-70m": "Pythia-70M, 8 x 128"}
 LENGTH = 128
 WAYS = ("dense", "masked", "low memory")
@@ -35,7 +35,7 @@ PYTHIA_70M = {"vocab_size": 50_304, "hidden_size": 512, "num_hidden_layers": 6, 
 
 
 def save_model(kind: str, folder: Path, **size: int) -> None:
-    """A model of a known shape with random weights, and a byte tokenizer; `size` changes Pythia-70M's."""
+    """Build a model of a known shape with random weights and a byte tokenizer; `size` overrides sizes of Pythia-70M."""
     import transformers as hf
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -59,7 +59,7 @@ def some_tokens(d_vocab: int, rows: int) -> np.ndarray:
 
 
 def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """One step of training the weight matrices of the plain model, as a function to call."""
+    """Return a function that takes one training step for the weight matrices of the plain model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
@@ -82,7 +82,7 @@ def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) ->
 
 
 class Paced:
-    """A target that notes how long each step took, from one loss to the next, and does something in between."""
+    """A target that records the time of each step, from one loss to the next, and calls a function in between."""
 
     def __init__(self, target: bc.NGramTable, between: Callable[[], None]) -> None:
         self.target, self.between, self.d_vocab = target, between, target.d_vocab
@@ -90,7 +90,7 @@ class Paced:
         self._last: float | None = None
 
     def cross_entropy(self, logits: Any, tokens: Any) -> Any:
-        """The target's."""
+        """Forward to the target."""
         if self._last is not None:
             self.steps.append(time.perf_counter() - self._last)
         self.between()
@@ -98,7 +98,7 @@ class Paced:
         return self.target.cross_entropy(logits, tokens)
 
     def surprisal(self, tokens: Any) -> Any:
-        """The target's."""
+        """Forward to the target."""
         return self.target.surprisal(tokens)
 
 
@@ -111,7 +111,7 @@ def masked_steps(
     between: Callable[[], None],
     **recipe: Any,
 ) -> list[float]:
-    """Seconds of each of some steps of mask learning, with something done in between that is not counted."""
+    """Time individual mask-learning steps, in seconds, excluding a function called in between."""
     model = bc.load_model(folder, device=device, dtype=dtype)
     tokens = some_tokens(model.cfg.d_vocab, max(64, 2 * batch_size))
     corpus, table = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
@@ -124,7 +124,7 @@ def masked_steps(
 
 
 def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, number: int) -> dict[str, list[float]]:
-    """Seconds of each step, in turns."""
+    """Time mask-learning and dense steps in alternation, in seconds."""
     step = dense_step(folder, batch_size, device, dtype)
     dense: list[float] = []
 
@@ -139,7 +139,7 @@ def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, 
 
 
 def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """GB held at most by this process (on a GPU: allocated), and before the model was loaded."""
+    """Return this process's peak memory in GB (on a GPU: allocated), and its memory before the model was loaded."""
     from transformer_lens.model_bridge import TransformerBridge  # noqa: F401 (as learning does, so as not to count it)
 
     def highest() -> float:
@@ -159,13 +159,13 @@ def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: t
 
 
 def in_own_process_of(script: str, *arguments: str) -> Any:
-    """What a benchmark prints last, as JSON, when it is run apart."""
+    """Run a benchmark in a separate process and parse the JSON that it prints last."""
     done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def measure(kinds: list[str], steps: int = 15, device: str = "cpu", dtype: str = "float32") -> list[tuple]:
-    """Rows of (what, measured, goal, unit), printed as they come."""
+    """Return rows of (what, measured, goal, unit), and print each as it is measured."""
     rows: list[tuple] = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:

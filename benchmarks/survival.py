@@ -1,8 +1,8 @@
-"""Kill `bigram-circuits find` again and again, and see that it ends in the same mask: `python benchmarks/survival.py`.
+"""Kill `bigram-circuits find` repeatedly and check that it ends with the same mask: `python benchmarks/survival.py`.
 
-The command is started, killed with SIGKILL at a random moment of its life, from its start to its last file, and started
-again, until it was killed often enough and has finished. Then the time that checkpoints take of a whole run is
-measured. Options go to `find`, for example `--steps 40 gpt2 --corpus texts/`.
+The command is started, killed with SIGKILL at a random moment between its start and its last file, and restarted, until
+it has been killed often enough and has finished. Then the share of a full run's time spent on checkpoints is measured.
+Options are passed to `find`, for example `--steps 40 gpt2 --corpus texts/`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def kill_often(options: list[str], kills: int, seed: int, pause: float, root: Pa
 
 
 def at(folder: Path) -> str:
-    """How far a run was."""
+    """Describe how far a run got."""
     if not (folder / "config.json").exists():
         return "before config.json"
     steps = len(RunFolder(folder).history())
@@ -66,7 +66,7 @@ def at(folder: Path) -> str:
 
 
 def measure_cost(root: Path) -> None:
-    """The whole recipe on the reference model, as `find` does it."""
+    """Run the full recipe on the reference model, as `find` does, and print what its checkpoints cost."""
     sizes, times, write = [], [], RunFolder._write_checkpoint
 
     def timed(folder: RunFolder, *arguments: object) -> None:

@@ -1,10 +1,10 @@
-"""The grammar of names: of weight matrices (`blocks.0.attn.W_Q`), and of parts of a model.
+"""Names of weight matrices (`blocks.0.attn.W_Q`) and of parts of a model, and how to parse them.
 
-| part | label | also read |
+| part | label | also accepted |
 |---|---|---|
 | an attention head | `L2H3` | `head 2.3` |
-| an MLP neuron, or several of a layer | `L0N5`, `L0N[1,5]` | `neurons 0.5`, `neurons 0.[1,5]` |
-| a block's attention, its MLP | `L1.attn`, `L1.mlp` | `attn 1`, `mlp 1` |
+| one or several MLP neurons of a layer | `L0N5`, `L0N[1,5]` | `neurons 0.5`, `neurons 0.[1,5]` |
+| a block's attention, a block's MLP | `L1.attn`, `L1.mlp` | `attn 1`, `mlp 1` |
 | both | `L1` | `layer 1` |
 """
 
@@ -14,11 +14,11 @@ import re
 from dataclasses import dataclass
 
 ATTENTION_MATRICES = ("W_Q", "W_K", "W_V", "W_O")
-"""The weight matrices of an attention, whose first axis is the head."""
+"""The weight matrices of an attention layer; their first axis is the head."""
 MLP_MATRICES = ("W_in", "W_gate", "W_out")
-"""The weight matrices of an MLP; a plain one has no gate."""
+"""The weight matrices of an MLP; only a gated MLP has `W_gate`."""
 COMPONENTS = ("attn", "mlp")
-"""What a block is made of."""
+"""The components of a block."""
 
 _WEIGHT = re.compile(r"blocks\.(\d+)\.(\w+)\.(\w+)")
 _LABEL = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neurons>\d+|\[[\d,\s]*\])|\.(?P<component>attn|mlp))?")
@@ -26,33 +26,33 @@ _SPELLED = re.compile(
     r"head\s+(?P<head_layer>\d+)\.(?P<head>\d+)|neurons\s+(?P<neuron_layer>\d+)\.(?P<neurons>\d+|\[[\d,\s]*\])|"
     r"(?P<kind>attn|mlp|layer)\s+(?P<layer>\d+)"
 )
-_MOST_INDICES = 5  # of neurons, in a short label
+_MOST_INDICES = 5  # neurons listed in a short label
 
 
 def in_block(layer: int, what: str) -> str:
-    """The address of something in a block, for example of the activation `hook_attn_out`."""
+    """Return the full name of something in a block, for example of the activation `hook_attn_out`."""
     return f"blocks.{layer}.{what}"
 
 
 def layer_of(address: str) -> int:
-    """The layer of something in a block, from its address."""
+    """Return the layer of something in a block, from its full name."""
     return int(address.split(".")[1])
 
 
 @dataclass(frozen=True)
 class WeightName:
-    """The canonical name of a weight matrix, taken apart; `str` puts it together."""
+    """The canonical name of a weight matrix, parsed; `str` converts it back."""
 
     layer: int
     """Index of the block."""
     component: str
     """`attn` or `mlp`."""
     matrix: str
-    """For example `W_Q`."""
+    """Name of the matrix, for example `W_Q`."""
 
     @classmethod
     def parse(cls, name: str) -> WeightName:
-        """Take a name apart. Raises ValueError if it is none."""
+        """Parse a canonical name. Raises ValueError if it is not one."""
         found = _WEIGHT.fullmatch(name)
         if found is None:
             raise ValueError(f"{name!r} is not the name of a weight matrix, such as 'blocks.0.attn.W_Q'")
@@ -63,7 +63,7 @@ class WeightName:
 
     @property
     def part(self) -> PartName:
-        """The attention or MLP that it belongs to."""
+        """The attention layer or MLP that the matrix belongs to."""
         return PartName(self.component, self.layer)
 
 
@@ -76,11 +76,11 @@ class PartName:
     layer: int
     """Index of the block."""
     indices: tuple[int, ...] = ()
-    """The head, or the neurons; empty for the others, which are whole."""
+    """Index of the head, or indices of the neurons; empty for `attn`, `mlp` and `layer`."""
 
     @classmethod
     def parse(cls, text: str) -> PartName | None:
-        """Read a label, or one of the other spellings; None if it is neither. No neuron may be named, as in `L0N[]`."""
+        """Parse a label or one of its other spellings; None if it is neither. `L0N[]` is valid and names no neuron."""
         if found := _LABEL.fullmatch(text):
             layer, kind = int(found["layer"]), found["component"] or "layer"
         elif found := _SPELLED.fullmatch(text):
@@ -97,12 +97,12 @@ class PartName:
 
     @property
     def label(self) -> str:
-        """The one way to write it."""
+        """The canonical label."""
         return self._label(",".join(map(str, self.indices)))
 
     @property
     def short(self) -> str:
-        """The same, with the number of the neurons where they are many."""
+        """The label, with the number of neurons instead of their indices if there are many."""
         many = len(self.indices) > _MOST_INDICES
         return self._label(f"{len(self.indices)} of them") if many else self.label
 
@@ -115,15 +115,15 @@ class PartName:
 
 
 def head_label(layer: int, index: int) -> str:
-    """The label of an attention head."""
+    """Return the label of an attention head."""
     return PartName("head", layer, (index,)).label
 
 
 def neuron_label(layer: int, index: int) -> str:
-    """The label of an MLP neuron."""
+    """Return the label of an MLP neuron."""
     return PartName("neurons", layer, (index,)).label
 
 
 def key_value_label(layer: int, index: int) -> str:
-    """The label of keys and values that a group of query heads shares."""
+    """Return the label of a key-value head that a group of query heads shares."""
     return f"L{layer}KV{index}"

@@ -1,22 +1,22 @@
-"""Models in which a known set of weights computes a known bigram distribution: does a method find what is there?
+"""Models in which a known set of weights computes a known bigram distribution, to test whether a method finds them.
 
-The residual stream is a row of slots, and the circuit moves one number from slot to slot:
+The residual stream is divided into slots, and the circuit moves one number from slot to slot:
 
 - The embedding of token j writes E into slot j, and nothing else.
 - Neuron j of the first MLP reads slot j. It fires for token j alone.
 - With one layer, it writes the logits of token j's successors into the output slots, which the unembedding reads.
-  With two, it writes a number into slot j of a second row of slots. Neuron j of the second MLP reads that and writes
-  the logits.
+  With two layers, it writes a number into slot j of a second row of slots. Neuron j of the second MLP reads that and
+  writes the logits.
 
-Every token has equally many successors, with the same logits in another order; all other tokens have logit 0. So the
-residual stream has the same mean and size whatever the token, and every norm divides by a constant that its own weight
-(always kept, as embeddings and biases are) undoes. An activation function that is 0 at 0 keeps the other neurons at
-exactly 0. What the circuit alone computes is therefore known in closed form:
+Every token has the same number of successors, with the same logits in a different order; all other tokens have logit 0.
+So the residual stream has the same mean and norm whatever the token, and every normalisation layer divides by a
+constant that its own weight (always kept, like embeddings and biases) undoes. An activation function that is 0 at 0
+keeps the other neurons at exactly 0. What the circuit alone computes is therefore known in closed form:
 
     P(v | j) = exp(logit of v after j) / sum over v' of exp(logit of v' after j)
 
-The i-th successors of the tokens are a permutation of the vocabulary, so every token is equally frequent in the long
-run. All other attention and MLP weights are distractors: normal noise.
+For each i, the i-th successors of all tokens are a permutation of the vocabulary, so the stationary distribution is
+uniform. All other attention and MLP weights are distractors: Gaussian noise.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ from bigram_circuits.text.corpus import Corpus
 from bigram_circuits.text.ngrams import NGramTable
 
 ARCHITECTURES = ("gpt2", "neox", "llama")
-"""Learned positions and LayerNorm; rotary positions, LayerNorm and parallel blocks; RMSNorm and gated MLPs."""
+"""In turn: learned positions and LayerNorm; rotary positions, LayerNorm and parallel blocks; RMSNorm and gated MLPs."""
 
-_EMBEDDED, _CODE, _READ = 3.0, 3.0, 2.0  # in a token's slot, in its second slot, and what a neuron reads of either
+_EMBEDDED, _CODE, _READ = 3.0, 3.0, 2.0  # value in a token's slot, in its second slot, and as a neuron reads either
 _LOGITS = (2.5, 4.5)  # of the least and the most likely successor
 _N_HEADS = 4
-_TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # sequences, and tokens in each
+_TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # training and held-out sequences, tokens per sequence
 _WRITING = ("c_proj.weight", "dense.weight", "4h_to_h.weight", "o_proj.weight", "down_proj.weight")
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A model with a planted circuit, and all that is known about it."""
+    """A model with a planted circuit, and the ground truth about it."""
 
     model: Model
-    """From `load_model`."""
+    """The hooked model, from `load_model`."""
     circuit: Subnetwork
     """The planted weights."""
     target: NGramTable
-    """The bigram distribution that they compute."""
+    """The bigram distribution that the circuit computes."""
     corpus: Corpus
-    """Text drawn from it."""
+    """Text sampled from that distribution."""
     probs: Float[Tensor, "d_vocab d_vocab"] = field(repr=False)
     """The same distribution, P(next | current), float64."""
 
     def recovery(self, found: Subnetwork) -> tuple[float, float]:
-        """(precision, recall): the share of `found` that is planted, and the share of the planted that was found.
+        """Return (precision, recall): the share of `found` that is planted, and the share of planted weights found.
 
-        Precision is nan if nothing was found.
+        Precision is nan if `found` is empty.
         """
         both = (found & self.circuit).kept
         return both / found.kept if found.kept else math.nan, both / self.circuit.kept
@@ -90,24 +90,25 @@ def plant_bigram(
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> Planted:
-    """Make a model whose planted weights compute a known bigram distribution, and all others are distractors.
+    """Build a model whose planted weights compute a known bigram distribution; all other weights are distractors.
 
     Args:
         architecture: `gpt2` (LayerNorm, learned positions), `neox` (LayerNorm, rotary positions, parallel blocks) or
             `llama` (RMSNorm, gated MLP). Activation functions are the architecture's own.
-        d_vocab: Number of tokens.
-        successors: How many tokens are likely after each; with so many weights a neuron writes their logits.
-        d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`; the least that fits if not given.
-        d_mlp: Neurons of an MLP, at least `d_vocab`; twice that if not given.
+        d_vocab: Size of the vocabulary.
+        successors: Number of likely next tokens of each token, which is also the number of planted output weights of
+            each neuron that writes logits.
+        d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`; by default the least that fits.
+        d_mlp: Number of neurons in an MLP, at least `d_vocab`; by default twice that.
         n_layers: Number of blocks.
-        layers: Over how many MLPs the circuit is spread: 1 (the first) or 2 (the first two).
-        distractors: Standard deviation of the other weights, as a share of the root mean square of the planted weights
-            that read (for W_Q, W_K, W_V, W_in, W_gate) or write (for W_O, W_out). 0: there are none; 1: as strong.
-        unique: With two layers and strong distractors there are other ways from a token to its second neuron: past the
-            first MLP, or through neurons that are not planted. True gives the distractors on these ways a negative
-            sign, so that they lead nowhere. With one layer it changes nothing.
-        seed: Draws the bigram, the distractors and the text.
-        folder: Where to keep the model, as a Hugging Face folder; a temporary one if not given.
+        layers: Number of MLPs that the circuit uses: 1 (the first) or 2 (the first two).
+        distractors: Standard deviation of the other weights, relative to the root mean square of the planted weights
+            that read (for W_Q, W_K, W_V, W_in, W_gate) or write (for W_O, W_out). 0: none; 1: as strong.
+        unique: With two layers and strong distractors, there are other paths from a token to its second neuron: past
+            the first MLP, or through neurons that are not planted. If True, distractors on these paths are negative, so
+            that the paths lead nowhere. Has no effect with one layer.
+        seed: Seed of the bigram distribution, the distractors and the text.
+        folder: Hugging Face folder to save the model in; a temporary one by default.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -137,7 +138,7 @@ def plant_bigram(
 
 
 def _least_width(d_vocab: int, layers: int) -> int:
-    """The least width that has all slots and divides into heads of even width."""
+    """Return the smallest width that has room for all slots and divides into heads of even width."""
     return -(-(layers + 1) * d_vocab // (2 * _N_HEADS)) * 2 * _N_HEADS
 
 
@@ -166,7 +167,7 @@ def _check(
 
 
 def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Float[Tensor, "current next"]:
-    """Logits after every token: the i-th successors of all tokens are a permutation of the vocabulary."""
+    """Draw the logits after every token, such that the i-th successors of all tokens are a permutation."""
     current, following = rng.permutation(n), rng.permutation(n)
     logits = torch.zeros(n, n, dtype=torch.float64)
     for place, value in enumerate(np.linspace(*_LOGITS, successors)):
@@ -203,7 +204,7 @@ def _huggingface_model(architecture: str, d_vocab: int, d_model: int, d_mlp: int
 
 
 def _mlp_weights(plain: Any, layer: int) -> dict[str, Tensor]:
-    """The weights of an MLP by canonical name and in canonical axes, as views of a Hugging Face model's parameters."""
+    """Return an MLP's weights by canonical name and in canonical axes, as views of the Hugging Face parameters."""
     block = _blocks(plain)[layer].mlp
     kind = plain.config.model_type
     if kind == "gpt2":
@@ -218,7 +219,7 @@ def _blocks(plain: Any) -> Any:
 
 
 def _norms(plain: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The two norms of every block, and the last one."""
+    """Return the two norms of every block, and the final norm."""
     names = ("ln_1", "ln_2") if plain.config.model_type == "gpt2" else ("input_layernorm", "post_attention_layernorm")
     last = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "llama": "norm"}[plain.config.model_type]
     first, second = names
@@ -227,7 +228,7 @@ def _norms(plain: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def _fires(plain: Any) -> float:
-    """What a neuron passes on that reads `_READ` through a weight of 1."""
+    """Return the activation of a neuron that reads `_READ` through a weight of 1."""
     from transformers.activations import ACT2FN
 
     config = plain.config
@@ -239,7 +240,7 @@ def _fires(plain: Any) -> float:
 def _planted_weights(
     plain: Any, logits: Float[Tensor, "current next"], d_model: int, d_mlp: int, layers: int
 ) -> dict[str, Tensor]:
-    """The planted weights by canonical name: 0 where none is planted."""
+    """Build the planted weights by canonical name: 0 where none is planted."""
     n, fires = len(logits), _fires(plain)
     neurons = torch.arange(n)
     planted: dict[str, Tensor] = {}
@@ -261,7 +262,7 @@ def _write_weights(
     plain: Any, planted: Mapping[str, Tensor], logits: Float[Tensor, "current next"], layers: int,
     distractors: float, unique: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Set every parameter: distractors, the circuit, embeddings, and the norms that undo their own division."""
+    """Set all parameters: distractors, the circuit, the embeddings, and norms whose weights undo their division."""
     n, d_model = len(logits), plain.config.hidden_size
     writing = torch.cat(
         [weight[weight != 0] for name, weight in planted.items() if WeightName.parse(name).matrix == "W_out"]
@@ -284,7 +285,7 @@ def _write_weights(
 
 
 def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int) -> None:
-    """With two layers: distractors that would lead from a token to its second neuron another way become negative.
+    """With two layers, make the distractors negative that would lead from a token to its second neuron on another path.
 
     These are the second neurons' weights from the embedding, and other neurons' weights into the second row of slots.
     """
@@ -309,9 +310,9 @@ def _write_embeddings(plain: Any, n: int, output: int) -> None:
 def _streams(
     plain: Any, logits: Float[Tensor, "current next"], d_model: int, layers: int
 ) -> list[tuple[Float[Tensor, " d_model"], float]]:
-    """The residual stream of the circuit alone, as each block and the last norm read it, for a token (they are alike).
+    """Compute the circuit's residual stream at the input of each block and of the final norm, for token 0.
 
-    Beside it is the number that the norm shall multiply by, before it divides.
+    Each comes with the factor by which the norm should scale it. Other tokens give the same values in other slots.
     """
     n = len(logits)
     stream = torch.zeros(d_model, dtype=torch.float64)
@@ -328,7 +329,7 @@ def _streams(
 
 
 def _write_norms(plain: Any, streams: list[tuple[Float[Tensor, " d_model"], float]]) -> None:
-    """Give every norm a weight, and a bias if it has one, such that it multiplies the circuit's stream by a number."""
+    """Set every norm's weight (and bias, if any) such that it multiplies the circuit's stream by the given factor."""
     pairs, last = _norms(plain)
     for norms, (stream, factor) in zip([*pairs, (last,)], streams, strict=True):
         for norm in norms:
@@ -346,7 +347,7 @@ def _write_norms(plain: Any, streams: list[tuple[Float[Tensor, " d_model"], floa
 def _sample(
     rng: np.random.Generator, probs: Float[np.ndarray, "current next"], sequences: int, length: int
 ) -> Integer[np.ndarray, "sequence position"]:
-    """Sequences from the Markov chain, begun with a uniform draw: what it is in the long run."""
+    """Sample sequences from the Markov chain, starting from its stationary distribution, which is uniform."""
     upto = probs.cumsum(1)
     upto[:, -1] = 1.0
     tokens = np.zeros((sequences, length), dtype=np.int64)
@@ -357,7 +358,7 @@ def _sample(
 
 
 def _tokenizer(n: int) -> Any:
-    """A word a token, with spaces between: `<|endoftext|>`, which is token 0, `a` to `z`, `aa` to `az`, and so on."""
+    """Build a tokenizer with one word per token: `<|endoftext|>` (token 0), `a` to `z`, `aa` to `az`, and so on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -369,7 +370,7 @@ def _tokenizer(n: int) -> Any:
 
 
 def _word(index: int) -> str:
-    """The word of a token: bijective base 26."""
+    """Return the word of a token, its index in bijective base 26."""
     if index == 0:
         return "<|endoftext|>"
     letters = ""

@@ -1,10 +1,10 @@
-"""Masks from elsewhere: the released ones of Chang and Bergen (2025, arXiv 2504.15471), and others in the same form.
+"""Import published masks: those of Chang and Bergen (2025, arXiv 2504.15471), and others in the same format.
 
 The released files are pickles of a dict from Hugging Face parameter name to boolean numpy array, with one more key,
-`orig_model_name`. Loading a pickle can run any code, so these are never given to numpy or to the pickle module as they
-are. `read_masks` first goes through the operations of the file, and refuses any that such a dict does not need. Then
-the file is loaded with stand-ins of our own for the handful of names that a boolean array refers to (in numpy before
-and after 2.0, pickle protocols 2 to 5); they check what they are given, and no function outside this module is called.
+`orig_model_name`. Loading a pickle can run arbitrary code, so these files are never passed to numpy or the plain pickle
+module. `read_masks` first scans the file's opcodes and rejects any that such a dict does not need. Then the file is
+loaded with stand-ins of our own for the few names that a boolean array refers to (in numpy before and after 2.0, pickle
+protocols 2 to 5). The stand-ins check their arguments, and the pickle can call no function outside this module.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from bigram_circuits.subnetwork import Subnetwork
 MODEL_KEY = "orig_model_name"
 _ACCOUNT = "tylerachang"
 _FILE = re.compile(r"subnetwork_dict_(?:lambda)?([0-9.e+-]+)\.pickle")
-_MOST_UNPACKED = 1 << 32  # bytes that a compressed file may hold, if nothing is said about the model
-_LONGEST_NAME = 1024  # of a model, characters
-_MOST_OPERATIONS = 200_000  # a mask of 48 blocks has about 10,000
-_OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
+_MOST_UNPACKED = 1 << 32  # bytes that a compressed file may unpack to, if the model is not known
+_LONGEST_NAME = 1024  # characters of a model name
+_MOST_OPERATIONS = 200_000  # pickle opcodes; masks of 48 blocks need about 10,000
+_OPERATIONS = {  # pickle opcodes that a dict of arrays may use
     "PROTO",
     "FRAME",
     "STOP",
@@ -73,14 +73,14 @@ _OPERATIONS = {  # of a pickle: those that a dict of arrays is made with
 
 
 def import_published(path: str | os.PathLike[str], model: Model) -> Subnetwork:
-    """A subnetwork of `model` from a file of boolean masks by Hugging Face parameter name.
+    """Import a subnetwork of `model` from a file of boolean masks by Hugging Face parameter name.
 
     Args:
         path: A released `.pickle` (also `.pkl`), or an `.npz` or `.safetensors` file with the same names.
-        model: From `load_model`: the model the masks were made for.
+        model: The model that the masks were made for, from `load_model`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged, holds anything but boolean masks, or was made for another model.
     """
     masks, made_for = read_masks(path, most=sum(parameter.numel() for parameter in model.parameters()))
@@ -100,18 +100,18 @@ def load_published(
     model: Model | None = None,
     revision: str | None = None,
 ) -> Subnetwork:
-    """The released bigram subnetwork of a model, from the hub repository `tylerachang/bigram-subnetworks-<model>`.
+    """Download a model's released bigram subnetwork from the hub repository `tylerachang/bigram-subnetworks-<model>`.
 
     Args:
         model_name: A hub id, for example `"EleutherAI/pythia-70m"` or `"gpt2"`.
-        sparsity: The lambda it was found with, for example `10` or `"1e1"`; the largest one released (the sparsest
-            subnetwork, which is the authors' own default) if not given.
-        model: The model, if it is loaded already; else it is loaded with `load_model`.
-        revision: Of the repository of masks.
+        sparsity: The lambda that it was found with, for example `10` or `"1e1"`; by default the largest one released,
+            which gives the sparsest subnetwork and is the authors' own default.
+        model: The model, if already loaded; otherwise it is loaded with `load_model`.
+        revision: Revision of the mask repository.
 
     Raises:
         OSError: If the hub cannot be reached or has no masks of that model.
-        ValueError: If there is none with this lambda, or what there is does not fit the model.
+        ValueError: If there is no mask with this lambda, or the mask does not fit the model.
     """
     import huggingface_hub
 
@@ -131,15 +131,15 @@ def load_published(
 
 
 def read_masks(path: str | os.PathLike[str], *, most: int = _MOST_UNPACKED) -> tuple[dict[str, np.ndarray], str | None]:
-    """Boolean masks by name, and the name of the model they were made for if the file says; runs nothing in the file.
+    """Read boolean masks by name, and the name of their model if the file gives one, without running code in the file.
 
     Args:
         path: The file.
-        most: How many elements a compressed file may hold in all: nothing larger is unpacked.
+        most: Maximum number of elements in a compressed file; anything larger is not unpacked.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, damaged, or holds anything but boolean masks and that name.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it has another format, is damaged, or holds anything but boolean masks and that name.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -186,12 +186,12 @@ def _read_npz(path: Path, most: int) -> dict[str, Any]:
             return {member.filename.removesuffix(".npy"): _member(file, member) for member in members}
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # a damaged zip file can raise nearly anything
+    except Exception as error:  # a damaged zip file can raise almost anything
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _member(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """An array in a zip file: its header is compared with its size before there is an array."""
+    """Read an array in a zip file, after checking its header against the member's size."""
     with file.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
@@ -204,7 +204,7 @@ def _member(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if any(type(n) is not int or n < 0 for n in shape) or size + stream.tell() != member.file_size:
             raise ValueError(f"{shown(member.filename)} of shape {shown(shape)} has {member.file_size} bytes in all")
-        data = bytearray(stream.read())  # to its end, where zipfile checks the checksum
+        data = bytearray(stream.read())  # reading to the end makes zipfile verify the checksum
         if len(data) != size:
             raise ValueError(f"{shown(member.filename)} is cut short")
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
@@ -212,14 +212,14 @@ def _member(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     masks, metadata = read_tensors(path, "cannot be read")
-    if any(key.endswith("_checksum") for key in metadata):  # else not one of ours, with metadata of its own
+    if any(key.endswith("_checksum") for key in metadata):  # otherwise written elsewhere, with other metadata
         check_header(masks, metadata, {MODEL_KEY})
         check_content(masks, metadata)
     made_for = metadata.get(MODEL_KEY)
     return masks | ({} if made_for is None else {MODEL_KEY: made_for})
 
 
-# --- the restricted reader of pickles ---
+# --- the restricted unpickler ---
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         file.seek(0)
         try:
             found = _MaskUnpickler(file, size).load()
-        except Exception as error:  # a damaged pickle can raise nearly anything
+        except Exception as error:  # a damaged pickle can raise almost anything
             raise ValueError(f"{type(error).__name__}: {error}") from error
     if type(found) is not dict or any(type(name) is not str for name in found):
         raise ValueError("it is not a dict with names as keys")
@@ -237,7 +237,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _check_operations(file: BinaryIO | mmap.mmap, size: int) -> None:
-    """Refuse operations that a dict of arrays does not need, and numbers that would only serve to fill the memory."""
+    """Raise ValueError on opcodes that a dict of arrays does not need, and on arguments that would exhaust memory."""
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
         if operation.name not in _OPERATIONS:
             raise ValueError(f"the pickle holds the operation {operation.name}, which masks have no use for")
@@ -250,9 +250,9 @@ def _check_operations(file: BinaryIO | mmap.mmap, size: int) -> None:
 
 
 class _MaskUnpickler(pickle.Unpickler):
-    """Knows the names that boolean arrays are pickled with, as stand-ins that only make boolean arrays.
+    """Resolves the names that pickled boolean arrays refer to, to stand-ins that can only make boolean arrays.
 
-    What they make in all is no larger than the file: a pickle can use one long string a thousand times.
+    Their total output is limited to the size of the file, since a pickle can reuse one long string many times.
     """
 
     def __init__(self, file: Any, size: int) -> None:
@@ -277,7 +277,7 @@ class _MaskUnpickler(pickle.Unpickler):
 
 
 class _Array:
-    """A boolean array that is being read."""
+    """A boolean array while it is being unpickled."""
 
     __slots__ = ("array",)
 
@@ -290,16 +290,16 @@ class _Array:
 
 
 class _DType:
-    """The boolean dtype."""
+    """Stand-in for the boolean dtype."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Its state says nothing that its name has not said."""
+        """Ignore the state, which adds nothing to the dtype's name."""
 
 
 class _StandIn:
-    """A function that a pickle may call; nothing about it can be changed from there."""
+    """A function that a pickle may call but not modify."""
 
     __slots__ = ("_make",)
 
@@ -368,13 +368,13 @@ _STAND_INS = {
 
 
 def _short(name: str) -> str:
-    """The last part of a model's name, as the released repositories have it."""
+    """Return the last part of a model's name, as used in the names of the released repositories."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
     return "gpt2-small" if last == "gpt2" else last
 
 
 def _are_comparable(*names: str) -> bool:
-    """Whether both are names on the hub: a folder may hold any model."""
+    """Whether all names are hub ids, since a local folder may hold any model."""
     return not any(is_local(name) for name in names)
 
 

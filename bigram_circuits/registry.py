@@ -1,8 +1,8 @@
-"""A folder of modules as a mapping: what is in the folder is what there is.
+"""A registry backed by a folder of modules: each module in the folder is an entry.
 
-The command line, the docs and the tests ask for the names of masking methods and of targets, and a new one should cost
-one new file. So the names are the file names, which are listed without importing anything, and what a module offers is
-looked up when it is needed.
+The command line, the docs and the tests need the names of masking methods and targets, and adding one should take one
+new file. So the names are the module names, which are listed without importing anything; a module is imported only when
+its entry is looked up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class FolderOf(Mapping[str, T], Generic[T]):
-    """What the modules of a sub-package offer under one attribute, by module name, in alphabetical order.
+    """Maps the module names of a sub-package, in alphabetical order, to one attribute of each module.
 
     Modules whose name begins with an underscore, and a module called `base`, are not entries.
     """
 
     def __init__(self, package: str, attribute: str) -> None:
-        """`package` is a sub-package of this one, such as `masking.methods`; it is not imported here."""
+        """List the modules of `package`, a sub-package such as `masking.methods`, without importing it."""
         self._package, self._attribute = f"bigram_circuits.{package}", attribute
         folder = Path(__file__).parent.joinpath(*package.split("."))
         self._names = tuple(

@@ -1,6 +1,6 @@
-"""A subnetwork for others: as a plain Hugging Face model, as masks in Hugging Face names, as a repository on the hub.
+"""Share a subnetwork: as a plain Hugging Face model, as masks by Hugging Face name, or as a repository on the hub.
 
-A folder appears whole or not at all: it is built beside its place under another name, then renamed.
+Folders are written atomically: built under a temporary name, then renamed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _HUB_FILE = "subnetwork.safetensors"
 
 
 def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: the model with every other weight 0.
+    """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
-    The maskable weights are those of `model` as it is now; all else, and the tokenizer, is read again from where
-    `load_model` found it.
+    Maskable weights are taken from `model` as it is now; all other parameters and the tokenizer are reloaded from where
+    `load_model` found them.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: If the subnetwork does not fit the model, or the folder is not empty.
-        OSError: If the folder cannot be written, or the model's files are gone.
+        OSError: If the folder cannot be written, or the model's files no longer exist.
     """
     subnetwork.check_fits(model)
     with whole_folder(folder, replace=False) as temporary:
@@ -55,23 +55,23 @@ def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.Pa
 
 
 def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
-    """Write boolean masks by Hugging Face parameter name; `import_published` reads them.
+    """Export boolean masks by Hugging Face parameter name; `import_published` reads them.
 
     Args:
         model: The model.
-        subnetwork: Of that model.
-        path: An `.npz` or a `.safetensors` file.
+        subnetwork: A subnetwork of that model.
+        path: File to write, `.npz` or `.safetensors`.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, or the file's name ends otherwise.
-        OSError: If it cannot be written.
+        ValueError: If the subnetwork does not fit the model, or the file has another suffix.
+        OSError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
     masks = subnetwork.to_huggingface(model)
     name = str(model.cfg.model_name)
-    made_for = {} if is_local(name) else {MODEL_KEY: name}  # a path says nothing to others
+    made_for = {} if is_local(name) else {MODEL_KEY: name}  # a local path means nothing to others
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
             arrays = {key: mask.numpy() for key, mask in masks.items()}
@@ -80,28 +80,28 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
             with temporary.open("wb") as file:
                 content: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
                 content |= {key: np.array(value) for key, value in made_for.items()}
-                np.savez_compressed(file, **content)  # a zip file: every member has a checksum
+                np.savez_compressed(file, **content)  # a zip file, with a checksum per member
     return path
 
 
 def push_subnetwork(
     subnetwork: Subnetwork, repo_id: str, *, private: bool = False, description: str = "", message: str | None = None
 ) -> str:
-    """Put a subnetwork on the hub, with a page that says what it is; makes the repository if there is none.
+    """Upload a subnetwork to the hub, with a model card; creates the repository if it does not exist.
 
     Args:
-        subnetwork: What to publish: its bit-packed file, about a bit for each maskable weight.
-        repo_id: `user/name`.
+        subnetwork: The subnetwork; its file takes about one bit per maskable weight.
+        repo_id: Name of the repository, `user/name`.
         private: Whether a new repository is private.
-        description: More for the page, in Markdown.
-        message: Of the commit.
+        description: Additional text for the model card, in Markdown.
+        message: Commit message.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        OSError: If the hub cannot be reached, or refuses.
-        ValueError: If `repo_id` cannot be a repository's name.
+        OSError: If the hub cannot be reached, or refuses the upload.
+        ValueError: If `repo_id` is not a valid repository name.
     """
     import huggingface_hub
 
@@ -115,7 +115,7 @@ def push_subnetwork(
 
 
 def pull_subnetwork(repo_id: str, model: Model, *, revision: str | None = None) -> Subnetwork:
-    """A subnetwork that `push_subnetwork` put on the hub, checked against the model's weights.
+    """Download a subnetwork that was uploaded by `push_subnetwork`, and check it against the model's weights.
 
     Raises:
         OSError: If the hub cannot be reached, or has no such repository or file.
@@ -129,7 +129,7 @@ def pull_subnetwork(repo_id: str, model: Model, *, revision: str | None = None) 
 
 
 def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> str:
-    """The page of a subnetwork on the hub."""
+    """Write a subnetwork's model card for the hub."""
     name = subnetwork.model_name or "unknown"
     on_hub = not is_local(name) and name not in ("reference", "unknown")
     header = ["library_name: bigram_circuits", "tags: [subnetwork, interpretability]"]

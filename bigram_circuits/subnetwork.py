@@ -1,7 +1,7 @@
-"""A subnetwork: an immutable set of the maskable weights of a model, as a value.
+"""A subnetwork: an immutable set of a model's maskable weights.
 
-Every mask lives bit-packed (one bit a weight, in memory as on disk), so set algebra and counts are byte operations,
-and reading a mask gives a fresh tensor that cannot change the subnetwork.
+Masks are bit-packed (one bit per weight, in memory and on disk), so set algebra and counts are byte operations.
+Reading a mask returns a new tensor, so changing it does not change the subnetwork.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from bigram_circuits.storage.records import (
 _FORMAT = "bigram_circuits.subnetwork/1"
 _METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
 _RANDOM_BLOCK = 1 << 20  # weights drawn at once
-_LAYERS_SHOWN = 16  # in a notebook
+_LAYERS_SHOWN = 16  # rows of the table in a notebook
 
 
 class Count(NamedTuple):
-    """Weights kept out of all there are."""
+    """How many of a number of weights are kept."""
 
     kept: int
     total: int
@@ -56,9 +56,9 @@ class Count(NamedTuple):
 
 
 class Subnetwork(Mapping[str, Tensor]):
-    """An immutable mapping from canonical weight names to boolean masks: True where the weight is kept.
+    """An immutable mapping from canonical weight names to boolean masks, True where a weight is kept.
 
-    `a & b`, `a | b`, `a - b` and `~a` are set operations on subnetworks of the same shapes; `==` compares them.
+    `a & b`, `a | b`, `a - b` and `~a` are set operations on subnetworks of the same shapes; `==` compares the masks.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Subnetwork(Mapping[str, Tensor]):
         weight_hash: str | None = None,
         lineage: str = "masks",
     ) -> None:
-        """Take masks by canonical name. Raises ValueError if there are none or one is not boolean.
+        """Pack masks given by canonical name. Raises ValueError if there are none or one is not boolean.
 
-        `lineage` says in words where it came from; operations extend it (`bigram | L5H1`).
+        `lineage` describes where the subnetwork came from; operations extend it (`bigram | L5H1`).
         """
         if not masks:
             raise ValueError("a subnetwork needs at least one weight matrix")
@@ -103,19 +103,19 @@ class Subnetwork(Mapping[str, Tensor]):
         return subnetwork
 
     def _derived(self, packed: dict[str, np.ndarray], lineage: str) -> Subnetwork:
-        """A subnetwork of the same model with other masks."""
+        """Build a subnetwork of the same model with other masks."""
         return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash, lineage)
 
     # --- constructors from a model ---
 
     @classmethod
     def full(cls, model: Model) -> Subnetwork:
-        """All maskable weights of a model."""
+        """Keep all maskable weights of a model."""
         return cls._constant(model, True, "full")
 
     @classmethod
     def empty(cls, model: Model) -> Subnetwork:
-        """None of them: what is left is embeddings, unembedding, normalisation and biases."""
+        """Keep no maskable weight: only embeddings, unembedding, normalisation and biases remain."""
         return cls._constant(model, False, "empty")
 
     @classmethod
@@ -125,9 +125,9 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @classmethod
     def magnitude(cls, model: Model, like: Subnetwork) -> Subnetwork:
-        """The weights of largest absolute value, as many in every weight matrix as `like` keeps there.
+        """Keep the weights of largest absolute value, in every weight matrix as many as `like` keeps there.
 
-        Of equal values at the threshold, the first in canonical order are kept.
+        Ties at the threshold are resolved in canonical order.
         """
         like.check_fits(model)
         masks = {}
@@ -138,7 +138,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     def random_like(self, seed: int = 0) -> Subnetwork:
-        """A matched random subnetwork: uniformly drawn, with exactly as many weights in every weight matrix."""
+        """Draw a matched random subnetwork: uniform, with exactly as many weights in every matrix as this one."""
         packed = {}
         for index, (name, shape) in enumerate(self._shapes.items()):
             rng = np.random.default_rng((seed, index))
@@ -169,21 +169,21 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def model_name(self) -> str | None:
-        """Name of the model it was made for, if known."""
+        """Name of the model that the subnetwork was made for, if known."""
         return self._model_name
 
     @property
     def weight_hash(self) -> str | None:
-        """Hash of the weights it was made for, if known."""
+        """Hash of the weights that the subnetwork was made for, if known."""
         return self._weight_hash
 
     @property
     def lineage(self) -> str:
-        """Where it came from, in words: `bigram | L5H1`. Saved in the file; not part of equality."""
+        """Description of where it came from: `bigram | L5H1`. Saved in the file; ignored by `==`."""
         return self._lineage
 
     def named(self, lineage: str) -> Subnetwork:
-        """The same subnetwork under a name of your choice, as its lineage."""
+        """Return the same subnetwork with a name of your choice as its lineage."""
         return self._derived(dict(self._packed), lineage)
 
     # --- set algebra ---
@@ -201,7 +201,7 @@ class Subnetwork(Mapping[str, Tensor]):
         packed = {}
         for name, bits in self._packed.items():
             flipped = ~bits
-            unused = -int(np.prod(self._shapes[name])) % 8  # bits of the last byte that stand for no weight
+            unused = -int(np.prod(self._shapes[name])) % 8  # padding bits in the last byte
             if unused:
                 flipped[-1] &= (0xFF << unused) & 0xFF
             packed[name] = flipped
@@ -231,7 +231,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def checksum(self) -> str:
-        """Hash of all masks: equal exactly when the subnetworks are."""
+        """Hash of all masks: equal exactly when the subnetworks are equal."""
         return _checksum(self._packed)
 
     # --- counts ---
@@ -252,11 +252,11 @@ class Subnetwork(Mapping[str, Tensor]):
         return self.kept / self.total
 
     def by_weight(self) -> dict[str, Count]:
-        """Counts for every weight matrix, by canonical name."""
+        """Count kept weights by weight matrix (canonical name)."""
         return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
 
     def by_component(self) -> dict[tuple[int, str], Count]:
-        """Counts by (layer, `"attn"` or `"mlp"`)."""
+        """Count kept weights by (layer, `"attn"` or `"mlp"`)."""
         counts: dict[tuple[int, str], Count] = {}
         for name, count in self.by_weight().items():
             weight = WeightName.parse(name)
@@ -266,7 +266,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return counts
 
     def by_head(self) -> dict[tuple[int, int], Count]:
-        """Counts by (layer, attention head): its slices of W_Q and W_O, and of W_K and W_V where they are its own."""
+        """Count kept weights by (layer, head), in the head's slices of W_Q, W_O and, where unshared, W_K and W_V."""
         counts: dict[tuple[int, int], Count] = {}
         for name in self:
             weight = WeightName.parse(name)
@@ -280,7 +280,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return counts
 
     def table(self) -> str:
-        """Where the kept weights are, as text: by layer and component, shares of all that are kept and of the place."""
+        """Format where the kept weights are, by layer and component: share of all kept, and share kept there."""
         counts, kept = self.by_component(), max(self.kept, 1)
         components = sorted({component for _, component in counts})
         lines = ["where the kept weights are (share of them; in brackets, share of the component that is kept)"]
@@ -298,7 +298,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: how much is kept, and where."""
+        """Build the notebook view: how many weights are kept, and where."""
         counts = self.by_component()
         components = sorted({component for _, component in counts})
         rows = [
@@ -310,30 +310,30 @@ class Subnetwork(Mapping[str, Tensor]):
         table = html.table(["layer", *components], html.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
         return html.summary(f"Subnetwork: {self.lineage}", [says], table)
 
-    # --- edits: each gives a new subnetwork ---
+    # --- edits: each returns a new subnetwork ---
 
     def keep_head(self, layer: int, head: int) -> Subnetwork:
-        """With all weights of an attention head; with grouped queries, also W_K and W_V that its group shares."""
+        """Return a copy that keeps all weights of an attention head, including W_K and W_V if its group shares them."""
         return self._edit_head(layer, head, True)
 
     def drop_head(self, layer: int, head: int) -> Subnetwork:
-        """Without any weight of an attention head; with grouped queries, W_K and W_V stay: its group shares them."""
+        """Return a copy without the weights of an attention head; with grouped queries, the shared W_K and W_V stay."""
         return self._edit_head(layer, head, False)
 
     def keep_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
-        """With all weights of MLP neurons: their columns of W_in and W_gate, their rows of W_out."""
+        """Return a copy that keeps all weights of MLP neurons: columns of W_in and W_gate, rows of W_out."""
         return self._edit_neurons(layer, indices, True)
 
     def drop_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
-        """Without any weight of MLP neurons."""
+        """Return a copy without the weights of MLP neurons."""
         return self._edit_neurons(layer, indices, False)
 
     def keep_layer(self, layer: int) -> Subnetwork:
-        """With all maskable weights of a block."""
+        """Return a copy that keeps all maskable weights of a block."""
         return self._edit_layer(layer, True)
 
     def drop_layer(self, layer: int) -> Subnetwork:
-        """Without any maskable weight of a block."""
+        """Return a copy without the maskable weights of a block."""
         return self._edit_layer(layer, False)
 
     def _edit_head(self, layer: int, head: int, value: bool) -> Subnetwork:
@@ -390,22 +390,22 @@ class Subnetwork(Mapping[str, Tensor]):
     # --- models and files ---
 
     def check_fits(self, model: Model) -> None:
-        """Raise ValueError unless every name and shape is the model's."""
+        """Raise ValueError unless all names and shapes match the model's."""
         _check_same_shapes(self._shapes, {site.name: site.shape for site in weight_sites(model)}, "the model")
 
     def to_huggingface(self, model: Model) -> dict[str, Tensor]:
-        """Boolean masks by Hugging Face parameter name, in the shapes of the model's checkpoint.
+        """Convert to boolean masks by Hugging Face parameter name, in the shapes of the model's checkpoint.
 
-        Every parameter that holds maskable weights is there; embeddings, norms and biases are not (all kept).
+        Every parameter that holds maskable weights is included; embeddings, norms and biases are not (all kept).
         """
         self.check_fits(model)
         return huggingface_layout(model).to_huggingface(self)
 
     @classmethod
     def from_huggingface(cls, masks: Mapping[str, Any], model: Model) -> Subnetwork:
-        """A subnetwork of `model` from boolean masks (torch or numpy) by Hugging Face parameter name.
+        """Build a subnetwork of `model` from boolean masks (torch or numpy) by Hugging Face parameter name.
 
-        Masks of embeddings, norms and biases may be given if they keep everything.
+        Masks of embeddings, norms and biases are optional and must keep everything.
 
         Raises:
             ValueError: If a parameter with maskable weights is missing, a name is unknown, a shape or type is wrong,
@@ -416,7 +416,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return cls(canonical, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: a bit-packed uint8 tensor for each weight, the rest in its metadata."""
+        """Write one safetensors file: a bit-packed uint8 tensor per weight matrix, and everything else as metadata."""
         metadata = {
             "format": _FORMAT,
             "shapes": json.dumps(dict(self._shapes)),
@@ -432,12 +432,12 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> Subnetwork:
-        """Read what `save` wrote, and check it.
+        """Load and check a file written by `save`.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is no subnetwork or of another format version, its names, shapes, counts or
-                checksums do not agree, or, with `model`, it was made for other shapes or other weights.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the file is not a subnetwork or has another format version; if its names, shapes, counts or
+                checksums are inconsistent; or, with `model`, if it was made for other shapes or other weights.
         """
         if os.path.isdir(path):
             raise ValueError(f"{str(path)!r} is a folder: give the subnetwork.safetensors in it")
@@ -483,7 +483,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
 
 def _shapes_of(text: str) -> dict[str, tuple[int, ...]]:
-    """The shapes in a file's header."""
+    """Parse the shapes in a file's header."""
     shapes = parse_json(text)
     if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
         raise ValueError("the shapes in its header are not shapes by name")
@@ -491,9 +491,9 @@ def _shapes_of(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
-    """Exactly `kept` of `size`, every choice equally likely; block by block, so that memory does not grow with size.
+    """Choose exactly `kept` of `size` uniformly, block by block, so that temporary memory does not grow with the size.
 
-    How many fall into a block is hypergeometric; which ones, uniform.
+    The number chosen within a block is hypergeometric; the choice within it is uniform.
     """
     mask = np.zeros(size, dtype=bool)
     left = kept
@@ -507,7 +507,7 @@ def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:
 
 
 def _largest(values: np.ndarray, kept: int) -> np.ndarray:
-    """Which `kept` values are largest, NaN above all; of equal ones at the threshold, the first."""
+    """Select the `kept` largest values, with NaN largest of all; of ties at the threshold, the first."""
     if kept == 0:
         return np.zeros(len(values), dtype=bool)
     threshold = np.partition(values, len(values) - kept)[len(values) - kept]
@@ -520,15 +520,15 @@ def _largest(values: np.ndarray, kept: int) -> np.ndarray:
 
 
 def _words(count: Count | None) -> str:
-    """A count as a cell of a table."""
+    """Format a count as a table cell."""
     return f"{count.kept:,} ({100 * count.fraction:.2f}%)" if count else ""
 
 
 def _operand(lineage: str, sign: str = "") -> str:
-    """A lineage as part of a longer one: in brackets if it joins several, unless by the same sign, on the left."""
+    """Format a lineage as an operand: in brackets if it has operators other than `sign` (the operator to its right)."""
     outside = lineage
     while outside != (outside := re.sub(r"[(\[][^()\[\]]*[)\]]", "", outside)):
-        pass  # what stands in brackets holds together already
+        pass  # remove bracketed parts, which need no further brackets
     signs = {part for part in outside.split() if part in ("&", "|", "-")}
     return lineage if signs <= {sign} else f"({lineage})"
 

@@ -1,9 +1,9 @@
 """Train the reference model: `python scripts/train_reference.py --out FOLDER`.
 
-A byte-level BPE tokenizer and a GPT-NeoX language model (Pythia's architecture) are trained from nothing on the
-running interpreter's documentation, and written as an ordinary Hugging Face folder with a model card. The defaults are
-what the shipped model was trained with. The data order is seeded: another run gives the same model up to floating
-point, on the same Python version (others word some of their documentation differently).
+A byte-level BPE tokenizer and a GPT-NeoX language model (Pythia's architecture) are trained from scratch on the
+running interpreter's documentation, and written as an ordinary Hugging Face folder with a model card. The shipped model
+was trained with the defaults. The data order is seeded, so another run on the same Python version gives the same model
+up to floating-point error (other versions word some of their documentation differently).
 
 `--measure FOLDER` measures a trained folder again and rewrites its model card.
 """
@@ -39,7 +39,7 @@ HELD_OUT = 0.05
 
 
 def train_tokenizer(texts: list[str], d_vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (no unknown tokens) with one special token, the end of a text."""
+    """Train a byte-level BPE tokenizer (no unknown tokens) with one special token, end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,10 +55,10 @@ def train_tokenizer(texts: list[str], d_vocab: int) -> PreTrainedTokenizerFast:
 
 
 def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
-    """Minimise the next-token loss with AdamW on windows at random places, with a warm-up and a cosine decay.
+    """Minimise the next-token loss with AdamW on randomly placed windows, with warm-up and cosine decay.
 
-    In every batch some rows are sequences that repeat (`_repeated`); their loss counts where a token can be known
-    from the repetition, so that the model learns to look back for it (induction) and nothing else.
+    Some rows of every batch are repeating sequences (`_repeated`). Their loss counts only where the next token follows
+    from the repetition, so that the model learns induction from them and nothing else.
     """
     torch.manual_seed(args.seed)
     config = GPTNeoXConfig(
@@ -112,10 +112,10 @@ def train_model(corpus: Corpus, args: argparse.Namespace) -> GPTNeoXForCausalLM:
 def _repeated(
     rng: np.random.Generator, stream: Integer[np.ndarray, " token"], rows: int, length: int, d_vocab: int
 ) -> tuple[Integer[np.ndarray, "row position"], Bool[np.ndarray, "row position_minus_1"]]:
-    """Sequences that repeat at a random period, and where the next token is known from the repetition.
+    """Make sequences that repeat with a random period, and a mask of where the next token follows from the repetition.
 
-    In turn a passage of the text, tokens of the text in random order, and any tokens: with the last alone, which are
-    what is wanted, the model does not find out how in this many steps.
+    The rows alternate between a passage of the text, tokens of the text in random order, and uniformly random tokens.
+    The goal is induction on random tokens, but from those alone the model does not learn it in this many steps.
     """
     period = int(rng.integers(4, length // 2 + 1))
     passages = stream[rng.integers(0, stream.size - period, size=rows)[:, None] + np.arange(period)]
@@ -130,17 +130,17 @@ def _repeated(
 
 @dataclass(frozen=True)
 class Losses:
-    """What the model card states, all in nats per token on held-out text."""
+    """The losses stated in the model card, in nats per token on held-out text."""
 
     model: float
-    """The model's next-token loss, all positions."""
+    """The model's next-token loss at all positions."""
     model_where_seen: float
-    """The same, only where the bigram table gives the actual next token a probability above 0."""
+    """The model's loss where the bigram table gives the actual next token a probability above 0."""
     bigram_where_seen: float
     """The bigram table's loss at those positions (elsewhere it is infinite)."""
     bigram_mixed: float
-    """Loss at all positions of the bigram table mixed with unigrams and the uniform distribution, at the weights that
-    are best for this very text: the most that could be said for it."""
+    """Loss at all positions of the bigram table mixed with unigrams and the uniform distribution, with the mixture
+    weights fitted to this same text: a lower bound on such a mixture's loss."""
     share_seen: float
     """Share of positions where the bigram probability is above 0."""
     repeats: Ability
@@ -148,7 +148,7 @@ class Losses:
 
 
 def measure(folder: Path) -> tuple[Any, Corpus, Losses]:
-    """Load a trained folder and measure it and the bigram table on the held-out documents."""
+    """Load a trained model and measure its losses and the bigram table's on the held-out documents."""
     model = load_model(folder, device="cpu")
     corpus = load_corpus("reference", tokenizer=model.tokenizer, held_out=HELD_OUT, context_length=model.cfg.n_ctx)
     bigram = count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)
@@ -175,7 +175,7 @@ def measure(folder: Path) -> tuple[Any, Corpus, Losses]:
 
 
 def _best_mixture(bigram: Float[Tensor, "a b"], unigram: Float[Tensor, "a b"], d_vocab: int) -> float:
-    """The lowest loss of a * bigram + b * unigram + (1 - a - b) / d_vocab over the weights a and b, by EM."""
+    """Minimise the loss of a * bigram + b * unigram + (1 - a - b) / d_vocab over the weights a and b, by EM."""
     parts = torch.stack([(-bigram).exp(), (-unigram).exp(), torch.full_like(unigram, 1 / d_vocab)]).double()
     weights = torch.full((3, 1, 1), 1 / 3, dtype=torch.float64)
     for _ in range(100):
@@ -185,7 +185,7 @@ def _best_mixture(bigram: Float[Tensor, "a b"], unigram: Float[Tensor, "a b"], d
 
 
 def write_model_card(folder: Path, args: argparse.Namespace) -> Losses:
-    """Measure a trained folder and write its model card."""
+    """Measure a trained model and write its model card."""
     model, corpus, losses = measure(folder)
     cfg = model.cfg
     size = (folder / "model.safetensors").stat().st_size
@@ -248,7 +248,7 @@ def _held_in(documents: Any) -> list[str]:
 
 
 def main() -> None:
-    """Train, save, measure; or only measure."""
+    """Train, save and measure a model, or only measure one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="folder to write the trained model to")

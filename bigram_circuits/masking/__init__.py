@@ -1,1 +1,1 @@
-"""Masks on a live model: gates that are being learned, the methods that learn them, and applying a mask."""
+"""Masks on a live model: applying a mask, gates that are being learned, and the methods that learn them."""

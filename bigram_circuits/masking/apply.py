@@ -1,8 +1,7 @@
-"""The masking layer: a subnetwork, or gates that are being learned, put on a live model and taken off again.
+"""Apply a subnetwork, or gates that are being learned, to a live model, and remove it again.
 
-Masks are torch parametrizations of the leaf modules whose weights the forward pass reads, so hooks,
-`run_with_cache`, `generate` and the canonical weights all see the masked model, while the weights themselves stay
-where they are, untouched.
+Masks are torch parametrizations of the leaf modules whose weights the forward pass reads, so hooks, `run_with_cache`,
+`generate` and the canonical weights all see the masked model, while the weights themselves stay untouched.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from bigram_circuits.subnetwork import Subnetwork
 
 @contextmanager
 def masked(model: Model, subnetwork: Subnetwork) -> Iterator[Any]:
-    """Within the block, every weight outside `subnetwork` is 0; afterwards every weight is as before, bit for bit.
+    """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
 
     Raises:
-        ValueError: If the subnetwork's names or shapes are not the model's, or the model is masked already.
+        ValueError: If the subnetwork's names or shapes do not match the model's, or the model is already masked.
     """
     subnetwork.check_fits(model)
 
@@ -39,10 +38,10 @@ def masked(model: Model, subnetwork: Subnetwork) -> Iterator[Any]:
 
 @contextmanager
 def gated(model: Model, gates: Gates) -> Iterator[Any]:
-    """Within the block, every gated weight is multiplied by its soft gate (`gates.gate`).
+    """Within the `with` block, every gated weight is multiplied by its soft gate (`gates.gate`).
 
-    Call `gates.refresh(...)` before each forward pass. Only the gates' scores get a gradient: all the model's
-    parameters are frozen within the block and afterwards require gradients as they did before.
+    Call `gates.refresh(...)` before each forward pass. Only the gates' scores receive gradients: all model parameters
+    are frozen within the block, and get back their `requires_grad` afterwards.
     """
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:
@@ -67,10 +66,10 @@ def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) 
             parametrization = make(site)
             if parametrization is None:
                 continue
-            # unsafe: skips a trial call of the parametrization; ours keep shape and dtype
+            # `unsafe` skips a trial call; our parametrizations preserve shape and dtype
             parametrize.register_parametrization(site.leaf, "weight", parametrization, unsafe=True)
             done.append(site)
-            site.leaf.train(training)  # the modules just added are born in training mode
+            site.leaf.train(training)  # new modules start in training mode
         yield
     finally:
         for site in done:
@@ -78,7 +77,7 @@ def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) 
 
 
 class _Mask(WeightGate):
-    """weight where the mask is True, 0 elsewhere (also where the weight is not finite)."""
+    """The weight where the mask is True, 0 elsewhere (even if the weight is not finite)."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -89,11 +88,11 @@ class _Mask(WeightGate):
 
 
 class _Gate(WeightGate):
-    """weight times its soft gate."""
+    """The weight times its soft gate."""
 
     def __init__(self, gates: Gates, name: str) -> None:
         super().__init__()
-        self._gated = lambda weight: gates.gate(name, weight)  # a closure: the gates are no submodule of the model
+        self._gated = lambda weight: gates.gate(name, weight)  # a closure, so that the gates do not become a submodule
 
     def gate(self, weight: Tensor) -> Tensor:
         return self._gated(weight)

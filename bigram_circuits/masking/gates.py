@@ -1,8 +1,8 @@
-"""Gates that are being learned: one score each, over single weights or whole neurons, heads and blocks.
+"""Gates that are being learned: one score per gate, over single weights or entire neurons, heads or blocks.
 
-While a mask is learned, a weight is multiplied by the soft value of its gate; what is kept in the end are the weights
-whose hard gate is open. How the soft value comes from the score, what is penalised, and when a gate counts as decided
-is up to the masking method (`methods/`).
+While a mask is learned, each weight is multiplied by the soft value of its gate; the final mask keeps the weights whose
+hard gate is open. The masking method (`methods/`) defines how the soft value follows from the score, what is penalised,
+and when a gate counts as decided.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bigram_circuits.recipe import SparsifyConfig
 
 
 def hard_gate(scores: Float[Tensor, " gate"]) -> Bool[Tensor, " gate"]:
-    """Open where s > 0: the limit of `soft_gate` as beta grows, and the median of `hard_concrete` above one half."""
+    """Return True where s > 0: the limit of `soft_gate` as beta grows; for `hard_concrete`, a median above 1/2."""
     return scores > 0
 
 
 UNDECIDED, DECIDED = 0.1, 0.9
-"""A gate is undecided between these two; the paper stops when such gates number less than 1% of those above."""
+"""A gate is undecided between these two values; the paper stops once undecided gates are under 1% of those above."""
 
 
 # --- which weights a gate governs ------------------------------------------------------------------------------------
@@ -36,27 +36,28 @@ UNDECIDED, DECIDED = 0.1, 0.9
 
 @dataclass(frozen=True)
 class GateGroup:
-    """The gates that govern a weight matrix: a stretch of all gates, and how each is spread over the weights."""
+    """The gates of one weight matrix: a contiguous range of all gates, and how each is broadcast over the weights."""
 
     site: WeightSite
     """The weight matrix."""
     unit: str
-    """`weight`, `neuron` (a row of W_out with a column of W_in and W_gate), `head` or `block` (all matrices of it)."""
+    """What one gate governs: a `weight`, a `neuron` (a row of W_out and a column of W_in and W_gate), a `head`, or a
+    `block` (all matrices of a block's attention or MLP)."""
     start: int
-    """The first of its gates; matrices of one head, neuron or block have the same gates."""
+    """Index of the first gate; the matrices of a head, neuron or block share their gates."""
     count: int
-    """Number of its gates."""
+    """Number of gates."""
 
     @property
     def place(self) -> slice:
-        """Where its gates are among all gates."""
+        """The range of these gates among all gates."""
         return slice(self.start, self.start + self.count)
 
     def spread(self, own: Shaped[Tensor, " own"]) -> Shaped[Tensor, "..."]:
-        """From a value for each of its gates: that of every weight, in the stored layout or a shape that broadcasts.
+        """Expand one value per gate to the weights, in the stored layout or a shape that broadcasts to it.
 
-        With grouped queries a gate governs a query head. Its key and value head is shared by a group; the gate of these
-        is the largest of the group's: they are kept as long as one head of the group is.
+        With grouped-query attention a gate governs a query head. A key and value head is shared by a group of query
+        heads and takes the largest of their gates, so it is kept as long as any head of the group is.
         """
         if self.unit == "weight":
             return own.view(self.site.original.shape)
@@ -78,7 +79,7 @@ def group_gates(
     """Lay out the gates of all sites whose component is in `granularity` and whose layer is in `layers` (None: all).
 
     Raises:
-        ValueError: If there is nothing to gate, or no such layer.
+        ValueError: If there is nothing to gate, or a layer does not exist.
     """
     last = max(site.layer for site in sites)
     wrong = [layer for layer in layers or () if not 0 <= layer <= last]
@@ -104,25 +105,25 @@ def group_gates(
 
 # --- the gates of a model --------------------------------------------------------------------------------------------
 
-_AT_ONCE = {"cpu": 1 << 20}  # gates in one piece: what stays in the processor's cache
+_AT_ONCE = {"cpu": 1 << 20}  # gates processed at once, to fit in the CPU cache
 _AT_ONCE_ELSEWHERE = 1 << 24  # float32 counts exactly only up to 2**24
-_SAMPLED = 1 << 22  # scores that a threshold is found from, of more
+_SAMPLED = 1 << 22  # about how many scores a threshold is estimated from, if there are more
 
 
 class Gates(nn.Module, ABC):
-    """One score for each gate, all in one flat parameter, and the soft gates that a method makes of them.
+    """One score per gate, all in one flat parameter, and the soft gates that a masking method computes from them.
 
-    A training step is `refresh(step)`, `penalise(sparsity_weight)`, and the forward and backward pass of a model in
-    which every weight is replaced by `gate(name, weight)`. For the backward pass nothing is kept but weights and
-    scores: soft gates are computed anew, and what they make of the gradient is added to `scores.grad` where it lies.
+    A training step consists of `refresh(step)`, `penalise(sparsity_weight)`, and the forward and backward pass of a
+    model whose gated weights are replaced by `gate(name, weight)`. Only weights and scores are stored for the backward
+    pass: soft gates are recomputed, and their gradients are accumulated in `scores.grad` in place.
     """
 
     learning_rate: ClassVar[float]
-    """AdamW's, where the recipe gives none."""
+    """AdamW's learning rate if the recipe gives none."""
     scratch: ClassVar[int] = 0
-    """What the method holds besides scores, gradient and moments: bytes for each gate."""
+    """Bytes per gate that the method needs besides scores, gradient and Adam's moments."""
     steepness = 1.0
-    """What is penalised is a logistic function of the score: its slope is this times value * (1 - value)."""
+    """Slope factor of the penalised value, a logistic function of the score: steepness * value * (1 - value)."""
 
     def __init__(
         self,
@@ -132,10 +133,10 @@ class Gates(nn.Module, ABC):
         within: Mapping[str, Bool[Tensor, "..."]] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Start every gate at `first_score`, but drop for good what is outside.
+        """Start every gate at `first_score`, except those that can never open.
 
-        A weight that is exactly 0, or not in `within` (masks by name, stored layout), starts and stays dropped; so does
-        a tied gate all of whose weights are. `dtype` is that of the scores and their gradient.
+        A weight that is exactly 0, or not in `within` (masks by name, in stored layout), is dropped from the start for
+        good; so is a shared gate if all its weights are. `dtype` is that of the scores and their gradient.
         """
         super().__init__()
         self.groups = tuple(groups)
@@ -148,47 +149,50 @@ class Gates(nn.Module, ABC):
                 usable &= within[group.site.name].to(usable.device)
             scores[group.place].masked_fill_(_governs_any(group, usable), first_score)
         self.scores = nn.Parameter(scores)
-        self.threshold = 0.0  # a gate is open above it; moved by `set_threshold`
+        self.threshold = 0.0  # gates are open above it; changed by `set_threshold`
         self._group_of = {group.site.name: group for group in groups}
         self._single = all(group.unit == "weight" for group in groups)
 
     @classmethod
     def check_config(cls, config: SparsifyConfig) -> None:
-        """Raise ValueError if a recipe lacks what the method needs."""
+        """Raise ValueError if a recipe lacks an option that the method needs."""
 
     @classmethod
     @abstractmethod
     def from_config(
         cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
     ) -> Gates:
-        """The gates of a recipe.
+        """Build the gates that a recipe asks for.
 
         Args:
-            groups: What they govern.
+            groups: The gate groups, from `group_gates`.
             config: The recipe.
-            seed: Of the attempt.
-            wanted: How many gated weights to keep in the end; None: as many as turn out.
-            **start: As for the constructor.
+            seed: Seed of the attempt.
+            wanted: Number of gated weights to keep in the end; None leaves it to the penalty.
+            **start: Keyword arguments of the constructor.
         """
 
     @abstractmethod
     def refresh(self, step: int) -> None:
-        """Set the soft gates to a step."""
+        """Update the soft gates for a training step."""
 
     @abstractmethod
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
-        """The soft values of some gates, as a new tensor."""
+        """Return the soft values of a range of gates, as a new tensor."""
 
     @abstractmethod
     def slope(self, place: slice) -> Float[Tensor, " gate"]:
-        """The derivative of some soft values with respect to their scores, as a new tensor."""
+        """Return the derivative of each soft value with respect to its score, as a new tensor."""
 
     @abstractmethod
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
-        """What the penalty averages, for some gates, as a new tensor: from 0 to 1."""
+        """Return the value, from 0 to 1, that the penalty averages over weights, as a new tensor."""
 
     def undecided(self, between: int, above: int) -> tuple[int, int]:
-        """(gates not decided yet, gates decided to stay open), if so many are penalised from 0.1 to 0.9, and above."""
+        """Return the numbers of undecided gates and of gates decided to stay open.
+
+        `between` and `above` count the penalised values from 0.1 to 0.9 and above 0.9; a method may count differently.
+        """
         return between, above
 
     @property
@@ -197,7 +201,7 @@ class Gates(nn.Module, ABC):
         return frozenset(self._group_of)
 
     def gate(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """A weight matrix, in stored layout, times its soft gates; only `scores` gets a gradient."""
+        """Multiply a weight matrix, in stored layout, by its soft gates; only `scores` receives a gradient."""
         group = self._group_of[name]
         if group.unit == "weight":
             return _GatedWeight.apply(self.scores, weight, self, group.place)
@@ -206,12 +210,12 @@ class Gates(nn.Module, ABC):
 
     @torch.no_grad()
     def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
-        """Set `scores.grad` to the gradient of the penalty, to which the backward pass then adds that of the loss.
+        """Set `scores.grad` to the gradient of the penalty; the backward pass then adds the gradient of the loss.
 
-        The penalty is `sparsity_weight` times the mean over all gated weights of what is penalised.
+        The penalty is `sparsity_weight` times the mean of `penalised` over all gated weights.
 
         Returns:
-            That mean; the number of gates that are not decided yet; and of those that are decided to stay open.
+            That mean, the number of undecided gates, and the number of gates decided to stay open.
         """
         gradient = _gradient(self.scores)
         sums = []
@@ -227,9 +231,9 @@ class Gates(nn.Module, ABC):
         return total / self.n_weights, *self.undecided(int(beyond - above), int(above))
 
     def set_threshold(self, wanted: int) -> None:
-        """Move the threshold so that the open gates are those of highest score that govern at most `wanted` weights.
+        """Set the threshold so that the open gates are the highest-scoring ones that govern at most `wanted` weights.
 
-        Where there are more than some million gates of single weights it is found from a sample of them, evenly spaced.
+        With several million gates of single weights, it is estimated from an evenly spaced sample of them.
         """
         scores = self.scores.detach()
         if self._single and len(scores) > _SAMPLED:
@@ -237,7 +241,7 @@ class Gates(nn.Module, ABC):
             scores, wanted = scores[::every], wanted // every
         wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
         if self._single and 0 < wanted < len(scores):
-            at = len(scores) - wanted  # a partition is several times faster than finding the highest
+            at = len(scores) - wanted  # a partition is several times faster than topk
             ordered = np.partition(scores.float().cpu().numpy(), (at - 1, at))
             below, above = float(ordered[at - 1]), float(ordered[at])
         else:
@@ -246,26 +250,26 @@ class Gates(nn.Module, ABC):
             above = scores[chosen].min().item() if chosen.any() else math.inf
         if math.isfinite(below) and math.isfinite(above):
             self.threshold = (below + above) / 2
-        else:  # all that can be open is, or nothing is
+        else:  # every gate that can open is open, or none is
             self.threshold = above - 1.0 if math.isfinite(above) else below + 1.0
 
     def n_kept(self) -> int:
-        """Number of gated weights that are kept."""
+        """Return the number of gated weights that are kept."""
         return self._n_above(self.threshold)
 
     def n_above_zero(self) -> int:
-        """Number of gated weights whose score is above 0: those that would be kept without a target."""
+        """Return the number of gated weights with a score above 0, which would be kept if no size were targeted."""
         return self._n_above(0.0)
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
-        """Whether each gate is open, once learning is over."""
+        """Return whether each gate is open once learning has ended."""
         return hard_gate(self.scores.detach() - self.threshold)
 
     def masks(self, wanted: int | None = None) -> dict[str, Bool[Tensor, "..."]]:
-        """The hard gate of every gated weight, by name, in stored layout.
+        """Return the hard gate of every gated weight, by name, in stored layout.
 
-        With `wanted`, the gates with the highest scores that together govern at most so many weights: exactly so many
-        where a gate governs one weight.
+        With `wanted`, open the highest-scoring gates that together govern at most that many weights: exactly that many
+        if each gate governs a single weight.
         """
         hard = self.hard_gates() if wanted is None else self.highest(wanted)
         return {
@@ -274,7 +278,7 @@ class Gates(nn.Module, ABC):
         }
 
     def highest(self, wanted: int) -> Bool[Tensor, " gate"]:
-        """The gates of highest score that together govern at most `wanted` weights."""
+        """Select the highest-scoring gates that together govern at most `wanted` weights."""
         scores = self.scores.detach()
         possible = int(scores.isfinite().sum())
         chosen = torch.zeros_like(scores, dtype=torch.bool)
@@ -284,7 +288,7 @@ class Gates(nn.Module, ABC):
             chosen[scores.topk(wanted, sorted=False).indices] = True
             return chosen
         order = scores.argsort(descending=True, stable=True)[:possible]
-        low, high = 0, possible  # the longest prefix that fits, by bisection: what is kept grows with the prefix
+        low, high = 0, possible  # bisect for the longest prefix that fits: the kept weights grow with it
         while low < high:
             middle = (low + high + 1) // 2
             if self._governed(torch.zeros_like(chosen).index_fill_(0, order[:middle], True)) <= wanted:
@@ -295,12 +299,12 @@ class Gates(nn.Module, ABC):
         return chosen
 
     def _shifted(self, place: slice) -> Float[Tensor, " gate"]:
-        """Scores less the threshold."""
+        """Return the scores minus the threshold."""
         scores = self.scores.detach()[place].float()
         return scores - self.threshold if self.threshold else scores
 
     def _pieces(self) -> Iterator[tuple[slice, list[GateGroup]]]:
-        """All gates, in pieces of bounded size where each governs one weight; else with the groups that share them."""
+        """Yield all gates: in chunks of bounded size if each gates one weight, else with the groups that share them."""
         at_once = _AT_ONCE.get(self.scores.device.type, _AT_ONCE_ELSEWHERE)
         stretches: dict[tuple[int, int], list[GateGroup]] = {}
         for group in self.groups:
@@ -314,15 +318,15 @@ class Gates(nn.Module, ABC):
                 yield slice(start, end), groups
 
     def _n_above(self, threshold: float) -> int:
-        """Number of gated weights that are governed by gates with a score above a threshold."""
+        """Return the number of weights whose gate's score is above a threshold."""
         return self._over_weights(lambda place: _above(self.scores.detach()[place], threshold))
 
     def _governed(self, chosen: Bool[Tensor, " gate"]) -> int:
-        """Number of weights that the chosen gates govern."""
+        """Return the number of weights that the chosen gates govern."""
         return self._over_weights(lambda place: chosen[place].float())
 
     def _over_weights(self, of: Callable[[slice], Float[Tensor, " gate"]]) -> int:
-        """The sum over weights of whole numbers by gate."""
+        """Sum an integer-valued function of the gate over all weights."""
         sums = [_over_weights(of(place), groups)[0] for place, groups in self._pieces()]
         return round(torch.stack(sums).double().sum().item())
 
@@ -330,7 +334,7 @@ class Gates(nn.Module, ABC):
 def _over_weights(
     values: Float[Tensor, " gate"], groups: Sequence[GateGroup]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " gate"] | None]:
-    """The sum over weights of a value by gate, and its gradient: how many weights count for each (None: one)."""
+    """Sum a per-gate value over weights; also return its gradient, the number of weights per gate (None: one each)."""
     if not groups:
         return values.sum(), None
     with torch.enable_grad():
@@ -341,12 +345,12 @@ def _over_weights(
 
 
 def _above(values: Float[Tensor, " gate"], edge: float) -> Float[Tensor, " gate"]:
-    """1 where a value is above an edge, else 0: as numbers, which are summed faster than truth values."""
+    """Return 1.0 where a value is above an edge, else 0.0; floats are summed faster than booleans."""
     return torch.gt(values, edge, out=torch.empty_like(values, dtype=torch.float32))
 
 
 def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, " gate"]:
-    """Whether each gate of a group governs a usable weight: where the sum over these has a gradient."""
+    """Return whether each gate governs a usable weight, that is, where the sum over usable weights has a gradient."""
     if group.unit == "weight":
         return usable.flatten()
     gates = torch.zeros(group.count, device=usable.device, requires_grad=True)
@@ -358,14 +362,14 @@ def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, 
 
 
 def _gradient(scores: nn.Parameter) -> Float[Tensor, " gate"]:
-    """The scores' gradient, which is made once and then written over."""
+    """Return the scores' gradient buffer, allocated once and then reused."""
     if scores.grad is None:
         scores.grad = torch.zeros_like(scores)
     return scores.grad
 
 
 class _GatedWeight(torch.autograd.Function):
-    """weight * soft gate, of single weights. Nothing of the weights' size is kept but the weight itself."""
+    """weight * soft gate, one gate per weight; saves only the weight itself for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weight: Tensor, gates: Gates, place: slice) -> Tensor:
@@ -382,7 +386,7 @@ class _GatedWeight(torch.autograd.Function):
 
 
 class _SoftGates(torch.autograd.Function):
-    """The soft values of gates that govern many weights each."""
+    """Soft values of gates that govern many weights each."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, gates: Gates, place: slice) -> Tensor:
@@ -393,6 +397,3 @@ class _SoftGates(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         _gradient(ctx.gates.scores)[ctx.place] += ctx.gates.slope(ctx.place).mul_(grad_outputs[0])
         return None, None, None
-
-
-# --- the methods ---

@@ -1,1 +1,1 @@
-"""Numbers and how they are shown: conditions, quantities, statistics, results with named axes, plots, HTML tables."""
+"""Measurements and their presentation: conditions, quantities, statistics, results with named axes, plots, tables."""

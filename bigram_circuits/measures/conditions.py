@@ -1,4 +1,4 @@
-"""What a model can be reduced to when it is measured: the one table of conditions, with their labels and colours."""
+"""The conditions that a model is measured under, with their labels and colours."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Condition:
-    """A set of weights that a model is run on."""
+    """A set of weights that a model is run with; all other maskable weights are 0."""
 
     name: str
     """Its key in results and files, for example `full`."""
     label: str
-    """What the report calls it."""
+    """Its name in the report."""
     meaning: str
-    """What it is, in a sentence."""
+    """A description in one sentence."""
     colour: str
-    """Of its lines and bars; from the palette of Okabe and Ito, which readers who see few colours can tell apart."""
+    """Colour of its lines and bars, from the colour-blind-safe palette of Okabe and Ito."""
 
 
 CONDITIONS: Mapping[str, Condition] = MappingProxyType(
@@ -57,19 +57,19 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
 )
 """Every condition, by name."""
 COMPARED = ("full", "subnetwork", "complement", "random")
-"""What an analysis measures side by side where a subnetwork is given, in this order; without one, the first alone."""
+"""Conditions that an analysis compares, in this order, if a subnetwork is given; without one, only the first."""
 SINGLE = ("subnetwork", "full", "empty", "complement", "magnitude")
-"""What an evaluation measures once."""
+"""Conditions that an evaluation measures once."""
 DRAWN = ("random", "full - random")
-"""What an evaluation draws anew for every seed."""
+"""Conditions that an evaluation draws again for every seed."""
 
 
 def label_of(name: str) -> str:
-    """What the report calls a condition; a name that is none stays as it is."""
+    """Return a condition's name in the report; a name that is not a condition is returned unchanged."""
     return CONDITIONS[name].label if name in CONDITIONS else name
 
 
 def colour_of(name: str) -> str | None:
-    """A condition's colour, also of what begins with one (`random 0`, `full L0H1`); None for any other name."""
+    """Return a condition's colour, also for names that begin with one (`random 0`, `full L0H1`); None for others."""
     known = CONDITIONS.get(name) or CONDITIONS.get(name.split()[0] if name.split() else "")
     return known.colour if known else None

@@ -1,4 +1,4 @@
-"""Tables and words as HTML: all that comes from data is escaped here."""
+"""Tables and text as HTML; everything that comes from data is escaped here."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-_PRECISE = 4  # digits shown
+_PRECISE = 4  # significant digits shown
 
 
 def escape(value: Any) -> str:
-    """Words as they are, for HTML text and attributes."""
+    """Escape a value for HTML text and attributes."""
     return html.escape(str(value), quote=True)
 
 
 def plain(value: Any) -> str:
-    """Words as plotly shows them as they are, not read as markup."""
+    """Escape a value for plotly, so that it is shown literally instead of being read as markup."""
     return html.escape(str(value), quote=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    """An HTML table; its first column names the rows. Numbers are shown with few digits and carry all of them."""
+    """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`."""
     classes = [' class="n"' if _is_numeric(rows, at) else "" for at in range(len(columns))]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(classes, columns, strict=True))
     body = "".join(f"<tr>{''.join(_cell(value, first=not at) for at, value in enumerate(row))}</tr>" for row in rows)
@@ -29,18 +29,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -
 
 
 def summary(title: str, says: Sequence[str], *tables: str) -> str:
-    """What a notebook shows of an object: its title, sentences, and tables as they are; no script, no colour."""
+    """Build an object's HTML view in a notebook: title, sentences, and ready-made tables; no scripts, no colours."""
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in says if sentence)
     return f"<div><p><strong>{escape(title)}</strong></p>{sentences}{''.join(tables)}</div>"
 
 
 def small(says: Sequence[str]) -> str:
-    """Sentences below a table."""
+    """Format sentences as small print below a table."""
     return "".join(f"<p><small>{escape(sentence)}</small></p>" for sentence in says if sentence)
 
 
 def shortened(rows: Sequence[Sequence[Any]], most: int) -> list[Sequence[Any]]:
-    """At most `most` rows: the first ones, a row that says how many are left out, and the last one."""
+    """Shorten a table to `most` rows: the first ones, a row that says how many are omitted, and the last one."""
     if len(rows) <= most:
         return list(rows)
     left_out = [f"… {len(rows) - most + 1} more", *[""] * (len(rows[0]) - 1)]
@@ -52,7 +52,7 @@ def _is_numeric(rows: Sequence[Sequence[Any]], at: int) -> bool:
 
 
 def _cell(value: Any, *, first: bool) -> str:
-    """A cell; a number is shown with few digits and carries all of them."""
+    """Build a table cell; a number is shown rounded, with the full value in `<data>`."""
     tag = 'th scope="row"' if first else "td"
     end = "th" if first else "td"
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -63,7 +63,7 @@ def _cell(value: Any, *, first: bool) -> str:
 
 
 def shown(value: float | int) -> str:
-    """A number with few digits."""
+    """Format a number with few digits."""
     if value == int(value) and abs(value) < 1e15 if math.isfinite(value) else False:
         return f"{int(value):,}"
     if abs(value) >= 1000:

@@ -1,4 +1,4 @@
-"""Results as plotly figures, and the one palette: a kind of result each, in the same look."""
+"""Plotly figures for each kind of result, in one style and palette."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ SERIES = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
     "#8C6BD1", "#A6761D", "#00A3A3", "#C7405D", "#7C9A00", "#999999",
 )  # fmt: skip
-"""Colours of series that are no conditions, in this order; the first six are of Okabe and Ito."""
+"""Colours of series other than conditions, in this order; the first six are from Okabe and Ito."""
 SYMBOLS = (
     "circle", "square", "diamond", "triangle-up", "triangle-down", "cross",
     "x", "star", "pentagon", "hexagram", "triangle-left", "triangle-right",
 )  # fmt: skip
-"""Their marks."""
+"""Marker symbols of the same series."""
 SHADES = "Viridis"
-"""The colour scale of numbers from 0."""
+"""Colour scale for non-negative values."""
 SIGNED_SHADES = "RdBu_r"
-"""The colour scale of numbers that can be below 0."""
-_BESIDE_CONDITIONS = SERIES[2:-1]  # the others are colours of conditions
-_MARKED = 40  # points; of longer lines only the line is drawn
-_WIDE = 12  # columns; wider maps stand above each other
-_TALL = 14  # rows that fit into a picture of the usual height
-_UPWARDS = ("layer",)  # rows that are drawn from below; others are read from above, as in a table
+"""Colour scale for values that can be negative."""
+_BESIDE_CONDITIONS = SERIES[2:-1]  # the other colours belong to conditions
+_MARKED = 40  # longer lines are drawn without markers
+_WIDE = 12  # columns; wider maps are stacked vertically
+_TALL = 14  # rows that fit a figure of the default height
+_UPWARDS = ("layer",)  # row axes drawn bottom-up; others are read top-down, as in a table
 
 
 def draw(result: Result, quantity: str | None = None) -> Any:
-    """A figure of one quantity of a result; of the first, if none is named."""
+    """Draw one quantity of a result, by default the first."""
     chosen = result.quantities[0] if quantity is None else result.quantity(quantity)
     figure = DRAWN_BY[type(result)](result, chosen.name)
     title = plain(f"{result.title}: {chosen.words}")
@@ -41,7 +41,7 @@ def draw(result: Result, quantity: str | None = None) -> Any:
 
 
 def lines(result: Curves, quantity: str) -> Any:
-    """A line for every condition, with its intervals as a band."""
+    """Draw a line for every condition, with its confidence intervals as a band."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -64,9 +64,9 @@ def lines(result: Curves, quantity: str) -> Any:
 
 
 def heat_maps(result: Maps, quantity: str) -> Any:
-    """A panel for every condition, on one colour scale; wide ones stand above each other.
+    """Draw a panel for every condition, on one colour scale; wide panels are stacked vertically.
 
-    Where there are words, a cell shows its first line, and all of it when pointed at.
+    If the result has text, a cell shows its first line, and all lines on hover.
     """
     from plotly.subplots import make_subplots
 
@@ -97,7 +97,7 @@ def heat_maps(result: Maps, quantity: str) -> Any:
 
 
 def bars(result: Effects, quantity: str) -> Any:
-    """A bar for every thing, with its interval."""
+    """Draw a bar for every item, with its confidence interval."""
     import plotly.graph_objects as go
 
     chosen = result.quantity(quantity)
@@ -112,11 +112,11 @@ def bars(result: Effects, quantity: str) -> Any:
 
 
 DRAWN_BY: Mapping[type[Result], Callable[..., Any]] = {Curves: lines, Maps: heat_maps, Effects: bars}
-"""What draws a kind of result."""
+"""The function that draws each kind of result."""
 
 
 def _scale(result: Maps, quantity: str) -> dict[str, Any]:
-    """The colour scale of all panels: around 0 if some numbers are well below it."""
+    """Choose the colour scale shared by all panels: centred on 0 if some values are clearly negative."""
     chosen = result.quantity(quantity)
     shown = result.values[result.quantities.index(chosen)]
     signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
@@ -125,7 +125,7 @@ def _scale(result: Maps, quantity: str) -> dict[str, Any]:
 
 
 def _words(result: Maps, index: int) -> dict[str, Any]:
-    """What plotly needs to write words into the cells of a panel."""
+    """Return the plotly arguments that write text into the cells of a panel."""
     if result.text is None:
         return {}
     cells = [[[plain(line) for line in cell.split("\n")] for cell in row] for row in result.text[index]]

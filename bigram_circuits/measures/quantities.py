@@ -1,5 +1,6 @@
-"""What a number means: `Quantity`, and those that several parts of the package measure. What one analysis alone
-measures is defined beside it.
+"""`Quantity`, and the quantities that several parts of the package measure.
+
+Quantities that only one analysis measures are defined next to it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a number means."""
+    """A measured quantity: its name, unit and meaning."""
 
     name: str
     """Its key, for example `kl`."""
     unit: str
     """`nats`, `degrees`, `share`, or empty for a pure number."""
     meaning: str
-    """One sentence."""
+    """A description in one sentence."""
 
     @property
     def label(self) -> str:
@@ -38,6 +39,6 @@ FRACTION = Quantity("fraction", "share", "Of the maskable weights, those that ar
 COUNT = Quantity("count", "tokens", "How often the token occurs in the text.")
 
 FAITHFULNESS = (SURPRISAL_CORRELATION, CROSS_ENTROPY, KL, MEAN_SURPRISAL, TOP1_AGREEMENT)
-"""What `Faithfulness` measures of a model; the rest of its fields are counts."""
+"""The quantities in `Faithfulness`; its other fields are counts and their ratio."""
 MEASURED = tuple(one.name for one in FAITHFULNESS)
-"""Their names."""
+"""Names of these quantities."""

@@ -1,9 +1,9 @@
-"""What an analysis returns: numbers with named axes, frozen, that can be tabulated, drawn, and written as JSON.
+"""Results of analyses: frozen arrays with named axes that can be tabulated, plotted, and saved as JSON.
 
-Three shapes are enough. `Curves`: quantities along an axis (by layer, by size, by checkpoint), a line for every
-condition. `Maps`: a matrix for every condition (layer by position, layer by layer). `Effects`: a list of things that
-were done or looked at, with numbers for each. A condition is what the model was reduced to: `full`, `subnetwork`,
-`complement`, `random`. All of them come back from JSON as they were, so a page can be made without a model.
+There are three kinds. `Curves`: quantities along an axis (layer, size, checkpoint), one line per condition. `Maps`:
+one matrix per condition (layer by position, layer by layer). `Effects`: a list of items (ablations, heads, components),
+with numbers for each. A condition is the set of weights that the model was run with: `full`, `subnetwork`,
+`complement`, `random`. All results survive a round trip through JSON, so a report can be made without a model.
 """
 
 from __future__ import annotations
@@ -27,61 +27,61 @@ from bigram_circuits.storage.records import read_record, sealed, shown
 
 _FORMAT = "bigram_circuits.result/1"
 _NUMBERS = ("values", "low", "high")
-_ROWS_SHOWN = 12  # of a result in a notebook
+_ROWS_SHOWN = 12  # in a notebook
 _COLUMNS_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """What all results share."""
+    """The base class of all results."""
 
     title: str
     """What was measured, in a few words."""
     quantities: tuple[Quantity, ...]
-    """The first axis of the numbers."""
+    """The quantities measured, along the first axis of the values."""
     notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """How it was measured: numbers of tokens, seeds, settings, as JSON values."""
+    """How they were measured: number of tokens, seeds, settings, as JSON values."""
 
     kinds: ClassVar[dict[str, type[Result]]] = {}
     axes: ClassVar[tuple[str, ...]]
-    """The fields that name the axes of the numbers."""
+    """The fields that name the axes of the values."""
 
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
 
     def quantity(self, name: str) -> Quantity:
-        """A quantity by its name. Raises ValueError if it was not measured."""
+        """Look up a quantity by name. Raises ValueError if it was not measured."""
         return self.quantities[_place("quantity", name, [quantity.name for quantity in self.quantities])]
 
     @abstractmethod
     def to_dataframe(self) -> Any:
-        """A pandas table."""
+        """Convert to a pandas DataFrame."""
 
     def plot(self, quantity: str | None = None) -> Any:
-        """A plotly figure of one quantity; of the first, if none is named.
+        """Draw one quantity, by default the first, as a plotly figure.
 
-        `Curves` become lines with their intervals as bands, `Maps` heat maps on one colour scale (where there are
-        words, a cell shows its first line, and all of it when pointed at), `Effects` bars with their intervals.
+        `Curves` become lines with their intervals as bands, `Maps` heat maps on one colour scale (if there is text, a
+        cell shows its first line, and all lines on hover), `Effects` bars with their intervals.
         """
-        from bigram_circuits.measures import plots  # which draws the results defined here
+        from bigram_circuits.measures import plots  # imports this module
 
         return plots.draw(self, quantity)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; a number that is undefined is None."""
+        """Convert to JSON values; undefined numbers become None."""
         values = {one.name: _to_json(getattr(self, one.name)) for one in fields(self)}
         return {"format": _FORMAT, "kind": type(self).__name__, **values}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a JSON file, with a checksum."""
+        """Write the result as a JSON file with a checksum."""
         write_text(Path(path), json.dumps(sealed(self.to_json())) + "\n")
 
     @abstractmethod
     def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-        """Columns and rows of the table that a notebook shows; rows beyond a few are left out of it."""
+        """Return columns and rows of the table that a notebook shows; the caller shortens long tables."""
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the title, the first quantity as a compact table, and where the rest is."""
+        """Build the notebook view: the title, the first quantity as a compact table, and where to find the rest."""
         columns, rows = self._shown()
         first, *others = self.quantities
         says = [f"{first.label}: {first.meaning.rstrip('.')}."]
@@ -97,16 +97,16 @@ class Result(ABC):
 
 @dataclass(frozen=True)
 class Curves(Result):
-    """Quantities along an axis, a line for every condition."""
+    """Quantities along an axis, one line per condition."""
 
     axes = ("quantities", "conditions", "points")
 
     axis: str
     """What the points are: `layer`, `fraction`, `checkpoint`."""
     points: tuple[str | float | int, ...]
-    """The points: names, or numbers."""
+    """The points, as names or numbers."""
     conditions: tuple[str, ...]
-    """The lines."""
+    """The condition of each line."""
     values: Float[np.ndarray, "quantity condition point"]
     """The numbers; nan where undefined."""
     low: Float[np.ndarray, "quantity condition point"]
@@ -115,16 +115,16 @@ class Curves(Result):
     """Upper end."""
 
     def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, " point"]:
-        """One line."""
+        """Return the values of one line."""
         return self.values[self._at(quantity, condition)]
 
     def interval(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "low_high point"]:
-        """The interval around a line."""
+        """Return the 95% interval of a line, as lower and upper ends."""
         at = self._at(quantity, condition)
         return np.stack([self.low[at], self.high[at]])
 
     def only(self, *conditions: str) -> Curves:
-        """The same with some of the lines, in this order."""
+        """Select some of the lines, in this order."""
         places = [_place("condition", name, self.conditions) for name in conditions]
         parts = {name: getattr(self, name)[:, places] for name in ("values", "low", "high")}
         return replace(self, conditions=conditions, **parts)
@@ -134,7 +134,7 @@ class Curves(Result):
         return _place("quantity", quantity, names), _place("condition", condition, self.conditions)
 
     def to_dataframe(self) -> Any:
-        """A row for every condition and point; columns for every quantity, with `_low` and `_high` if it has any."""
+        """Convert to a DataFrame: a row per condition and point, a column per quantity (`_low`, `_high` if known)."""
         import pandas as pd
 
         rows = []
@@ -152,7 +152,7 @@ class Curves(Result):
         return pd.DataFrame(rows)
 
     def table(self, quantity: str) -> str:
-        """One quantity as text: a line for every condition, a column for every point."""
+        """Format one quantity as a text table: a row per condition, a column per point."""
         widths = [max(8, len(str(point)) + 2) for point in self.points]
         head = f"{self.axis:<14}" + "".join(f"{point!s:>{w}}" for point, w in zip(self.points, widths, strict=True))
         rows = [
@@ -169,38 +169,38 @@ class Curves(Result):
 
 @dataclass(frozen=True)
 class Maps(Result):
-    """A matrix for every quantity and condition."""
+    """One matrix per quantity and condition."""
 
     axes = ("quantities", "conditions", "rows", "columns")
 
     row_axis: str
     """What the rows are, for example `layer`."""
     rows: tuple[str, ...]
-    """Their names."""
+    """Names of the rows."""
     column_axis: str
     """What the columns are, for example `position`."""
     columns: tuple[str, ...]
-    """Their names."""
+    """Names of the columns."""
     conditions: tuple[str, ...]
-    """The panels."""
+    """The condition of each panel."""
     values: Float[np.ndarray, "quantity condition row column"]
     """The numbers; nan where undefined."""
     text: tuple[tuple[tuple[str, ...], ...], ...] | None = None
-    """Words for every cell, [condition][row][column], in lines: for example the most likely tokens."""
+    """Text of every cell, [condition][row][column], with line breaks: for example the most likely tokens."""
 
     def get(self, quantity: str, condition: str = "full") -> Float[np.ndarray, "row column"]:
-        """One matrix."""
+        """Return one matrix."""
         names = [one.name for one in self.quantities]
         return self.values[_place("quantity", quantity, names), _place("condition", condition, self.conditions)]
 
     def only(self, *conditions: str) -> Maps:
-        """The same with some of the panels, in this order."""
+        """Select some of the panels, in this order."""
         places = [_place("condition", name, self.conditions) for name in conditions]
         text = None if self.text is None else tuple(self.text[place] for place in places)
         return replace(self, conditions=conditions, values=self.values[:, places], text=text)
 
     def to_dataframe(self) -> Any:
-        """A row for every condition and cell; a column for every quantity, and `text` if there are words."""
+        """Convert to a DataFrame: a row per condition and cell, a column per quantity, and `text` if there is any."""
         import pandas as pd
 
         table = []
@@ -227,7 +227,7 @@ class Maps(Result):
         return [*(["condition"] if several else []), self.row_axis, *(self.columns[p] for p in places)], rows
 
     def _cell(self, condition: int, row: int, column: int) -> str | float:
-        """A cell's first line of words; where there are none, its number."""
+        """Return the first line of a cell's text, or its value if there is no text."""
         if self.text is not None:
             return self.text[condition][row][column].split("\n")[0]
         return float(self.values[0, condition, row, column])
@@ -235,14 +235,14 @@ class Maps(Result):
 
 @dataclass(frozen=True)
 class Effects(Result):
-    """A list of things, with numbers for each."""
+    """A list of items, with numbers for each."""
 
     axes = ("quantities", "names")
 
     subject: str
-    """What the things are, for example `ablation`, `head`, `component`."""
+    """What the items are, for example `ablation`, `head`, `component`."""
     names: tuple[str, ...]
-    """The things."""
+    """Names of the items."""
     values: Float[np.ndarray, "quantity thing"]
     """The numbers; nan where undefined."""
     low: Float[np.ndarray, "quantity thing"]
@@ -251,18 +251,18 @@ class Effects(Result):
     """Upper end."""
 
     def get(self, quantity: str) -> dict[str, float]:
-        """One quantity, by the names of the things."""
+        """Return one quantity, by item name."""
         at = _place("quantity", quantity, [one.name for one in self.quantities])
         return dict(zip(self.names, self.values[at].tolist(), strict=True))
 
     def top(self, k: int = 5, quantity: str | None = None) -> list[tuple[str, float]]:
-        """The k things with the largest numbers, of the first quantity if none is named."""
+        """Return the k items with the largest values of a quantity, by default the first."""
         numbers = self.get(quantity or self.quantities[0].name)
         known = [item for item in numbers.items() if not math.isnan(item[1])]
         return sorted(known, key=lambda item: -item[1])[:k]
 
     def to_dataframe(self) -> Any:
-        """A row for every thing; columns for every quantity, with `_low` and `_high` if it has any."""
+        """Convert to a DataFrame: a row per item, a column per quantity (`_low`, `_high` if known)."""
         import pandas as pd
 
         columns: dict[str, Any] = {self.subject: list(self.names)}
@@ -296,9 +296,9 @@ def curves_from_sums(
     statistic: Callable[[Float[np.ndarray, "... point column"]], Float[np.ndarray, "... quantity point"]],
     notes: Mapping[str, Any],
 ) -> Curves:
-    """Curves of a statistic of sums over sequences, with 95% intervals from a bootstrap over the sequences.
+    """Compute curves of a statistic of per-sequence sums, with 95% intervals from a bootstrap over sequences.
 
-    `sums` has a row for every sequence, so that no further forward pass is needed; `statistic` takes added-up rows.
+    `sums` has a row for every sequence, so no further forward pass is needed; `statistic` takes totals of rows.
     """
     values, low, high = [], [], []
     for rows in sums.values():
@@ -312,11 +312,11 @@ def curves_from_sums(
 
 
 def load_result(path: str | os.PathLike[str]) -> Result:
-    """Read a result from its JSON file.
+    """Load a result from its JSON file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a result, of another format, or damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a result, has another format version, or is damaged.
     """
     complaint = "is not a result that can be read"
     record = read_record(path, complaint)
@@ -329,10 +329,10 @@ def load_result(path: str | os.PathLike[str]) -> Result:
 
 
 def result_from_json(record: Mapping[str, Any]) -> Result:
-    """A result from the values that `to_json` gave.
+    """Rebuild a result from the values returned by `to_json`.
 
     Raises:
-        ValueError: If they are not what such a result holds.
+        ValueError: If the values do not form a valid result.
     """
     kind = Result.kinds.get(record["kind"]) if isinstance(record.get("kind"), str) else None
     if kind is None:
@@ -346,7 +346,7 @@ def result_from_json(record: Mapping[str, Any]) -> Result:
 
 
 def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the numbers have the shape that the names of their axes make."""
+    """Raise ValueError unless the shape of the values matches the names along their axes."""
     shape = tuple(len(values[axis]) for axis in kind.axes)
     for name in _NUMBERS:
         numbers = values.get(name)
@@ -389,7 +389,7 @@ def _from_json(name: str, value: Any) -> Any:
 
 
 def _numbers(name: str, value: Any) -> Float[np.ndarray, "..."]:
-    """Nested lists of numbers, with None where one is undefined."""
+    """Read nested lists of numbers into an array; None becomes nan."""
     if not _are_numbers(_list(name, value)):
         raise ValueError(f"its {name} hold something else than numbers")
     try:
@@ -405,7 +405,7 @@ def _are_numbers(value: Any) -> bool:
 
 
 def _is_grid(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether these are words in nested tuples of a shape."""
+    """Whether a value consists of strings in nested tuples of a given shape."""
     if not shape:
         return isinstance(value, str)
     return isinstance(value, tuple) and len(value) == shape[0] and all(_is_grid(one, shape[1:]) for one in value)
@@ -440,5 +440,5 @@ def _place(kind: str, name: str, names: Sequence[str]) -> int:
 
 
 def _some(n: int) -> list[int]:
-    """Places out of n for the columns of a table: all of them, or a few that are spread evenly."""
+    """Choose which of n columns a table shows: all of them, or a few evenly spaced ones."""
     return sorted({int(place) for place in np.linspace(0, n - 1, min(n, _COLUMNS_SHOWN)).round()})

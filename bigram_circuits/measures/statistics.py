@@ -1,10 +1,10 @@
-"""How close a model's predictions are to a target's: sums over each sequence, and the statistics made from them.
+"""How close a model's predictions are to a target's: per-sequence sums and the statistics computed from them.
 
 Everything that is averaged or correlated over held-out text is kept as one row of sums per sequence. That is all a
 bootstrap over sequences needs, so intervals cost no further forward pass and no per-token array is ever stored.
 
 Zero-probability rule: surprisals are compared only where the target's probability of the actual next token is
-above 0 (elsewhere its surprisal is infinite); `used` and `positions` say how many that are.
+above 0 (elsewhere its surprisal is infinite); `used` of `positions` next-token positions remain.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from torch import Tensor
 
 from bigram_circuits.storage.typed import Record
 
-_LOGITS_AT_ONCE = 1 << 22  # float32 copies of logits are made in pieces of 16 MiB
+_LOGITS_AT_ONCE = 1 << 22  # logits are copied to float32 in chunks of 16 MiB
 
 COLUMNS = ("used", "x", "y", "xx", "yy", "xy", "positions", "surprisal", "places", "cross_entropy", "kl", "agree")
-"""Sums over one sequence: `used` next-token positions enter the correlation of x (the model's surprisal) with y (the
-target's); `positions` next-token positions in all; `places` positions with a prediction."""
+"""Sums over one sequence. `used` is the number of next-token positions that enter the correlation of x (the model's
+surprisal) with y (the target's), `positions` that of all next-token positions, `places` that of all positions at which
+the target is defined."""
 
 
 @dataclass(frozen=True)
 class Faithfulness(Record):
-    """How well one (masked) model does what the target says. Surprisal, CE and KL in nats; nan where undefined."""
+    """How faithfully one (masked) model matches the target. Surprisal, CE and KL in nats; nan where undefined."""
 
     surprisal_correlation: float
-    """Pearson r between the model's and the target's surprisal of the actual next token, zero-probability rule."""
+    """Pearson r of the model's and the target's surprisal of the actual next token, with the zero-probability rule."""
     cross_entropy: float
     """Mean CE from the target's distribution to the model's."""
     kl: float
-    """Mean KL from the target's distribution to the model's: `cross_entropy` less the target's entropy."""
+    """Mean KL from the target's distribution to the model's: `cross_entropy` minus the target's entropy."""
     mean_surprisal: float
     """The model's own next-token loss; its exponential is the perplexity."""
     top1_agreement: float
     """Share of positions where the model's most likely token is the target's."""
     kept: int
-    """Weights kept."""
+    """Number of weights kept."""
     total: int
-    """Maskable weights."""
+    """Number of maskable weights."""
     fraction: float
     """kept / total."""
 
@@ -52,7 +53,7 @@ class Faithfulness(Record):
 def surprisals(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos_minus_1"]:
-    """-log softmax(logits) of the actual next token, nats, float32, without a second tensor the size of the logits."""
+    """Return -log softmax(logits) of the actual next token, in nats (float32), without a float32 copy of all logits."""
     flat = logits[:, :-1].reshape(-1, logits.shape[-1])
     following = tokens[:, 1:].reshape(-1).to(logits.device, torch.long)
     rows = max(1, _LOGITS_AT_ONCE // flat.shape[1])
@@ -61,10 +62,10 @@ def surprisals(
 
 
 def correlation_sums(x: Float[Tensor, "batch n"], y: Float[Tensor, "batch n"]) -> Float[Tensor, "batch six"]:
-    """The first six `COLUMNS` for every sequence, from surprisals; where y is infinite, the pair is left out.
+    """Compute the first six `COLUMNS` for every sequence from surprisals; positions where y is infinite are left out.
 
     Raises:
-        ValueError: If x is not finite, or y is NaN: then no correlation would mean anything.
+        ValueError: If x is not finite, or y is NaN, since the correlation would be meaningless.
     """
     if not torch.isfinite(x).all():
         raise ValueError("a model's surprisal is not finite (NaN or infinity in its logits)")
@@ -77,7 +78,7 @@ def correlation_sums(x: Float[Tensor, "batch n"], y: Float[Tensor, "batch n"]) -
 
 
 def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
-    """Pearson r from (added-up) rows of sums; nan where it is undefined (fewer than 2 positions, or a constant)."""
+    """Compute Pearson r from rows of sums (or their totals); nan if undefined (under 2 positions, or a constant)."""
     n, x, y, xx, yy, xy = (sums[..., COLUMNS.index(name)] for name in ("used", "x", "y", "xx", "yy", "xy"))
     with np.errstate(invalid="ignore", divide="ignore"):
         var_x, var_y, cov = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2, xy / n - x * y / n**2
@@ -87,13 +88,13 @@ def correlation(sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "...
 
 
 def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
-    """A mean per position from (added-up) rows of sums, by its column name."""
+    """Compute the mean per position of a column, from rows of sums or their totals."""
     count = "positions" if name == "surprisal" else "places"
     return np.asarray(sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)])
 
 
 def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: int) -> Faithfulness:
-    """The statistics over all sequences."""
+    """Compute the statistics over all sequences."""
     whole = sums.sum(0)
     return Faithfulness(
         surprisal_correlation=float(correlation(whole)),
@@ -110,9 +111,9 @@ def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: i
 def bootstrap(
     sums: Float[np.ndarray, "sequence column"], *, draws: int = 1000, seed: int = 0
 ) -> Float[np.ndarray, "draw column"]:
-    """Added-up rows of `draws` resamples of the sequences, with replacement (Efron 1979).
+    """Resample the sequences with replacement `draws` times and return the total of each resample (Efron 1979).
 
-    The same seed resamples the same sequences, so draws of two models on the same text are paired.
+    The same seed gives the same resamples, so the draws of two models on the same text are paired.
     """
     rng = np.random.default_rng(seed)
     share = np.full(len(sums), 1 / len(sums))
@@ -120,7 +121,7 @@ def bootstrap(
 
 
 def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws; (nan, nan) if a draw is undefined."""
+    """Return the percentile interval of bootstrap draws; (nan, nan) if any draw is undefined."""
     if np.isnan(values).any():
         return (math.nan, math.nan)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
@@ -128,9 +129,9 @@ def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[f
 
 
 def holm(log_ps: Sequence[float]) -> list[float]:
-    """Logs of p-values adjusted for their number: Holm's step-down method (Holm 1979), in the order they came in.
+    """Adjust log p-values for multiple comparisons with Holm's step-down method (Holm 1979), in the given order.
 
-    A p-value that is undefined (nan) stays so, and does not count.
+    An undefined p-value (nan) stays nan and is not counted as a comparison.
     """
     known = int(len(log_ps) - np.isnan(log_ps).sum())
     order = np.argsort(log_ps, kind="stable")[:known]  # nan comes last
@@ -143,13 +144,13 @@ def holm(log_ps: Sequence[float]) -> list[float]:
 
 
 def mean_over_log_size(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:
-    """Mean height of a curve of values by size, over log10(size): its area by the trapezoid rule over its width.
+    """Average a curve of values over log10(size): the area by the trapezoid rule, divided by the width.
 
-    With faithfulness as values this is the circuit performance ratio (CPR), with its distance from 1 the circuit-model
-    distance (CMD), of Mueller et al. 2025 (arXiv 2504.13151), on a log axis instead of a linear one.
+    For faithfulness values this is the circuit performance ratio (CPR) of Mueller et al. 2025 (arXiv 2504.13151), and
+    for their distance from 1 the circuit-model distance (CMD), on a log axis instead of a linear one.
 
     Raises:
-        ValueError: If there are fewer than two sizes, or one is not above 0.
+        ValueError: If there are fewer than two different sizes, or a size is not above 0.
     """
     if len(fractions) < 2 or (fractions <= 0).any() or len(np.unique(fractions)) < 2:
         raise ValueError(f"a curve needs at least two different sizes above 0, not {fractions.tolist()}")

@@ -1,4 +1,4 @@
-"""Numbers and settings in words."""
+"""Format numbers and settings as text."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 
 
 def span(low: float | None, high: float | None) -> str:
-    """An interval on one line; empty if there is none."""
+    """Format an interval on one line; empty if there is none."""
     return (
         "" if low is None or math.isnan(low) else f"{rounded(low)}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rounded(high)}"
     )
 
 
 def percent(share: float | None) -> str:
-    """A share, in words."""
+    """Format a share as a percentage."""
     if share is None or math.isnan(share):
         return "undefined"
     return f"{100 * share:.2f}%" if abs(share) < 0.1 else f"{100 * share:.1f}%"
 
 
 def rounded(value: float | np.floating | int | None, digits: int = 3) -> str:
-    """A number, in words."""
+    """Format a number with a fixed number of decimals, or as "undefined"."""
     return "undefined" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
-    """Nested settings as rows of name (`recipe.seed`) and value, in words."""
+    """Flatten nested settings to rows of dotted name (`recipe.seed`) and value, both as text."""
     rows = []
     for key, value in values.items():
         name = f"{at}{key}"

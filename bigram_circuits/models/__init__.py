@@ -1,1 +1,1 @@
-"""The only door to TransformerLens: loading models, their activations, their maskable weights."""
+"""Everything that touches TransformerLens: loading models, their activations and their maskable weights."""

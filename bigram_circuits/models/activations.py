@@ -1,4 +1,4 @@
-"""Activations of a hooked model: its hook points, residual streams, readout, and forward passes that keep little."""
+"""Activations of a hooked model: hook points, residual stream, readout, and forward passes that save memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from bigram_circuits.models.model import Model
 from bigram_circuits.names import in_block
 
-_TOKENS_AT_ONCE = 1 << 11  # in one forward pass,
-_NUMBERS_AT_ONCE = 1 << 26  # if that is at most so many logits, or residual stream: 256 MiB of float32
+_TOKENS_AT_ONCE = 1 << 11  # tokens per forward pass ...
+_NUMBERS_AT_ONCE = 1 << 26  # ... as long as logits or residual streams stay within 256 MiB of float32
 
-_LOGITS_AT_ONCE = 1 << 22  # when residual streams are read out,
-_ROWS_AT_ONCE = 256  # but at least so many rows
+_LOGITS_AT_ONCE = 1 << 22  # logits computed at once when residual streams are unembedded ...
+_ROWS_AT_ONCE = 256  # ... but never fewer rows than this
 
 
 class NotShownError(ValueError):
-    """The arguments are right, but the model, the subnetwork, the target or the text lacks what was asked to be shown.
+    """The arguments are valid, but this model, subnetwork, target or text does not support the analysis.
 
-    `analyze` leaves an analysis out that raises this, with the message as the reason, and nothing else.
+    `analyze` skips an analysis that raises this error, with the message as the reason; any other error propagates.
     """
 
 
@@ -37,17 +37,20 @@ class ActivationPoint:
     """One hook point."""
 
     name: str
-    """Its name, for `run_with_cache` and `run_with_hooks`."""
+    """The name that `run_with_cache` and `run_with_hooks` use."""
     axes: tuple[str, ...] | None
-    """Names of its axes, for example `("batch", "pos", "d_model")`; None if the forward pass does not reach it."""
+    """Axis names, for example `("batch", "pos", "d_model")`; None if the forward pass does not reach this point."""
     shape: tuple[int | str, ...] | None
-    """Sizes of its axes, with `batch` and `pos` by name; None if the forward pass does not reach it."""
+    """Axis sizes, with `batch` and `pos` as names; None if the forward pass does not reach this point."""
     aliases: tuple[str, ...] = ()
     """Other names of the same point, for example `blocks.0.hook_resid_post`."""
 
 
 def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
-    """Every hook point of a model, in the order of the forward pass, with named axes (found by running it)."""
+    """List every hook point of a model in forward-pass order, with named axes.
+
+    The axes are found by running the model on two small batches of different shapes.
+    """
     first, second = _shapes(model, batch=2, pos=3), _shapes(model, batch=3, pos=5)
     aliases: dict[int, list[str]] = {}
     for alias, point in model.hook_dict.items():
@@ -68,7 +71,7 @@ def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
 
 
 def _shapes(model: Model, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]:
-    """The shape of what passes each hook point, from one forward pass of `batch` x `pos` tokens."""
+    """Run `batch` x `pos` tokens and return the shape of the activation at each hook point."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(value: Any, hook: Any) -> None:
@@ -77,13 +80,13 @@ def _shapes(model: Model, *, batch: int, pos: int) -> dict[str, tuple[int, ...]]
 
     tokens = torch.zeros(batch, pos, dtype=torch.long, device=model.cfg.device)
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the hook points that are switched off: they are listed as not reached
+        warnings.simplefilter("ignore")  # warnings about disabled hook points: we list those as not reached
         model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(lambda _: True, record)])
     return shapes
 
 
 def _axes(cfg: Any, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[str, ...]:
-    """Names for the axes of a shape: by whether they change with the input, then by size, from the last backwards."""
+    """Name the axes of a shape: those that vary with the input are batch and pos; the others are told by their size."""
     names: list[str] = []
     heads = {cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads}
     for place in reversed(range(len(first))):
@@ -106,19 +109,19 @@ def _hook_at(model: Model, path: str) -> Any:
 
 
 def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
-    """How many sequences of `length` tokens to run at once: what keeps the logits, and all streams if kept, small."""
+    """Choose a batch size for sequences of `length` tokens that bounds the logits (and, if kept, residual streams)."""
     per_token = max(model.cfg.d_vocab, (model.cfg.n_layers + 1) * model.cfg.d_model if streams else 0)
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
 def check_model(model: Model) -> None:
-    """Raise ValueError unless it is a hooked model."""
+    """Raise ValueError unless `model` is a hooked model."""
     if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
         raise ValueError(f"a {type(model).__name__} is no model: pass one from load_model")
 
 
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
-    """Raise ValueError if token ids are outside a model's vocabulary, or sequences longer than its context."""
+    """Raise ValueError if token ids are outside the model's vocabulary or sequences exceed its context length."""
     check_model(model)
     least, largest = int(tokens.min()), int(tokens.max())
     if least < 0 or largest >= model.cfg.d_vocab:
@@ -130,24 +133,24 @@ def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np
 
 
 def rows_at_once(d_vocab: int) -> int:
-    """How many rows of logits to compute at once: 16 MiB, but never fewer rows than make the unembedding efficient."""
+    """Number of rows of logits to compute at once: 16 MiB of float32, but enough rows for an efficient matmul."""
     return max(_ROWS_AT_ONCE, _LOGITS_AT_ONCE // d_vocab)
 
 
 def residual_streams(
     model: Model, tokens: Integer[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "layer batch pos d_model"], Float[Tensor, "batch pos d_vocab"]]:
-    """The residual stream before every block and after the last, and the logits, from one forward pass.
+    """Return the residual stream before every block and after the last one, and the logits, from one forward pass.
 
-    There are n_layers + 1 entries: the first is the embedding, the last is what the final norm and unembedding read.
+    The first of the `n_layers + 1` entries is the embedding; the last is what the final norm and unembedding read.
 
     Raises:
-        NotShownError: If the model does not show one of them.
+        NotShownError: If the model lacks a hook at one of these points.
     """
     last = model.cfg.n_layers - 1
     names = [*(in_block(layer, "hook_resid_pre") for layer in range(last + 1)), in_block(last, "hook_resid_post")]
     streams: list[Tensor] = []
-    hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # run in the order of the pass
+    hooks = [(name, lambda value, hook: streams.append(value)) for name in names]  # called in forward-pass order
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     if len(streams) != len(names):
         raise NotShownError(
@@ -160,10 +163,10 @@ def residual_streams(
 def record(
     model: Model, tokens: Integer[Tensor, "batch pos"], names: Sequence[str]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "batch pos d_vocab"]]:
-    """Activations by hook name, and the logits, from one forward pass.
+    """Return the named activations (by hook name) and the logits of one forward pass.
 
     Raises:
-        NotShownError: If the model has no such activation, or the forward pass does not show it.
+        NotShownError: If the model has no such hook point, or the forward pass does not reach it.
     """
     seen: dict[str, Tensor] = {}
 
@@ -182,10 +185,10 @@ def record(
 
 @contextlib.contextmanager
 def recomputed(model: Model) -> Iterator[None]:
-    """Within the block, what a transformer block computes is not kept for the backward pass, but computed once more.
+    """Within the `with` block, recompute each transformer block in the backward pass instead of storing activations.
 
-    Of each block only its input is kept (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174). Only within
-    `lean_forward`: a block that adds to a store of keys and values cannot be computed twice.
+    Only the input of each transformer block is stored (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+    Use it only inside `lean_forward`: a block that writes to a key-value cache cannot be run twice.
     """
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
@@ -194,11 +197,10 @@ def recomputed(model: Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lean_forward(model: Model) -> Iterator[None]:
-    """Within the block, a forward pass computes what leads to its output and nothing else; the output is the same.
+    """Within the `with` block, forward passes skip work that does not affect the output.
 
-    Keys and values are not kept for further tokens. And of normalisations TransformerLens computes the scale and the
-    normalised stream beside what the model's own module computes, for hooks that look at them: where there are no such
-    hooks on entering this is left out.
+    The key-value cache is switched off. TransformerLens also recomputes the scale and the normalised residual stream of
+    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that.
     """
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
@@ -225,14 +227,14 @@ def lean_forward(model: Model) -> Iterator[None]:
         config.use_cache = cached
         for module in model.modules():
             if getattr(module, "_pattern", None) is not None:
-                module._pattern = None  # the last attention pattern, and with it all that it was computed from
+                module._pattern = None  # the last attention pattern would keep its whole autograd graph alive
 
 
 @contextlib.contextmanager
 def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within the block, modules have other forward functions, which hide those of their classes."""
+    """Within the `with` block, replace the forward functions of some modules."""
     for module, forward in forwards.items():
-        module.__dict__["forward"] = forward  # setting an attribute of a bridge would set it on what it wraps
+        module.__dict__["forward"] = forward  # setattr on a bridge would set it on the module that it wraps
     try:
         yield
     finally:
@@ -241,7 +243,7 @@ def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterato
 
 
 def check_has_readout(model: Model, d_model: int) -> None:
-    """Raise NotShownError unless the model has a final norm, and an unembedding that reads vectors of this width."""
+    """Raise NotShownError unless the model has a final norm and an unembedding that reads `d_model`-wide vectors."""
     if not hasattr(model, "ln_final") or model.W_U.shape[0] != d_model:
         raise NotShownError(
             "this model does not read its logits from the residual stream by a final norm and W_U alone"
@@ -249,10 +251,10 @@ def check_has_readout(model: Model, d_model: int) -> None:
 
 
 def readout(model: Model, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-    """Logits of residual stream vectors: through the final norm, the unembedding and what the model does after it.
+    """Map residual stream vectors to logits: final norm, unembedding, and any soft cap or scale the model applies.
 
     Raises:
-        NotShownError: If the model has no final norm, or its unembedding reads vectors of another width.
+        NotShownError: If the model has no final norm, or its unembedding expects vectors of another width.
     """
     check_has_readout(model, residual.shape[-1])
     rows = residual.reshape(1, -1, residual.shape[-1])
@@ -262,18 +264,15 @@ def readout(model: Model, residual: Float[Tensor, "*rows d_model"]) -> Float[Ten
     return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
-# --- what can go wrong, in one line each ---
-
-
 def lens_log_probs(
     model: Model, tokens: Integer[Tensor, "batch pos"], lens: Any = None
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
-    """What TransformerLens' logit lens reads from the residual stream: log-probabilities after every layer.
+    """Apply TransformerLens' logit lens: log-probabilities read from the residual stream after every layer.
 
     Args:
-        model: From `load_model`.
+        model: A model from `load_model`.
         tokens: Token ids.
-        lens: A translator for each layer, as that function takes it; None reads the stream itself.
+        lens: Translators per layer, as TransformerLens' `logit_lens` takes them; None for the plain logit lens.
     """
     from transformer_lens.tools.analysis import logit_lens
 

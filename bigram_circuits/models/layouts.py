@@ -1,18 +1,18 @@
-"""Canonical weights and Hugging Face parameters: which element is which, for any architecture, by tracing.
+"""Map canonical weights to Hugging Face parameters, element by element, for any architecture, by tracing.
 
-A checkpoint stores the same weights under other names and in other shapes: queries, keys and values fused in one
-matrix (in three blocks, or head by head), gate and input matrices fused, everything transposed or not. Instead of a
-table for each architecture, the way from one to the other is observed:
+A checkpoint stores the same weights under other names and in other shapes: queries, keys and values may be fused into
+one matrix (as three blocks, or head by head), gate and input matrices may be fused, and any of them may be transposed.
+Instead of a table for each architecture, the mapping is observed:
 
-1. Build a model of the same configuration with one block, a tiny vocabulary and the real widths, and fill its
-   parameters with their own running numbers, in float64.
-2. Load it as any model is loaded, and read each canonical weight: its numbers say where its elements came from.
-3. Every canonical weight must come from one parameter, at `offset + sum of stride * coordinate` (where heads come in
-   groups, a coordinate for the group and one within it), and together they must cover each such parameter exactly
-   once. This is checked for every element; then offset and strides are all that is kept, and moving a mask is one
-   strided copy.
-4. The other blocks have the same names with another block number, and the same shapes: this is checked against the
-   real configuration.
+1. Build a model of the same configuration with one block, a tiny vocabulary and the real widths, and number all its
+   parameters' elements consecutively, in float64.
+2. Load it as any model is loaded, and read each canonical weight: the numbers say where its elements came from.
+3. Every canonical weight must come from one parameter, at `offset + sum of stride * coordinate` (where heads are
+   grouped, with one coordinate for the group and one within it), and together the weights must cover each such
+   parameter exactly once. This is checked for every element. Only the offset and strides are kept, so converting a
+   mask is one strided copy.
+4. The other blocks must have the same parameter names, up to the block number, and the same shapes. This is checked
+   against the real configuration.
 """
 
 from __future__ import annotations
@@ -34,45 +34,45 @@ from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
 _TRACED_VOCABULARY = 16
-_SHOWN = 3  # names in an error message
+_SHOWN = 3  # names listed in an error message
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a canonical weight is in a Hugging Face parameter."""
+    """The location of a canonical weight within a Hugging Face parameter."""
 
     parameter: str
     """Name in the state dict."""
     shape: tuple[int, ...]
     """Canonical shape."""
     sizes: tuple[int, ...]
-    """The canonical shape with its first axis split in two, (groups, in a group): some checkpoints group heads."""
+    """The canonical shape with its first axis split into (groups, heads in a group): some checkpoints group heads."""
     offset: int
-    """Of the first canonical element, in the parameter read as one row."""
+    """Offset of the first canonical element in the flattened parameter."""
     strides: tuple[int, ...]
-    """From one element to the next, along each axis of `sizes`."""
+    """Strides in the flattened parameter, along each axis of `sizes`."""
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The part of a contiguous parameter, or of its mask, that is this weight, with the axes of `sizes`."""
+        """View this weight within a contiguous parameter (or its mask), with the axes of `sizes`."""
         return parameter.as_strided(self.sizes, self.strides, parameter.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The way between canonical weights and Hugging Face parameters of one model."""
+    """The mapping between one model's canonical weights and its Hugging Face parameters."""
 
     places: Mapping[str, Place] = field(repr=False)
-    """Where each canonical weight is."""
+    """Location of each canonical weight, by canonical name."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     """Shape of every parameter that holds maskable weights."""
     others: Mapping[str, tuple[int, ...]] = field(repr=False)
-    """Shape of every other entry of the state dict: embeddings, norms, biases. They are never masked."""
+    """Shape of every other state dict entry (embeddings, norms, biases), which are never masked."""
 
     def to_huggingface(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Bool[Tensor, "..."]]:
-        """Masks by Hugging Face name, for every parameter that holds maskable weights, from masks by canonical name.
+        """Convert masks by canonical name to masks of every Hugging Face parameter that holds maskable weights.
 
         Raises:
-            ValueError: If a canonical weight is missing, unknown, or has another shape.
+            ValueError: If a canonical weight is missing, unknown, or has the wrong shape.
         """
         _check_names(masks, self.places, "canonical name")
         found = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
@@ -84,9 +84,9 @@ class Layout:
         return found
 
     def from_huggingface(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Bool[Tensor, "..."]]:
-        """Masks by canonical name (views where possible), from masks by Hugging Face name.
+        """Convert masks by Hugging Face name to masks by canonical name (views where possible).
 
-        The masks of parameters that are never masked may be left out; where they are given, all must be True.
+        Masks of embeddings, norms and biases are optional and must be all True.
 
         Raises:
             ValueError: If a parameter with maskable weights is missing, a name is unknown, a shape or type is wrong,
@@ -114,7 +114,7 @@ class Layout:
 
 
 def huggingface_layout(model: Model) -> Layout:
-    """Find the layout of a model's weights in Hugging Face's parameters, by tracing (about as costly as one block).
+    """Trace how a model's weights are laid out in its Hugging Face parameters; costs about as much as one block.
 
     Raises:
         ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over.
@@ -148,7 +148,7 @@ def huggingface_layout(model: Model) -> Layout:
 
 
 def _trace(model: Model) -> dict[str, Place]:
-    """The places of the first block's weights."""
+    """Locate the first block's weights."""
     small, starts = _numbered_model(model)
     covered: dict[str, Tensor] = {}
     places = {}
@@ -169,7 +169,7 @@ def _trace(model: Model) -> dict[str, Place]:
 
 
 def _place(model: Model, name: str, numbers: Float64[Tensor, "..."], starts: Mapping[str, range]) -> Place:
-    """Read where a canonical weight came from out of the numbers it holds, and check every one."""
+    """Locate a canonical weight from the numbers it holds, and check every element."""
     first = int(numbers.flatten()[0])
     parameter = next((key for key, its_numbers in starts.items() if first in its_numbers), None)
     if parameter is None:
@@ -188,7 +188,7 @@ def _place(model: Model, name: str, numbers: Float64[Tensor, "..."], starts: Map
     rest = torch.zeros((), dtype=torch.float64)
     for stride, size in zip(strides[2:], sizes[2:], strict=True):
         rest = rest.unsqueeze(-1) + stride * torch.arange(size, dtype=torch.float64)
-    for index, row in enumerate(numbers):  # a row at a time: no second copy of a large weight
+    for index, row in enumerate(numbers):  # row by row, to avoid a second copy of a large weight
         start = first + index // group * strides[0] + index % group * strides[1]
         if not torch.equal(row, start + rest):
             raise _untraceable(model, f"{name} is not a regular part of one parameter")
@@ -198,7 +198,7 @@ def _place(model: Model, name: str, numbers: Float64[Tensor, "..."], starts: Map
 
 
 def _group(along: Tensor) -> int:
-    """How many equal steps are made before the first other one, if that divides the whole; else the whole length."""
+    """Number of elements before the step size first changes, if it divides the length; else the length itself."""
     steps = along.diff()
     other = (steps != steps[:1]).nonzero()
     group = int(other[0]) + 1 if len(other) else len(along)
@@ -206,12 +206,12 @@ def _group(along: Tensor) -> int:
 
 
 def _numbered_model(model: Model) -> tuple[Any, dict[str, range]]:
-    """A Hugging Face model with one block and the real widths, and the running numbers that its parameters hold."""
+    """Build a one-block Hugging Face model with the real widths and numbered elements; return it and the ranges."""
     config = copy.deepcopy(model.original_model.config)
     n_layers = len(model.blocks)
     for key, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == n_layers:
-            setattr(config, key, value[:1])  # one entry for each block
+            setattr(config, key, value[:1])  # has one entry per block
         if key.endswith("_token_id") and value is not None:
             setattr(config, key, 0)
     config.num_hidden_layers, config.vocab_size = 1, _TRACED_VOCABULARY
@@ -227,7 +227,7 @@ def _numbered_model(model: Model) -> tuple[Any, dict[str, range]]:
 
 
 def _state_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state dict of the Hugging Face model behind a hooked one."""
+    """Return the names and shapes in the state dict of the Hugging Face model behind a hooked one."""
     return {
         name: tuple(value.shape)
         for name, value in _on_meta(model, model.original_model.config).state_dict().items()
@@ -236,7 +236,7 @@ def _state_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _on_meta(model: Model, config: Any) -> Any:
-    """A model of this configuration, without memory for its weights."""
+    """Build a model of this configuration on the meta device, without allocating its weights."""
     try:
         with torch.device("meta"):
             return type(model.original_model)(copy.deepcopy(config))

@@ -1,4 +1,4 @@
-"""Load a model as a hooked `TransformerBridge`: from a hub name or a folder, checked before anything large is read."""
+"""Load a model as a hooked `TransformerBridge`, from the hub or a folder, with checks before large files are read."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SETTINGS_FILES = (
     "added_tokens.json",
     _SHARDS,
 )
-_LARGEST_SETTINGS = 1 << 26  # bytes
-_WEIGHTS_IN_A_BYTE = 4  # in 2-bit precision
-_LEAST_BOUND = 1 << 16
+_LARGEST_SETTINGS = 1 << 26  # bytes of a JSON settings file
+_WEIGHTS_IN_A_BYTE = 4  # at most, with 2-bit weights
+_LEAST_BOUND = 1 << 16  # sizes up to here are never refused
 _MOST_LAYERS = 1_000
 _SIZE = re.compile(
     r"vocab_size|n_embd|n_inner|n_layers?|n_heads?|d_model|d_ff|ffn_dim|head_dim|num_experts|num_local_experts"
@@ -48,19 +48,19 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Model:
-    """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, on its raw weights.
+    """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, with unprocessed weights.
 
     Args:
         name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
             written by `save_pretrained` with a model and a tokenizer.
         revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
-        device: Where to put it; CUDA if there is any, else the CPU.
-        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 if not given.
+        device: Device to load the model onto; CUDA if available, else the CPU.
+        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 by default.
 
     Raises:
-        FileNotFoundError: If `name` is a path to nothing, or to a folder without a model or a tokenizer.
+        FileNotFoundError: If `name` is a path that does not exist, or a folder without a model or a tokenizer.
         OSError: If the hub cannot be reached, or has no such model or revision.
-        ValueError: If an argument is wrong, TransformerLens does not know the architecture, or the tokenizer has
+        ValueError: If an argument is invalid, TransformerLens does not support the architecture, or the tokenizer has
             more tokens than the model's vocabulary.
     """
     folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
@@ -84,12 +84,12 @@ def load_model(
             f"{model.cfg.d_vocab}: they do not belong together"
         )
     model.cfg.model_name = str(name)
-    model.cfg.revision = revision  # so that the same weights can be found again
+    model.cfg.revision = revision  # so that the same weights can be loaded again
     return model.eval()
 
 
 def hooked(huggingface_model: Any, *, like: Model) -> Model:
-    """A Hugging Face model as a `TransformerBridge`, with the name and tokenizer of another bridge of its kind."""
+    """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
@@ -104,13 +104,13 @@ def hooked(huggingface_model: Any, *, like: Model) -> Model:
 
 
 def model_source(model: Model) -> tuple[str, str | None]:
-    """The folder or hub id that a model came from, and its revision: where its Hugging Face files are."""
+    """Return the folder or hub id that a model was loaded from, and its revision."""
     name = str(model.cfg.model_name)
     return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
 
 
 def fresh_huggingface(model: Model) -> tuple[Any, Any]:
-    """The plain Hugging Face model and tokenizer that a hooked model was loaded from, read again, on the CPU."""
+    """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, revision = model_source(model)
@@ -124,14 +124,14 @@ def fresh_huggingface(model: Model) -> tuple[Any, Any]:
 
 
 def checkpoints(name: str) -> tuple[str, ...]:
-    """The training checkpoints published for a hub model, oldest first: values of `revision` for `load_model`.
+    """List the published training checkpoints of a hub model, oldest first, as values of `revision` for `load_model`.
 
     Args:
         name: A hub id such as `"EleutherAI/pythia-70m"`, or a family: `"pythia"`, `"pythia-v0"`, `"stanford-crfm"`.
-            The list is the family's schedule of publication; nothing is asked over the network.
+            The list is the family's known checkpoint schedule; the network is not used.
 
     Raises:
-        ValueError: If no checkpoints of that name are known.
+        ValueError: If no checkpoints are known for that name.
     """
     from transformer_lens.tools.model_registry import checkpoints as registry
 
@@ -156,7 +156,7 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model's name is a path on this machine, or meant as one."""
+    """Whether a model name is a local path, or looks like one."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
@@ -178,7 +178,7 @@ def _check_folder(name: str) -> None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A small JSON file of a model's folder: read here first, within bounds."""
+    """Read a small JSON file of a model folder, with limits on its size."""
     if regular_size(path) > _LARGEST_SETTINGS:
         raise ValueError(f"{str(path)!r} has {regular_size(path):,} bytes, more than settings need")
     try:
@@ -191,7 +191,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes that the weights in the folder cannot have, before a model of these sizes is made."""
+    """Raise ValueError if the config asks for sizes that the weight files are too small for, before any allocation."""
     weights = _weight_files(folder)
     most = _most_weights(folder)
     for at in (config, config.get("text_config")):
@@ -216,17 +216,17 @@ def _most_weights(folder: Path) -> int:
 
 
 def _most_layers(weights: list[Path]) -> int:
-    """A layer has a tensor at least; where tensors cannot be counted, what no model has."""
+    """Bound the number of layers by the number of tensors; if they cannot be counted, by a number no model reaches."""
     if any(file.suffix != ".safetensors" for file in weights):
         return _MOST_LAYERS
     try:
         return min(_MOST_LAYERS, sum(map(count_tensors, weights)))
     except ValueError:
-        return _MOST_LAYERS  # damaged: loading will say so
+        return _MOST_LAYERS  # a damaged file: loading it raises the error
 
 
 def _check_matrices(folder: str) -> None:
-    """Refuse matrices larger than all the weights in the folder: also those of sizes that only the library knows."""
+    """Raise ValueError if a matrix would be larger than all weight files, also for sizes that transformers defaults."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
@@ -239,13 +239,13 @@ def _check_matrices(folder: str) -> None:
 
 
 def _check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub once, so that a wrong name or a missing network is said at once and not after many retries."""
+    """Query the hub once, so that a wrong name or a missing network fails at once instead of after many retries."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return  # downloaded before: no network is needed
+            return  # in the local cache: no network is needed
     except HFValidationError as error:
         raise ValueError(
             f"{name!r} is not 'reference', a folder, or a hub id such as 'EleutherAI/pythia-70m'"
@@ -258,7 +258,7 @@ def _check_hub(name: str, revision: str | None) -> None:
 
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: str = "") -> Iterator[None]:
-    """Say in one line what went wrong with the hub; `kind` is what was wanted there, for example `model`."""
+    """Turn hub errors into one-line errors; `kind` is what was requested, for example `model`."""
     from huggingface_hub import errors
 
     try:
@@ -291,7 +291,7 @@ def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: st
 
 
 def _http_error() -> type[Exception]:
-    """The base of all errors of the HTTP library that huggingface_hub uses; which one depends on its version."""
+    """Return the base error class of the HTTP library behind huggingface_hub, which depends on its version."""
     from huggingface_hub.utils import get_session
 
     return import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
@@ -299,11 +299,11 @@ def _http_error() -> type[Exception]:
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn the many-line complaints of the loading libraries into one line that says what failed."""
+    """Turn the multi-line errors of the loading libraries into one line that says what failed."""
     try:
         yield
-    except BaseException as error:  # a damaged file can raise nearly anything
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+    except BaseException as error:  # a damaged file can raise almost anything
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust extension
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{what}: {reason.strip()[:300]}") from error
@@ -311,7 +311,7 @@ def _one_line(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without messages, and without the question whether code that comes with a model may run: it may not."""
+    """Silence transformers, and never ask whether code that ships with a model may run: it may not."""
     from transformers import dynamic_module_utils
     from transformers.utils import logging
 

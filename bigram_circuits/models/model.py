@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     class Model(Protocol):
-        """What this package uses of a TransformerLens `TransformerBridge`, as `load_model` gives one."""
+        """The part of TransformerLens' `TransformerBridge` that this package uses; `load_model` returns one."""
 
         cfg: Any
         """Its configuration: `n_layers`, `d_model`, `d_vocab`, `device`, `dtype`, `model_name`, ..."""
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         blocks: Any
         """Its transformer blocks."""
         adapter: Any
-        """What TransformerLens knows of its architecture."""
+        """TransformerLens' adapter for its architecture."""
         original_model: Any
-        """The Hugging Face model within."""
+        """The wrapped Hugging Face model."""
         hook_dict: Mapping[str, Any]
         """Its hook points by name."""
         ln_final: Any
@@ -48,23 +48,23 @@ if TYPE_CHECKING:
             ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Logits [batch, pos, d_vocab] of token ids, or of text."""
+            """Compute logits [batch, pos, d_vocab] for token ids or text."""
             ...
 
         def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-            """A forward pass with functions at hook points."""
+            """Run a forward pass with functions at hook points."""
             ...
 
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-            """A forward pass, and all its activations."""
+            """Run a forward pass and return its output and all activations."""
             ...
 
         def to_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
-            """Token ids of text."""
+            """Tokenise text into token ids."""
             ...
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            """Text that goes on from a prompt."""
+            """Generate a continuation of a prompt."""
             ...
 
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
             ...
 
         def eval(self) -> Any:
-            """Put it into eval mode."""
+            """Switch to eval mode."""
             ...
 else:
     Model = Any

@@ -1,9 +1,9 @@
-"""The maskable weights of a hooked model: one canonical address each, and where the forward pass reads it.
+"""The maskable weights of a hooked model: a canonical name for each, and the module it is read from.
 
-A site is an attention or MLP weight matrix of a block, named as TransformerLens names it (`blocks.0.attn.W_Q`), in
-TransformerLens' axes, with key and value heads counted once each (not repeated for grouped queries). It is read from
-the leaf modules that the forward pass of a `TransformerBridge` really uses; fused query-key-value matrices that the
-bridge has split are dead and are not sites.
+A site is an attention or MLP weight matrix of a block, with TransformerLens' name (`blocks.0.attn.W_Q`) and axes.
+With grouped-query attention, each key and value head appears once, not repeated per query head. Weights are taken from
+the leaf modules that the forward pass of a `TransformerBridge` actually uses; fused query-key-value matrices that the
+bridge has split are no longer used and are not sites.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATTENTION = {
     "v": ("W_V", "head d_model d_head", "(head d_head) d_model"),
     "o": ("W_O", "head d_head d_model", "d_model (head d_head)"),
 }
-_CONV1D = {  # the axes of a linear layer's weight, where it is stored transposed
+_CONV1D = {  # from the axes of a linear layer's weight to those of a Conv1D's, which is transposed
     "(head d_head) d_model": "d_model (head d_head)",
     "d_model (head d_head)": "(head d_head) d_model",
     "d_mlp d_model": "d_model d_mlp",
@@ -46,22 +46,22 @@ _MLP = {
 
 
 class WeightGate(nn.Module, ABC):
-    """What masks put on a leaf module's weight, as a torch parametrization; `full_weights` switches it off."""
+    """A torch parametrization that masks a leaf module's weight; `full_weights` switches it off."""
 
     active = True
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight as the forward pass sees it."""
+        """Return the weight as the forward pass sees it."""
         return self.gate(weight) if self.active else weight
 
     @abstractmethod
     def gate(self, weight: Tensor) -> Tensor:
-        """The masked weight."""
+        """Return the masked weight."""
 
 
 @contextmanager
 def full_weights(model: Model) -> Iterator[None]:
-    """Within the block, a model that is masked or gated runs on all its weights."""
+    """Within the `with` block, a masked or gated model runs with all its weights."""
     gates = [module for module in model.modules() if isinstance(module, WeightGate) and module.active]
     for gate in gates:
         gate.active = False
@@ -93,7 +93,7 @@ class WeightSite:
 
     @property
     def matrix(self) -> str:
-        """For example `W_Q`."""
+        """Name of the matrix within its component, for example `W_Q`."""
         return WeightName.parse(self.name).matrix
 
     @property
@@ -103,7 +103,7 @@ class WeightSite:
 
     @property
     def original(self) -> Tensor:
-        """The frozen weight as stored, [stored_axes], without any mask that is on it now."""
+        """The frozen weight as stored (`stored_axes`), without any mask currently applied."""
         weight = _stored_weight(self.leaf)
         assert weight is not None, f"the leaf of {self.name} has no weight"
         return weight
@@ -114,7 +114,7 @@ class WeightSite:
         return self.from_stored(self.original.detach())
 
     def to_stored(self, canonical: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Rearrange a tensor of canonical shape as the leaf module stores it."""
+        """Rearrange a tensor from canonical shape to the leaf module's layout."""
         return rearrange(canonical, f"{self.axes} -> {self.stored_axes}")
 
     def from_stored(self, stored: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -124,12 +124,12 @@ class WeightSite:
 
 
 def weight_sites(model: Model) -> tuple[WeightSite, ...]:
-    """Every maskable weight of a `TransformerBridge`, in the order of its blocks.
+    """List every maskable weight of a `TransformerBridge`, block by block.
 
     Raises:
-        ValueError: If the model has no blocks, a block's attention or MLP is not made of plain weight matrices that
-            fit together, or a block has other weight matrices besides (mixtures of experts, state-space and hybrid
-            blocks), or blocks share weights: a model is masked whole or not at all.
+        ValueError: If the model cannot be masked as a whole: it has no blocks, a block's attention or MLP is not made
+            of plain weight matrices that fit together, a block has further weight matrices (mixtures of experts,
+            state-space and hybrid blocks), or blocks share weights.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None or len(blocks) == 0:
@@ -143,15 +143,15 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
 
 
 _HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-"""Models within a `hashed_once` block, with their hash as soon as it was asked for."""
+"""Models within a `hashed_once` block, with their hash once it has been computed."""
 
 
 @contextmanager
 def hashed_once(model: Model) -> Iterator[None]:
-    """Within the block, `weight_hash` of this model is computed once, at most: hashing reads every weight.
+    """Within the `with` block, compute this model's `weight_hash` at most once, since hashing reads every weight.
 
-    For the length of one public call, within which nobody edits the weights. Outside of it every call computes the hash
-    anew, because an edit through `.data` cannot be seen. Blocks of one model may be nested.
+    Use it for the duration of one public call, during which nobody edits the weights. Elsewhere every call recomputes
+    the hash, because an edit through `.data` cannot be detected. May be nested for the same model.
     """
     if model in _HASHED_ONCE:
         yield
@@ -164,9 +164,9 @@ def hashed_once(model: Model) -> Iterator[None]:
 
 
 def weight_hash(model: Model) -> str:
-    """A hash of all maskable weights: tells models and checkpoints apart, whatever precision they were loaded in.
+    """Hash all maskable weights, to tell models and checkpoints apart.
 
-    Weights are rounded to bfloat16 first, so one checkpoint hashes alike in float32 and in bfloat16.
+    Weights are rounded to bfloat16 first, so a checkpoint has the same hash in float32 and in bfloat16.
     """
     if model not in _HASHED_ONCE:
         return _hash_of_sites(model)
@@ -198,7 +198,7 @@ def _attention_sites(model: Model, layer: int, block: nn.Module) -> list[WeightS
     sizes = {name: leaf.sizes for name, leaf in found.items()}  # (outputs, inputs)
     over_heads, d_model = sizes["W_O"][1], sizes["W_O"][0]
     heads = model.cfg.n_heads
-    d_head = over_heads // heads  # not cfg.d_head, which is d_model / n_heads where a config does not say
+    d_head = over_heads // heads  # not cfg.d_head, which falls back to d_model / n_heads
     where = f"this model cannot be masked: {in_block(layer, 'attn')}"
     if over_heads != heads * d_head:
         raise ValueError(f"{where}.W_O reads {over_heads} values, not a multiple of the {heads} heads")
@@ -253,13 +253,13 @@ class _Leaf:
 
 
 def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple[str, str, str]]) -> dict[str, _Leaf]:
-    """The leaf modules of a block's attention or MLP, by canonical matrix."""
+    """Find the leaf modules of a block's attention or MLP, by canonical matrix name."""
     part = getattr(block, component, None)
     found: dict[str, _Leaf] = {}
     for attribute, (matrix, axes, linear_axes) in table.items():
         module = getattr(getattr(part, attribute, None), "original_component", None)
         if module is None and attribute == "gate":
-            continue  # a plain MLP
+            continue  # an MLP without a gate
         weight = None if module is None else _stored_weight(module)
         if weight is None or weight.ndim != 2:
             kind = type(getattr(part, "original_component", part)).__name__
@@ -289,9 +289,10 @@ def _stored_weight(module: nn.Module) -> Tensor | None:
 def _check_nothing_is_left_out(
     where: str, part: nn.Module, sites: list[WeightSite], but: tuple[nn.Module, ...] = ()
 ) -> None:
-    """Raise ValueError if a part of a block has a weight matrix that is neither a site, nor a norm's or embedding's.
+    """Raise ValueError if a module of a block has a weight matrix that is neither a site nor a norm's or embedding's.
 
-    A fused matrix stays listed beside the parts it was split into (query-key-value, or gate and up): it is dead.
+    A fused matrix (query-key-value, or gate and up) stays listed after the bridge has split it; it is unused, so it is
+    allowed.
     """
     known = {id(site.original) for site in sites} | {id(weight) for other in but for weight in other.parameters()}
     mine = {site.matrix: site.size for site in sites if site.name.startswith(where + ".")}
@@ -304,7 +305,7 @@ def _check_nothing_is_left_out(
             if weight.ndim < 2 or id(weight) in known:
                 continue
             if not but and weight.ndim == 2 and weight.numel() in fused:
-                fused.remove(weight.numel())  # at most one of each kind
+                fused.remove(weight.numel())  # at most one fused matrix of each kind
                 known.add(id(weight))
                 continue
             path = re.sub(r"_?original_component\.?", "", f"{owner}.{name}").replace("..", ".")

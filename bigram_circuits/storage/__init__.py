@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, one writer at a time, checked when they are read."""
+"""Reading and writing files: atomic writes, one writer at a time, checks on every read."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and JSON that notices damage."""
+"""Atomic writes of files and folders, and JSON with a checksum that detects damage."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from safetensors import SafetensorError
 
 from bigram_circuits.storage.records import read_record, sealed
 
-_LEFTOVER = re.compile(r"\..+\.(json|jsonl|safetensors|html)\.[a-z0-9_]{8}")  # as `whole_file` names them
+_LEFTOVER = re.compile(r"\..+\.(json|jsonl|safetensors|html)\.[a-z0-9_]{8}")  # temporary names given by `whole_file`
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a normal exit it takes that name, on an exception it is removed.
+    """Write a file atomically: yield a temporary path, renamed to `path` on success and removed on an exception.
 
-    File and folder are on the disk when the block is left, so a power loss afterwards takes nothing away.
+    File and folder are synced to disk before the `with` block returns, so a later power loss does no harm.
 
     Raises:
-        OSError: If the file cannot be written, with the final path in the message.
+        OSError: If the file cannot be written; the message names the final path.
     """
     path = Path(path)
     with cannot_write(path):
@@ -49,14 +49,14 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def cannot_write(path: Path, temporary: str | None = None) -> Iterator[None]:
-    """Within the block, an error of the file system says that `path` cannot be written, and why."""
+    """Within the `with` block, re-raise file system errors as "cannot write `path`", with the reason."""
     try:
         yield
     except OSError as error:
         if temporary is not None and error.filename not in (None, temporary):
             raise  # about another file
         raise type(error)(error.errno, f"cannot write {str(path)!r}: {error.strerror}") from error
-    except SafetensorError as error:  # its writer has a word of its own for a full disk
+    except SafetensorError as error:  # its writer wraps the error of a full disk
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -65,7 +65,7 @@ def cannot_write(path: Path, temporary: str | None = None) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can do that for a folder."""
+    """Sync a folder's entries to disk, where the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -75,12 +75,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a process that was killed within `whole_file` left."""
+    """Whether a file is a temporary file left behind by a process killed within `whole_file`."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove such files from a folder, if there is one. Only for who knows that nobody else is writing there."""
+    """Remove such temporary files from a folder, if it exists. Call this only while no other process writes there."""
     if folder.is_dir():
         for path in folder.iterdir():
             if is_leftover(path):
@@ -89,14 +89,14 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on a normal exit it takes that name, on an exception it is removed.
+    """Write a folder atomically: yield a temporary one, renamed to `path` on success and removed on an exception.
 
     Args:
         path: The folder.
-        replace: What is there goes. False: only an empty folder may be there.
+        replace: Whether to replace an existing folder; if False, `path` must not exist or be an empty folder.
 
     Raises:
-        ValueError: If `replace` is False and there is something else than an empty folder.
+        ValueError: If `replace` is False and `path` is anything but an empty folder.
         OSError: If the folder cannot be written.
     """
     path = Path(path)
@@ -111,7 +111,7 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Itera
         if path.exists() and replace:
             path.rename(old)
         elif path.exists():
-            path.rmdir()  # fails if anything came into it
+            path.rmdir()  # fails if it is no longer empty
         fresh.rename(path)
         sync_folder(path.parent)
     finally:
@@ -119,7 +119,7 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Itera
 
 
 def check_new_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless there is nothing at this path, or an empty folder."""
+    """Raise ValueError unless the path does not exist or is an empty folder."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file, but a folder is needed")
@@ -128,33 +128,36 @@ def check_new_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish or undo what was going on in `whole_folder` when its process was killed."""
+    """Finish or undo a `whole_folder` whose process was killed."""
     fresh, old = _beside(path)
-    if old.exists() and not path.exists():  # killed between the two renames: the fresh one was complete
+    if old.exists() and not path.exists():  # killed between the two renames: the new folder is complete
         (fresh if fresh.exists() else old).rename(path)
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    path = path.absolute()  # "." has no name of its own
+    path = path.absolute()  # Path(".").name is empty
     return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
 def checked_json(record: Mapping[str, Any]) -> str:
-    """A record as JSON text, with a checksum of its contents as the last entry."""
+    """Serialise a record to JSON text, with a checksum of its contents as the last entry."""
     return json.dumps(sealed(record), indent=2) + "\n"
 
 
 def read_checked_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The record in a file of JSON, without its checksum. A file that has none, as old ones, is taken as it is.
+    """Read a JSON record and verify its checksum, if it has one (files of early versions do not).
 
     Args:
         path: The file.
-        remedy: What to do if it is damaged; ends the message.
+        remedy: What to do if the file is damaged; appended to the error message.
+
+    Returns:
+        The record without its checksum.
 
     Raises:
-        ValueError: If it is no JSON object, or its contents do not agree with its checksum.
+        ValueError: If the file is not a JSON object, or its contents do not match the checksum.
     """
     try:
         return read_record(path, "is damaged")
@@ -164,7 +167,7 @@ def read_checked_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 @contextmanager
 def damaged(path: Path, remedy: str) -> Iterator[None]:
-    """Within the block, a ValueError says that the file is damaged, and what to do."""
+    """Within the `with` block, re-raise a ValueError as "`path` is damaged", with the reason and the remedy."""
     try:
         yield
     except ValueError as error:
@@ -172,9 +175,9 @@ def damaged(path: Path, remedy: str) -> Iterator[None]:
 
 
 def release_pages(array: np.ndarray) -> None:
-    """Let go of the memory through which a memory-mapped array (or a part of one) was read; no-op for others.
+    """Release the pages of a memory-mapped array (or of a view of one); does nothing for other arrays.
 
-    The pages belong to the file and are given up under pressure anyway, but until then they count as the process's.
+    The system would reclaim these pages under memory pressure anyway, but until then they count towards this process.
     """
     while not isinstance(array, np.memmap) and isinstance(array.base, np.ndarray):
         array = array.base
@@ -184,13 +187,13 @@ def release_pages(array: np.ndarray) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file whole."""
+    """Write a UTF-8 text file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def default_mode(mode: int) -> int:
-    """What the user's umask leaves of a mode: temporary files and folders are born more private than that."""
+    """Apply the user's umask to a mode; temporary files and folders are created with stricter permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mode & ~mask

@@ -1,13 +1,14 @@
-"""One writer for a folder: the file `.lock` in it is locked, and `lock.json` says who holds it.
+"""One writer per folder: the file `.lock` in it is locked, and `lock.json` says which process holds the lock.
 
-The lock is filelock's `flock`. The kernel gives it to one process only and releases it when that process ends, however
-it ends, so a folder whose writer was killed stays usable. `.lock` is empty and remains: to remove a lock file can let
-two processes in. `lock.json` is removed when its writer is done; one that is left over tells who was killed.
+The lock is filelock's `flock`. The kernel grants it to one process at a time and releases it when that process ends,
+however it ends, so a folder whose writer was killed stays usable. `.lock` is empty and is never removed, because
+removing a lock file could let two processes in. `lock.json` is removed when the writer is done; a leftover one names
+the process that was killed.
 
-Where the file system has no `flock`, filelock's `SoftFileLock` is used, for which the existence of `.lock.soft` is the
-lock. A killed process leaves that file. The next one takes it over if the process it names ran on this machine and is
-gone. It cannot look at the processes of another machine: then the folder counts as in use, and the error says which
-file to remove if the process is known to be gone.
+Where the file system has no `flock`, filelock's `SoftFileLock` is used: the existence of `.lock.soft` is the lock. A
+killed process leaves that file behind. The next process takes it over if the one it names ran on this machine and is
+gone. Processes on other machines cannot be checked: then the folder counts as in use, and the error says which file to
+remove if that process is known to be gone.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from bigram_circuits.storage.files import cannot_write, write_text
 
 LOCK = "lock.json"
-"""Name of the file that describes the holder."""
+"""Name of the file that describes the process holding the lock."""
 _FLOCK, _SOFT = ".lock", ".lock.soft"
-_PATIENCE = 0.2  # seconds: whoever has just taken the lock has then written who it is
+_PATIENCE = 0.2  # seconds: long enough for a process that has just taken the lock to write `lock.json`
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
-_LARGEST = 1 << 16  # bytes of `lock.json` that are read
+_LARGEST = 1 << 16  # at most this many bytes of `lock.json` are read
 
 
 class FolderInUseError(OSError):
@@ -42,10 +43,10 @@ class FolderInUseError(OSError):
 
 @contextmanager
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within the block, this thread alone writes the folder, which is made if needed. Blocks may be nested.
+    """Hold the folder's lock within the `with` block; creates the folder if needed. Re-entrant within a thread.
 
     Raises:
-        FolderInUseError: If another process, or another thread, is writing it; the message says which.
+        FolderInUseError: If another process or thread is writing the folder; the message says which process.
         OSError: If the folder cannot be written.
     """
     place = Path(folder).resolve()
@@ -63,7 +64,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def holder(folder: str | os.PathLike[str]) -> str | None:
-    """Describe the process that holds, or last held, a folder's lock; None if there is none."""
+    """Describe the process that holds, or was killed while holding, a folder's lock; None if there is none."""
     record = _read(Path(folder))
     return None if record is None else _describe(record)
 
@@ -74,7 +75,7 @@ def is_lock(path: Path) -> bool:
 
 
 def _acquire(place: Path, shown: str) -> BaseFileLock:
-    """Take the lock; a singleton is re-entrant within a thread."""
+    """Acquire the lock; as a singleton it is re-entrant within a thread."""
     try:
         try:
             lock = FileLock(place / _FLOCK, timeout=_PATIENCE, is_singleton=True, fallback_to_soft=False)
@@ -95,7 +96,7 @@ def _acquire(place: Path, shown: str) -> BaseFileLock:
 
 @contextmanager
 def _signed(place: Path, shown: str) -> Iterator[None]:
-    """Within the block, `lock.json` describes this process; a note says whose lock was taken over, if any."""
+    """Within the `with` block, `lock.json` describes this process; print a note if a dead process's lock was taken."""
     before = _read(place)
     if before:
         print(f"note: {shown!r} was being written by {_describe(before)}, which is gone; going on", file=sys.stderr)
@@ -107,7 +108,7 @@ def _signed(place: Path, shown: str) -> Iterator[None]:
 
 
 def _read(place: Path) -> dict[str, Any] | None:
-    """What `lock.json` says, empty if it makes no sense; None if there is none."""
+    """Read `lock.json`: an empty dict if it is invalid, None if it does not exist."""
     try:
         with (place / LOCK).open("rb") as file:
             record = json.loads(file.read(_LARGEST))

@@ -1,9 +1,9 @@
-"""Files that prove what they hold: JSON records and tensor files with a checksum, read within bounds.
+"""JSON records and tensor files with checksums, read with strict limits.
 
-A file may come from anywhere, and may be damaged or made to do harm. So sizes are checked against the file's own before
-anything is allocated, every value is checked before it is used, names in a file are never used as paths, and whatever
-is wrong is one `ValueError` in one line. A checksum is a BLAKE2b hash of 16 bytes, in hexadecimal. It tells damage; it
-is no signature, for who writes a file can also write its checksum.
+A file may come from anywhere, and may be damaged or malicious. So sizes are checked against the size of the file before
+anything is allocated, every value is checked before it is used, names in a file are never used as paths, and every
+problem is a one-line `ValueError`. A checksum is a 16-byte BLAKE2b hash, in hexadecimal. It detects damage; it is not a
+signature, because whoever writes a file can also write its checksum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-_LARGEST_JSON = 1 << 28  # bytes of a JSON file: parsed, it takes about ten times as much memory
+_LARGEST_JSON = 1 << 28  # bytes of a JSON file; parsed, it takes about ten times as much memory
 _LARGEST_HEADER = 1 << 25  # bytes of a tensor file's header
 _HASHED_AT_ONCE = 1 << 24
 _DEEPEST_JSON = 64  # levels of brackets
@@ -38,23 +38,23 @@ _DTYPES = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-_FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
+_FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor's entry in the header
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 CONTENT, HEADER = "content_checksum", "header_checksum"
-"""Keys of a tensor file's metadata: hashes of its tensors, and of all its metadata with the tensors' names and shapes.
+"""Metadata keys for the hash of a file's tensors, and for the hash of its metadata and its tensors' names and shapes.
 
-The header's can be checked at once; the content's needs the whole file.
+The header checksum can be verified at once; the content checksum needs the entire file.
 """
 
 
 def shown(value: Any) -> str:
-    """What came, for an error: in quotes, on one line, and cut short."""
+    """Format a value for an error message: in quotes, on one line, and shortened."""
     return _SHORT.repr(value)
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written: JSON can hold half of a surrogate pair, which is no character."""
+    """Whether a string can be encoded as UTF-8: JSON strings may contain unpaired surrogates, which cannot."""
     try:
         return value.isascii() or bool(value.encode("utf-8"))
     except UnicodeEncodeError:
@@ -62,11 +62,11 @@ def is_text(value: str) -> bool:
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:
-    """The size of a file in bytes.
+    """Return the size of a regular file in bytes.
 
     Raises:
-        FileNotFoundError: If there is nothing at this path.
-        ValueError: If there is something else than a file: a folder, a pipe, a device.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the path is not a regular file but a folder, a pipe or a device.
     """
     try:
         status = os.stat(path)
@@ -83,10 +83,10 @@ def regular_size(path: str | os.PathLike[str]) -> int:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The values in a JSON text.
+    """Parse JSON text.
 
     Raises:
-        ValueError: In one line, if it is no JSON, names a field twice, or is nested too deeply.
+        ValueError: If it is not valid JSON, names a field twice, or is nested too deeply; the message is one line.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
@@ -97,12 +97,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply, or too large") from error
     except UnicodeError as error:
         raise ValueError("it is not UTF-8 text") from error
-    except ValueError as error:  # numbers of thousands of digits also give one
+    except ValueError as error:  # integers with thousands of digits also raise one
         raise ValueError(_one_line(error)) from error
 
 
 def _depth(text: str) -> int:
-    """How deep the brackets outside of strings go."""
+    """Return the nesting depth of the brackets outside strings."""
     plain = np.frombuffer(_STRING.sub("", text).encode("ascii", "replace"), np.uint8)
     opened, closed = (plain == ord("[")) | (plain == ord("{")), (plain == ord("]")) | (plain == ord("}"))
     return int(np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int64).max(initial=0))
@@ -117,16 +117,16 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of JSON values with its checksum, under `checksum`."""
+    """Return a record of JSON values with its checksum added under `checksum`."""
     plain = json.loads(json.dumps(record))
     return {**plain, "checksum": _of_json(plain)}
 
 
 def unsealed(record: Any) -> dict[str, Any]:
-    """A record without its checksum.
+    """Verify a record's checksum, if it has one, and return the record without it.
 
     Raises:
-        ValueError: If it is no record, or has a checksum that is not that of the rest. One without is taken as it is.
+        ValueError: If it is not a JSON object, or its checksum does not match its contents.
     """
     if not isinstance(record, dict):
         raise ValueError(f"it holds a {type(record).__name__}, not a record with names")
@@ -137,15 +137,15 @@ def unsealed(record: Any) -> dict[str, Any]:
 
 
 def read_record(path: str | os.PathLike[str], complaint: str) -> dict[str, Any]:
-    """The record in a JSON file, its checksum verified if it has one.
+    """Read the record in a JSON file, and verify its checksum if it has one.
 
     Args:
         path: The file.
-        complaint: What to say of a file that is wrong, for example `is not a result that can be read`.
+        complaint: Follows the path in the error message, for example `is not a result that can be read`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no such record, or is too large.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it does not hold a valid record, or is too large.
     """
     size = regular_size(path)
     try:
@@ -169,7 +169,7 @@ def _of_json(record: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The words of an error without line breaks and control characters, which a name in a file may hold."""
+    """Strip an error message of line breaks and control characters, which names in a file may contain."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(error))
     return " ".join(text.split())[:300] or type(error).__name__
 
@@ -178,13 +178,13 @@ def _one_line(error: Exception) -> str:
 
 
 def seal_tensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata for a tensor file, with both checksums."""
+    """Return the metadata of a tensor file with both checksums added."""
     whole = {**metadata, CONTENT: content_checksum(arrays)}
     return {**whole, HEADER: header_checksum(arrays, whole)}
 
 
 def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Hash of all tensors: names, types, shapes and elements, in the order of the names."""
+    """Hash all tensors (names, dtypes, shapes and elements), sorted by name."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -196,16 +196,16 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def header_checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Hash of all metadata but this checksum itself, and of the names, types and shapes of the tensors."""
+    """Hash all metadata except this checksum itself, and the names, dtypes and shapes of the tensors."""
     kept = {name: value for name, value in metadata.items() if name != HEADER}
     return _of_json([kept, {name: [array.dtype.str, array.shape] for name, array in arrays.items()}])
 
 
 def check_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], allowed: set[str]) -> None:
-    """Check the metadata of a tensor file: no names but those allowed, and its header checksum, if it has one.
+    """Check the metadata of a tensor file: only allowed keys, and a matching header checksum, if it has one.
 
     Raises:
-        ValueError: In words that follow `is damaged:`.
+        ValueError: If a check fails; the message reads on after `is damaged:`.
     """
     unknown = set(metadata) - allowed - {CONTENT, HEADER}
     if unknown:
@@ -220,7 +220,7 @@ def check_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
     """Check the content checksum of a tensor file, if it has one.
 
     Raises:
-        ValueError: In words that follow `is damaged:`.
+        ValueError: If it does not match; the message reads on after `is damaged:`.
     """
     if CONTENT in metadata and metadata[CONTENT] != content_checksum(arrays):
         raise ValueError("its checksum is not that of what it holds")
@@ -229,21 +229,21 @@ def check_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
 def read_tensors(
     path: str | os.PathLike[str], complaint: str, *, mapped: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """Read the tensors and the metadata of a safetensors file.
 
     Args:
         path: The file.
-        complaint: What to say of a file that is wrong, for example `is not a subnetwork file`.
-        mapped: Leave the tensors in the file, and read them from there when they are looked at.
+        complaint: Follows the path in the error message, for example `is not a subnetwork file`.
+        mapped: Whether to memory-map the tensors instead of reading them.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, or its tensors are not exactly what follows its header.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a safetensors file, or its tensors do not exactly fill the file after the header.
     """
     size = regular_size(path)
     try:
         start = _check_header_text(path, size)
-        with safe_open(path, framework="np") as file:  # names, types, shapes and places fit together and fill the file
+        with safe_open(path, framework="np") as file:  # checks that offsets are consistent and fill the file
             metadata = file.metadata() or {}
             kinds = {name: _kind(name, file.get_slice(name)) for name in file.offset_keys()}
         arrays = _arrays(kinds, _data(path, start, size, mapped=mapped), start)
@@ -253,7 +253,7 @@ def read_tensors(
 
 
 def count_tensors(path: str | os.PathLike[str]) -> int:
-    """How many tensors a safetensors file names. Raises ValueError if its header cannot be read."""
+    """Count the tensors in a safetensors file. Raises ValueError if its header cannot be read."""
     try:
         _check_header_text(path, regular_size(path))
         with safe_open(path, framework="np") as file:
@@ -263,10 +263,10 @@ def count_tensors(path: str | os.PathLike[str]) -> int:
 
 
 def _check_header_text(path: str | os.PathLike[str], size: int) -> int:
-    """Check what `safe_open` does not: a header within bounds, nothing named twice, no unknown field.
+    """Check what `safe_open` does not: the size of the header, repeated names, and unknown fields.
 
     Returns:
-        Where the tensors begin.
+        The offset at which the tensors begin.
     """
     with Path(path).open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -287,7 +287,7 @@ def _check_header_text(path: str | os.PathLike[str], size: int) -> int:
 
 
 def _kind(name: str, tensor: Any) -> tuple[np.dtype, tuple[int, ...]]:
-    """Type and shape of a tensor that has not been read."""
+    """Return the dtype and shape of a tensor without reading it."""
     dtype, shape = tensor.get_dtype(), tensor.get_shape()
     if dtype not in _DTYPES:
         raise ValueError(f"the tensor {shown(name)} has dtype {shown(dtype)}, not one of {', '.join(_DTYPES)}")
@@ -297,7 +297,7 @@ def _kind(name: str, tensor: Any) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def _data(path: str | os.PathLike[str], start: int, size: int, *, mapped: bool) -> np.ndarray:
-    """The bytes from `start` on, read or mapped."""
+    """Read or memory-map the bytes from `start` on."""
     if mapped and size > start:
         return np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(size - start,))
     data = np.fromfile(path, dtype=np.uint8, count=size - start, offset=start)
@@ -309,7 +309,7 @@ def _data(path: str | os.PathLike[str], start: int, size: int, *, mapped: bool) 
 def _arrays(
     kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], data: np.ndarray, start: int
 ) -> dict[str, np.ndarray]:
-    """The tensors, which lie one after another, as views of the bytes where these are aligned."""
+    """Return the tensors, which are stored consecutively, as views of the bytes where alignment allows."""
     arrays, begin = {}, 0
     for name, (dtype, shape) in kinds.items():
         end = begin + dtype.itemsize * math.prod(shape)
@@ -324,7 +324,7 @@ def _arrays(
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a JSON value is a shape: whole numbers from 0, and not absurdly many or large ones."""
+    """Whether a JSON value is a tensor shape: a list of non-negative integers, within limits on number and size."""
     return (
         isinstance(value, list)
         and len(value) <= _MOST_AXES

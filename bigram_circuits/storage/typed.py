@@ -1,7 +1,7 @@
-"""Frozen dataclasses to JSON values and back, checked: what was written comes back as the same type, or is an error.
+"""Convert frozen dataclasses to JSON values and back, with type checks on reading.
 
-JSON has no NaN: a float that is undefined is written as null, and null read into a float is NaN. A missing field takes
-its default, so that files of earlier versions can be read; a field that is not known is an error.
+JSON has no NaN: NaN is written as null, and null is read as NaN where a float is expected. A missing field takes its
+default, so that files of earlier versions can be read; an unknown field is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 R = TypeVar("R", bound="Record")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
-_LARGEST = 2**63  # whole numbers beyond are of no file of ours
+_LARGEST = 2**63  # no file of ours holds larger integers
 
 
 class Record:
@@ -30,22 +30,22 @@ class Record:
         return getattr(self, name)
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
+        """Return the fields as JSON values."""
         return {name: to_json(getattr(self, name)) for name in _hints(type(self))}
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """JSON values by name as this version writes them, from those of an earlier one."""
+        """Convert the JSON fields of an earlier version to those of this one."""
         return values
 
     @classmethod
     def from_json(cls: type[R], value: Any) -> R:
-        """What `to_json` gave. Raises ValueError, in words that follow `is damaged:`."""
+        """Read back what `to_json` returned. Raises ValueError with a message that reads on after `is damaged:`."""
         return from_json(cls, value)
 
 
 def to_json(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """Convert a value to JSON values."""
     if isinstance(value, Record):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -58,24 +58,24 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: Any, value: Any, what: str = "it") -> Any:
-    """A JSON value as an instance of `kind`: a dataclass, a number, text, a tuple, a mapping, or a union of these.
+    """Read a JSON value as an instance of `kind`: a dataclass, number, string, tuple, mapping, or a union of these.
 
     Raises:
-        ValueError: If the value is something else; the message says where, what came and what was wanted.
+        ValueError: If the value has another type; the message says where, what was found and what was expected.
     """
     return _read(kind, value, what)
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
+    """Return the types of a dataclass's fields, by name."""
     hints = typing.get_type_hints(kind)
     return {one.name: hints[one.name] for one in dataclasses.fields(kind) if one.init}
 
 
 @cache
 def _required(kind: Any) -> set[str]:
-    """The fields of a dataclass that have no default."""
+    """Return the fields of a dataclass that have no default."""
     return {one.name for one in dataclasses.fields(kind) if one.default is one.default_factory is dataclasses.MISSING}
 
 
@@ -114,7 +114,7 @@ def _plain(kind: Any, value: Any, what: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, what: str) -> Any:
-    """The first of the types that the value is; null is None where that is one of them, and 1 is int before float."""
+    """Read a value as the first type of a union that fits: null as None if allowed, and 1 as int before float."""
     if value is None and type(None) in kinds:
         return None
     ordered = sorted((kind for kind in kinds if kind is not type(None)), key=lambda kind: kind is float)

@@ -1,10 +1,10 @@
-"""What every target offers, and how an object of any kind is taken as one.
+"""The interface of targets, and how other objects are wrapped to fit it.
 
 A target is a distribution over the next token. It needs `cross_entropy` and `surprisal`; everything else has a default
-in `Target`. A target may speak about some positions only: `cross_entropy` then gives [batch, n] for the n positions it
-has an opinion on, `positions` names them, and `entropy` and `top1` are about the same ones.
+in `Target`. A target may be defined at some positions only: `cross_entropy` then returns [batch, n] for those n
+positions, `positions` selects them, and `entropy` and `top1` refer to the same ones.
 
-A target with a name on the command line is a module of this folder with a `TARGET`.
+To give a target a name on the command line, add a module with a `TARGET` to this folder.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from bigram_circuits.text.ngrams import NGramTable
 
 
 class Target(ABC):
-    """A distribution over the next token, at every position or at some."""
+    """A distribution over the next token, at all positions or at some of them."""
 
     d_vocab: int | None = None
-    """Size of the vocabulary; None: any."""
+    """Size of the vocabulary; None if any will do."""
     positions: slice = slice(None)
-    """The positions that it speaks about."""
+    """The positions at which it is defined."""
     fingerprint: str | None = None
-    """What tells it from another target of its kind."""
+    """Distinguishes it from other targets of the same class."""
 
     @abstractmethod
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch n"]:
-        """CE from the target's distribution to softmax(logits), nats; differentiable in `logits`."""
+        """Return CE(target, softmax(logits)) in nats; differentiable in `logits`."""
 
     @abstractmethod
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """-log P(actual next token), nats; inf where that probability is 0 or the target has no opinion."""
+        """Return -log P(actual next token) in nats; inf where that probability is 0 or the target is undefined."""
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
-        """Entropy of its distributions, nats; None if it cannot tell, and then KL is undefined."""
+        """Return the entropy of its distributions in nats; None if unknown, in which case KL is undefined."""
         return None
 
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
-        """Its most likely next tokens; None if it cannot tell."""
+        """Return its most likely next tokens; None if unknown."""
         return None
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
-        """Its distributions, dense; None if it cannot tell."""
+        """Return log P(next token), dense; None if unknown."""
         return None
 
     @property
@@ -60,11 +60,11 @@ class Target(ABC):
         return type(self).__name__
 
 
-Target.register(NGramTable)  # which has all of this
+Target.register(NGramTable)  # it implements the full interface
 
 
 class _Foreign(Target):
-    """An object with the methods of a target, made anywhere: what it lacks has the defaults."""
+    """Wraps an object with the methods of a target; missing methods fall back to the defaults."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -99,14 +99,14 @@ class _Foreign(Target):
 
 
 def as_target(target: Any, d_vocab: int) -> Target:
-    """Take an object as a target of a model: the one door that targets come in by.
+    """Check an object and convert it to a `Target`; every target enters the package through here.
 
     Args:
         target: A `Target`, or any object with `cross_entropy` and `surprisal`.
         d_vocab: Size of the model's vocabulary.
 
     Raises:
-        ValueError: If it lacks one of these methods, or has another vocabulary.
+        ValueError: If it lacks one of these methods, or its vocabulary has another size.
     """
     taken = target if isinstance(target, Target) else _foreign(target)
     if taken.d_vocab not in (None, d_vocab):
@@ -118,7 +118,7 @@ def as_target(target: Any, d_vocab: int) -> Target:
 
 
 def is_target(target: Any) -> bool:
-    """Whether an object can be taken as a target."""
+    """Whether an object can be used as a target."""
     needed = ("cross_entropy", "surprisal")
     return not isinstance(target, type) and all(callable(getattr(target, name, None)) for name in needed)
 
@@ -130,7 +130,7 @@ def _foreign(target: Any) -> Target:
 
 
 def entropy(target: Target, tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:
-    """The target's entropy at the n positions it speaks about, nats; nan if the target cannot tell."""
+    """Return the target's entropy at its n positions, in nats; nan if the target does not know it."""
     found = target.entropy(tokens)
     return torch.full((len(tokens), n), torch.nan, device=tokens.device) if found is None else found
 
@@ -138,7 +138,7 @@ def entropy(target: Target, tokens: Integer[Tensor, "batch pos"], n: int) -> Flo
 def top1_agreement(
     target: Target, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"], n: int
 ) -> Float[Tensor, "batch n"]:
-    """1 where logits and target have the same most likely token, at the n positions; nan if the target cannot tell."""
+    """Return 1 where model and target agree on the most likely token, else 0; nan if the target does not know it."""
     theirs = target.top1(tokens)
     if theirs is None:
         return torch.full((len(tokens), n), torch.nan, device=tokens.device)
@@ -147,13 +147,13 @@ def top1_agreement(
 
 @dataclass(frozen=True)
 class TargetKind:
-    """A target that has a name on the command line."""
+    """A kind of target that has a name on the command line."""
 
     make: Callable[[Any, Corpus, int], Target | NGramTable]
-    """Makes it, of a model, a corpus and an order of n-grams."""
+    """Builds the target from a model, a corpus and an n-gram order."""
     label: Callable[[int], str]
-    """Its name in a title, by order: `bigram`."""
+    """Its name in titles, given the n-gram order: `bigram`."""
     meaning: Callable[[int], str]
-    """What it is, in words that follow "reproduce", by order."""
+    """A phrase that completes "reproduce ...", given the n-gram order."""
     uses_order: bool = False
-    """Whether the order matters."""
+    """Whether the n-gram order matters."""

@@ -1,4 +1,4 @@
-"""A model's own induced bigram."""
+"""The bigram distribution that a model itself induces."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bigram_circuits.models.weights import full_weights, weight_hash
 from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order
 
-_LOGITS_AT_ONCE = 1 << 20  # copies of logits are made in pieces of 4 MiB
-_TOKENS_AT_ONCE = 1 << 11  # in one forward pass when fitting
+_LOGITS_AT_ONCE = 1 << 20  # logits are copied in chunks of 4 MiB
+_TOKENS_AT_ONCE = 1 << 11  # tokens per forward pass when fitting
 
 
 class InducedTarget(Target):
-    """A model's own induced bigram: its mean prediction given the current token, over contexts.
+    """A model's induced bigram: its prediction given the current token, averaged over contexts.
 
     P(next | current) is the mean of softmax(logits) over all positions of a text whose token is `current`; a token
-    that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Against
-    the bigram table of the text it tells the model's statistics from the corpus's.
+    that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Comparing
+    it with the text's bigram table separates the model's statistics from those of the corpus.
     """
 
     d_vocab: int
@@ -35,7 +35,7 @@ class InducedTarget(Target):
         """Run the full model once over `tokens`, usually `corpus.train`.
 
         Raises:
-            ValueError: If there is no text, or the table of contexts x vocabulary would take more than 2 GB.
+            ValueError: If `tokens` is empty, or the table of contexts x vocabulary would take more than 2 GB.
         """
         if tokens.size == 0:
             raise ValueError("an induced bigram needs text: there are no tokens")
@@ -57,7 +57,7 @@ class InducedTarget(Target):
     def _fit(
         self, model: Model, tokens: Integer[np.ndarray, "sequence position"], n: int
     ) -> Float[Tensor, "row d_vocab"]:
-        """Mean predictions by row; the last row is the mean over all positions."""
+        """Average the model's predictions by row; the last row is the mean over all positions."""
         totals = torch.zeros(n + 1, self.d_vocab, device=self._row.device)
         counts = torch.zeros(n + 1, device=self._row.device)
         batch_size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
@@ -74,28 +74,28 @@ class InducedTarget(Target):
         return totals / counts[:, None]
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """log P(next | current), dense: for looking at."""  # noqa: D403
+        """Return log P(next | current), dense: for inspection."""
         return self._probs[self._row[tokens.long()]].log()
 
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
-        """CE from the induced bigram to softmax(logits)."""
+        """Return CE(induced bigram, softmax(logits)) in nats."""
         rows, flat = self._row[tokens.flatten().long()], logits.flatten(0, 1)
         pieces = zip(*(x.split(max(1, _LOGITS_AT_ONCE // self.d_vocab)) for x in (rows, flat)), strict=True)
         losses = [part.float().logsumexp(-1) - (self._probs[row] * part.float()).sum(-1) for row, part in pieces]
         return torch.cat(losses).view(tokens.shape)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """-log P(actual next token)."""
+        """Return -log P(actual next token) in nats."""
         return -self._probs[self._row[tokens[:, :-1].long()], tokens[:, 1:].long()].log()
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-        """Entropy of the induced bigram."""
+        """Return the entropy of the induced bigram in nats."""
         return torch.special.entr(self._probs).sum(-1)[self._row[tokens.long()]]
 
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
-        """Its most likely next token."""
+        """Return the most likely next tokens."""
         return self._probs.argmax(-1)[self._row[tokens.long()]]
 
 

@@ -1,4 +1,4 @@
-"""A model's own distribution over the next token: optimal pruning."""
+"""A model's own next-token distribution, the target of optimal pruning."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bigram_circuits.targets.base import Target, TargetKind
 
 
 class ModelTarget(Target):
-    """A model's own distribution over the next token: what optimal pruning asks for.
+    """A model's own next-token distribution: the target of optimal pruning.
 
-    The model may be the one that is being masked: for the target it runs on all its weights.
+    The model may be the one that is being masked; the target always uses its full weights.
     """
 
     d_vocab: int
@@ -27,7 +27,7 @@ class ModelTarget(Target):
         self._last: tuple[Tensor, Tensor] | None = None
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """log softmax of the full model's logits; that of the last batch is remembered."""  # noqa: D403
+        """Return log softmax of the full model's logits; the result for the last batch is cached."""
         if self._last is None or not torch.equal(self._last[0], tokens):
             with torch.inference_mode(False), torch.no_grad(), full_weights(self.model):
                 log_probs = self.model(tokens.clone()).float().log_softmax(-1)
@@ -37,21 +37,21 @@ class ModelTarget(Target):
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
-        """CE from the full model's distribution to softmax(logits)."""
+        """Return CE(full model, softmax(logits)) in nats."""
         return -(self.log_probs(tokens).exp() * logits.float().log_softmax(-1)).sum(-1)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """The full model's surprisal of the actual next token."""
+        """Return the full model's surprisal of the actual next token, in nats."""
         following = tokens[:, 1:, None].long()
         return -self.log_probs(tokens)[:, :-1].gather(2, following).squeeze(2)
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-        """Entropy of the full model's distribution."""
+        """Return the entropy of the full model's distribution, in nats."""
         log_probs = self.log_probs(tokens)
         return -(log_probs.exp() * log_probs).sum(-1)
 
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
-        """The full model's most likely token."""
+        """Return the full model's most likely next tokens."""
         return self.log_probs(tokens).argmax(-1)
 
 

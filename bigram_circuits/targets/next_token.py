@@ -1,4 +1,4 @@
-"""The actual next token."""
+"""The actual next token as a target."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bigram_circuits.targets.base import Target, TargetKind
 
 
 class NextTokenTarget(Target):
-    """The actual next token: all probability on it. The CE is a language model's own loss.
+    """All probability on the actual next token, so that the CE is the usual language-modelling loss.
 
-    Its surprisal is 0 everywhere, so a correlation with it is undefined. It says nothing about the last position.
+    Its surprisal is 0 everywhere, so a correlation with it is undefined. It is not defined at the last position.
     """
 
     positions = slice(0, -1)
@@ -21,7 +21,7 @@ class NextTokenTarget(Target):
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos_minus_1"]:
-        """-log softmax(logits) of the actual next token."""
+        """Return -log softmax(logits) of the actual next token."""
         following = tokens[:, 1:].to(logits.device, torch.long)
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), following.flatten(), reduction="none"
@@ -29,15 +29,15 @@ class NextTokenTarget(Target):
         return loss.view(following.shape)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """0: the actual next token has probability 1."""
+        """Return 0, since the actual next token has probability 1."""
         return torch.zeros(tokens[:, 1:].shape, device=tokens.device)
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """0."""
+        """Return 0, since all probability is on one token."""
         return self.surprisal(tokens)
 
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos_minus_1"]:
-        """The actual next token."""
+        """Return the actual next tokens."""
         return tokens[:, 1:].long()
 
 

@@ -1,4 +1,4 @@
-"""The n-gram table of the text."""
+"""The n-gram table of the training text as a target."""
 
 from __future__ import annotations
 

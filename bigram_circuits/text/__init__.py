@@ -1,1 +1,1 @@
-"""Text to tokens, and tokens to n-gram counts; no model."""
+"""From text to tokens, and from tokens to n-gram counts; no model involved."""

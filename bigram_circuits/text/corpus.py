@@ -1,9 +1,9 @@
-"""Text to fixed-length token arrays, split by document into a training and a held-out part.
+"""Turn text into fixed-length token arrays, split by document into a training and a held-out part.
 
-One pass over the source: documents are tokenised in batches, each is preceded by the tokenizer's end-of-text token,
-and the stream of each part is cut into sequences of `context_length` tokens (a last, shorter one is dropped).
-A document goes to the held-out part when the hash of its text falls below the held-out share. So the split needs
-no list of documents, equal documents always fall on the same side, and text may be larger than memory: arrays past
+The source is read once. Documents are tokenised in batches, each is preceded by the tokenizer's end-of-text token, and
+the token stream of each part is cut into sequences of `context_length` tokens (a shorter remainder is dropped).
+A document is held out if the hash of its text falls below the held-out share. The split therefore needs no list of
+documents, and identical documents always land in the same part. Text may be larger than memory: arrays beyond
 `_IN_MEMORY_TOKENS` are written to an unnamed temporary file and memory-mapped from there.
 """
 
@@ -29,27 +29,27 @@ from bigram_circuits.storage.records import is_text, shown
 from bigram_circuits.text.sources import open_source
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
-_BATCH_CHARACTERS = 1 << 20  # text tokenised at once
-_SMALL_CORPUS_DOCUMENTS = 512  # up to here the held-out part is topped up to one whole sequence
-_DEFAULT_CONTEXT_LENGTH = 128  # the paper's
+_BATCH_CHARACTERS = 1 << 20  # characters tokenised at once
+_SMALL_CORPUS_DOCUMENTS = 512  # with fewer documents, the held-out part is topped up to one full sequence
+_DEFAULT_CONTEXT_LENGTH = 128  # as in the paper
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of a text, in two parts that share no document."""
+    """A tokenised text in two parts that share no document."""
 
     train: Integer[np.ndarray, "train_sequence position"]
-    """int32 token ids to learn and count from; a memory map when large."""
+    """int32 token ids for learning masks and counting n-grams; memory-mapped when large."""
     held_out: Integer[np.ndarray, "held_out_sequence position"]
-    """int32 token ids of other documents, to evaluate on; a memory map when large."""
+    """int32 token ids of other documents, for evaluation; memory-mapped when large."""
     source: str
-    """What was read, in words."""
+    """Description of what was read."""
     documents: tuple[int, int]
-    """How many documents each part was cut from: (training, held out)."""
+    """Number of documents in each part: (training, held out)."""
     fingerprint: str
     """Hash of both arrays: equal exactly when tokens, split and context length are equal."""
     tokenizer_hash: str
-    """Hash of the tokenizer's vocabulary: tells tokenizers apart whatever their name."""
+    """Hash of the tokenizer's vocabulary, which identifies the tokenizer whatever its name."""
 
     @classmethod
     def from_tokens(
@@ -58,10 +58,10 @@ class Corpus:
         held_out: Integer[np.ndarray, "held_out_sequence position"],
         source: str = "tokens",
     ) -> Corpus:
-        """A corpus of token ids that were made some other way, for example a task's prompts.
+        """Build a corpus from token ids that come from elsewhere, for example the prompts of a task.
 
         Raises:
-            ValueError: If they are not whole numbers [sequence, position], from 0 to below 2**31.
+            ValueError: If they are not integers of shape [sequence, position], from 0 to 2**31 - 1.
         """
         parts = [_as_ids(part) for part in (train, held_out)]
         counts = (len(parts[0]), len(parts[1]))
@@ -69,7 +69,7 @@ class Corpus:
 
     @property
     def context_length(self) -> int:
-        """Tokens in a sequence."""
+        """Number of tokens in a sequence."""
         return self.train.shape[1]
 
     def __repr__(self) -> str:
@@ -94,23 +94,23 @@ def load_corpus(
     Args:
         source: `"reference"` (the documentation of the running interpreter); a text file, a JSONL or Parquet file,
             or a folder of them; a list of paths (`pathlib.Path`) or of documents (`str`); a Hugging Face dataset
-            (the object, or its name, `"name"` or `"name:configuration"`, of which the `train` split is streamed).
+            (the object, or its name as `"name"` or `"name:configuration"`, whose `train` split is streamed).
         tokenizer: A Hugging Face tokenizer, for example `model.tokenizer`.
-        context_length: Tokens in a sequence; 128 if not given.
-        held_out: Share of the documents to hold out, 0 to 1 (0: none).
-        seed: Chooses which documents are held out. The reference corpus always holds out the documents that the
-            reference model was not trained on (a share of 0.05), whatever the seed.
+        context_length: Number of tokens in a sequence; 128 by default.
+        held_out: Share of the documents to hold out, from 0 (none) to below 1.
+        seed: Seed that selects the held-out documents. For the reference corpus it is ignored: the held-out documents
+            are always those that the reference model was not trained on (a share of 0.05).
         max_tokens: Stop reading after this many tokens.
         text_column: The field that holds the text in JSONL, Parquet and datasets.
 
     Returns:
         A `Corpus`. A plain text file is cut into documents (passages of whole lines, about 2,000 characters, ending
-        at a blank line where there is one); in the other formats a record is a document.
+        at a blank line where possible); in the other formats each record is a document.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If an argument is out of range, the text is not UTF-8, a field is missing, or there is too
-            little text for one sequence in each part.
+        ValueError: If an argument is out of range, the text is not UTF-8, a field is missing, or there is not
+            enough text for one sequence in each part.
     """
     context_length = _DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
     if context_length < 2:
@@ -140,10 +140,10 @@ def _as_ids(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
 def batch_of(
     tokens: Integer[np.ndarray, "sequence position"], batch_size: int, *, step: int, seed: int = 0
 ) -> Integer[Tensor, "batch position"]:
-    """The batch of training step `step`: sequences in a random order that is drawn anew for every epoch.
+    """Return the batch of training step `step`: sequences in a random order that is reshuffled every epoch.
 
-    A pure function of its arguments, so a run that resumes at a step sees the batches it would have seen. An epoch
-    leaves out the few sequences, other ones each time, that do not fill a last batch.
+    The batch depends only on the arguments, so a resumed run sees the same batches. The sequences left over at the end
+    of an epoch, which do not fill a batch, are skipped; they differ from epoch to epoch.
     """
     if len(tokens) == 0:
         raise ValueError("there are no sequences to draw a batch from")
@@ -153,7 +153,7 @@ def batch_of(
     return torch.from_numpy(tokens[rows].astype(np.int64))
 
 
-@lru_cache(maxsize=1)  # drawing it takes longer than a training step once there are millions of sequences
+@lru_cache(maxsize=1)  # with millions of sequences, shuffling takes longer than a training step
 def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Integer[np.ndarray, " sequence"]:
     order = np.random.default_rng((seed, epoch)).permutation(n_sequences)
     order.setflags(write=False)
@@ -163,16 +163,16 @@ def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Integer[np.ndarray,
 def in_order(
     tokens: Integer[np.ndarray, "sequence position"], batch_size: int
 ) -> Iterator[Integer[Tensor, "batch position"]]:
-    """All sequences once, in order; the last batch may be smaller."""
+    """Yield all sequences once, in order; the last batch may be smaller."""
     for start in range(0, len(tokens), batch_size):
         yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
 
 
 def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
-    """Held-out token ids as an array: of a `Corpus` its held-out part; else an array or tensor, checked.
+    """Return held-out token ids as an array, from a `Corpus` (its held-out part), an array or a tensor.
 
     Raises:
-        ValueError: If it is not [sequence, position] with at least one sequence of two tokens.
+        ValueError: If the ids are not integers of shape [sequence, position], at least one sequence of two tokens.
     """
     array = tokens.held_out if isinstance(tokens, Corpus) else tokens
     if isinstance(array, Tensor):
@@ -188,7 +188,7 @@ def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
 def spread(
     tokens: Integer[np.ndarray, "sequence position"], max_tokens: int
 ) -> Integer[np.ndarray, "some_sequence position"]:
-    """At most `max_tokens` tokens of a text: whole sequences, evenly spread over it."""
+    """Select at most `max_tokens` tokens of a text: full sequences, evenly spaced (at least one)."""
     if max_tokens < 1:
         raise ValueError(f"at least 1 token must be used, not {max_tokens}")
     wanted = min(len(tokens), max(1, max_tokens // tokens.shape[1]))
@@ -196,21 +196,21 @@ def spread(
 
 
 def document_position(key: str, salt: str = "reference") -> float:
-    """A fixed pseudo-random number in [0, 1) for a document; the held-out ones are those below the held-out share.
+    """Hash a document to a number in [0, 1); a document below the held-out share is held out.
 
-    `key` is the document's text (for the reference corpus: its name), `salt` the seed (there: `"reference"`).
+    `key` is the document's text and `salt` the seed; for the reference corpus, the document's name and `"reference"`.
     """
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6, key=salt.encode()[:64]).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
-# --- sources -----------------------------------------------------------------------------------------------------
+# --- tokenising and splitting ------------------------------------------------------------------------------------
 
 
 def _tokenize(
     documents: Iterable[tuple[str, str]], tokenizer: Any, salt: str, max_tokens: int | None, n_bytes: int | None
 ) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
-    """Yield (position of the document's key in [0, 1) under a salted hash, its token ids with a separator first)."""
+    """Yield, for each document, its `document_position` and its token ids, starting with a separator."""
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     start = [] if separator is None else [separator]
     total = 0
@@ -249,7 +249,7 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
 def _split(
     documents: Iterator[tuple[float, Integer[np.ndarray, " token"]]], held_out: float, context_length: int, source: str
 ) -> tuple[Integer[np.ndarray, "a position"], Integer[np.ndarray, "b position"], tuple[int, int]]:
-    """Send each document to one of two token files, by its hash."""
+    """Split documents by their hash; return the sequences of both parts and their document counts."""
     first = list(itertools.islice(documents, _SMALL_CORPUS_DOCUMENTS))
     threshold = held_out
     if held_out > 0 and len(first) < _SMALL_CORPUS_DOCUMENTS:
@@ -269,7 +269,7 @@ def _split(
 
 
 def _threshold_for_one_sequence(documents: list[tuple[float, Integer[np.ndarray, " _"]]], context_length: int) -> float:
-    """The lowest threshold that puts at least `context_length` tokens below it."""
+    """Find the lowest threshold with at least `context_length` tokens below it."""
     total = 0
     for position, tokens in sorted(documents, key=lambda document: document[0]):
         total += len(tokens)
@@ -279,7 +279,7 @@ def _threshold_for_one_sequence(documents: list[tuple[float, Integer[np.ndarray,
 
 
 class _TokenFile:
-    """Grows by documents; past a size it lives on disk. `sequences()` ends it."""
+    """A growing array of tokens that moves to disk once it is large; `sequences()` finishes it."""
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
@@ -299,7 +299,7 @@ class _TokenFile:
 
     def _write(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="bigram_circuits_")  # noqa: SIM115 (closed when it is mapped)
+            self._file = tempfile.TemporaryFile(prefix="bigram_circuits_")  # noqa: SIM115 (closed in `sequences`)
         np.concatenate(self._blocks).tofile(self._file)
         self._blocks, self._waiting = [], 0
 
@@ -310,7 +310,7 @@ class _TokenFile:
             return tokens[: shape[0] * shape[1]].reshape(shape)
         if self._blocks:
             self._write()
-        with self._file as file:  # the map keeps the file's contents when it is closed
+        with self._file as file:  # the memory map outlives the closed file
             file.flush()
             return np.memmap(file, dtype=np.int32, mode="r", shape=shape)
 

@@ -1,9 +1,9 @@
-"""Counting n-grams: a counter that accumulates, and yields the frozen table.
+"""Count n-grams with an accumulating counter and freeze the counts into a table.
 
-An n-gram of token ids is one integer key in base `d_vocab`. A chunk of keys is sorted and its runs are
-measured; the distinct keys then begin the next chunk. A chunk has a fixed size at first and later some times as many
-keys as are distinct, so sorting these again costs a bounded share, and memory is in proportion to the distinct n-grams
-and the first chunk, whatever the length of the text.
+An n-gram of token ids is one integer key in base `d_vocab`. Keys are collected in a buffer, which is sorted and reduced
+to distinct keys with counts when it is full. The buffer has a fixed size at first, and later a fixed multiple of the
+number of distinct keys, so re-sorting costs a bounded share of the time, and memory grows with the number of distinct
+n-grams, not with the length of the text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.text.ngrams import Level, NGramTable
 
-_TOKENS_AT_ONCE = 1 << 19  # tokens made into n-grams at once: what fits in a cache
-_CHUNK_KEYS = 1 << 25  # n-grams that are sorted at once: 128 MiB of uint32,
-_KEYS_PER_DISTINCT = 4  # or so many for every distinct one there is
-_ENTRIES_AT_ONCE = 1 << 16  # row entries worked out at once
+_TOKENS_AT_ONCE = 1 << 19  # tokens turned into n-grams at once, to fit in the CPU cache
+_CHUNK_KEYS = 1 << 25  # n-grams sorted at once (128 MiB of uint32) ...
+_KEYS_PER_DISTINCT = 4  # ... or this many per distinct n-gram, if that is more
+_ENTRIES_AT_ONCE = 1 << 16  # row entries computed at once
 
 
 def count_ngrams(
@@ -32,15 +32,16 @@ def count_ngrams(
     *,
     d_vocab: int,
 ) -> NGramTable:
-    """Count n-grams within sequences and return the frozen table of P(next | the `order - 1` tokens before).
+    """Count n-grams within sequences and return the frozen table of P(next | previous `order - 1` tokens).
 
     Args:
-        tokens: Integer token ids [sequence, position], in memory or memory-mapped; never joined across sequences.
+        tokens: Integer token ids [sequence, position], in memory or memory-mapped; n-grams never span two sequences.
         order: 1 (unigrams), 2 (bigrams) or 3 (trigrams).
-        d_vocab: Size of the vocabulary, the model's: `model.cfg.d_vocab`.
+        d_vocab: Size of the model's vocabulary: `model.cfg.d_vocab`.
 
     Raises:
-        ValueError: If the order is not 1, 2 or 3, a token is outside the vocabulary, or no n-gram fits in the text.
+        ValueError: If the order is not 1, 2 or 3, a token is outside the vocabulary, or every sequence is shorter than
+            `order` tokens.
     """
     counter = NGramCounter(order, d_vocab)
     array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
@@ -57,7 +58,7 @@ def count_ngrams(
 
 
 class NGramCounter:
-    """Accumulates counts of all n-grams up to `order`; `freeze()` yields the table."""
+    """Accumulates counts of all n-grams up to `order`; `freeze()` returns the table."""
 
     def __init__(self, order: int, d_vocab: int) -> None:
         if order not in (1, 2, 3):
@@ -66,11 +67,11 @@ class NGramCounter:
             raise ValueError(f"cannot count {order}-grams over a vocabulary of {d_vocab}")
         self.order = order
         self.d_vocab = d_vocab
-        # every shorter n-gram begins a longer one, unless it is the last of its sequence: only those are counted
+        # a shorter n-gram is the start of a longer one unless it ends its sequence; only those are counted separately
         self._counts = [_Counts(_key_type(n, d_vocab)) for n in range(1, order + 1)]
 
     def add(self, tokens: Integer[np.ndarray, "sequence position"]) -> None:
-        """Count the n-grams of some sequences. Raises ValueError on a token outside the vocabulary."""
+        """Add the n-grams of some sequences. Raises ValueError if a token is outside the vocabulary."""
         if tokens.size == 0:
             return
         if tokens.dtype.kind not in "iu":
@@ -85,11 +86,11 @@ class NGramCounter:
             if n < self.order:
                 counts.add(_keys(tokens[:, -n:], n, self.d_vocab))
                 continue
-            for at in range(0, tokens.shape[1], _TOKENS_AT_ONCE):  # a long sequence in pieces
+            for at in range(0, tokens.shape[1], _TOKENS_AT_ONCE):  # split long sequences
                 counts.add(_keys(tokens[:, at : at + _TOKENS_AT_ONCE + n - 1], n, self.d_vocab))
 
     def freeze(self) -> NGramTable:
-        """The table of everything counted so far. Raises ValueError if that is no n-gram of the full order."""
+        """Return the table of everything counted so far. Raises ValueError if no n-gram of the full order was seen."""
         keys, counts = self._counts[-1].all()
         if not len(keys):
             raise ValueError(f"the text has no {self.order}-gram: every sequence is shorter than {self.order} tokens")
@@ -104,11 +105,11 @@ class NGramCounter:
 
 
 class _Counts:
-    """How often each key came. When the buffer is full, every distinct key stays in it, once."""
+    """Occurrences of each key. When the buffer is full, it is reduced to one copy of each distinct key."""
 
     def __init__(self, dtype: type[np.unsignedinteger]) -> None:
         self._buffer, self._filled = np.empty(0, dtype), 0
-        self._repeated, self._besides = np.empty(0, dtype), np.empty(0, np.int64)  # keys, how often besides that
+        self._repeated, self._besides = np.empty(0, dtype), np.empty(0, np.int64)  # keys, and further occurrences
 
     def add(self, keys: np.ndarray) -> None:
         while keys.size:
@@ -120,7 +121,7 @@ class _Counts:
             keys = keys[len(part) :]
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct keys in order, and how often each came."""
+        """Return the distinct keys in order, and how often each occurred."""
         keys, counts = _run_lengths(self._buffer[: self._filled])
         counts[np.searchsorted(keys, self._repeated)] += self._besides
         return keys, counts
@@ -131,17 +132,17 @@ class _Counts:
         self._repeated, self._besides = keys[repeated], counts[repeated] - 1
         room = max(_CHUNK_KEYS, _KEYS_PER_DISTINCT * len(keys))
         if room > len(self._buffer):
-            self._buffer = np.empty(room, keys.dtype)  # takes memory only as it is filled
+            self._buffer = np.empty(room, keys.dtype)  # memory is committed only as it is filled
         self._buffer[: len(keys)], self._filled = keys, len(keys)
 
 
 def _key_type(n: int, d_vocab: int) -> type[np.unsignedinteger]:
-    """The smallest type that holds every n-gram and sorts fast."""
+    """Return the smallest integer type that holds every n-gram and sorts fast."""
     return np.uint32 if d_vocab**n <= 2**32 else np.uint64
 
 
 def _keys(tokens: Integer[np.ndarray, "sequence position"], n: int, d_vocab: int) -> np.ndarray:
-    """All n-grams as integers in base `d_vocab`, first token most significant."""
+    """Encode all n-grams as integers in base `d_vocab`, first token most significant."""
     dtype = _key_type(n, d_vocab)
     length = tokens.shape[1] - n + 1
     if length < 1:
@@ -149,13 +150,13 @@ def _keys(tokens: Integer[np.ndarray, "sequence position"], n: int, d_vocab: int
     keys = tokens[:, :length].astype(dtype)
     for offset in range(1, n):
         keys *= dtype(d_vocab)
-        # `dtype`, or NumPy would add uint64 and int64 as float64 and round keys above 2**53
+        # without `dtype`, NumPy would add uint64 and int64 as float64 and round keys above 2**53
         np.add(keys, tokens[:, offset : offset + length], out=keys, dtype=dtype, casting="unsafe")
     return keys.reshape(-1)
 
 
 def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct keys in order, and how often each occurs. Sorts `keys` in place."""
+    """Return the distinct keys in order, and how often each occurs. Sorts `keys` in place."""
     keys.sort()
     starts = _starts(keys)
     return keys[starts], _lengths(starts, len(keys))
@@ -164,7 +165,7 @@ def _run_lengths(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _merge(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add two sorted lists of (distinct keys, counts)."""
+    """Merge two sorted lists of distinct keys, adding the counts of shared keys."""
     keys = np.concatenate([first[0], second[0]])
     order = np.argsort(keys, kind="stable")  # linear time on two sorted halves
     keys = keys[order]
@@ -173,14 +174,14 @@ def _merge(
 
 
 def _starts(ordered: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins."""
+    """Return the index at which each run of equal values begins."""
     begins = np.ones(len(ordered), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
     return np.flatnonzero(begins)
 
 
 def _lengths(starts: np.ndarray, end: int) -> np.ndarray:
-    """How long runs are that begin at `starts`, the last one before `end`."""
+    """Return the lengths of the runs that begin at `starts`; the last run stops at `end`."""
     lengths = np.empty(len(starts), np.int64)
     np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
     lengths[-1:] = end - starts[-1:]
@@ -188,7 +189,7 @@ def _lengths(starts: np.ndarray, end: int) -> np.ndarray:
 
 
 def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
-    """The rows of n-grams counted, and how often each context came. Worked out in parts that fit in a cache."""
+    """Build the rows from n-gram counts, in pieces that fit in the cache; also return how often each context occurs."""
     base = keys.dtype.type(d_vocab)
     begins = [np.zeros(1, np.int64)]
     for at in range(0, len(keys), _ENTRIES_AT_ONCE):
@@ -207,7 +208,7 @@ def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, n
         prob /= np.repeat(totals[rows].astype(np.float64), lengths[rows])
         probs[begin:end] = prob
         entropy[rows] = -np.add.reduceat(prob * np.log(prob), first).astype(np.float32) + 0.0
-        # one number that is largest for the largest count, and of these for the lowest token, which it tells
+        # encode (count, token) as one number: its maximum has the largest count and, among ties, the lowest token
         top[rows] = -np.maximum.reduceat(own * d_vocab - tokens[begin:end], first) % d_vocab
     level = Level(
         contexts=torch.from_numpy((keys[starts] // base).astype(np.int64)),
@@ -221,6 +222,6 @@ def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, n
 
 
 def _row_parts(starts: np.ndarray, n_entries: int) -> Iterator[slice]:
-    """Rows in parts of about `_ENTRIES_AT_ONCE` entries, at least a row each."""
+    """Yield slices of rows with about `_ENTRIES_AT_ONCE` entries each, at least one row."""
     bounds = np.unique(np.searchsorted(starts, np.append(np.arange(0, n_entries, _ENTRIES_AT_ONCE), n_entries)))
     yield from itertools.starmap(slice, itertools.pairwise(bounds))

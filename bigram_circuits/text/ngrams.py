@@ -1,8 +1,8 @@
 """The n-gram distribution of a corpus, as a frozen table of sparse rows.
 
-P(next | context) by maximum likelihood, with backoff in one direction only (Chang and Bergen 2025): a
-context never seen gets the distribution of the next shorter context, down to the unigram distribution; a context that
-was seen gives probability 0 to a next token never seen after it. Only the tokens seen after a context are stored, and
+P(next | context) is the maximum-likelihood estimate, with backoff for unseen contexts only (Chang and Bergen 2025): an
+unseen context gets the distribution of the next shorter context, down to the unigram distribution, while a seen context
+gives probability 0 to every token never seen after it. Only the tokens seen after a context are stored, and
 the loss against logits is computed from these sparse rows:
 
     CE = logsumexp(logits) - sum over v with P(v) > 0 of P(v) * logits[v]
@@ -27,10 +27,10 @@ from torch import Tensor
 from bigram_circuits.storage.files import release_pages, whole_file
 from bigram_circuits.storage.records import check_content, check_header, read_tensors, seal_tensors, shown
 
-_GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once: what fits in a cache
+_GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once, to fit in the CPU cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.text.ngrams/1"
-_VERIFIED_BYTES = 1 << 28  # tables up to this size are read through when they are loaded: half a second
+_VERIFIED_BYTES = 1 << 28  # tables up to this size are fully verified on loading, which takes half a second
 
 Tokens = Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
 
@@ -40,17 +40,17 @@ class Level:
     """Sparse rows of P(next | context) for contexts of one length."""
 
     contexts: Integer[Tensor, " context"]
-    """int64 keys of the contexts seen, in order; one key, 0, for the empty context."""
+    """int64 keys of the contexts seen, sorted; the empty context has the single key 0."""
     offsets: Integer[Tensor, " context_and_end"]
     """int64: row i of `tokens` and `probs` is `offsets[i]` to `offsets[i + 1]`."""
     tokens: Integer[Tensor, " entry"]
-    """int32 next tokens, in order within a row."""
+    """int32 next tokens, sorted within a row."""
     probs: Float[Tensor, " entry"]
     """float32 probabilities; every row sums to 1."""
     entropy: Float[Tensor, " context"]
-    """float32 entropy of each row, nats."""
+    """float32 entropy of each row, in nats."""
     top: Integer[Tensor, " context"]
-    """int32 most likely next token of each row (of equals, the lowest)."""
+    """int32 most likely next token of each row (the lowest id among ties)."""
 
 
 _DTYPES = {
@@ -60,11 +60,11 @@ _DTYPES = {
     "probs": np.float32,
     "entropy": np.float32,
     "top": np.int32,
-}  # of a level's tensors, in a file
+}  # of a level's tensors as stored in a file
 
 
 def _size(metadata: Mapping[str, str], name: str) -> int:
-    """A whole number of at least 1 in a file's header."""
+    """Read an integer of at least 1 from a file's header."""
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text)):
         raise ValueError(f"its {name} is {shown(text)}, not a number of at least 1")
@@ -72,7 +72,7 @@ def _size(metadata: Mapping[str, str], name: str) -> int:
 
 
 def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
-    """Raise ValueError unless the arrays of a level fit together: without reading through them."""
+    """Raise ValueError unless the arrays of a level have consistent shapes and dtypes; their contents are not read."""
     n_contexts, n_entries = len(level["contexts"].reshape(-1)), len(level["tokens"].reshape(-1))
     sizes = {"offsets": n_contexts + 1, "tokens": n_entries, "probs": n_entries}
     for name, array in level.items():
@@ -87,7 +87,7 @@ def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
 
 
 def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> None:
-    """Raise ValueError unless every row of a level can be one."""
+    """Raise ValueError unless every row of a level is a valid sparse distribution."""
     contexts, probs = level["contexts"], level["probs"]
     if contexts[0] < 0 or contexts[-1] >= d_vocab**index or (contexts[1:] <= contexts[:-1]).any():
         raise ValueError(f"the contexts of level_{index} are not in order or outside the vocabulary")
@@ -103,7 +103,7 @@ def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> No
 
 
 def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
-    """A level that holds dense rows of probabilities, for contexts 0, 1, 2 ..."""
+    """Build a level from dense rows of probabilities, for contexts 0, 1, 2, ..."""
     sums = rows.sum(1)
     if (rows < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-6):
         raise ValueError("probabilities must be at least 0, and every row must sum to 1")
@@ -121,14 +121,14 @@ def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
 
 @dataclass(frozen=True, eq=False)
 class NGramTable:
-    """P(next | previous `order - 1` tokens) as sparse rows, with backoff for contexts never seen.
+    """P(next | previous `order - 1` tokens) as sparse rows, with backoff for unseen contexts.
 
-    A target for `find_subnetwork` and `evaluate`. At a position with fewer tokens before it than the order needs,
-    the longest context there is counts. All results are on the device of what was passed in, in nats.
+    A target for `find_subnetwork` and `evaluate`. Where fewer tokens precede a position than the order needs, the
+    longest available context is used. Results are in nats, on the device of the arguments.
     """
 
     order: int
-    """Tokens in an n-gram: 1, 2 or 3."""
+    """Number of tokens in an n-gram: 1, 2 or 3."""
     d_vocab: int
     """Size of the vocabulary."""
     levels: tuple[Level, ...]
@@ -138,11 +138,11 @@ class NGramTable:
     def from_probs(
         cls, probs: Float[Tensor, "d_vocab d_vocab"], unigram: Float[Tensor, " d_vocab"] | None = None
     ) -> NGramTable:
-        """A bigram table of known probabilities, not counted ones.
+        """Build a bigram table from known probabilities instead of counts.
 
         Args:
             probs: P(next | current); rows must sum to 1.
-            unigram: P(next); if not given, the mean of all rows. No context needs it, since each has its row.
+            unigram: P(next); the mean of all rows by default. It is never used for backoff, as every token has a row.
 
         Raises:
             ValueError: If a probability is negative or a row does not sum to 1.
@@ -152,17 +152,17 @@ class NGramTable:
         levels = tuple(_level_of(rows) for rows in (first[None], bigram))
         return cls(order=2, d_vocab=len(bigram), levels=levels)
 
-    positions = slice(None)  # it speaks about all of them
+    positions = slice(None)  # it makes a prediction at every position
     kind = "NGramTable"
 
     @property
     def n_entries(self) -> int:
-        """Distinct n-grams of the full order."""
+        """Number of distinct n-grams of the full order."""
         return len(self.levels[-1].tokens)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the whole table: equal exactly when all its rows are equal."""
+        """Hash of the full table: equal exactly when all rows are equal."""
         digest = hashlib.blake2b(f"{self.order} {self.d_vocab}".encode(), digest_size=16)
         for level in self.levels:
             for tensor in (level.contexts, level.offsets, level.tokens, level.probs):
@@ -177,7 +177,7 @@ class NGramTable:
         )
 
     def log_probs(self, tokens: Tokens) -> Float[Tensor, "batch pos d_vocab"]:
-        """Log P(next | context ending at each position), dense: for looking at, not for training."""
+        """Return log P(next | context ending at each position), dense: for inspection, not for training."""
         tokens = self._checked(tokens)
         position, token, prob = self._entries(self._rows(tokens))
         dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, device=tokens.device)
@@ -185,24 +185,24 @@ class NGramTable:
         return dense.view(*tokens.shape, self.d_vocab)
 
     def surprisal(self, tokens: Tokens) -> Float[Tensor, "batch pos_minus_1"]:
-        """-log P(actual next token), for all positions but the last; inf where that probability is 0."""
+        """Return -log P(actual next token) at all positions but the last; inf where that probability is 0."""
         tokens = self._checked(tokens)
         following = tokens[:, 1:]
         return -self._prob(self._rows(tokens[:, :-1]), following.reshape(-1)).log().view(following.shape)
 
     def entropy(self, tokens: Tokens) -> Float[Tensor, "batch pos"]:
-        """Entropy of the distribution at each position; CE minus this is KL."""
+        """Return the entropy of the distribution at each position; KL is the cross-entropy minus this entropy."""
         return self._per_row(tokens, "entropy")
 
     def top1(self, tokens: Tokens) -> Integer[Tensor, "batch pos"]:
-        """The most likely next token at each position."""
+        """Return the most likely next token at each position."""
         return self._per_row(tokens, "top").long()
 
     def cross_entropy(self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Tokens) -> Float[Tensor, "batch pos"]:
-        """CE(P(. | context), softmax(logits)) at each position, from the sparse rows. Differentiable in `logits`.
+        """Return CE(P(. | context), softmax(logits)) at each position from the sparse rows; differentiable in `logits`.
 
         Raises:
-            ValueError: If the logits' last axis is not this table's vocabulary, or their positions not the tokens'.
+            ValueError: If the logits do not have the tokens' shape plus an axis of this table's vocabulary size.
         """
         tokens = self._checked(tokens)
         if logits.shape != (*tokens.shape, self.d_vocab):
@@ -215,7 +215,7 @@ class NGramTable:
         return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as one safetensors file, with its checksums."""
+        """Write the table as one safetensors file, with checksums."""
         tensors = {
             f"level_{index}.{name}": getattr(level, name).cpu()
             for index, level in enumerate(self.levels)
@@ -228,16 +228,16 @@ class NGramTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> NGramTable:
-        """Read what `save` wrote; the table stays in the file and is read from there where it is needed.
+        """Load a table written by `save`; it is memory-mapped, so rows are read from the file as they are needed.
 
         Args:
             path: The file.
-            verify: Read the table through, to check every row and the checksum of all of it. If not given, this is
-                done for tables up to 256 MiB; of larger ones the header, its checksum and all sizes are checked.
+            verify: Whether to read the full table and check every row and the content checksum. By default this is
+                done for tables up to 256 MiB; for larger ones only the header, its checksum and all sizes are checked.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is something else, or damaged.
+            ValueError: If the file is not an n-gram table, or is damaged.
         """
         if os.path.isdir(path):
             raise ValueError(f"{str(path)!r} is a folder, but an n-gram table is one file")
@@ -264,7 +264,7 @@ class NGramTable:
         tensors = tuple(Level(**{name: torch.from_numpy(array) for name, array in level.items()}) for level in levels)
         return cls(order=order, d_vocab=d_vocab, levels=tensors)
 
-    # A row is addressed by (level, index in that level); `_rows` gives both for every position, flat.
+    # A row is addressed by (level, index within that level); `_rows` returns both for every position, flattened.
 
     def _checked(self, tokens: Any) -> Integer[Tensor, "batch pos"]:
         tensor = tokens if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
@@ -278,12 +278,12 @@ class NGramTable:
         return tensor.long()
 
     def _rows(self, tokens: Integer[Tensor, "batch pos"]) -> tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]:
-        """The longest context seen at each position: its level and its row there."""
+        """Find the longest seen context at each position: its level and its row in that level."""
         level = torch.zeros_like(tokens)
         row = torch.zeros_like(tokens)
         key = torch.zeros_like(tokens)
         for length in range(1, self.order):
-            # the key of the last `length` tokens; positions before that many tokens keep what they have
+            # the key of the last `length` tokens; earlier positions keep their shorter context
             older = torch.zeros_like(tokens)
             older[:, length - 1 :] = tokens[:, : tokens.shape[1] - length + 1]
             key = key + older * self.d_vocab ** (length - 1)
@@ -298,7 +298,7 @@ class NGramTable:
     def _entries(
         self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]
     ) -> tuple[Integer[Tensor, " entry"], Integer[Tensor, " entry"], Float[Tensor, " entry"]]:
-        """All entries of the given rows: (which of the rows, next token, probability)."""
+        """Return all entries of the given rows: (index into the given rows, next token, probability)."""
         level, row = rows
         parts = []
         for number in range(self.order):
@@ -317,17 +317,17 @@ class NGramTable:
                     self._on(number, "probs", row.device)[entry],
                 )
             )
-        if not parts:  # no rows were asked for
+        if not parts:  # no rows requested
             return level, level, torch.zeros(0, device=level.device)
-        if len(parts) == 1:  # as a rule: no context of the batch needs backoff
+        if len(parts) == 1:  # the usual case: no context in the batch needs backoff
             return parts[0]
         position, token, prob = (torch.cat(part) for part in zip(*parts, strict=True))
         return position, token, prob
 
     def _entry_chunks(self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]]) -> Any:
-        """The entries of consecutive stretches of rows, each of a bounded number of entries (or of one row).
+        """Yield the entries of consecutive rows in chunks of bounded size (at least one row each).
 
-        Yields (which of the rows, place in logits [flat, d_vocab] read as one line, probability).
+        Each chunk is (index into the given rows, index into the flattened logits [flat, d_vocab], probability).
         """
         level, row = rows
         lengths = torch.zeros_like(row)
@@ -345,7 +345,7 @@ class NGramTable:
     def _prob(
         self, rows: tuple[Integer[Tensor, " flat"], Integer[Tensor, " flat"]], following: Integer[Tensor, " flat"]
     ) -> Any:
-        """P(following | row): a binary search for the token within the row, for all rows at once."""
+        """Look up P(following | row), by binary search for the token within each row, for all rows at once."""
         level, row = rows
         result = torch.zeros(len(row), device=row.device)
         for number in range(self.order):
@@ -379,7 +379,7 @@ class NGramTable:
         return stacked.gather(0, level[None]).view(tokens.shape)
 
     def _on(self, number: int, name: str, device: torch.device) -> Tensor:
-        """A level's tensor on a device, copied there once."""
+        """Return a level's tensor on a device, copying it there at most once."""
         tensor = getattr(self.levels[number], name)
         if tensor.device == device:
             return tensor
@@ -395,7 +395,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, table: NGramTable, rows: tuple[Tensor, Tensor]) -> Tensor:
-        rows_at_once = max(1, _LOGITS_AT_ONCE // logits.shape[1])  # logsumexp makes a copy of what it is given
+        rows_at_once = max(1, _LOGITS_AT_ONCE // logits.shape[1])  # logsumexp copies its input
         lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows_at_once)])
         expected = torch.zeros_like(lse)
         for position, place, prob in table._entry_chunks(rows):  # pyright: ignore[reportPrivateUsage]

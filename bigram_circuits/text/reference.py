@@ -1,9 +1,9 @@
 """The text the reference model was trained on: the documentation of the running interpreter.
 
-Two sources, both installed with Python and both read at run time, so that no text is shipped: the language
-reference as `help()` shows it (`pydoc_data.topics`), and the docstrings of the standard library's modules, read
-with `ast` so that nothing is imported or run. Python versions word a few of these documents differently; a
-document keeps its name, and names, not wordings, decide which documents are held out.
+There are two sources. Both are installed with Python and read at run time, so no text is shipped: the language
+reference as `help()` shows it (`pydoc_data.topics`), and the docstrings of the standard library's modules, extracted
+with `ast` so that nothing is imported or run. The wording of a few documents differs between Python versions, but
+their names do not, so documents are held out by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def reference_documents() -> Iterator[tuple[str, str]]:
     Names are `topic/<topic>` and `module/<path>`, for example `module/json/decoder.py`.
 
     Raises:
-        FileNotFoundError: If this interpreter was installed without its library's source files.
+        FileNotFoundError: If this interpreter was installed without the standard library's source files.
     """
     from pydoc_data.topics import topics
 
@@ -40,13 +40,13 @@ def reference_documents() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(path: Path) -> str:
-    """Every docstring of a module, its own first, then in the order of the source; empty if it has none."""
+    """Join all docstrings of a module, in source order, its own first; empty if there are none."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in a library module are not our user's concern
+            warnings.simplefilter("ignore")  # invalid escapes in library modules do not concern our user
             tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # templates and deliberate oddities that no interpreter parses
+    except SyntaxError:  # templates and files that are deliberately not valid Python
         return ""
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, datasets and lists, as documents one by one."""
+"""Read text from files, folders, datasets and lists, one document at a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from bigram_circuits.storage.records import is_text, parse_json, shown
 
 _PASSAGE_CHARACTERS = 2_000  # a plain text file is cut into documents of about this size
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
-_LONGEST_LINE = 1 << 28  # characters of a line of JSON
-_MOST_UNPACKED = 1 << 32  # bytes of a group of rows of a Parquet file
-_LONGEST_NAME = 1024  # characters; a longer string is text, not the name of a source
+_LONGEST_LINE = 1 << 28  # characters in a line of JSON
+_MOST_UNPACKED = 1 << 32  # bytes in a row group of a Parquet file
+_LONGEST_NAME = 1024  # characters; a longer string is text rather than the name of a source
 
 
 def open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str, str]], int | None]:
-    """The source in words, its documents as (key that decides the split, text), and its size in bytes if known."""
+    """Open a text source.
+
+    Returns:
+        A description of the source, its documents as (key that decides the split, text), and its size in bytes or None.
+    """
     if isinstance(source, str) and source == "reference":
         from bigram_circuits.text.reference import reference_documents
 
@@ -40,7 +44,7 @@ def open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str,
         return ", ".join(map(str, source)), _file_documents(files, text_column), _text_size(files)
     if isinstance(source, Sequence) and all(isinstance(item, str) for item in source):
         return f"{len(source)} documents", ((text, text) for text in source), None
-    if isinstance(source, Mapping):  # for example a DatasetDict: iterating would give the names of its splits
+    if isinstance(source, Mapping):  # for example a DatasetDict, where iteration yields the names of its splits
         keys = ", ".join(map(repr, source))
         raise ValueError(f"cannot read text from a {type(source).__name__}: give one of its parts ({keys})")
     if isinstance(source, Iterable):
@@ -59,9 +63,9 @@ def _load_dataset(name: str) -> Iterable[Any]:
 
     path, _, configuration = name.partition(":")
     try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)  # says at once what loading would retry for long
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)  # fails at once where loading would retry for long
         return datasets.load_dataset(path, configuration or None, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds: no such name, no network, no such split
+    except Exception as error:  # the library raises many types: no such name, no network, no such split
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{name!r} is neither a file or folder here nor a dataset that could be loaded ({reason})"
@@ -100,7 +104,7 @@ def _files_below(path: Path) -> list[Path]:
 
 
 def _text_size(files: list[Path]) -> int | None:
-    """Bytes of text to come, for the progress bar; unknown where files are compressed."""
+    """Return the total size of the text in bytes, for the progress bar; None if files are compressed."""
     return None if any(file.suffix == ".parquet" for file in files) else sum(file.stat().st_size for file in files)
 
 
@@ -119,7 +123,7 @@ def _file_documents(files: list[Path], text_column: str) -> Iterator[tuple[str, 
 
 
 def _passages(file: Path) -> Iterator[str]:
-    """Runs of whole lines, cut at a blank line once long enough, or anywhere once four times as long."""
+    """Cut a file into passages of whole lines: at the first blank line past the target size, or at four times that."""
     lines: list[str] = []
     length = 0
     with file.open(encoding="utf-8-sig") as handle:
@@ -173,9 +177,9 @@ def _parquet_texts(file: Path, text_column: str) -> Iterator[str]:
 
 
 def _check_groups(table: Any, file: Path) -> None:
-    """Refuse groups of rows that are larger, by their own header, than is unpacked at once.
+    """Raise ValueError if a row group is, according to its header, too large to unpack at once.
 
-    The size of one column is not asked for: on some damaged files, that ends the process (Arrow 26).
+    Column sizes are not queried, because on some damaged files that crashes the process (Arrow 26).
     """
     for index in range(table.metadata.num_row_groups):
         size = table.metadata.row_group(index).total_byte_size
@@ -184,6 +188,3 @@ def _check_groups(table: Any, file: Path) -> None:
                 f"{str(file)!r} has {size:,} bytes in one group of rows, more than {_MOST_UNPACKED:,}: "
                 f"write it with smaller groups"
             )
-
-
-# --- tokens ------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The masking methods, one module each."""
+"""The masking methods, one module for each."""

@@ -17,12 +17,12 @@ CONCRETE_TEMPERATURE, STRETCH_LOW, STRETCH_HIGH = 2 / 3, -0.1, 1.1
 
 
 def hard_concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """A sample of the gate: clip(sigmoid((log u - log(1 - u) + s) / 2/3) * (1.1 + 0.1) - 0.1, 0, 1), u in (0, 1)."""
+    """Sample the gates: clip(sigmoid((log u - log(1 - u) + s) / (2/3)) * (1.1 + 0.1) - 0.1, 0, 1), with u in (0, 1)."""
     return (_concrete(scores, uniform) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
 def hard_concrete_slope(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """The derivative of `hard_concrete` with respect to s: 0 where the sample is clipped."""
+    """Return the derivative of `hard_concrete` with respect to s: 0 where the sample is clipped."""
     concrete = _concrete(scores, uniform)
     stretched = concrete * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
     slope = concrete * (1 - concrete) * ((STRETCH_HIGH - STRETCH_LOW) / CONCRETE_TEMPERATURE)
@@ -34,15 +34,12 @@ def _concrete(scores: Float[Tensor, " gate"], uniform: Float[Tensor, " gate"]) -
 
 
 def probability_open(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """P(gate > 0) = sigmoid(s - 2/3 * log(0.1 / 1.1)): the expected L0 norm, which is what is penalised."""
+    """Return P(gate > 0) = sigmoid(s - 2/3 * log(0.1 / 1.1)), whose sum is the expected L0 norm, which is penalised."""
     return torch.sigmoid(scores - CONCRETE_TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH))
 
 
-# --- straight-through top-k: the hard gate forward, the identity backward ---------------------------------------------
-
-
 class HardConcrete(Gates):
-    """Sampled gates; the noise of a step is drawn from the seed and the step."""
+    """Sampled gates; the noise of each step is determined by the seed and the step."""
 
     learning_rate = 0.5
     scratch = 4
@@ -56,24 +53,24 @@ class HardConcrete(Gates):
     def from_config(
         cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
     ) -> HardConcrete:
-        """With the noise of the attempt's seed."""
+        """Build the gates, with noise from the attempt's seed."""
         return cls(groups, seed=seed, **start)
 
     def refresh(self, step: int) -> None:
-        """Draw the noise."""
+        """Draw the noise of a step."""
         generator = torch.Generator(self.scores.device).manual_seed(self._seed * 1_000_003 + step)
         self._uniform.uniform_(1e-6, 1 - 1e-6, generator=generator)
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
-        """A sample of every gate."""
+        """Sample a range of gates with the step's noise."""
         return hard_concrete(self._shifted(place), self._uniform[place])
 
     def slope(self, place: slice) -> Float[Tensor, " gate"]:
-        """0 where the sample is clipped."""
+        """Return the derivative of each sample: 0 where it is clipped."""
         return hard_concrete_slope(self._shifted(place), self._uniform[place])
 
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
-        """The probability that the gate is not 0."""
+        """Return the probability that each gate is not 0."""
         return probability_open(self._shifted(place))
 
 

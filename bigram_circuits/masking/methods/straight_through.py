@@ -1,6 +1,7 @@
-"""Straight-through top-k: the hard gate forward, the identity backward.
+"""Straight-through top-k: the hard gate in the forward pass, the identity in the backward pass.
 
-Bengio, Leonard, Courville 2013 (arXiv 1308.3432); the k highest scores as in Ramanujan et al. 2020 (arXiv 1911.13299).
+Straight-through estimator: Bengio, Leonard, Courville 2013 (arXiv 1308.3432). Top-k scores: Ramanujan et al. 2020
+(arXiv 1911.13299).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from bigram_circuits.recipe import SparsifyConfig
 
 
 def kept_share(step: int, *, target: float, steps: int) -> float:
-    """The share kept at a step: from 1 down to `target` in equal factors over the first half of the steps."""
+    """Return the share kept at a step: it falls geometrically from 1 to `target` over the first half of the steps."""
     return target ** min(1.0, step / max(1, steps // 2))
 
 
 class StraightThrough(Gates):
-    """The gates of highest score are open; their number falls to the target over the first half of the steps."""
+    """Keeps the highest-scoring gates open; their number falls to the target over the first half of the steps."""
 
     learning_rate = 1e-2
     scratch = 16
@@ -42,39 +43,39 @@ class StraightThrough(Gates):
     def from_config(
         cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
     ) -> StraightThrough:
-        """With as many weights as are wanted in the end."""
+        """Build the gates, with `wanted` as the final number of weights."""
         assert wanted is not None, "the config was checked"
         return cls(groups, target=wanted, steps=config.max_steps, **start)
 
     def refresh(self, step: int) -> None:
-        """Choose the open gates."""
+        """Select the gates that are open at a step."""
         usable = int(self.scores.isfinite().sum()) if self._single else self.n_weights
         share = kept_share(step, target=self._target / self.n_weights, steps=self._steps)
         wanted = max(self._target, min(round(share * self.n_weights), usable))
         self._open, self._step = self.highest(wanted), step
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
-        """1 or 0."""
+        """Return 1 for open gates, 0 for closed ones."""
         return self._open[place].float()
 
     def slope(self, place: slice) -> Float[Tensor, " gate"]:
-        """That of the identity, open or not; 0 for what is dropped for good."""
+        """Return the slope of the identity, 1, for open and closed gates alike; 0 for gates that can never open."""
         return self.scores.detach()[place].isfinite().float()
 
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
-        """The open gates: their number is given, so this has no gradient."""
+        """Return the open gates; their number is fixed by the schedule, so there is nothing to differentiate."""
         return self.soft(place)
 
     def undecided(self, between: int, above: int) -> tuple[int, int]:
-        """All gates until the last step, since the scores go on competing; and the open ones."""
+        """Count all gates as undecided until the last step, since the scores keep competing; then none."""
         return (0 if self._step == self._steps - 1 else len(self._open)), above
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
-        """The gates of highest score, as many as in the last step."""
+        """Return the gates that were open in the last step."""
         return self._open
 
     def n_kept(self) -> int:
-        """Number of gated weights that are kept."""
+        """Return the number of gated weights that are kept."""
         return self._governed(self._open)
 
 
