@@ -373,7 +373,7 @@ def test_the_installed_command_answers():
 def test_find_tries_to_refute_what_it_found(run, quick):
     code, out, _ = run(*quick, "--out", "mine", "--no-analysis", "--falsify")
     assert code == 0
-    assert "blocks initialised anew" in out
+    assert "re-initialised blocks" in out
     tried = bc.load_falsification("mine/falsify")
     assert tried.verdict in out
     assert tried.controls.get("kl")["found"] == bc.load_run("mine").metrics["subnetwork"]["kl"]
