@@ -391,7 +391,7 @@ def _tilt(cells: Sequence[Cell], observed: int) -> float:
     return low
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("overlap_magnitude")

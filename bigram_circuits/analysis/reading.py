@@ -60,12 +60,12 @@ def passages(
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
         count: How many passages, spread over the text.
         length: Tokens of each, from the beginning of a sequence.
         top_k: How many of the most likely tokens to name.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Maps` [surprisal, condition, passage, position]. The words of a cell are the token itself, then a line for each
@@ -129,10 +129,10 @@ def next_tokens(
     Args:
         model: From `load_model`.
         prompts: Texts, for example single words.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
         top_k: How many tokens to name.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Maps` [probability, condition, prompt, rank]; the words of a cell are the token.
@@ -212,13 +212,13 @@ def faithfulness_by_token(
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: What is to be reproduced; it must know its entropy. If it has `log_probs(tokens)`, as an `NGramTable`
             has, what it predicts is shown beside the others as `target`.
         most: How many of the best tokens, and how many of the worst, at most.
         min_count: Tokens that occur less often in the text are left out.
         top_k: How many of the tokens that are most likely to follow to name.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Maps` [kl and count, condition, best or worst, rank]. The words of a cell are the token, then a line for each
@@ -248,7 +248,7 @@ def _by_token(
     top_k: int,
     seed: int,
 ) -> Maps:
-    """`faithfulness_by_token`, of arguments that are checked."""
+    """`faithfulness_by_token` on checked arguments."""
     if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
         raise NotShownError(f"KL needs the target's entropy, but {target.kind} cannot tell it")
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
@@ -300,7 +300,7 @@ class _SumsByToken:
         self.of_target = torch.zeros(size, device=device) if probabilities else None
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         current = _current(batch.tokens, self.target)
         cross_entropy = self.target.cross_entropy(batch.logits, batch.tokens)
         kl = cross_entropy - entropy(self.target, batch.tokens, cross_entropy.shape[1]).to(cross_entropy)
@@ -345,7 +345,7 @@ def _current(tokens: Any, target: Any) -> Any:
     return tokens[:, target.positions]
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("passages")

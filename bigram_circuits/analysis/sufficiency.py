@@ -160,7 +160,7 @@ def _negated(change: tuple[float, float, float]) -> tuple[float, float, float]:
     return (0.0 - point, 0.0 - high, 0.0 - low)
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 _PERIOD = 24  # of repeated random tokens
 

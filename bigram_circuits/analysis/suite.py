@@ -79,7 +79,7 @@ def analyze(
         subnetwork: What was found.
         target: What it was asked to reproduce.
         corpus: The text: affine maps are fitted on its training part, all else is measured on its held-out part.
-        seed: Of matched random subnetworks.
+        seed: Seed of the matched random subnetworks.
         tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
         sweep_tokens: Held-out tokens that each ablation is measured on, at most.
         fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may activate neurons,

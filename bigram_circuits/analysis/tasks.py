@@ -291,10 +291,10 @@ def repeated_random_tokens(
 
     Args:
         model: From `load_model`.
-        prompts: How many.
+        prompts: Number of prompts.
         period: Tokens in the block.
         length: Random tokens in a prompt, without the start token; two blocks if not given.
-        seed: Of the random tokens.
+        seed: Seed of the random tokens.
 
     Raises:
         ValueError: If there is no tokenizer, the prompt does not fit the context, the block is longer than the
@@ -325,7 +325,7 @@ def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] =
 
     Args:
         model: From `load_model`.
-        prompts: How many, at most.
+        prompts: Maximum number of prompts.
         shown: Numbers of words shown.
         seed: Which prompts, and in what order.
 
@@ -355,9 +355,9 @@ def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int 
 
     Args:
         model: From `load_model`.
-        prompts: How many.
+        prompts: Number of prompts.
         pairs: How many people and things are listed, 2 to 20.
-        seed: Of the prompts.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `pairs` is out of range.
@@ -385,8 +385,8 @@ def greater_than(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
 
     Args:
         model: From `load_model`.
-        prompts: How many.
-        seed: Of the prompts.
+        prompts: Number of prompts.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, it does not split years into two tokens of two digits, or the prompts do
@@ -424,8 +424,8 @@ def indirect_object(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
 
     Args:
         model: From `load_model`.
-        prompts: How many.
-        seed: Of the prompts.
+        prompts: Number of prompts.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, fewer than 6 of the names known here are single tokens, or the prompts do

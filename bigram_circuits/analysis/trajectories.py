@@ -114,7 +114,7 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
         tokens: Held-out token ids [sequence, position], or a corpus.
         subnetwork: If given, also measured at every checkpoint: this set of weights, its complement, and a matched
             random one.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Raises:
         ValueError: If the tokens are no text.
@@ -158,7 +158,7 @@ def subnetworks_over_training(
             is there already is continued or read.
         device: Where to put each model.
         dtype: Precision of the weights.
-        seed: Of the matched random subnetworks.
+        seed: Seed of the matched random subnetworks.
 
     Raises:
         ValueError: If there is no checkpoint or one comes twice, models differ in shape or do not fit the target, or
