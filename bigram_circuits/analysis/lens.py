@@ -252,9 +252,7 @@ def _prompt_lens(
     top_k: int,
 ) -> Maps:
     values, texts = [], []
-    following = torch.cat(
-        [tokens[0, 1:], tokens[0, :1]]
-    )  # the last position has no next token; its value is overwritten
+    following = torch.cat([tokens[0, 1:], tokens[0, :1]])  # the last one is overwritten: it has no next token
     for name, subnetwork in named.items():
         lens = None if maps is None else maps[name].to_output
         with reduced_to(model, subnetwork), torch.no_grad():
