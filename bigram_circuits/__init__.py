@@ -8,7 +8,7 @@ Load a model and a text, count the n-gram target, find the weights that reproduc
     found  = bc.find_subnetwork(model, target, corpus)
     print(bc.evaluate(model, found.subnetwork, target, corpus.held_out))
 
-Names are loaded when first used (`__init__.pyi` says from where), so importing the package costs nothing.
+Names are imported on first use (`__init__.pyi` says from where), so importing the package is fast.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The command line: parsing only. What is heavy is imported when a command needs it."""
+"""The command line: parsing only. Heavy modules are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
-  bigram-circuits find --falsify                          and try to refute what was found
+  bigram-circuits find --falsify                          also try to refute the finding
   bigram-circuits evaluate runs/mine
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
@@ -31,13 +31,13 @@ _EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 the work failed or was interrupted, 2 the arguments are wrong."""
+    """Run a command; returns the exit code: 0 success, 1 failure or interruption, 2 wrong arguments."""
     arguments = _parser().parse_args(argv)
     try:
         with _terminated_like_ctrl_c(), _warnings_in_a_line():
             return arguments.command(arguments)
     except KeyboardInterrupt as stop:
-        return _say(str(stop) or "interrupted; what the run had written stays, and the same command goes on", 1)
+        return _say(str(stop) or "interrupted; files already written are kept; rerun the command to go on", 1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if isinstance(error, MemoryError | RuntimeError):
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Within the block, SIGTERM does what Ctrl-C does."""
+    """Within the block, SIGTERM acts like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt("terminated; what the run had written stays, and the same command goes on")
+        raise KeyboardInterrupt("terminated; files already written are kept; rerun the command to go on")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -74,7 +74,7 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Within the block, our warnings are lines on stderr; those of others are as they were."""
+    """Within the block, warnings of this package are single lines on stderr; others are unchanged."""
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -117,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    shared.add_argument("--traceback", action="store_true", help="show where an error arose")
+    shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
+    shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     _add_find(commands, shared)
     _add_work_on_runs(commands, shared)
     _add_exchange(commands, shared)
@@ -137,13 +137,13 @@ def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
         for name, option in options_of(part).items():
             _add_option(group, name, option, part.__dataclass_fields__[name].default)
     find.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, by settings)"
+        "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, named by settings)"
     )
-    find.add_argument("--fresh", action="store_true", help="start over if this run was begun or finished before")
+    find.add_argument("--fresh", action="store_true", help="start over if this run was started or finished before")
 
 
 def _add_option(group: Any, name: str, option: Option, default: Any) -> None:
-    """A field as an option. What is not given is None: the field's default is then taken."""
+    """Add the option of a field. An option that is not given is None; the field's default then applies."""
     if option.kind is None:
         group.add_argument(
             *option.flags, dest=name, action="store_const", const=not default, default=None, help=option.help
@@ -160,33 +160,33 @@ def _add_option(group: Any, name: str, option: Option, default: Any) -> None:
 
 
 def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
-    """The commands that take a finished run up again, and those that only look."""
+    """The commands that work on finished runs, and those that only read."""
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
     evaluate.add_argument(
-        "--random-seeds", type=_COUNT, default=3, metavar="N", help="matched random controls (default: 3)"
+        "--random-seeds", type=_COUNT, default=3, metavar="N", help="number of matched random controls (default: 3)"
     )
 
     analyze = commands.add_parser(
-        "analyze", parents=[shared], help="look inside a finished run: lenses, geometry, ablations, where it is"
+        "analyze", parents=[shared], help="analyse a finished run: lenses, geometry, ablations, location"
     )
     analyze.set_defaults(command=_analyze)
     analyze.add_argument("run", type=Path, help="the run's folder")
     analyze.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of the random controls (default: 0)")
-    analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="measure layers on this many (default: 20480)")
+    analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="tokens to measure layers on (default: 20480)")
 
     report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="the run's folder")
 
     compare = commands.add_parser(
-        "compare", parents=[shared], help="write the page that sets several runs or subnetworks of a model side by side"
+        "compare", parents=[shared], help="write a page that compares several runs or subnetworks of a model"
     )
     compare.set_defaults(command=_compare)
     compare.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN",
-        help="a run's folder, a path's, or a subnetwork's file; two or more",
+        help="the folder of a run or a path, or a subnetwork file; two or more",
     )  # fmt: skip
     compare.add_argument(
         "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
@@ -199,9 +199,9 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
-    """The commands that take masks from elsewhere or give them away."""
+    """The commands that import and export masks."""
     imported = commands.add_parser(
-        "import-published", parents=[shared], help="read masks by Hugging Face name, as the paper's are published"
+        "import-published", parents=[shared], help="read masks by Hugging Face parameter name, as the paper's release"
     )
     imported.set_defaults(command=_import_published)
     imported.add_argument("file", type=Path, help="a released .pickle, or .npz or .safetensors with the same names")
@@ -214,7 +214,7 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
     export.add_argument("run", type=Path, help="the run's folder")
     export.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER",
-        help="a new folder for the model; or a name ending in .npz or .safetensors, for the masks alone",
+        help="a new folder for the model, or a file name ending in .npz or .safetensors for the masks alone",
     )  # fmt: skip
 
     checkpoints = commands.add_parser("checkpoints", parents=[shared], help="list a model's training checkpoints")
@@ -230,7 +230,7 @@ def _find(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     try:
         Request.of(**given)
-    except ValueError as error:  # said before anything heavy is loaded
+    except ValueError as error:  # reported before anything heavy is loaded
         raise SystemExit(_say(f"error: {error}", 2)) from error
     from bigram_circuits.workflow import study
 
@@ -243,10 +243,10 @@ def _find(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _run_to_write(path: Path) -> Iterator[Any]:
-    """The folder of a finished run, locked, so that only one process at a time writes results to it."""
+    """Lock the folder of a finished run, so that only one process at a time writes results to it."""
     from bigram_circuits.runs import RunFolder, load_run
 
-    load_run(path)  # a folder that holds no finished run is not touched
+    load_run(path)  # a folder without a finished run is left alone
     folder = RunFolder(path)
     with folder.lock():
         yield folder
@@ -322,7 +322,7 @@ def _import_published(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.published import import_published, read_masks
 
-    read_masks(arguments.file)  # what is wrong with the file is said before a model is loaded
+    read_masks(arguments.file)  # errors in the file are reported before a model is loaded
     model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
@@ -360,7 +360,7 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _silence() -> None:
-    """A closed pipe (`| head`) is no error."""
+    """Discard further output: a closed pipe (`| head`) is not an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

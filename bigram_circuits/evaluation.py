@@ -1,8 +1,8 @@
 """One definition of faithfulness, for training, analysis and the command line.
 
-A subnetwork's numbers mean nothing alone, so `evaluate` measures its controls on the same text beside it: the full
-model, the empty subnetwork, the complement (is the subnetwork necessary?), matched random subnetworks and their
-complements, and a magnitude subnetwork. Batches are streamed; what stays is one row of sums per sequence.
+A subnetwork's numbers mean nothing alone, so `evaluate` also measures controls on the same text: the full model, the
+empty subnetwork, the complement (is the subnetwork necessary?), matched random subnetworks and their complements, and a
+magnitude subnetwork. Batches are streamed; only one row of sums per sequence is kept.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ ZERO_RULE = "correlations use only positions where the target gives the actual n
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A subnetwork and its controls, on the same held-out text."""
+    """The faithfulness of a subnetwork and its controls on the same held-out text."""
 
     subnetwork: Faithfulness
     """The model with only the subnetwork's weights."""
     full: Faithfulness | None = None
-    """The whole model; this and what follows are None if evaluated without controls."""
+    """The full model; None, like all controls below, if evaluated without controls."""
     empty: Faithfulness | None = None
-    """The model with no maskable weight."""
+    """The model without any maskable weight."""
     complement: Faithfulness | None = None
-    """The whole model without the subnetwork."""
+    """The full model without the subnetwork."""
     random: tuple[Faithfulness, ...] = ()
     """Matched random subnetworks, one for each seed."""
     full_minus_random: tuple[Faithfulness, ...] = ()
-    """The whole model without each of these."""
+    """The full model without each of these."""
     magnitude: Faithfulness | None = None
-    """The largest weights, as many in every matrix as the subnetwork keeps."""
+    """The weights of largest magnitude, as many in every matrix as the subnetwork keeps."""
     intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     """95% bootstrap intervals over sequences: condition -> quantity -> (low, high)."""
     advantage: Mapping[str, Interval] = field(default_factory=dict)
-    """95% paired bootstrap intervals of the subnetwork's correlation less a control's, by control."""
+    """95% paired bootstrap intervals of the subnetwork's correlation minus a control's, by control."""
     positions: int | None = None
-    """Next-token positions evaluated; None if a summary of several runs did not note it."""
+    """Next-token positions evaluated; None if a summary of several runs did not record it."""
     used: int | None = None
-    """Of these, the ones that enter the correlations, by the zero-probability rule."""
+    """The number of these that enter the correlations, by the zero-probability rule."""
 
     @property
     def necessity(self) -> tuple[float, float]:
-        """How much the model's loss rises, nats: without the subnetwork, and without a matched random one (mean)."""
+        """Rise in the model's loss (nats) without the subnetwork, and without a matched random one (mean of seeds)."""
         if self.full is None or self.complement is None:
             return (math.nan, math.nan)
         random = float(np.mean([one.mean_surprisal for one in self.full_minus_random]))
@@ -77,7 +77,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """In words: which controls the subnetwork's correlation beats, and whether the model needs it."""
+        """Which controls the subnetwork's correlation beats, and whether the model needs it, as a sentence."""
         return _verdict(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,10 +93,10 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, record: Any) -> Evaluation:
-        """What `to_json` gave: means, deviations and the verdict are computed again.
+        """Read what `to_json` returned; means, deviations and the verdict are recomputed.
 
         Raises:
-            ValueError: If it is something else, in words that follow `is damaged:`.
+            ValueError: If it is something else; the message completes `... is damaged:`.
         """
         if not isinstance(record, dict):
             raise ValueError(f"it should be values by name, not {shown(record)}")
@@ -121,7 +121,7 @@ class Evaluation:
         )
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
-        """(name, numbers) of the subnetwork and every control; the random ones as means over seeds."""
+        """(name, numbers) of the subnetwork and every control; random controls as means over seeds."""
         for name in SINGLE:
             if (value := getattr(self, name)) is not None:
                 yield name, value
@@ -129,17 +129,17 @@ class Evaluation:
             yield from zip(DRAWN, (_mean(self.random), _mean(self.full_minus_random)), strict=True)
 
     def interval(self, condition: str, quantity: str = "surprisal_correlation") -> Interval:
-        """The 95% interval around a number of a condition; (nan, nan) where there is none."""
+        """The 95% interval of a quantity under a condition; (nan, nan) where there is none."""
         return self.intervals.get(condition, {}).get(quantity, (math.nan, math.nan))
 
     def to_dataframe(self) -> Any:
-        """A pandas table: a row for the subnetwork and every control, the random ones as means over seeds."""
+        """A pandas table: a row for the subnetwork and every control, random controls as means over seeds."""
         import pandas as pd
 
         return pd.DataFrame([asdict(value) for _, value in self.rows()], index=[name for name, _ in self.rows()])
 
     def plot(self, quantity: str = "surprisal_correlation") -> Any:
-        """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where there are any."""
+        """A plotly figure: a bar for the subnetwork and every control, with 95% intervals where defined."""
         rows = dict(self.rows())
         values = np.array([[getattr(value, one.name) for value in rows.values()] for one in FAITHFULNESS])
         pairs = [[self.interval(name, one.name) for name in rows] for one in FAITHFULNESS]
@@ -164,7 +164,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the same table, its legend, and the verdict."""
+        """HTML for notebooks: the same table, its legend and the verdict."""
         columns = ["", "r", "95% interval", "CE", "KL", "loss", "top-1", "kept", "share"]
         rows = [
             [name, value.surprisal_correlation, self._spread(name), value.cross_entropy, value.kl,
@@ -177,7 +177,7 @@ class Evaluation:
 
     @property
     def _legend(self) -> list[str]:
-        """What the columns are."""
+        """What the columns mean."""
         where = ""
         if self.positions is not None and self.used is not None:
             where = f", on the {self.used:,} of {self.positions:,} held-out positions "
@@ -188,7 +188,7 @@ class Evaluation:
         ]
 
     def _spread(self, name: str) -> str:
-        """How sure the correlation of a row is: its interval; of the random ones, the deviation between seeds."""
+        """Uncertainty of a row's correlation: its interval, or for random controls the deviation between seeds."""
         group = {"random": self.random, "full - random": self.full_minus_random}.get(name, ())
         if len(group) > 1:
             deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
@@ -202,7 +202,7 @@ _REPEATED = ("random", "full_minus_random")
 
 @dataclass(frozen=True)
 class _ZeroRule(Record):
-    """What `metrics.json` says of the zero-probability rule."""
+    """The zero-probability rule in `metrics.json`."""
 
     positions: int
     used: int
@@ -222,7 +222,7 @@ def _zero_rule(positions: int, used: int) -> dict[str, Any]:
 
 
 def _seeds(group: Any, name: str) -> tuple[Faithfulness, ...]:
-    """The numbers of every seed, from what `_spread` gave."""
+    """The numbers of every seed, from the result of `_spread`."""
     if group is None:
         return ()
     if not isinstance(group, dict) or set(group) != {"mean", "std", "seeds"}:
@@ -245,7 +245,7 @@ def evaluate(
     """Measure how faithfully a subnetwork reproduces a target, with its controls beside it.
 
     Args:
-        model: From `load_model`; the same weights the subnetwork was made for.
+        model: From `load_model`, with the weights that the subnetwork was made for.
         subnetwork: What to keep.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
         tokens: Held-out token ids [sequence, position].
@@ -254,8 +254,8 @@ def evaluate(
         seeds: Number of matched random subnetworks.
 
     Raises:
-        ValueError: If shapes or vocabularies do not agree, there is no held-out text, or a model's surprisal is not
-            finite.
+        ValueError: If shapes or vocabularies do not match, there is no held-out text, or a surprisal of the model is
+            not finite.
     """
     array = token_array(tokens)
     check_tokens(model, array)
@@ -296,32 +296,32 @@ def evaluate(
 
 
 GAP_MATTERS = 0.1
-"""Nats of cross-entropy between soft gates and the hard mask from which on a run should be doubted."""
+"""Cross-entropy gap between soft gates and hard mask, in nats, from which a run should not be trusted."""
 
 
 @dataclass(frozen=True)
 class SoftHardGap(Record):
-    """What a run lost, or won, when its soft gates became a mask: CE on one batch, nats per position."""
+    """The effect of turning soft gates into a mask: CE on one batch, nats per position."""
 
     soft: float
-    """With the last soft gates: what was learned."""
+    """CE with the last soft gates, as learned."""
     hard: float
-    """With the mask: what is kept."""
+    """CE with the mask."""
 
     @property
     def gap(self) -> float:
-        """`hard` less `soft`: above 0 the mask is worse than what was learned."""
+        """`hard` minus `soft`: above 0, the mask is worse than the soft gates."""
         return self.hard - self.soft
 
     @property
     def warning(self) -> str | None:
-        """What to say and do where the gap, of either sign, is at least `GAP_MATTERS`; None where it is not."""
+        """A warning with a remedy if the gap, of either sign, is at least `GAP_MATTERS`; else None."""
         if abs(self.gap) < GAP_MATTERS:
             return None
         worse = "above" if self.gap > 0 else "below"
         return (
             f"the mask's cross-entropy is {self.hard:.3f} nats, {abs(self.gap):.3f} {worse} that of the soft gates it "
-            f"was made from: the gates were not decided when learning ended; give it more steps (max_steps)"
+            f"was made from: the gates were not decided when learning ended; use more steps (max_steps)"
         )
 
 
@@ -329,14 +329,14 @@ class SoftHardGap(Record):
 def soft_hard_gap(
     model: Model, gates: Gates, subnetwork: Subnetwork, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
 ) -> SoftHardGap:
-    """Compare a model under soft gates with the same model under the mask made of them, on the same batch.
+    """Compare a model with soft gates and the same model with the mask made from them, on the same batch.
 
     Args:
-        model: The model that was gated; not masked or gated now.
-        gates: As they are after the last step; their soft values at `step` are computed anew.
-        subnetwork: The mask made of them.
-        target: What was learned.
-        tokens: A batch, usually that of the last step.
+        model: The model that was gated, now without masks or gates.
+        gates: The gates after the last step; their soft values at `step` are recomputed.
+        subnetwork: The mask made from the gates.
+        target: The target that was learned.
+        tokens: Token ids [batch, pos], usually the batch of the last step.
         step: The last step.
     """
     gates.refresh(step)
@@ -362,7 +362,7 @@ def _conditions(model: Model, subnetwork: Subnetwork, seeds: int) -> Iterator[tu
 def _sums(
     model: Model, subnetwork: Subnetwork, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
-    """One row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
+    """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
     whole = subnetwork.kept == subnetwork.total
     rows = []
@@ -400,7 +400,7 @@ def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
 
 
 def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:
-    """Means over seeds; all of them keep the same number of weights."""
+    """Means over seeds, all of which keep the same number of weights."""
     rows = [asdict(value) for value in values]
     return replace(values[0], **{key: float(np.mean([row[key] for row in rows])) for key in MEASURED})
 
@@ -420,12 +420,12 @@ def _spread(values: tuple[Faithfulness, ...]) -> dict[str, Any] | None:
 
 
 def _verdict(evaluation: Evaluation) -> str:
-    """A control is beaten when the paired interval of the difference in correlation lies above 0."""
+    """The verdict: a control is beaten if the paired interval of the difference in correlation lies above 0."""
     own = evaluation.subnetwork.surprisal_correlation
     if math.isnan(own):
         return "Verdict: the subnetwork's correlation with the target is undefined."
     if not evaluation.advantage:
-        return "Verdict: evaluated without controls, so nothing is shown."
+        return "Verdict: evaluated without controls, so no conclusion can be drawn."
     groups = {"full model": "full", "empty subnetwork": "empty", "magnitude": "magnitude", "matched random": "random "}
     beaten, unbeaten = [], []
     for label, prefix in groups.items():

@@ -1,9 +1,9 @@
-"""What can be asked for: the options of a study, each defined once.
+"""The options of a study, each defined once.
 
 Three frozen dataclasses hold them: `SparsifyConfig` (how masks are learned), `Inputs` (model, text and target by
-name) and `StudyOptions` (what is done besides). A field of one of them is an option in Python, on the command line, in
-a run's `config.json`, in its identity, and in the command that the report prints: all of these are derived from the
-fields here, so a new option is one field. Nothing here needs torch.
+name) and `StudyOptions` (everything else). A field of one of them is an option in Python, on the command line, in a
+run's `config.json`, in its identity, and in the command that the report prints: all of these are derived from the
+fields here, so adding an option means adding one field. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bigram_circuits.registry import FolderOf
 from bigram_circuits.storage.typed import Record
 
 METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
-"""The masking methods by name: classes of gates, a module each in `masking/methods/`."""
+"""The masking methods by name: gate classes, one module each in `masking/methods/`."""
 TARGETS: FolderOf[Any] = FolderOf("targets", "TARGET")
-"""The targets that have a name on the command line, a module each in `targets/`."""
+"""The targets that have a name on the command line, one module each in `targets/`."""
 UNITS = {"weight": ("attn", "mlp"), "neuron": ("mlp",), "head": ("attn",), "block": ("attn", "mlp")}
-"""The units that a gate may govern, and the components that have them."""
+"""The units that a gate may control, and the components that have them."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,30 +33,30 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Kind:
-    """How values of an option are read from text, and written as text."""
+    """How the values of an option are parsed from text and written as text."""
 
     read: Callable[[str], Any]
-    """From the word on the command line; raises ArgumentTypeError."""
+    """Parse an argument of the command line; raises ArgumentTypeError."""
     metavar: str
-    """What stands for a value in the help."""
+    """Placeholder for a value in the help."""
     write: Callable[[Any], str] = str
-    """To the word on the command line."""
+    """Write a value as an argument of the command line."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field as an option on the command line."""
+    """The command-line option of a field."""
 
     flags: tuple[str, ...]
     """Its spellings, the preferred one first; one without dashes is a positional argument."""
     kind: Kind | None
-    """How its values are read; None for a switch."""
+    """How its values are parsed; None for a switch."""
     help: str
-    """What it does, in half a sentence."""
+    """What it does, in a phrase."""
     choices: Callable[[], Iterable[Any]] | None = None
-    """The only values there are, if they can be listed."""
+    """The allowed values, if they can be listed."""
     says: str | None = None
-    """What the help says of the default, where that is not the field's own."""
+    """The default as the help describes it, if not the field's own."""
 
     @property
     def flag(self) -> str:
@@ -69,7 +69,7 @@ def _fail(text: str, wanted: str) -> ArgumentTypeError:
 
 
 def whole(least: int, metavar: str = "N") -> Kind:
-    """Whole numbers of at least `least`."""
+    """A kind for whole numbers of at least `least`."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"\d+", text) or int(text) < least:
@@ -139,12 +139,12 @@ def option(
     default: Any, flags: str, kind: Kind | None, help: str, *,
     choices: Callable[[], Iterable[Any]] | None = None, says: str | None = None,
 ) -> Any:  # fmt: skip
-    """A dataclass field with this default that is also an option on the command line."""
+    """A dataclass field with this default that is also a command-line option."""
     return field(default=default, metadata={_OPTION: Option(tuple(flags.split()), kind, help, choices, says)})
 
 
 def options_of(kind: type) -> dict[str, Option]:
-    """The options that a dataclass defines, by the name of the field."""
+    """The options that a dataclass defines, by field name."""
     return {one.name: one.metadata[_OPTION] for one in fields(kind) if _OPTION in one.metadata}
 
 
@@ -153,7 +153,7 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def _check(instance: Any, limits: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
-    """Raise ValueError, naming the field and what it may be, at the first limit that does not hold."""
+    """Raise ValueError, naming the field and its allowed values, for the first limit that is violated."""
     for name, (holds, wanted) in limits.items():
         value = getattr(instance, name)
         try:
@@ -181,56 +181,56 @@ class SparsifyConfig(Record):
     )
     """The masking method: a module of `masking/methods/`."""
     granularity: str | Mapping[str, str] = option(
-        "weight", "--granularity", _UNITS, f"what a gate governs: {', '.join(UNITS)}; or attn=head,mlp=weight"
+        "weight", "--granularity", _UNITS, f"unit of a gate: {', '.join(UNITS)}; or attn=head,mlp=weight"
     )
-    """What a gate governs: a single `weight`, an MLP `neuron`, an attention `head`, or a `block` (a whole attention or
-    MLP). Or one for each component: `{"attn": "head", "mlp": "weight"}`. Components without one are kept whole."""
+    """The unit of a gate: a single `weight`, an MLP `neuron`, an attention `head`, or a `block` (a layer's attention or
+    MLP). Or one for each component: `{"attn": "head", "mlp": "weight"}`. Components left out are kept whole."""
     layers: tuple[int, ...] | None = option(None, "--layers", _LAYERS, "mask only these layers", says="all")
     """The layers to mask (None: all); the others are kept whole."""
     sparsity_weight: float | int = option(10.0, "--sparsity-weight", NUMBER, "penalty on kept weights")
-    """Weight of the penalty, nats per unit of mean penalised gate: larger keeps fewer weights."""
+    """Weight of the penalty, in nats per unit of mean penalised gate; larger values keep fewer weights."""
     target_fraction: float | int | None = option(
-        None, "--target-fraction", NUMBER, "keep exactly this share of the weights", says="as many as turn out"
+        None, "--target-fraction", NUMBER, "keep exactly this share of the weights", says="not fixed"
     )
-    """If given, this share of the maskable weights is kept: gates are open above a threshold that falls to just that
-    share, and the penalty's weight (at first `sparsity_weight`) is steered so that the threshold comes to be 0. Exact
-    for single weights; for larger units, the most units of highest score that do not exceed it. `straight_through`
-    needs it."""
+    """If given, this share of the maskable weights is kept: gates are open above a threshold, scheduled so that the
+    open share falls to this one, and the penalty's weight (at first `sparsity_weight`) is adjusted to bring the
+    threshold to 0. Exact for single weights; for larger units, as many units of highest score as do not exceed it.
+    Required by `straight_through`."""
     learning_rate: float | int | None = option(
         None, "--lr --learning-rate", NUMBER, "learning rate of the scores", says="the method's own"
     )
-    """AdamW's, for the scores; None: the method's own (2e-2, for straight-through 1e-2, for hard concrete 0.5)."""
-    weight_decay: float | int = option(0.0, "--weight-decay", NUMBER, "AdamW's weight decay of the scores")
-    """AdamW's, for the scores."""
-    second_moment_decay: float | int = option(0.99, "--second-moment-decay", NUMBER, "AdamW's beta_2 of the scores")
-    """AdamW's beta_2, for the scores: the mean of squared gradients is over about 1 / (1 - this) steps. With
-    `low_memory` at most 0.99, since a second moment in bfloat16 does not move by less."""
-    first_score: float | int = option(0.0, "--first-score", ANY_NUMBER, "every score at the start")
-    """Every score at the start; 0 is a soft gate of one half."""
+    """AdamW's learning rate for the scores; None: the method's own (2e-2; straight-through 1e-2, hard concrete 0.5)."""
+    weight_decay: float | int = option(0.0, "--weight-decay", NUMBER, "AdamW's weight decay for the scores")
+    """AdamW's weight decay for the scores."""
+    second_moment_decay: float | int = option(0.99, "--second-moment-decay", NUMBER, "AdamW's beta_2 for the scores")
+    """AdamW's beta_2 for the scores: squared gradients are averaged over about 1 / (1 - beta_2) steps. With
+    `low_memory` at most 0.99, because a bfloat16 second moment cannot change by smaller steps."""
+    first_score: float | int = option(0.0, "--first-score", ANY_NUMBER, "initial value of every score")
+    """Initial value of every score; 0 is a soft gate of one half."""
     beta_start: float | int = option(1.0, "--beta-start", NUMBER, "continuous sparsification: beta at step 0")
     """Continuous sparsification: beta at step 0; the soft gate is sigmoid(beta * score)."""
     beta_growth: float | int | None = option(
-        None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta at every step", says="by --max-steps"
+        None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta per step", says="set by --max-steps"
     )
-    """Continuous sparsification: factor on beta at every step. None: such that beta would grow 100,000 times over
-    `max_steps`, whatever their number; most gates are decided, and learning stops, about half way."""
-    max_steps: int = option(400, "--max-steps --steps", whole(1), "stop after this many steps in any case")
-    """Steps after which to stop in any case."""
-    batch_size: int = option(16, "--batch-size", whole(1), "sequences in a step")
-    """Sequences in a step."""
+    """Continuous sparsification: factor on beta at every step. None: chosen so that beta would grow by a factor of
+    100,000 over `max_steps`; most gates are decided, and learning stops, about half way."""
+    max_steps: int = option(400, "--max-steps --steps", whole(1), "maximum number of steps")
+    """Maximum number of steps."""
+    batch_size: int = option(16, "--batch-size", whole(1), "sequences per step")
+    """Sequences per step."""
     stop_undecided: float | int = option(
         0.01, "--stop-undecided", NUMBER, "stop when undecided gates are fewer than this share of the open ones"
     )
-    """Stop when undecided gates (0.1 to 0.9) number less than this share of the decided-kept ones (above 0.9)."""
+    """Stop when there are fewer undecided gates (0.1 to 0.9) than this share of the open ones (above 0.9)."""
     recovery_steps: int = option(
         20, "--recovery-steps", whole(1), "a run whose loss jumped must recover this many steps before its end"
     )
-    """A run whose CE jumped must have come back at least so many steps before its end."""
-    retries: int = option(3, "--retries", whole(0), "how often an unstable run is tried again, in another data order")
-    """How often to try again, with another data order, when a run was unstable."""
-    low_memory: bool = option(False, "--low-memory", None, "take less memory, and more time")
-    """Take less memory, at some cost in time: scores and moments are kept as bfloat16, and what a block computes is
-    computed once more for the backward pass."""
+    """A run whose CE jumped must recover at least this many steps before its end."""
+    retries: int = option(3, "--retries", whole(0), "how often to retry an unstable run with another data order")
+    """How often to retry an unstable run with another data order."""
+    low_memory: bool = option(False, "--low-memory", None, "use less memory, at some cost in time")
+    """Use less memory, at some cost in time: scores and moments are stored as bfloat16, and the activations of a block
+    are recomputed in the backward pass."""
     seed: int = option(0, "--seed", whole(0), "seed of the data order")
     """Seed of the data order; attempt k uses seed + k * 1,000,003."""
 
@@ -270,7 +270,7 @@ class SparsifyConfig(Record):
 
     @property
     def unit_of(self) -> dict[str, str]:
-        """What a gate governs, by component; components that are left out are kept whole."""
+        """The unit of a gate, by component; components left out are kept whole."""
         if isinstance(self.granularity, str):
             return dict.fromkeys(UNITS[self.granularity], self.granularity)
         return dict(self.granularity)
@@ -287,7 +287,7 @@ class SparsifyConfig(Record):
 
 
 RECIPES: Mapping[str, Callable[..., SparsifyConfig]] = {"default": SparsifyConfig, "paper": SparsifyConfig.paper}
-"""Named starting points of a recipe: ours, and the published one."""
+"""Named recipes to start from: ours, and the published one."""
 
 
 # --- model, text and target by name ---
@@ -295,7 +295,7 @@ RECIPES: Mapping[str, Callable[..., SparsifyConfig]] = {"default": SparsifyConfi
 
 @dataclass(frozen=True)
 class Inputs(Record):
-    """Model, text and target by name: what it takes to make them again."""
+    """Names of model, text and target, from which they can be rebuilt."""
 
     model: str = option("reference", "model", TEXT, "'reference', a hub id, or a folder")
     """`reference`, a hub id, or a folder."""
@@ -307,9 +307,9 @@ class Inputs(Record):
         "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
     )
     """`reference`, a file or folder of text, or a dataset."""
-    context_length: int | None = option(None, "--context-length", whole(2), "tokens in a sequence", says="128")
-    """Tokens in a sequence; None: 128."""
-    max_tokens: int | None = option(None, "--max-tokens", whole(1), "read at most this much of the text", says="all")
+    context_length: int | None = option(None, "--context-length", whole(2), "tokens per sequence", says="128")
+    """Tokens per sequence; None: 128."""
+    max_tokens: int | None = option(None, "--max-tokens", whole(1), "read at most this many tokens", says="all")
     """Read at most this many tokens of the text."""
     target: str = option(
         "ngram", "--target", TEXT,
@@ -332,7 +332,7 @@ class Inputs(Record):
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Version 0.1.0 wrote model and corpus as records of their own."""
+        """Upgrade values written by version 0.1.0, in which model and corpus were nested records."""
         model, corpus = values.get("model"), values.get("corpus")
         if not isinstance(model, dict) or not isinstance(corpus, dict):
             return values
@@ -345,7 +345,7 @@ class Inputs(Record):
 
 
 def spelled(name: str) -> str:
-    """A module's name as it is typed on the command line."""
+    """The command-line spelling of a module name."""
     return name.replace("_", "-")
 
 
@@ -356,28 +356,28 @@ CHECKS_OF_MEMORY = ("strict", "warn", "off")
 
 @dataclass(frozen=True)
 class StudyOptions(Record):
-    """What `study` does with a finding, and where it keeps it."""
+    """What `study` does besides finding a subnetwork."""
 
-    recipe: str = option("default", "--recipe", TEXT, "where recipe options start from", choices=lambda: RECIPES)
-    """Where the recipe starts from: `default` (ours) or `paper` (the published one)."""
+    recipe: str = option("default", "--recipe", TEXT, "recipe whose options are the defaults", choices=lambda: RECIPES)
+    """The recipe to start from: `default` (ours) or `paper` (the published one)."""
     sparsity_weights: tuple[float | int, ...] | None = option(
-        None, "--sparsity-weights", _NUMBERS, "find nested subnetworks, and one curve", says="one subnetwork"
+        None, "--sparsity-weights", _NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )
-    """Find nested subnetworks along these weights of the penalty instead of one."""
-    random_seeds: int = option(3, "--random-seeds", whole(1), "matched random controls")
-    """Matched random controls."""
-    analysis: bool = option(True, "--no-analysis", None, "stop when the subnetwork is evaluated")
-    """Whether to look inside, after evaluating."""
+    """Find nested subnetworks along these weights of the penalty instead of a single one."""
+    random_seeds: int = option(3, "--random-seeds", whole(1), "number of matched random controls")
+    """Number of matched random controls."""
+    analysis: bool = option(True, "--no-analysis", None, "stop after the evaluation")
+    """Whether to analyse the subnetwork after the evaluation."""
     falsify: bool = option(
         False, "--falsify", None,
-        "also try to refute it: re-initialised blocks, a nonsense target, 3 other seeds (5 times the learning)",
+        "also try to refute it: re-initialised blocks, a nonsense target, 3 other seeds (5 more rounds of learning)",
     )  # fmt: skip
     """Whether to try to refute the finding."""
     check_memory: str = option(
-        "warn", "--check-memory", TEXT, "when the memory forecast does not fit: refuse, warn, or do not ask",
+        "warn", "--check-memory", TEXT, "if the memory forecast does not fit: refuse, warn, or make no forecast",
         choices=lambda: CHECKS_OF_MEMORY,
     )  # fmt: skip
-    """What to do when the memory forecast does not fit; see `MemoryForecast.check`."""
+    """What to do if the memory forecast does not fit; see `MemoryForecast.check`."""
 
     def __post_init__(self) -> None:
         _check_choice("recipe", self.recipe, RECIPES)
@@ -394,21 +394,21 @@ class StudyOptions(Record):
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a study is asked for, by name."""
+    """All options of a study."""
 
     inputs: Inputs
     """Model, text and target."""
     config: SparsifyConfig
     """How masks are learned."""
     options: StudyOptions
-    """What is done besides."""
+    """Everything else."""
 
     @classmethod
     def of(cls, **given: Any) -> Request:
-        """From option values by field name; those not given, or None, have their defaults.
+        """Build a request from option values by field name; those not given, or None, take their defaults.
 
         Raises:
-            ValueError: If there is no such option, or a value cannot be.
+            ValueError: If there is no such option, or a value is not allowed.
         """
         known = {name for part in PARTS for name in options_of(part)}
         unknown = [name for name in given if name not in known]
@@ -419,11 +419,11 @@ class Request:
         options = StudyOptions(**{name: some[name] for name in options_of(StudyOptions) if name in some})
         changes = {name: some[name] for name in options_of(SparsifyConfig) if name in some}
         if options.sparsity_weights is not None and changes.keys() & {"sparsity_weight", "target_fraction"}:
-            raise ValueError("sparsity_weights goes with neither sparsity_weight nor target_fraction")
+            raise ValueError("sparsity_weights cannot be combined with sparsity_weight or target_fraction")
         return cls(inputs, RECIPES[options.recipe](**changes), options)
 
     def command(self) -> str:
-        """The `bigram-circuits find` command that asks for just this."""
+        """The `bigram-circuits find` command for this request."""
         recipe, changes = self._recipe()
         options = {
             **_changed(replace(self.options, recipe="default")),
@@ -438,7 +438,7 @@ class Request:
         return shlex.join(words)
 
     def _recipe(self) -> tuple[str, dict[str, Any]]:
-        """The named recipe that is nearest, and what is changed of it."""
+        """The closest named recipe, and the options that differ from it."""
         candidates = {
             name: changes
             for name, make in RECIPES.items()
@@ -449,11 +449,11 @@ class Request:
 
 
 PARTS = (Inputs, SparsifyConfig, StudyOptions)
-"""The dataclasses that define options, in the order in which a command gives them."""
+"""The dataclasses that define options, in the order in which a command lists them."""
 
 
 def _changed(instance: Any) -> dict[str, Any]:
-    """The fields that do not have their default."""
+    """The fields that differ from their defaults."""
     return {
         one.name: getattr(instance, one.name)
         for one in fields(instance)
@@ -470,10 +470,10 @@ def _differences(config: SparsifyConfig, base: SparsifyConfig) -> dict[str, Any]
 
 
 def _words(one: Option, value: Any) -> list[str]:
-    """An option with a value as words of a command."""
+    """An option and its value as arguments of a command."""
     if one.kind is None:
         return [one.flag]
     text = one.kind.write(value)
-    if text.startswith("-"):  # what begins with a dash reads as an option where it stands alone
+    if text.startswith("-"):  # a separate argument that starts with a dash would be read as an option
         return [f"{one.flag}={text}"]
     return [text] if not one.flag.startswith("-") else [one.flag, text]

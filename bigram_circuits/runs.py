@@ -1,12 +1,12 @@
-"""A run's folder: what was asked, how it went, what came out. Every file appears whole or not at all.
+"""Run folders: settings, progress and results of a run. Every file is written completely or not at all.
 
-`config.json` is written first and says everything needed to run it again; a folder whose settings differ from the ones
-asked for is never touched. While a run learns, `progress.jsonl` grows by a line a step and `checkpoint/` holds
-the state to continue from; it is removed when the subnetwork is there.
+`config.json` is written first and holds everything needed to repeat the run; a folder with other settings than the
+requested ones is never modified. While a run learns, `progress.jsonl` grows by a line per step and `checkpoint/` holds
+the state to resume from; it is removed once the subnetwork is written.
 
-Whenever a run is killed, the same command continues it to the same result. What a checkpoint needs is on the disk
-before the checkpoint is, and it vouches for it: it knows how much of `progress.jsonl` came before, and its digest.
-Who writes holds the folder's lock (`locks.py`), and first clears away what a killed process left half done.
+Whenever a run is killed, the same command resumes it and gives the same result. `progress.jsonl` is flushed to disk
+before each checkpoint, which records the length and the digest of the lines before it. A process that writes to the
+folder holds its lock (`locks.py`) and first removes what a killed process left unfinished.
 """
 
 from __future__ import annotations
@@ -56,30 +56,30 @@ _FORMAT = "bigram_circuits.run/1"
 _PACKAGES = ("bigram_circuits", "torch", "transformer_lens", "transformers", "tokenizers", "numpy")
 STOPS = {
     "decided": "nearly all gates were decided",
-    "max_steps": "the most steps allowed were done",
-    "unstable": "it stayed unstable in every attempt: do not trust it",
+    "max_steps": "the maximum number of steps was reached",
+    "unstable": "every attempt was unstable: do not trust the result",
 }
-"""Why learning stopped, in words."""
+"""Why learning stopped, as a phrase."""
 LEFT_OUT = "left_out.json"
-"""Beside the analyses of a run: those that the model does not show, with the reasons."""
+"""File beside a run's analyses: the analyses that were left out, with reasons."""
 RENAMED = {"exciting_tokens": "max_activating_tokens"}
-"""Analyses that an earlier version wrote under another name, and what they are called now."""
-_CHECKPOINT_SHARE = 0.02  # of the time spent learning, at most, goes into checkpoints
-_CHECKPOINT_SECONDS = 20.0  # between two checkpoints, at least
-_CHECKPOINT_SPEED = 2e8  # bytes a second, as long as no checkpoint was written that could be timed
+"""Analyses that an earlier version wrote under another name: former name -> present name."""
+_CHECKPOINT_SHARE = 0.02  # largest share of the learning time spent on checkpoints
+_CHECKPOINT_SECONDS = 20.0  # shortest time between two checkpoints
+_CHECKPOINT_SPEED = 2e8  # bytes per second, assumed until the first checkpoint has been timed
 
 
-# --- what the files of a run hold -------------------------------------------------------------------------------------
+# --- the contents of a run's files ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelIdentity(Record):
-    """What tells a run's model from others."""
+    """Identifies the model of a run."""
 
     name: str | None = None
-    """As it was loaded."""
+    """The name it was loaded by."""
     revision: str | None = None
-    """Of a hub model."""
+    """Revision of a hub model."""
     weight_hash: str | None = None
     """Hash of its maskable weights."""
     dtype: str | None = None
@@ -88,31 +88,31 @@ class ModelIdentity(Record):
 
 @dataclass(frozen=True)
 class CorpusIdentity(Record):
-    """What tells a run's text from others."""
+    """Identifies the text of a run."""
 
     source: str | None = None
-    """What was read, in words."""
+    """Where it was read from, as a phrase."""
     fingerprint: str | None = None
     """Hash of its tokens."""
     tokenizer_hash: str | None = None
     """Hash of the tokenizer's vocabulary."""
     context_length: int | None = None
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
 
 
 @dataclass(frozen=True)
 class TargetIdentity(Record):
-    """What tells a run's target from others."""
+    """Identifies the target of a run."""
 
     kind: str | None = None
     """Name of its class."""
     fingerprint: str | None = None
-    """Its own, if it has one."""
+    """The target's own fingerprint, if it has one."""
 
 
 @dataclass(frozen=True)
 class RunSettings(Record):
-    """What decides a run's result; a run's folder is tied to it."""
+    """The settings that determine a run's result; a run folder belongs to one such set."""
 
     model: ModelIdentity
     """The model."""
@@ -123,25 +123,25 @@ class RunSettings(Record):
     recipe: SparsifyConfig
     """How masks are learned."""
     within: str | None = None
-    """Checksum of the subnetwork that was looked inside, if any."""
+    """Checksum of the subnetwork that the search was restricted to, if any."""
 
 
 @dataclass(frozen=True)
 class StepRecord(Record):
-    """A step of learning, as `progress.jsonl` holds it."""
+    """A step of learning, as recorded in `progress.jsonl`."""
 
     attempt: int
-    """Which data order, from 0."""
+    """Number of the attempt (data order), from 0."""
     step: int
-    """From 0."""
+    """Number of the step, from 0."""
     cross_entropy: float
-    """From the target to the softly masked model, nats."""
+    """Cross-entropy from the target to the softly masked model, nats."""
     fraction: float
-    """Of the maskable weights, those that would be kept if learning ended now."""
+    """Share of the maskable weights that would be kept if learning ended now."""
     undecided: float
     """Share of the gates between 0.1 and 0.9."""
     due: float | None = None
-    """Share of the gated weights that should be open by now; None without a share to reach."""
+    """Share of the gated weights that should be open by now; None if there is no share to reach."""
     above_zero: float | None = None
     """Share of the gated weights with a positive score."""
     penalty: float | None = None
@@ -152,18 +152,18 @@ class StepRecord(Record):
 
 @dataclass(frozen=True)
 class Rollback(Record):
-    """An explosion of the loss, and what was done about it."""
+    """An explosion of the loss, and the state the run went back to."""
 
     attempt: int
-    """In which attempt."""
+    """Number of the attempt."""
     step: int
-    """At which step."""
+    """The step at which the loss exploded."""
     what: str
-    """What happened, in words."""
+    """What happened, as a phrase."""
     back_to: int
     """The step that the run went back to."""
     learning_rate: float
-    """The learning rate from there on."""
+    """The learning rate from that step on."""
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,17 @@ class Outcome(Record):
     stopped_because: str
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float = math.nan
-    """Time spent learning."""
+    """Time spent learning, in seconds."""
     attempts: int = 1
-    """How many data orders were tried."""
+    """Number of data orders tried."""
     soft_hard: SoftHardGap | None = None
-    """Cross-entropy with the last soft gates, and with the mask made of them; None if it was not noted."""
+    """Cross-entropy with the last soft gates and with the mask made of them; None if it was not recorded."""
     rollbacks: tuple[Rollback, ...] = ()
-    """Each time the loss was not finite or exploded. The abandoned steps are not in the history."""
+    """Every time the loss was not finite or exploded. The abandoned steps are not in the history."""
 
     @property
     def why(self) -> str:
-        """Why learning stopped, in words."""
+        """Why learning stopped, as a phrase."""
         return STOPS[self.stopped_because]
 
     def __post_init__(self) -> None:
@@ -204,7 +204,7 @@ class _Config(Record):
 
 @dataclass(frozen=True)
 class _ProgressState(Record):
-    """How long `progress.jsonl` is, in bytes, and its digest."""
+    """Length in bytes and digest of `progress.jsonl`."""
 
     size: int
     digest: str
@@ -212,7 +212,7 @@ class _ProgressState(Record):
 
 @dataclass(frozen=True)
 class _CheckpointState(Record):
-    """What a checkpoint's header says."""
+    """The contents of a checkpoint's header."""
 
     step: int
     attempt: int
@@ -224,35 +224,35 @@ class _CheckpointState(Record):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run that is learning."""
+    """The state of a run during learning."""
 
     tensors: Mapping[str, Tensor]
     """The gates' scores and the optimizer's moments."""
     step: int
     """Steps done."""
     attempt: int
-    """Which data order, from 0."""
+    """Number of the attempt (data order), from 0."""
     seconds: float
-    """Time spent learning so far."""
+    """Time spent learning so far, in seconds."""
     rollbacks: tuple[Rollback, ...] = ()
-    """Where the loss exploded in this attempt, and what was done."""
+    """The rollbacks of this attempt."""
     good_step: int | None = None
-    """The step of the last good state, whose tensors are named `good.`; None: there is none but the attempt's start."""
+    """The step of the last good state, whose tensor names start with `good.`; None: only the attempt's start."""
 
     def state(self, progress: _ProgressState | None) -> _CheckpointState:
-        """All but the tensors, with what came before it in `progress.jsonl`."""
+        """The header: everything except the tensors, with the state of `progress.jsonl`."""
         return _CheckpointState(self.step, self.attempt, self.seconds, self.rollbacks, self.good_step, progress)
 
 
 class RunFolder:
-    """A folder that is being written by a run."""
+    """The folder of a run, opened for writing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened = self._last_checkpoint = time.monotonic()
-        self._checkpoint_cost: float | None = None  # of the last one, in seconds
-        self._spent = 0.0  # on all of them
-        self._progress: _Progress | None = None  # what is in progress.jsonl, once this process has written to it
+        self._checkpoint_cost: float | None = None  # seconds that the last one took
+        self._spent = 0.0  # seconds that all of them took
+        self._progress: _Progress | None = None  # the state of progress.jsonl, once this process has written to it
 
     @classmethod
     def open(
@@ -263,13 +263,13 @@ class RunFolder:
         resume: bool = True,
         rebuild: Inputs | None = None,
     ) -> RunFolder:
-        """Make the folder of a run, or take up the one that is there if it was made with the same settings.
+        """Create the folder of a run, or reopen an existing one with the same settings.
 
         Args:
             path: The folder.
-            settings: What decides the result: model, corpus, target and recipe.
-            resume: False removes what a run with the same settings left there.
-            rebuild: How to make model, corpus and target again from names, if they can be.
+            settings: What determines the result: model, corpus, target and recipe.
+            resume: False removes the files of an earlier run with the same settings.
+            rebuild: Names from which model, corpus and target can be rebuilt, if there are any.
 
         Raises:
             ValueError: If the folder holds a run with other settings, or files that are not a run.
@@ -281,7 +281,7 @@ class RunFolder:
         if is_there and resume:
             return folder
         with folder.lock():
-            if _check_settings(path, settings):  # again: another process may have been faster
+            if _check_settings(path, settings):  # again: another process may have created it meanwhile
                 if not resume:
                     folder._clear()
                 return folder
@@ -292,10 +292,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Within the block, no other process writes here; what a killed one left half done is cleared away first.
+        """Within the block, no other process writes to the folder; leftovers of killed processes are removed first.
 
         Raises:
-            FolderInUseError: If another process is writing here; the message says which.
+            FolderInUseError: If another process is writing to the folder; the message says which.
         """
         with lock_folder(self.path):
             recover_folder(self.path / "analysis")
@@ -314,11 +314,11 @@ class RunFolder:
     # --- progress ---
 
     def history(self) -> list[StepRecord]:
-        """The records in `progress.jsonl`; a last line that was cut short is left out."""
+        """The records in `progress.jsonl`, without a truncated last line."""
         return _read_lines(self.path / "progress.jsonl")
 
     def begin_progress(self, records: Sequence[StepRecord]) -> None:
-        """Start `progress.jsonl` with these records: those before a checkpoint, or none."""
+        """Start `progress.jsonl` with these records: those before the checkpoint, or none."""
         text = "".join(map(_line, records))
         write_text(self._progress_path, text)
         self._progress = _Progress(text.encode())
@@ -326,7 +326,7 @@ class RunFolder:
     def log(self, record: StepRecord) -> None:
         """Append a record to `progress.jsonl`."""
         if self._progress is None:
-            self.begin_progress(self.history())  # a last line that was cut short goes
+            self.begin_progress(self.history())  # drops a truncated last line
             assert self._progress is not None
         line = _line(record).encode()
         with cannot_write(self._progress_path), self._progress_path.open("ab") as file:
@@ -338,7 +338,7 @@ class RunFolder:
         return self.path / "progress.jsonl"
 
     def _sync_progress(self) -> _ProgressState | None:
-        """Have `progress.jsonl` on the disk; returns its digest and size."""
+        """Flush `progress.jsonl` to disk; returns its size and digest."""
         if self._progress is None:
             if not self._progress_path.is_file():
                 return None
@@ -350,21 +350,21 @@ class RunFolder:
     # --- checkpoints ---
 
     def checkpoint_is_due(self, size: int = 0) -> bool:
-        """Whether so much time has passed that all checkpoints, with one of `size` bytes now, cost little of it."""
+        """Whether enough time has passed that writing a checkpoint of `size` bytes now costs little of it."""
         now = time.monotonic()
         cost = size / _CHECKPOINT_SPEED if self._checkpoint_cost is None else self._checkpoint_cost
         is_cheap = self._spent + cost <= _CHECKPOINT_SHARE * (now - self._opened)
         return is_cheap and now - self._last_checkpoint > _CHECKPOINT_SECONDS
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint by this one, which comes after all that is in `progress.jsonl`."""
+        """Replace the checkpoint by this one, taken after every record in `progress.jsonl`."""
         self._write_checkpoint(checkpoint, self._sync_progress())
 
     def rewind(self, checkpoint: Checkpoint, records: Sequence[StepRecord]) -> None:
-        """Go back to an earlier state, before which there were these first records of `progress.jsonl`."""
+        """Roll back to an earlier state, preceded by these records of `progress.jsonl`."""
         before = _Progress("".join(map(_line, records)).encode())
         self._sync_progress()
-        self._write_checkpoint(checkpoint, before.state())  # killed here, it vouches for the first records alone
+        self._write_checkpoint(checkpoint, before.state())  # if killed here, the checkpoint still matches these records
         self.begin_progress(records)
 
     def _write_checkpoint(self, checkpoint: Checkpoint, progress: _ProgressState | None) -> None:
@@ -382,7 +382,7 @@ class RunFolder:
         return self.path / "checkpoint" / "state.safetensors"
 
     def read_checkpoint(self) -> Checkpoint | None:
-        """The state to continue from, if there is one.
+        """The state to resume from, if there is one.
 
         Raises:
             ValueError: If it is damaged.
@@ -391,7 +391,7 @@ class RunFolder:
         return found and found[0]
 
     def _read_checkpoint(self) -> tuple[Checkpoint, _ProgressState | None] | None:
-        """With what it says about `progress.jsonl`."""
+        """The checkpoint, with the state of `progress.jsonl` that it recorded."""
         path = self._checkpoint_path
         if not path.is_file():
             return None
@@ -400,7 +400,7 @@ class RunFolder:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
             if "checksum" in metadata and metadata["checksum"] != _checksum(metadata["state"], tensors):
-                raise ValueError("its contents do not agree with its checksum")
+                raise ValueError("its contents do not match its checksum")
             state = _CheckpointState.from_json(parse_json(metadata["state"]))
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
             return found, state.progress
@@ -408,16 +408,16 @@ class RunFolder:
             raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
     def take_up(self) -> tuple[Checkpoint | None, list[StepRecord]]:
-        """The state to continue from, and the progress made before it. What came after it is removed.
+        """The state to resume from, and the records before it; later records are removed.
 
-        If one of them is damaged, this says so, and the run starts over.
+        If the checkpoint or the records are damaged, a note says so and the run starts over.
         """
         try:
             found = self._read_checkpoint()
             checkpoint, progress = found or (None, None)
             records = self._records_before(checkpoint, progress)
         except ValueError as error:
-            print(f"note: {error}; learning starts over, and ends in the same subnetwork", file=sys.stderr)
+            print(f"note: {error}; learning starts over and will find the same subnetwork", file=sys.stderr)
             shutil.rmtree(self._checkpoint_path.parent)
             checkpoint, records = None, []
         if checkpoint:
@@ -428,12 +428,12 @@ class RunFolder:
     def _records_before(self, checkpoint: Checkpoint | None, progress: _ProgressState | None) -> list[StepRecord]:
         if checkpoint is None:
             return []
-        if progress is None:  # written by a version that did not note it
+        if progress is None:  # written by a version that did not record it
             place = (checkpoint.attempt, checkpoint.step)
             return [record for record in self.history() if (record.attempt, record.step) < place]
         before = self._progress_path.read_bytes()[: progress.size] if self._progress_path.is_file() else b""
         if _Progress(before).state() != progress:
-            raise ValueError(f"{str(self._progress_path)!r} is damaged: it is not what came before the checkpoint")
+            raise ValueError(f"{str(self._progress_path)!r} is damaged: it does not match the checkpoint")
         return [StepRecord.from_json(parse_json(line)) for line in before.splitlines()]
 
     def _note_other_versions(self) -> None:
@@ -441,15 +441,15 @@ class RunFolder:
         other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if other:
             print(
-                f"note: this run was begun with other versions ({'; '.join(other)}): "
-                "its last bits may not be those of a run without interruption",
+                f"note: this run was started with other versions ({'; '.join(other)}): "
+                "its result may differ in the last bits from that of an uninterrupted run",
                 file=sys.stderr,
             )
 
     # --- the end ---
 
     def finish(self, subnetwork: Subnetwork, outcome: Outcome) -> None:
-        """Write the subnetwork and how the learning ended, then remove the checkpoint."""
+        """Write the outcome and the subnetwork, then remove the checkpoint."""
         record = outcome.to_json() | {"progress": to_json(self._sync_progress())}
         write_text(self.path / "training.json", checked_json(record))
         subnetwork.save(self.path / "subnetwork.safetensors")
@@ -461,7 +461,7 @@ class RunFolder:
         return (self.path / "subnetwork.safetensors").is_file()
 
     def outcome(self) -> Outcome:
-        """What `finish` wrote about how the learning ended."""
+        """The outcome that `finish` wrote."""
         return self._read_outcome()[0]
 
     def _read_outcome(self) -> tuple[Outcome, _ProgressState | None]:
@@ -473,20 +473,20 @@ class RunFolder:
             return Outcome.from_json(record), progress
 
     def check_progress(self) -> None:
-        """Check that `progress.jsonl`, if it is there, is what `finish` saw.
+        """Check that `progress.jsonl`, if present, is unchanged since `finish`.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If it has changed.
         """
-        noted = self._read_outcome()[1]  # older runs have none
+        noted = self._read_outcome()[1]  # None in older runs
         if noted and self._progress_path.is_file() and _Progress(self._progress_path.read_bytes()).state() != noted:
             raise ValueError(
-                f"{str(self._progress_path)!r} is damaged: its lines are not those the run wrote; without the file, "
-                "the run is read without its history"
+                f"{str(self._progress_path)!r} is damaged: its lines are not those that the run wrote; remove the file "
+                "to read the run without its history"
             )
 
     def files(self) -> list[str]:
-        """Names of the files in the folder, but for the lock."""
+        """Names of the files in the folder, except the lock."""
         return sorted(path.name for path in self.path.iterdir() if not is_lock(path))
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
@@ -494,7 +494,7 @@ class RunFolder:
         write_text(self.path / "metrics.json", checked_json(evaluation.to_json()))
 
     def evaluation(self) -> Evaluation | None:
-        """What `write_evaluation` wrote; None if it was not evaluated.
+        """The evaluation that `write_evaluation` wrote; None if there is none.
 
         Raises:
             ValueError: If the file is damaged.
@@ -515,19 +515,19 @@ class Run:
     path: Path
     """The folder."""
     settings: RunSettings
-    """What was asked: model, corpus, target and recipe."""
+    """Model, corpus, target and recipe."""
     rebuild: Inputs | None
-    """Model, text and target by name; None for a run made in Python from objects."""
+    """Names of model, text and target; None for a run made in Python from objects."""
     versions: Mapping[str, str]
-    """Of Python and the packages that matter."""
+    """Versions of Python and of the packages that matter."""
     subnetwork: Subnetwork
-    """What was found."""
+    """The subnetwork found."""
     outcome: Outcome
-    """How the learning ended."""
+    """How learning ended."""
     evaluation: Evaluation | None
-    """How faithful it is, with its controls; None if it was not evaluated."""
+    """Its faithfulness and that of its controls; None if it was not evaluated."""
     history: list[StepRecord]
-    """One record a training step."""
+    """One record for each training step."""
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -536,26 +536,26 @@ class Run:
 
     @property
     def analyses(self) -> dict[str, Result]:
-        """What `analyze` wrote about it, by name (`logit_lens`, ...); empty if nothing did."""
+        """The results of `analyze` by name (`logit_lens`, ...); empty if it was not analysed."""
         files = sorted((self.path / "analysis").glob("*.json"))
         return {RENAMED.get(path.stem, path.stem): load_result(path) for path in files if path.name != LEFT_OUT}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """What `analyze` left out because this model does not show it, with the reason."""
+        """The analyses that `analyze` left out because the model does not support them, with reasons."""
         path = self.path / "analysis" / LEFT_OUT
         left_out = read_checked_json(path) if path.is_file() else {}
         return {RENAMED.get(name, name): reason for name, reason in left_out.items()}
 
     @property
     def model_words(self) -> str:
-        """The name of its model, in words."""
+        """The name of its model, as a phrase."""
         name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
         return "the reference model" if name == "reference" else str(name or "a model")
 
     @property
     def target_words(self) -> tuple[str, str]:
-        """Its target's name, and what it is, in words."""
+        """The name of its target and a phrase that describes it."""
         if self.rebuild is not None:
             kind, order = self.rebuild.kind_of_target, self.rebuild.order
             return kind.label(order), kind.meaning(order)
@@ -566,14 +566,14 @@ class Run:
         return f"Run({str(self.path)!r}: {self.subnetwork!r})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: what was asked, how it ended, and the answer."""
+        """HTML for notebooks: the inputs, how learning ended, and the result."""
         asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
 
     def _answer(self) -> str:
-        """In words: how faithful it is."""
+        """How faithful the subnetwork is, as a sentence."""
         if self.evaluation is None:
             return "It was not evaluated."
         r = rounded(self.evaluation.subnetwork.surprisal_correlation)
@@ -584,8 +584,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """Read a finished run.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no run in it.
-        ValueError: If the run did not finish, or was written in another format.
+        FileNotFoundError: If the folder does not exist or holds no run.
+        ValueError: If the run is not finished, a file is damaged, or it has another format.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -596,8 +596,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         who = holder(path)
         raise ValueError(
             f"the run in {str(path)!r} is not finished: "
-            + (f"wait for {who}, or, if that is gone, " if who else "")
-            + "give the same command again to continue it"
+            + (f"wait for {who}, or, if that has ended, " if who else "")
+            + "run the same command again to continue it"
         )
     subnetwork = Subnetwork.load(path / "subnetwork.safetensors")
     outcome = run.outcome()
@@ -615,7 +615,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the machine and the packages that decide a result."""
+    """Versions of Python, the platform and the packages that can affect a result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -626,7 +626,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_settings(path: Path, wanted: RunSettings) -> bool:
-    """Whether a folder holds the run that is wanted; False if it may become it."""
+    """Whether a folder holds the wanted run; False if the run may be created there."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
@@ -648,7 +648,7 @@ def _read_config(path: Path) -> _Config:
     record = read_checked_json(config, remedy)
     if record.get("format") != _FORMAT:  # for example a model's folder
         raise ValueError(
-            f"{str(config)!r} is not that of a run (its format is {record.get('format')!r}, not {_FORMAT!r}): "
+            f"{str(config)!r} does not belong to a run (its format is {record.get('format')!r}, not {_FORMAT!r}): "
             "choose another folder"
         )
     with damaged(config, remedy):
@@ -656,7 +656,7 @@ def _read_config(path: Path) -> _Config:
 
 
 class _Progress:
-    """How long `progress.jsonl` is, and its digest, as it grows."""
+    """Length and digest of `progress.jsonl` as it grows."""
 
     def __init__(self, data: bytes) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -672,7 +672,7 @@ class _Progress:
 
 
 def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of a checkpoint: all its bits."""
+    """Checksum of a checkpoint's header and tensors."""
     digest = hashlib.blake2b(state.encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -692,15 +692,15 @@ def _read_lines(path: Path) -> list[StepRecord]:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [
             StepRecord.from_json(parse_json(line)) for line in lines[:-1]
-        ]  # what follows the last line end was cut short
+        ]  # text after the last line end is a truncated line
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def _difference(there: Any, wanted: Any, at: str = "") -> str:
-    """The first setting that differs, in words."""
+    """The first setting that differs, as a phrase."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         for key in (*there, *wanted):
             if there.get(key) != wanted.get(key):
                 return _difference(there.get(key), wanted.get(key), f"{at}.{key}" if at else key)
-    return f"its {at or 'settings'} is {there!r}, asked for was {wanted!r}"
+    return f"its {at or 'settings'} is {there!r}, not {wanted!r}"

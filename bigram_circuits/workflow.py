@@ -1,6 +1,6 @@
-"""The whole way, as one function: find a subnetwork, evaluate it, look inside, try to refute it, write its page.
+"""A complete study as one function: find a subnetwork, evaluate it, analyse it, try to refute it, and write its page.
 
-`bigram-circuits find` is `study` with its options read from the command line.
+`bigram-circuits find` calls `study` with the options of the command line.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from bigram_circuits.text.corpus import Corpus, load_corpus
 
 @dataclass(frozen=True)
 class Subjects:
-    """What a study is about: a model, a text, a target, and how to make them again."""
+    """The model, text and target of a study, and their names."""
 
     model: Model
-    """Hooked."""
+    """A hooked model."""
     corpus: Corpus
-    """Its training part is learned from, its held-out part measured on."""
+    """Masks are learned on its training part and measured on its held-out part."""
     target: Any
-    """What is to be reproduced."""
+    """The target to be reproduced."""
     inputs: Inputs | None
-    """Their names; None if one of them was given as an object."""
+    """The names of all three; None if one of them was given as an object."""
 
     @classmethod
     def load(cls, inputs: Inputs, device: str | None = None) -> Subjects:
-        """Make them from their names."""
+        """Load model and text and make the target, from their names."""
         model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
         corpus = _corpus(inputs, inputs.corpus, model)
         return cls(model, corpus, inputs.kind_of_target.make(model, corpus, inputs.order), inputs)
@@ -76,17 +76,19 @@ def study(
     tell: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Run | SubnetworkPath:
-    """Do what `bigram-circuits find` does: find a subnetwork, evaluate, analyse, falsify if asked, and write the page.
+    """Find a subnetwork, evaluate and analyse it, try to refute it if asked, and write its page.
+
+    This is what `bigram-circuits find` does.
 
     Args:
         model: `"reference"`, a hub id, a folder, or a model from `load_model`.
         corpus: `"reference"`, a file, folder or dataset, anything that `load_corpus` reads, or a `Corpus`.
         target: A name (`ngram`, `model`, `next-token`, `induced`), or any target.
-        out: The run's folder; if not given, one under `runs/`, by its settings.
-        device: Where to put a model that is loaded; CUDA if there is any, else the CPU.
-        fresh: Start over if this run was begun or finished before.
+        out: The run folder; by default one under `runs/`, named after model and settings.
+        device: Device to load the model to; by default CUDA if available, else the CPU.
+        fresh: Start over if this run was started or finished before.
         callbacks: As for `find_subnetwork`.
-        tell: Called with lines of text about what is done, for example `print`.
+        tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
             `context_length`, `max_tokens`, `random_seeds`, `analysis`, `falsify`, `check_memory`.
@@ -95,7 +97,8 @@ def study(
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
 
     Raises:
-        ValueError: If an option does not exist or cannot be, or model, text and target do not fit together.
+        ValueError: If an option does not exist or has a value that is not allowed, or model, text and target do not
+            fit together.
         OSError: If something cannot be loaded, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
     """
@@ -120,17 +123,17 @@ def study(
         try:
             page = _examine(request, subjects, folder, found, say)
         except KeyboardInterrupt:
-            kept = f"the subnetwork is kept in {str(folder.path)!r}, and the same command goes on"
+            kept = f"the subnetwork is saved in {str(folder.path)!r}; rerun the command to go on"
             raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     for line in _in_the_end(found):
         say(line)
-    say(f"{time.monotonic() - started:.0f} s in all; files in {folder.path}/: {', '.join(folder.files())}")
+    say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
     say(f"the page to look at: {page}")
     return load_run(folder.path)
 
 
 def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: str | None) -> Subjects:
-    """Model, text and target: loaded where names were given, taken as they are where objects were."""
+    """Model, text and target: loaded if given by name, taken as they are if given as objects."""
     model = given["model"]
     if "model" in named:
         model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
@@ -148,7 +151,7 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
 
 
 def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
-    """One folder for one set of settings, so that the same command continues the same run."""
+    """The default folder for these settings: the same command always continues the same run."""
     name = str(model.cfg.model_name).rstrip("/").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     text = json.dumps([settings.to_json(), *more], sort_keys=True)
@@ -156,7 +159,7 @@ def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
 
 
 def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Say what the study is about, and where it goes."""
+    """Report model, text, target, run folder and memory forecast."""
     model, found_before = subjects.model, folder.is_finished
     cfg = model.cfg
     say(f"model   {cfg.model_name}: {cfg.n_layers} blocks, d_model {cfg.d_model}, {cfg.device}")
@@ -170,7 +173,7 @@ def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Cal
 def _examine(
     request: Request, subjects: Subjects, folder: RunFolder, found: FoundSubnetwork, say: Callable[[str], None]
 ) -> Path:
-    """Evaluate, look inside, try to refute; returns the page."""
+    """Evaluate, analyse and try to refute, as requested; returns the path of the page."""
     model, target, corpus, options = subjects.model, subjects.target, subjects.corpus, request.options
     evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=options.random_seeds)
     folder.write_evaluation(evaluation)
@@ -186,11 +189,11 @@ def _examine(
 
 
 def _in_the_end(found: FoundSubnetwork) -> list[str]:
-    """How learning went, in lines."""
+    """Lines that summarise how learning went."""
     lines = [f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because {found.why}"]
     if found.rollbacks:
         lines.append(
-            f"the loss exploded {len(found.rollbacks)} times, and the run went back each time (training.json); "
+            f"rollbacks after the loss exploded: {len(found.rollbacks)} (see training.json); "
             f"learning rate at the end {found.rollbacks[-1].learning_rate:g}"
         )
     if found.gap:
@@ -210,7 +213,7 @@ def _path(
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
 ) -> SubnetworkPath:
-    """A folder with a run for each weight of the penalty, and the curve."""
+    """Find nested subnetworks: a folder with one run for each weight of the penalty, and the curve."""
     weights = request.options.sparsity_weights or ()
     settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
     folder = Path(out or default_folder(subjects.model, settings, list(weights)))
@@ -223,26 +226,26 @@ def _path(
     return path
 
 
-# --- a finished run, taken up again ---
+# --- reopening a finished run ---
 
 
 def reopen(folder: str | os.PathLike[str], device: str | None = None) -> tuple[Run, Subjects]:
-    """A finished run, with its model, text and target made again from their names.
+    """Load a finished run, and rebuild its model, text and target from their names.
 
-    The run's subnetwork is checked against the model's weights. If the text is not what the run was made on, a note on
-    stderr says so.
+    The subnetwork is checked against the model's weights. If the text has changed since the run, a note on stderr says
+    so.
 
     Raises:
-        ValueError: If the run was made from objects, or its subnetwork is of other weights than the model's.
+        ValueError: If the run was made from objects, or its subnetwork belongs to other weights than the model's.
     """
     run = load_run(folder)
     if run.rebuild is None:
-        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: go on with it there")
+        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: continue with it in Python")
     subjects = Subjects.load(run.rebuild, device)
     then, now = run.settings.corpus.fingerprint, subjects.corpus.fingerprint
     if then != now:
         print(
-            f"bigram-circuits: note: the text of {subjects.corpus.source!r} is not what the run was made on "
+            f"bigram-circuits: note: the text of {subjects.corpus.source!r} has changed since the run "
             f"(fingerprint {now}, then {then})",
             file=sys.stderr,
         )

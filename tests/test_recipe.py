@@ -142,7 +142,7 @@ def test_mistakes_are_named():
         Request.of(stpes=3)
     with pytest.raises(ValueError, match="target must be one of induced, model, next-token, ngram, not 'bigram'"):
         Request.of(target="bigram")
-    with pytest.raises(ValueError, match="sparsity_weights goes with neither"):
+    with pytest.raises(ValueError, match="sparsity_weights cannot be combined with"):
         Request.of(sparsity_weights=(1, 2), target_fraction=0.1)
     with pytest.raises(ValueError, match="sparsity_weights must be at least two different numbers"):
         Request.of(sparsity_weights=(1, 1))

@@ -103,9 +103,9 @@ def test_the_same_settings_take_up_a_folder_and_others_never_touch_it(folder, tm
     assert RunFolder.open(tmp_path / "run", SETTINGS).path == folder.path
     other = replace(SETTINGS, recipe=replace(SETTINGS.recipe, seed=1))
     for resume in (True, False):
-        with pytest.raises(ValueError, match=r"holds another run \(its recipe.seed is 0, asked for was 1\)"):
+        with pytest.raises(ValueError, match=r"holds another run \(its recipe.seed is 0, not 1\)"):
             RunFolder.open(tmp_path / "run", other, resume=resume)
-    with pytest.raises(ValueError, match=r"its within is None, asked for was 'ab'"):
+    with pytest.raises(ValueError, match=r"its within is None, not 'ab'"):
         RunFolder.open(tmp_path / "run", replace(SETTINGS, within="ab"))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
@@ -115,7 +115,7 @@ def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="not empty and holds no run"):
         RunFolder.open(tmp_path, SETTINGS, resume=False)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"config.json' is not that of a run .*choose another folder"):
+    with pytest.raises(ValueError, match=r"config.json' does not belong to a run .*choose another folder"):
         RunFolder.open(tmp_path, SETTINGS, resume=False)
     (tmp_path / "config.json").write_text('{"format": "bigram')
     with pytest.raises(ValueError, match=r"config.json' is damaged"):

@@ -172,7 +172,7 @@ def test_other_versions_are_noted(stopped, goes_on, capfd):
     config["versions"]["torch"] = "1.0"
     write_text(stopped / "config.json", checked_json(config))
     assert goes_on(stopped) == 8
-    assert re.search(r"note: this run was begun with other versions \(torch \S+, then 1\.0\)", capfd.readouterr().err)
+    assert re.search(r"note: this run was started with other versions \(torch \S+, then 1\.0\)", capfd.readouterr().err)
 
 
 # --- damage ---
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_not_used(stopped, goes_on, capfd, tmp_path):
     assert goes_on(stopped) == 20
     err = capfd.readouterr().err
     assert "state.safetensors' is damaged" in err
-    assert "learning starts over, and ends in the same subnetwork" in err
+    assert "learning starts over and will find the same subnetwork" in err
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])

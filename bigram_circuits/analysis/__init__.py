@@ -1,20 +1,20 @@
-"""What a subnetwork does inside the model: functions of (model, subnetwork) that give frozen results.
+"""What a subnetwork does inside the model: functions of (model, subnetwork) that return frozen results.
 
-Every analysis measures the full model and, where a subnetwork is given, the subnetwork, its complement and a matched
-random subnetwork on the same text, side by side.
+Every analysis measures the full model and, if a subnetwork is given, the subnetwork, its complement and a matched
+random subnetwork on the same text.
 
 | question | functions |
 |---|---|
 | what would each layer predict? | `logit_lens`, `affine_lens` (`fit_affine_lens`, `refine_affine_lens`) |
-| where does the residual stream point, how do layers turn it? | `cosine_to_unembedding`, `layer_rotations`, `covariance_similarity` |
-| what is needed? | `ablate`, `stochastic_ablation` |
-| what is enough? | `sufficiency`, with the tasks of `TASKS` |
-| who writes the prediction, where do heads look? | `logit_attribution`, `attention_patterns` |
-| where is it? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
+| where does the residual stream point, how do layers rotate it? | `cosine_to_unembedding`, `layer_rotations`, `covariance_similarity` |
+| what is necessary? | `ablate`, `stochastic_ablation` |
+| what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
+| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns` |
+| where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
-| how did it come about? | `trajectory`, `subnetworks_over_training` |
-| how does it read a text, after which tokens is it right? | `passages`, `next_tokens`, `faithfulness_by_token` |
-| all that, in one go | `analyze`, `layer_by_layer` |
+| how does it develop over training? | `trajectory`, `subnetworks_over_training` |
+| how does it read a text, after which tokens is it faithful? | `passages`, `next_tokens`, `faithfulness_by_token` |
+| all of these at once | `analyze`, `layer_by_layer` |
 """  # noqa: E501
 
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation

@@ -1,16 +1,16 @@
-"""Take parts of a model away and see what its predictions lose.
+"""Ablate parts of a model and measure the effect on its predictions.
 
-What is taken away is said in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or
-a `Subnetwork`, whose weights are taken away. How: activations are replaced by hooks, or weights set to 0.
+Parts are named in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or a
+`Subnetwork`, whose weights are ablated. Activations are replaced by hooks, or weights are set to 0:
 
-- `zero`: the activation is 0.
-- `mean`: it is its own mean over all sequences and positions of the text, in the model as it was before.
-- `resample`: it is that of another sequence of the same batch at the same position, paired at random with a seed
-  (where a task's prompts differ in length, the other one may have ended by then).
-- `weights`: all weights of the part are 0: those of `Subnetwork.drop_head`, `drop_neurons` and so on.
+- `zero`: the activation is set to 0.
+- `mean`: it is set to its mean over all sequences and positions of the text, in the unablated model.
+- `resample`: it is taken from another sequence of the same batch at the same position, paired at random with a seed
+  (where a task's prompts differ in length, the other prompt may already have ended there).
+- `weights`: all weights of the part are 0, as with `Subnetwork.drop_head`, `drop_neurons` and so on.
 
-Every rise in loss stands beside that of a matched random ablation: as many random coordinates of the same
-activations, or as many random weights in the same matrices; there is none where the part is all there is.
+Every rise in loss is compared with that of matched random ablations: as many random coordinates of the same
+activations, or as many random weights in the same matrices. There is no such control where the part is all there is.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import as_target
 
-_SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement, that are removed
+_SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
 WAYS = ("zero", "mean", "resample", "weights")
-"""Values of `by`."""
+"""The values of `by`."""
 
 
 def ablate(
@@ -63,27 +63,27 @@ def ablate(
     seeds: int = 3,
     seed: int = 0,
 ) -> Effects:
-    """Take parts of a model away, one after the other, and measure what its predictions lose.
+    """Ablate parts of a model, one at a time, and measure the effect on its predictions.
 
     Args:
         model: From `load_model`.
-        what: The parts, in the language above: a string, a `Subnetwork`, or a list of them.
+        what: The parts, in the language of `components`: a string, a `Subnetwork`, or a list of these.
         tokens: Text to measure on (an array, or a corpus: its held-out part), or a `Task`.
         subnetwork: Also ablate within the model reduced to this subnetwork; those quantities end in `_in_subnetwork`.
-        by: `zero`, `mean`, `resample` or `weights`; if not given, `zero` for components and `weights` for
-            subnetworks, which can be ablated in no other way.
-        target: If given, also the change of the correlation of surprisals with this target's.
-        seeds: Number of matched random ablations, of which the mean is taken; 0 for none.
-        seed: Of the resampled activations.
+        by: `zero`, `mean`, `resample` or `weights`; by default `zero` for components and `weights` for subnetworks,
+            which can only be ablated by weights.
+        target: If given, also measure the change of the correlation of surprisals with this target's.
+        seeds: Number of matched random ablations to average over; 0 for none.
+        seed: Seed of the resampling.
 
     Returns:
-        For every part, of the full model and if there is one of the subnetwork: `rise_in_loss` and its `excess` over
-        the matched random ablations' `random_rise`, with 95% paired intervals; the `loss` afterwards; with a target
-        `change_in_r`; for a task with wrong tokens `change_in_log_odds`. All losses in nats per scored place.
+        For every part, in the full model and, if given, in the subnetwork: `rise_in_loss` and its `excess` over
+        `random_rise`, that of the matched random ablations, with 95% paired intervals; the `loss` after ablation; with
+        a target `change_in_r`; for a task with wrong tokens `change_in_log_odds`. Losses are in nats per scored place.
 
     Raises:
-        ValueError: If an argument is wrong, `by` does not go with a part, resampling has only one sequence, the model
-            does not show an activation, or a surprisal is not finite.
+        ValueError: If an argument is wrong, `by` does not apply to a part, there is only one sequence to resample from,
+            the model does not show an activation, or a surprisal is not finite.
     """
     if by is not None and by not in WAYS:
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
@@ -107,7 +107,7 @@ def _ablate(
     seeds: int,
     seed: int,
 ) -> Effects:
-    """`ablate`, of arguments that are checked."""
+    """`ablate` on checked arguments."""
     ways = {part.name: by or ("weights" if part.subnetworks else "zero") for part in parts}
     if "resample" in ways.values() and len(task) < 2:
         raise ValueError("resampling takes activations from another sequence, but there is only one")
@@ -151,18 +151,18 @@ def _ablate(
 
 
 def _check_shown(model: Model, task: Task, chosen: Iterable[Coordinates]) -> None:
-    """Raise NotShownError unless the forward pass shows all these activations in these sizes."""
+    """Raise NotShownError unless the forward pass shows all these activations with these sizes."""
     sizes = {name: mask.numel() for masks in chosen for name, mask in masks.items()}
     tokens = torch.from_numpy(np.asarray(task.tokens[:1, :2]).astype(np.int64)).to(model.cfg.device)
     with torch.inference_mode():
         seen, _ = record(model, tokens, list(sizes))
     for name, size in sizes.items():
         if (found := seen[name].flatten(2).shape[2]) != size:
-            raise NotShownError(f"the activation {name} has {found} values a position, but {size} were expected")
+            raise NotShownError(f"the activation {name} has {found} values per position, but {size} were expected")
 
 
 class _BaseMeans:
-    """Mean activations of a base, taken when they are first needed."""
+    """Mean activations of a base, computed on first use."""
 
     def __init__(self, model: Model, task: Task, kept: Kept, names: set[str]) -> None:
         self._arguments = (model, task, sorted(names))
@@ -220,16 +220,16 @@ def _quantities(bases: Sequence[str], with_target: bool, with_odds: bool) -> tup
         end = "" if base == "full" else f"_in_{base}"
         where = "the full model" if base == "full" else f"the model reduced to the {base}"
         listed += [
-            Quantity(f"rise_in_loss{end}", "nats", f"How much the loss of {where} rises without the part."),
-            Quantity(f"excess{end}", "nats", "That, less what matched random ablations raise it by."),
-            Quantity(f"random_rise{end}", "nats", "What matched random ablations raise it by, mean over draws."),
-            Quantity(f"loss{end}", "nats", f"The loss of {where} without the part."),
+            Quantity(f"rise_in_loss{end}", "nats", f"Rise in the loss of {where} when the part is ablated."),
+            Quantity(f"excess{end}", "nats", "Rise in loss minus that of matched random ablations."),
+            Quantity(f"random_rise{end}", "nats", "Rise in loss with matched random ablations, mean over draws."),
+            Quantity(f"loss{end}", "nats", f"Loss of {where} with the part ablated."),
         ]
         if with_target:
-            listed.append(Quantity(f"change_in_r{end}", "", "Change of the correlation with the target's surprisals."))
+            listed.append(Quantity(f"change_in_r{end}", "", "Change in the correlation with the target's surprisals."))
         if with_odds:
             listed.append(
-                Quantity(f"change_in_log_odds{end}", "nats", "Change of the log odds of right against wrong.")
+                Quantity(f"change_in_log_odds{end}", "nats", "Change in the log odds of right against wrong.")
             )
     return tuple(listed)
 
@@ -286,7 +286,7 @@ class _Replace:
 
 
 def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str, Float[Tensor, " _"]]:
-    """Means of activations over all prompts and positions, up to the last scored place of each; float64, CPU."""
+    """Means of activations over all prompts and positions up to each prompt's last scored place; float64, CPU."""
     totals: dict[str, Tensor] = {}
     ends = torch.from_numpy(task.ends)
 
@@ -308,7 +308,7 @@ def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str
     return {name: total / int((task.ends + 1).sum()) for name, total in totals.items()}
 
 
-# --- removing the rest at random ---
+# --- removing the complement at random ---
 
 
 def stochastic_ablation(
@@ -321,37 +321,37 @@ def stochastic_ablation(
     draws: int = 5,
     seed: int = 0,
 ) -> Curves:
-    """Remove more and more of the weights outside a subnetwork, chosen at random, on the way from the full model to it.
+    """Remove a growing random share of the weights outside a subnetwork, from the full model down to the subnetwork.
 
-    That a subnetwork alone does something shows what it does when everything else is gone at once; the removed rest may
-    have been holding it back, or the masked model may be a state that the full one never comes near. This is the
-    stricter test: at every share of the complement removed, several random choices are made, in every matrix the same
-    share. If the subnetwork carries the behaviour in the full model, the correlation with the target rises (or holds)
-    along the whole way, and above that of a matched random subnetwork in its place, whose complement is thinned alike.
+    A subnetwork on its own shows only what it does when everything else is removed at once: the removed weights may
+    have suppressed it, or the masked model may be far from any state of the full model. This test is stricter: for
+    every share, several random choices of complement weights are removed, the same share in every matrix. If the
+    subnetwork carries the behaviour in the full model, the correlation with the target rises (or holds) throughout, and
+    stays above that of a matched random subnetwork whose complement is removed in the same way.
 
     Args:
         model: From `load_model`.
-        subnetwork: What is always kept.
-        target: Whose surprisals are correlated with the model's.
+        subnetwork: The weights that are always kept.
+        target: The target whose surprisals are correlated with the model's.
         tokens: Text (an array, or a corpus: its held-out part), or a `Task`.
-        shares: Shares of the complement's weights to remove, 0 (the full model) to 1 (the subnetwork alone).
-        draws: Random choices at each share; each comes with a matched random subnetwork of its own.
-        seed: Of the first draw.
+        shares: Shares of the complement's weights to remove, from 0 (the full model) to 1 (the subnetwork alone).
+        draws: Random choices for each share, each with its own matched random subnetwork.
+        seed: Seed of the first draw.
 
     Returns:
-        `surprisal_correlation` and `loss` against the share removed, for `subnetwork` and `random`: means over draws,
-        with the lowest and the highest draw as the interval.
+        `surprisal_correlation` and `loss` by share removed, for `subnetwork` and `random`: means over draws, with the
+        lowest and the highest draw as the interval.
 
     Raises:
-        ValueError: If a share is not 0 to 1, there is no share or draw, or shapes or vocabularies do not agree.
+        ValueError: If a share is not from 0 to 1, there is no share or draw, or shapes or vocabularies do not match.
     """
     if not len(shares) or any(not 0 <= share <= 1 for share in shares):
         raise ValueError(f"shares must be numbers from 0 to 1, not {tuple(shares)}")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
-    target = as_target(target, model.cfg.d_vocab)  # None is no target here,
-    if not isinstance(subnetwork, Subnetwork):  # and no subnetwork
+    target = as_target(target, model.cfg.d_vocab)  # None is not allowed here,
+    if not isinstance(subnetwork, Subnetwork):  # nor here
         raise ValueError("a NoneType is no subnetwork: pass a Subnetwork")
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
@@ -367,7 +367,7 @@ def _thin_out(
     draws: int,
     seed: int,
 ) -> Curves:
-    """`stochastic_ablation`, of arguments that are checked."""
+    """`stochastic_ablation` on checked arguments."""
     numbers = np.full((2, 2, len(shares), draws), math.nan)
     seen: dict[str, tuple[float, float]] = {}
     with tqdm(total=2 * len(shares) * draws * len(task), desc="removing", unit="sequence", delay=2, leave=False) as bar:
@@ -382,7 +382,7 @@ def _thin_out(
                     numbers[:, row, point, draw] = seen[key]
                     bar.update(len(task))
     return Curves(
-        title="The rest removed at random",
+        title="Complement removed at random",
         quantities=(
             SURPRISAL_CORRELATION,
             Quantity("loss", "nats", "The model's own next-token loss."),
@@ -404,12 +404,12 @@ def _thin_out(
 
 
 def _thinned(subnetwork: Subnetwork, share: float | int, seed: int) -> Subnetwork:
-    """A random share of its weights, the same in every matrix (to the nearest weight)."""
+    """Keep a random share of the weights, the same in every matrix (to the nearest weight)."""
     counts = {name: round(share * count.kept) for name, count in subnetwork.by_weight().items()}
     return random_within(subnetwork, counts, seed)
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("ablation_components")

@@ -1,10 +1,10 @@
-"""Affine maps of the residual stream: from each layer to the last one, and to the current token's embedding.
+"""Affine maps of the residual stream: from each layer to the last layer, and to the current token's embedding.
 
 The *affine* or *tuned lens* (Belrose et al. 2023, arXiv 2303.08112) reads a layer's residual stream through an affine
-map that was fitted to predict the last layer's; a second map predicts the current token's embedding, and so says how
-much of the current token is left. Both come from normal equations (ridge, with intercept) in one pass over the text:
-what is kept is d_model x d_model numbers for each layer, never the activations. `refine_affine_lens` then lowers the KL
-from the model's output to the lens's, as the tuned lens does.
+map fitted to predict the last layer's residual stream; a second map predicts the current token's embedding, and so
+shows how much of the current token is still represented. Both are solved from normal equations (ridge, with intercept)
+in one pass over the text: only d_model x d_model numbers per layer are stored, never the activations.
+`refine_affine_lens` then lowers the KL from the model's output to the lens, as the tuned lens does.
 """
 
 from __future__ import annotations
@@ -50,35 +50,35 @@ RECALLS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class AffineMaps:
-    """Affine maps from each layer's residual stream: to the last one's, and to the current token's embedding."""
+    """Affine maps from each layer's residual stream to the last layer's, and to the current token's embedding."""
 
     output_weight: Float[Tensor, "layer d_model d_model"]
-    """Row vector times this, plus `output_bias`, predicts the residual stream that the final norm reads."""
+    """A row vector times this, plus `output_bias`, predicts the residual stream that the final norm reads."""
     output_bias: Float[Tensor, "layer d_model"]
     """Intercepts."""
     input_weight: Float[Tensor, "layer d_model d_embed"]
-    """Row vector times this, plus `input_bias`, predicts the current token's embedding."""
+    """A row vector times this, plus `input_bias`, predicts the current token's embedding."""
     input_bias: Float[Tensor, "layer d_embed"]
     """Intercepts."""
     weight_hash: str
-    """Of the model they were fitted on."""
+    """Weight hash of the model they were fitted on."""
     condition: str
-    """What the model was reduced to: a lineage, or `full`."""
+    """The condition they were fitted on: a subnetwork's lineage, or `full`."""
     tokens: int
-    """How many tokens they were fitted on."""
+    """Number of tokens they were fitted on."""
     alpha: float
     """Ridge penalty."""
 
     def to_output(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
-        """The predicted last residual stream, from that of entry `layer` (0: the embedding)."""
+        """Predict the last residual stream from that of entry `layer` (0: the embedding)."""
         return _affine(residual, self.output_weight[layer], self.output_bias[layer]).to(residual)
 
     def to_input(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_embed"]:
-        """The predicted embedding of the current token, float32."""
+        """Predict the embedding of the current token, in float32."""
         return _affine(residual, self.input_weight[layer], self.input_bias[layer])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, with its checksums."""
+        """Write a safetensors file with checksums."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         about = {name: getattr(self, name) for name in ("weight_hash", "condition", "tokens", "alpha")}
         with whole_file(Path(path)) as temporary:
@@ -90,8 +90,8 @@ class AffineMaps:
         """Read what `save` wrote; with `model`, check that they were fitted on it.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged or something else, or was fitted on another model.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If it is damaged or holds something else, or the maps were fitted on another model.
         """
         arrays, metadata = read_tensors(path, "holds no affine maps")
         if metadata.get("format") != _FORMAT:
@@ -110,7 +110,7 @@ class AffineMaps:
 
 
 def _check_sizes(arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError unless these are the four tensors, and fit together."""
+    """Raise ValueError unless these are the four tensors, with matching shapes."""
     if set(arrays) != set(_TENSORS):
         raise ValueError(f"it should hold {', '.join(_TENSORS)}, not {shown(sorted(arrays))}")
     shapes = [arrays[name].shape for name in _TENSORS]
@@ -121,26 +121,26 @@ def _check_sizes(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _about(text: str) -> dict[str, Any]:
-    """What the header of a file says about its maps."""
+    """Read what a file's header says about its maps."""
     about = parse_json(text)
     kinds = {"weight_hash": (str,), "condition": (str,), "tokens": (int,), "alpha": (int, float)}
     if not isinstance(about, dict) or set(about) != set(kinds):
         raise ValueError(f"its header should say {', '.join(kinds)}, not {shown(about)}")
     wrong = [name for name, value in about.items() if type(value) not in kinds[name]]
     if wrong or not 0 <= about["tokens"] < 2**63 or not 0 <= about["alpha"] <= sys.float_info.max:
-        raise ValueError(f"what its header says about it cannot be: {shown(about)}")
+        raise ValueError(f"its header has values that are not possible: {shown(about)}")
     return {**about, "alpha": float(about["alpha"])}
 
 
 def _affine(rows: Float[Tensor, "*rows d"], weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"]) -> Tensor:
-    """In float32, whatever the precision of the rows."""
+    """Apply an affine map in float32, whatever the precision of the rows."""
     return rows.float() @ weight.to(rows.device, torch.float32) + bias.to(rows.device, torch.float32)
 
 
 class AffineFitter:
-    """Adds up the normal equations of all layers' maps; an observer. `freeze` solves them.
+    """An observer that accumulates the normal equations of all layers' maps; `freeze` solves them.
 
-    Everything is taken relative to the first batch's means, so that centring loses no digits.
+    All sums are relative to the first batch's means, so that centring loses no precision.
     """
 
     def __init__(self, model: Model) -> None:
@@ -149,7 +149,7 @@ class AffineFitter:
         self._shift: tuple[Tensor, Tensor] | None = None
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch of residual streams."""
+        """Add a batch of residual streams."""
         x = batch.residual.flatten(1, 2).float()
         embedded = self._embedding[batch.tokens.flatten()].float()
         if self._shift is None:
@@ -183,8 +183,8 @@ class AffineFitter:
             weight, failed = torch.linalg.solve_ex(xx, torch.cat([xy, xe], 1))
             if int(failed):
                 raise ValueError(
-                    f"there is no one affine map from layer {layer - 1 if layer else 'embed'}: its residual streams "
-                    f"span fewer dimensions than it has; give an alpha above {alpha}, or more text"
+                    f"the affine map from layer {layer - 1 if layer else 'embed'} is not unique: its residual streams "
+                    f"do not span all dimensions; use an alpha above {alpha}, or more text"
                 )
             to_output, to_input = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
             solved = (to_output, x_mean[-1] - x_mean[layer] @ to_output, to_input, e_mean - x_mean[layer] @ to_input)
@@ -208,25 +208,25 @@ def fit_affine_lens(
     max_tokens: int = 1 << 17,
     seed: int = 0,
 ) -> dict[str, AffineMaps]:
-    """Fit both affine maps of every layer, for the full model and, where given, a subnetwork and its controls.
+    """Fit both affine maps of every layer, for the full model and, if given, a subnetwork and its controls.
 
     Args:
         model: From `load_model`.
         tokens: Token ids [sequence, position] to fit on, or a `Corpus` (its training part).
-        subnetwork: Fit also on its residual streams, its complement's and a matched random one's.
+        subnetwork: If given, also fit maps for the subnetwork, its complement, and a matched random one.
         alpha: Ridge penalty, at least 0.
-        max_tokens: Use at most so many tokens, evenly spread over the text.
-        seed: Of the matched random subnetwork.
+        max_tokens: Use at most this many tokens, evenly spread over the text.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         The maps by condition: `full`, `subnetwork`, `complement`, `random`.
 
     Raises:
-        ValueError: If there is no text, alpha is below 0, or without a penalty there is no one map.
+        ValueError: If there is no text, alpha is below 0, or a map is not unique without a penalty.
     """
     check_model(model)
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha is a penalty of at least 0, not {alpha}")
+        raise ValueError(f"alpha must be a penalty of at least 0, not {alpha}")
     check_arguments(model, subnetwork, seed=seed)
     text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
     return fit_maps(model, spread(text, max_tokens), conditions(subnetwork, seed=seed), alpha)
@@ -235,7 +235,7 @@ def fit_affine_lens(
 def fit_maps(
     model: Model, some: Integer[np.ndarray, "sequence position"], named: Conditions, alpha: float | int
 ) -> dict[str, AffineMaps]:
-    """`fit_affine_lens` on a checked text, under given conditions."""
+    """`fit_affine_lens` on a checked text, for given conditions."""
     with hashed_once(model):
         return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
 
@@ -243,7 +243,7 @@ def fit_maps(
 def _fit(
     model: Model, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Subnetwork | None, alpha: float
 ) -> AffineMaps:
-    """One condition's maps; the normal equations are let go before the next one's are added up."""
+    """Fit one condition's maps; its normal equations are freed before the next condition's are accumulated."""
     fitter = AffineFitter(model)
     observe(model, tokens, {name: kept}, lambda _: [fitter], what="fitting affine maps")
     return fitter.freeze(model, kept, alpha)
@@ -260,22 +260,22 @@ def refine_affine_lens(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> AffineMaps:
-    """Train the maps to the output further, on the KL from the model's output to the lens (Belrose et al. 2023).
+    """Train the maps to the output further to lower the KL from the model's output to the lens (Belrose et al. 2023).
 
-    Adam on all layers at once, its learning rate going to 0 linearly. The maps to the input stay.
+    Uses Adam on all layers at once, with a learning rate that falls linearly to 0. The maps to the input are unchanged.
 
     Args:
         model: From `load_model`.
         maps: From `fit_affine_lens`, for the same condition.
         tokens: Token ids [sequence, position] to train on, or a `Corpus` (its training part).
-        subnetwork: The condition: what the model is reduced to; None for the full model.
-        steps: Of Adam.
-        batch_size: Sequences in a step.
-        learning_rate: At the start.
-        seed: Of the data order.
+        subnetwork: The condition: the weights that are kept; None for the full model.
+        steps: Number of Adam steps.
+        batch_size: Sequences per step.
+        learning_rate: Initial learning rate.
+        seed: Seed of the data order.
 
     Raises:
-        ValueError: If the maps were not fitted on this model, or a number is below what it can be.
+        ValueError: If the maps were not fitted on this model, or a number is too small.
     """
     check_arguments(model, subnetwork, seed=seed)
     if steps < 0 or batch_size < 1 or not learning_rate > 0:
@@ -309,18 +309,18 @@ def refine_affine_lens(
 
 
 class RecallSums:
-    """Counts, for every sequence and layer, how often the map to the input finds the current token; an observer."""
+    """An observer that counts, by sequence and layer, how often the map to the input finds the current token."""
 
     def __init__(self, model: Model, maps: AffineMaps) -> None:
         self._maps, self._embedding = maps, model.W_E.detach().float()
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
     def rows(self) -> Float[np.ndarray, "sequence layer column"]:
-        """Counts of every sequence: found within 1, 5 and 10, and positions."""
+        """Counts by sequence: current token among the 1, 5 and 10 nearest, and positions."""
         return np.concatenate(self._rows)
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         current = batch.tokens.flatten()
         size = rows_at_once(len(self._embedding))
         layers = []
@@ -336,7 +336,7 @@ class RecallSums:
 
 
 def check_maps(model: Model, maps: Mapping[str, AffineMaps] | None, named: Conditions) -> None:
-    """Raise ValueError unless there are maps for every condition, fitted on this model and on that condition."""
+    """Raise ValueError unless there are maps for every condition, fitted on this model under that condition."""
     if maps is None:
         return
     if not isinstance(maps, Mapping):

@@ -1,18 +1,19 @@
-"""Which components write a prediction, and where heads look: the full and the masked model side by side.
+"""Which components write a prediction, and where heads attend, in the full model and in masked ones.
 
 Direct logit attribution (Elhage et al. 2021, Wang et al. 2022, arXiv 2211.00593): the residual stream is the sum of
-the embedding and of what every attention and MLP adds to it, and the final norm is linear once its scale is frozen at
-the value it takes on this prompt. So a logit is a sum of contributions, one for each component c,
+the embedding and the outputs of every attention and MLP, and the final norm is linear once its scale is frozen at the
+value it takes on this prompt. So a logit is a sum of contributions, one for each component c,
 
     norm'(c) . W_U[:, answer],   norm'(c) = (c - mean(c)) w / scale  (LayerNorm),   c w / scale  (RMSNorm),
 
-and a constant, `bias` (the norm's bias through W_U, and b_U). It is computed on the raw weights that masks belong to,
-not on folded ones, and the sum is checked against the logit: a model that does not decompose so is refused. Logits are
-those of the unembedding, before any soft cap or scale the model puts on them. Contributions to a single logit depend on
-a constant that softmax does not see; differences of two logits do not.
+and a constant, `bias` (the norm's bias through W_U, and b_U). It is computed on the raw weights that masks apply to,
+not on folded ones, and the sum is checked against the logit: a model without such a decomposition is refused. Logits
+are those of the unembedding, before any soft cap or scale that the model applies. Contributions to a single logit
+depend on a constant to which softmax is invariant; differences of two logits do not.
 
-By head, an attention's output is cut into every head's z times its slice of W_O as the forward pass sees it (masked),
-and the output's bias, `L0.attn bias`. Where a norm follows the attention (Gemma 2, OLMo 2), its scale is frozen too.
+By head, the output of an attention is split into every head's z times its slice of W_O as used in the forward pass
+(masked), and the output bias, `L0.attn bias`. If a norm follows the attention (Gemma 2, OLMo 2), its scale is frozen
+too.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ def logit_attribution(
     position: int = -1,
     seed: int = 0,
 ) -> Maps:
-    """What every component adds to the logit of an answer, on the full model and on the masked ones.
+    """The contribution of every component to the logit of an answer, in the full model and in the masked ones.
 
     Args:
         model: From `load_model`, on its raw weights (not in compatibility mode).
-        prompt: One text, or token ids [pos] or [1, pos]. Text becomes tokens as `model.to_tokens` makes them.
+        prompt: One text, or token ids [pos] or [1, pos]. Text is tokenized by `model.to_tokens`.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
-        answer: The token whose logit is taken apart, as text or id; the full model's own prediction if not given.
+        answer: The token whose logit is decomposed, as text or id; by default the full model's prediction.
         wrong: A token to compare with: adds columns for its logit and for the difference.
         by: `component` (every attention and MLP), or `head` (every attention head instead of every attention).
-        position: The position that predicts, negative from the end.
-        seed: Of the matched random subnetwork.
+        position: The position whose prediction is decomposed; negative counts from the end.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        Rows are components (`embed`, `L0.attn`, `L0.mlp`, `L0H1`), then `bias`;
-        columns are tokens. `notes` has the logits themselves, which the columns add up to.
+        `Maps` [contribution, condition, component, token]. Rows are components (`embed`, `L0.attn`, `L0.mlp`, `L0H1`),
+        then `bias`; columns are tokens. `notes` has the logits themselves, which are the column sums.
 
     Raises:
         ValueError: If a token or position does not exist, the model is in compatibility mode, or its logit is not the
@@ -73,7 +74,7 @@ def logit_attribution(
     if by not in ("component", "head"):
         raise ValueError(f"by must be one of component, head, not {by!r}")
     if getattr(model, "compatibility_mode", False):
-        raise NotShownError("masks belong to raw weights: load the model again, without compatibility mode")
+        raise NotShownError("masks apply to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
     check_arguments(model, subnetwork, seed=seed)
     place = _position(position, tokens.shape[1])
@@ -86,7 +87,7 @@ def logit_attribution(
         if other == best:
             raise ValueError(f"answer and wrong are the same token, {token_word(model, best)!r}")
         other_word = token_word(model, other)
-        if other_word == word:  # such as bytes that are no character on their own
+        if other_word == word:  # for example bytes that are not a character on their own
             word, other_word = f"{word} <{best}>", f"{other_word} <{other}>"
         named = {word: best, other_word: other}
     terms: dict[str, dict[str, Tensor]] = {}
@@ -99,11 +100,11 @@ def logit_attribution(
     columns = list(named)
     if wrong is not None:
         values = np.concatenate([values, values[:, :, :1] - values[:, :, 1:]], axis=2)
-        columns.append(f"{columns[0]} less {columns[1]}")
+        columns.append(f"{columns[0]} minus {columns[1]}")
     words = token_words(model, tokens[0].tolist())
     return Maps(
         title=f"Direct logit attribution after {words[place]!r}",
-        quantities=(Quantity("contribution", "logits", "What a component adds to the logit of the token."),),
+        quantities=(Quantity("contribution", "logits", "Contribution of a component to the logit of the token."),),
         row_axis="component",
         rows=tuple(rows),
         column_axis="token",
@@ -127,20 +128,20 @@ def attention_patterns(
     heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
 ) -> Maps:
-    """Where attention heads look on a prompt: attention from every position (rows) to every one before it (columns).
+    """Attention patterns on a prompt: attention from every position (rows) to every position up to it (columns).
 
     Args:
         model: From `load_model`.
         prompt: One text, or token ids [pos] or [1, pos].
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
-        heads: (layer, head) pairs; all heads of the model if not given.
-        seed: Of the matched random subnetwork.
+        heads: (layer, head) pairs; by default all heads of the model.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        A panel for every condition and head, `full L0H1`, heads next to their own under other conditions.
+        A panel for every condition and head, named like `full L0H1`; panels of the same head are adjacent.
 
     Raises:
-        ValueError: If there is no such head, or the model does not show its attention patterns.
+        ValueError: If a head does not exist, or the model does not show its attention patterns.
     """
     tokens = prompt_tokens(model, prompt)
     check_arguments(model, subnetwork, seed=seed)
@@ -165,7 +166,7 @@ def attention_patterns(
         for layer, pattern in patterns[name].items():
             if pattern.shape != (n_heads, tokens.shape[1], tokens.shape[1]):
                 raise NotShownError(
-                    f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} a sequence"
+                    f"the attention pattern of layer {layer} has shape {tuple(pattern.shape)} per sequence"
                 )
     panels = {
         f"{name} {head_label(layer, head)}": of[layer][head].numpy()
@@ -175,7 +176,7 @@ def attention_patterns(
     names = tuple(f"{i}: {word}" for i, word in enumerate(token_words(model, tokens[0].tolist())))
     return Maps(
         title="Attention patterns",
-        quantities=(Quantity("attention", "share", "Share of a position's attention that goes to a position."),),
+        quantities=(Quantity("attention", "share", "Attention from the row position to the column position."),),
         row_axis="from",
         rows=names,
         column_axis="to",
@@ -189,7 +190,7 @@ def attention_patterns(
 def _contributions(
     model: Model, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
-    """What every component adds to the logits of some tokens at one position, and these logits."""
+    """The contributions of every component to the logits of some tokens at one position, and these logits."""
     parts, final, logits = _components(model, tokens, place, by)
     check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
@@ -215,7 +216,7 @@ def _contributions(
 def _components(
     model: Model, tokens: Integer[Tensor, "1 pos"], place: int, by: str
 ) -> tuple[dict[str, Float[Tensor, " d_model"]], Float[Tensor, " d_model"], Float[Tensor, " d_vocab"]]:
-    """What is added to the residual stream at one position, the stream at its end, and the model's logits there."""
+    """What each component adds to the residual stream at one position, the final residual stream, and the logits."""
     blocks = range(model.cfg.n_layers)
     names = [in_block(0, "hook_resid_pre"), in_block(blocks[-1], "hook_resid_post")]
     names += [in_block(layer, f"hook_{kind}_out") for layer in blocks for kind in COMPONENTS]
@@ -246,9 +247,9 @@ def _components(
 def _heads(
     model: Model, layer: int, z: Float[Tensor, "..."], before_norm: Float[Tensor, " d_model"] | None
 ) -> dict[str, Float[Tensor, " d_model"]]:
-    """What every head of a block adds to the residual stream, and the bias of its output."""
+    """What each head of a block adds to the residual stream, and the output bias."""
     site = next(site for site in weight_sites(model) if site.name == str(WeightName(layer, "attn", "W_O")))
-    W_O = site.from_stored(site.leaf.weight).float()  # type: ignore[arg-type] # through the mask, if there is one
+    W_O = site.from_stored(site.leaf.weight).float()  # type: ignore[arg-type] # masked, if there is a mask
     heads = torch.einsum("hd,hdm->hm", z.reshape(W_O.shape[:2]), W_O)
     bias_name = f"{PartName('attn', layer).label} bias"
     parts = {head_label(layer, head): out for head, out in enumerate(heads)}
@@ -266,7 +267,7 @@ def _heads(
 def _through_norm(
     model: Model, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_model"]:
-    """A part of the residual stream through a norm whose scale is frozen at its value for the whole; no bias."""
+    """Apply a norm to a part of the residual stream, with its scale frozen at the value for the sum; no bias."""
     kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())
     if kind not in ("LN", "RMS"):
         raise NotShownError(
@@ -289,7 +290,7 @@ def _position(position: int, length: int) -> int:
     return position % length
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 _HEADS_SHOWN = 6
 
@@ -301,7 +302,7 @@ def _(subject: Subject) -> Maps:
 
 @in_suite("attention")
 def _(subject: Subject) -> Maps:
-    """Of the heads of which most is kept, first to last layer."""
+    """Attention patterns of the heads with the most kept weights, from the first layer to the last."""
     counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
     if not counts:
         raise NotShownError("no weight of any head is kept")

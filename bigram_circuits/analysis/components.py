@@ -8,11 +8,11 @@
     heads, attns, mlps, layers    each of them in turn
     subnetwork, complement, random    the weights of a subnetwork, all others, a matched random set
 
-The older spellings `head 2.3`, `neurons 0.[1,5,7]`, `attn 1` and `layer 2` are read too (see `names`).
+The older spellings `head 2.3`, `neurons 0.[1,5,7]`, `attn 1` and `layer 2` are also accepted (see `names`).
 
-A part can also be a `Subnetwork`: a set of weights. A head's activation is its mixed values before W_O, a neuron's is
-what W_out reads, attention's and the MLP's are what they add to the residual stream, biases included. Biases are no
-part of a head or a neuron.
+A part can also be a `Subnetwork`: a set of weights. The activation of a head is its z (before W_O), that of a neuron
+is what W_out reads, and that of an attention or MLP is what it adds to the residual stream, including biases. Biases
+do not belong to heads or neurons.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Part:
-    """Something that can be taken away from a model, or added to a subnetwork."""
+    """A part of a model that can be ablated, or added to a subnetwork."""
 
     name: str
     """For example `L1H2 + L0.mlp`."""
     components: tuple[PartName, ...] = ()
-    """Heads, neurons, attentions and MLPs of the model."""
+    """The heads, neurons, attentions and MLPs it consists of."""
     subnetworks: tuple[Subnetwork, ...] = ()
-    """Sets of weights; then there are only weights, no activations, to ablate."""
+    """The sets of weights it consists of; with any, only weights and no activations can be ablated."""
 
     def weights(self, empty: Subnetwork, *, shared: bool = False) -> Subnetwork:
         """All its weights, under its name, added to the empty subnetwork of the model.
 
-        `shared`: with W_K and W_V that a head shares with its group.
+        `shared`: including the W_K and W_V that a head shares with its group.
         """
         chosen = empty
         for component in self.components:
@@ -65,11 +65,11 @@ class Part:
 
 
 def parse(what: Any, model: Model, subnetwork: Subnetwork | None = None) -> tuple[Part, ...]:
-    """The parts that `what` names: a string, a `Subnetwork`, a sequence of these, or a mapping of names to them.
+    """The parts named by `what`: a string, a `Subnetwork`, a sequence of these, or a mapping of names to them.
 
     Raises:
-        ValueError: If a string cannot be read, a layer, head or neuron does not exist, a subnetwork is not the model's
-            or is asked for by name without there being one, or two parts have one name.
+        ValueError: If a string cannot be parsed, a layer, head or neuron does not exist, a subnetwork does not fit the
+            model or is named but not given, or two parts have the same name.
     """
     sizes = _sizes(model)
     if isinstance(what, Subnetwork) or not isinstance(what, Mapping):
@@ -139,7 +139,7 @@ def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None)
     for term in (term.strip() for term in text.split("+")):
         if term in _OF_SUBNETWORK:
             if subnetwork is None:
-                raise ValueError(f"{item!r} needs to know of a subnetwork: pass subnetwork=")
+                raise ValueError(f"{item!r} needs a subnetwork: pass subnetwork=")
             subnetwork.check_fits(model)
             sets = {"subnetwork": lambda: subnetwork, "complement": lambda: ~subnetwork}
             subnetworks.append(sets.get(term, lambda: subnetwork.random_like(seed=0))())
@@ -154,7 +154,7 @@ def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None)
 def _named(term: str, whole: str, sizes: _Sizes) -> PartName:
     found = PartName.parse(term)
     if found is None:
-        problem = f"{term!r} stands for many and cannot be joined" if term in _SWEEPS else _ALLOWED
+        problem = f"{term!r} stands for several parts and cannot be joined" if term in _SWEEPS else _ALLOWED
         raise ValueError(f"cannot read {whole!r} as a part of a model: {problem}")
     if found.kind == "neurons" and not found.indices:
         raise ValueError(f"cannot read {whole!r} as a part of a model: it names no neuron, as in 'L0N[1,5,7]'")
@@ -167,12 +167,12 @@ def _part(name: PartName) -> Part:
 
 
 def _whole(name: PartName) -> tuple[PartName, ...]:
-    """A layer as its attention and MLP; any other part as it is."""
+    """The attention and MLP of a layer; any other part unchanged."""
     return tuple(PartName(kind, name.layer) for kind in COMPONENTS) if name.kind == "layer" else (name,)
 
 
 def _weights(name: PartName, empty: Subnetwork, *, shared: bool) -> Subnetwork:
-    """A part's weights; `shared`: with W_K and W_V of a head that others of its group read too."""
+    """The weights of a part; `shared`: including the W_K and W_V that a head shares with its group."""
     if name.kind == "head":
         index = name.indices[0]
         return empty.keep_head(name.layer, index) if shared else ~(~empty).drop_head(name.layer, index)
@@ -185,17 +185,17 @@ def _weights(name: PartName, empty: Subnetwork, *, shared: bool) -> Subnetwork:
     )
 
 
-# --- the activations of a part, and as many random ones ---
+# --- the activations of a part, and matched random ones ---
 
 Coordinates = Mapping[str, Bool[Tensor, " _"]]
-"""By hook point: which coordinates of an activation are replaced."""
+"""Hook point -> mask of the activation's coordinates that are replaced."""
 
 
 def coordinates(model: Model, part: Part) -> dict[str, Bool[Tensor, " _"]]:
-    """The activations of a part: for every hook point, which of its coordinates (heads flattened) belong to it.
+    """The activations of a part: for every hook point, a mask of the coordinates (heads flattened) that belong to it.
 
     Raises:
-        ValueError: If it is a set of weights, which has no activations.
+        ValueError: If the part is a set of weights, which has no activations.
     """
     if part.subnetworks:
         raise ValueError(f"{part.name!r} is a set of weights, with no activation of its own: ablate it by='weights'")
@@ -218,7 +218,7 @@ def coordinates(model: Model, part: Part) -> dict[str, Bool[Tensor, " _"]]:
 
 
 def random_coordinates(chosen: Coordinates, seed: int) -> dict[str, Bool[Tensor, " _"]] | None:
-    """As many random coordinates of the same activations; None if one of them is chosen whole."""
+    """As many random coordinates of the same activations; None if all coordinates of one are chosen."""
     if any(bool(mask.all()) for mask in chosen.values()):
         return None
     drawn = {}
@@ -230,10 +230,10 @@ def random_coordinates(chosen: Coordinates, seed: int) -> dict[str, Bool[Tensor,
 
 
 def random_within(pool: Subnetwork, counts: Mapping[str, int], seed: int = 0) -> Subnetwork:
-    """Weights drawn uniformly from a subnetwork: `counts[name]` of those it keeps in every matrix (0 if not named).
+    """Draw weights uniformly from a subnetwork: `counts[name]` of those it keeps in every matrix (0 if not named).
 
     Raises:
-        ValueError: If there are fewer in the pool than that.
+        ValueError: If the pool has fewer.
     """
     masks = {}
     for index, (name, (kept, _)) in enumerate(pool.by_weight().items()):
@@ -251,7 +251,7 @@ def random_within(pool: Subnetwork, counts: Mapping[str, int], seed: int = 0) ->
 
 
 def matched_counts(chosen: Subnetwork, pool: Subnetwork) -> dict[str, int] | None:
-    """Weights chosen in every matrix; None if drawing as many from the pool could only give the same ones."""
+    """Numbers of weights chosen in every matrix; None if a draw of as many from the pool could only be the same."""
     counts = {name: count.kept for name, count in chosen.by_weight().items()}
     there = {name: count.kept for name, count in pool.by_weight().items()}
     return counts if any(0 < count < there[name] for name, count in counts.items()) else None

@@ -1,7 +1,7 @@
-"""What is measured side by side: the full model, a subnetwork, its complement, a matched random subnetwork.
+"""The conditions that analyses compare: the full model, a subnetwork, its complement, a matched random subnetwork.
 
-`observe` is the one loop of the analyses: for every condition it streams the text through the model once and shows
-each batch's residual streams and logits to observers, which add up what they need.
+`observe` is the loop shared by the analyses: for every condition it streams the text through the model once and passes
+each batch's residual streams and logits to observers, which accumulate what they need.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order, token_array
 
 Conditions = Mapping[str, Subnetwork | None]
-"""By name: the weights that are kept, or None for all of them."""
+"""Condition name -> the weights that are kept, or None for all of them."""
 
 
 def check_arguments(model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
-    """The door of a public analysis: what is within takes these as they are.
+    """Check the arguments of a public analysis once; private functions take them as they are.
 
     Returns:
-        What to take as the target; None if there is none.
+        The target as a `Target`; None if there is none.
 
     Raises:
-        ValueError: If it is no model, no subnetwork of it, no target of its vocabulary, or the seed is below 0.
+        ValueError: If the model is not a hooked model, subnetwork or target do not fit it, or the seed is below 0.
     """
     check_model(model)
     check_seed(seed)
@@ -47,7 +47,7 @@ def check_arguments(model: Model, subnetwork: Any = None, *, target: Any = None,
 
 
 def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence position"]:
-    """Token ids that the model can read, of a corpus those of its held-out part. Raises ValueError if they are none."""
+    """Token ids of a text, or of a corpus's held-out part; raises ValueError unless the model can read them."""
     check_model(model)
     array = token_array(text)
     check_tokens(model, array)
@@ -55,41 +55,41 @@ def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence posit
 
 
 def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
-    """`full`, and if there is a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
+    """`full`, and with a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
     if subnetwork is None:
         return {COMPARED[0]: None}
     return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
 
 
 def check_subnetwork(subnetwork: Any) -> None:
-    """Raise ValueError unless it is a subnetwork, or None."""
+    """Raise ValueError unless it is a subnetwork or None."""
     if subnetwork is not None and not isinstance(subnetwork, Subnetwork):
         raise ValueError(
-            f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork, read from a file if need be"
+            f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork, for example from Subnetwork.load"
         )
 
 
 def check_seed(seed: Any) -> None:
-    """Raise ValueError unless it is a whole number from 0."""
+    """Raise ValueError unless it is a whole number of at least 0."""
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
 def reduced_to(model: Model, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
-    """`masked`, or nothing where all weights are kept."""
+    """The context of `masked`, or an empty one where all weights are kept."""
     return nullcontext(model) if subnetwork is None else masked(model, subnetwork)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass shows."""
+    """The tokens, residual streams and logits of one forward pass."""
 
     tokens: Integer[Tensor, "batch pos"]
     """Token ids."""
     residual: Float[Tensor, "layer batch pos d_model"]
-    """The residual stream before every block and after the last (n_layers + 1 entries)."""
+    """The residual stream before every block and after the last one (n_layers + 1 entries)."""
     logits: Float[Tensor, "batch pos d_vocab"]
-    """The model's own."""
+    """The logits of the model under the condition."""
 
 
 def layer_names(model: Model) -> tuple[str, ...]:
@@ -98,10 +98,10 @@ def layer_names(model: Model) -> tuple[str, ...]:
 
 
 class Observer(Protocol):
-    """Something that adds up what it needs over a text."""
+    """An object that accumulates statistics over a text."""
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch, under `torch.inference_mode`."""
+        """Add a batch; called under `torch.inference_mode`."""
         ...
 
 

@@ -1,21 +1,21 @@
-"""The geometry of the residual stream: what it points at, how layers turn it, and how alike layers are.
+"""The geometry of the residual stream: where it points, how layers rotate it, and how similar layers are.
 
-*Cosine*: of the residual stream with the embedding of the current token, and with the unembedding vectors of the actual
+*Cosine*: between the residual stream and the embedding of the current token, and the unembedding vectors of the actual
 next token, the target's most likely one, and the model's own prediction. Each has a baseline: the same cosines with
-the tokens of other positions (a shift within the batch), so that a direction which all residual streams share shows.
+the tokens of other positions (a shift within the batch), which reveals a direction shared by all residual streams.
 
-*Rotation*: a real matrix turns the plane of a pair of complex eigenvalues r exp(+-i a) by the angle a. Of the affine
-maps from each layer to the output and to the input (see `lens`), the median of |a| over all eigenvalues is reported; a
-positive real eigenvalue has angle 0, a negative one 180 degrees.
+*Rotation*: a real matrix rotates the plane of a pair of complex eigenvalues r exp(+-i a) by the angle a. For the affine
+maps from each layer to the output and to the input (see `affine`), the median of |a| over all eigenvalues is reported;
+a positive real eigenvalue has angle 0, a negative one 180 degrees.
 
 *Covariance similarity*: linear centred kernel alignment (CKA; Kornblith et al. 2019, arXiv 1905.00414),
 
     CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY')),
 
-which for centred X, Y is |X'Y|^2 / (|X'X| |Y'Y|), the norm of their cross-covariance. HSIC is estimated without bias
-(Song et al. 2012) on batches of tokens and averaged over them (Nguyen et al. 2021, arXiv 2010.15327): the biased
-estimate for independent activations grows with d_model / tokens, this one is 0 in the mean, and no covariance matrix
-is stored.
+which for centred X, Y is |X'Y|^2 / (|X'X| |Y'Y|), a normalised norm of their cross-covariance. HSIC is estimated
+without bias (Song et al. 2012) on batches of tokens and averaged over them (Nguyen et al. 2021, arXiv 2010.15327): the
+biased estimate for independent activations grows with d_model / tokens, whereas this one has mean 0, and no covariance
+matrix is stored.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _DIRECTIONS = (
     Quantity("target_unembedding", "", "mean cosine with the unembedding vector of the target's most likely token"),
 )
 _BASELINES = tuple(
-    Quantity(f"{one.name}_baseline", "", f"{one.meaning}, but of another position's token") for one in _DIRECTIONS
+    Quantity(f"{one.name}_baseline", "", f"{one.meaning}, with the token of another position") for one in _DIRECTIONS
 )
 COSINE_QUANTITIES = _DIRECTIONS + _BASELINES
 
@@ -67,7 +67,7 @@ ROTATION_QUANTITIES = (
     Quantity("input_complex", "share", "eigenvalues of the map to the embedding that are not real"),
 )
 
-_CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 for none in common"),)
+_CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 for unrelated ones"),)
 
 
 # --- cosine ---
@@ -76,24 +76,24 @@ _CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 fo
 def cosine_to_unembedding(
     model: Model, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
 ) -> Curves | Maps:
-    """Cosine of the residual stream with (un)embedding vectors, by layer; for a prompt, by layer and position.
+    """Cosine between the residual stream and (un)embedding vectors, by layer; for a prompt, by layer and position.
 
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position]; or a prompt (`str`, token ids
-            [position]), then a matrix [layer, position] for each direction.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        target: Something with `top1(tokens)`, for example an `NGramTable`: also the direction of its prediction.
-        seed: Of the matched random subnetwork.
+            [position]), which gives a matrix [layer, position] for each direction.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        target: A target with `top1(tokens)`, for example an `NGramTable`: also the direction of its prediction.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Curves` [quantity, condition, layer] with 95% intervals over sequences, and baselines: the same with the tokens
         of other positions. Or, for a prompt, `Maps` [quantity, condition, layer, position] without baselines.
-        What needs a next token is nan at a prompt's last position; without a target its direction is nan.
+        Quantities of the next token are nan at a prompt's last position, those of the target are nan without a target.
 
     Raises:
-        ValueError: If the text is empty or of another shape, the target has another vocabulary, or the model's
-            embeddings have another width than its residual stream.
+        ValueError: If the text is empty or has another shape, the target has another vocabulary, or the model's
+            embeddings do not have the width of its residual stream.
     """
     target = check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
@@ -110,13 +110,13 @@ def _check_widths(model: Model) -> None:
     widths = (model.W_E.shape[1], model.W_U.shape[0])
     if widths != (model.cfg.d_model, model.cfg.d_model):
         raise NotShownError(
-            f"a cosine needs vectors of one width, but this model's residual stream has {model.cfg.d_model}, its "
+            f"a cosine needs vectors of the same width, but this model's residual stream has {model.cfg.d_model}, its "
             f"embedding {widths[0]} and its unembedding {widths[1]}"
         )
 
 
 def cosine_curves(model: Model, sums: Mapping[str, CosineSums], notes: Mapping[str, Any]) -> Curves:
-    """The curves of what `CosineSums` added up, by condition."""
+    """The curves of the sums that `CosineSums` accumulated, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
 
     def statistic(added: Float[np.ndarray, "... layer column"]) -> Float[np.ndarray, "... quantity layer"]:
@@ -129,21 +129,21 @@ def cosine_curves(model: Model, sums: Mapping[str, CosineSums], notes: Mapping[s
 
 
 class CosineSums:
-    """Adds up cosines and their baselines for every sequence and layer; an observer."""
+    """An observer that accumulates cosines and their baselines by sequence and layer."""
 
     def __init__(self, model: Model, target: Any = None) -> None:
         self._directions = _Directions(model, target)
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
     def rows(self) -> Float[np.ndarray, "sequence layer column"]:
-        """Sums of every sequence: four cosines, their four baselines, and how many positions."""
+        """Sums by sequence: four cosines, their four baselines, and the number of positions."""
         return np.concatenate(self._rows)
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch; all positions but the last of a sequence count."""
+        """Add a batch; all positions except the last of each sequence count."""
         residual = _unit(batch.residual[:, :, :-1].float())
         directions = self._directions.of(batch.tokens, batch.logits)[:, :, :-1]
-        # every position against the token of another place, as far away as can be, in the whole batch
+        # baseline: the token of another position, as far away as possible within the batch
         rows = directions.flatten(1, 2)
         others = rows.roll(rows.shape[1] // 2, 1).view(directions.shape)
         cosines = [
@@ -164,7 +164,7 @@ class _Directions:
     def of(
         self, tokens: Integer[Tensor, "batch pos"], logits: Float[Tensor, "batch pos d_vocab"]
     ) -> Float[Tensor, "direction batch pos d_model"]:
-        """In the order of `_DIRECTIONS`; the last position's next token is its own, to be left out."""
+        """Unit vectors in the order of `_DIRECTIONS`; those of the last position have no next token: leave them out."""
         following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
         found = [
             self._embedding[tokens],
@@ -176,7 +176,7 @@ class _Directions:
             found.append(torch.full_like(found[0], torch.nan))
         else:
             top = top.to(tokens)
-            if top.shape != tokens.shape:  # a target that says nothing about the last position
+            if top.shape != tokens.shape:  # a target that makes no prediction at the last position
                 top = torch.cat([top, tokens[:, top.shape[1] :]], 1)
             found.append(self._unembedding[top])
         return torch.stack([_unit(one.float()) for one in found])
@@ -204,7 +204,7 @@ def _prompt_cosines(model: Model, tokens: Integer[Tensor, "one position"], named
 
 
 def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*layer d"]:
-    """Absolute angles of all eigenvalues, degrees, 0 to 180; on the CPU."""
+    """Absolute angles of all eigenvalues in degrees, 0 to 180; on the CPU."""
     return torch.linalg.eigvals(matrix.detach().cpu().double()).angle().abs().rad2deg()
 
 
@@ -217,23 +217,23 @@ def layer_rotations(
     alpha: float = 1.0,
     seed: int = 0,
 ) -> Curves:
-    """How far each layer's affine maps turn: median eigenvalue angles, by layer.
+    """How far each layer's affine maps rotate: median eigenvalue angles, by layer.
 
     Args:
         model: From `load_model`.
-        text: What to fit maps on: a `Corpus` (its training part), or token ids [sequence, position].
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        maps: Maps by condition that were fitted before, instead of text.
+        text: The text to fit maps on: a `Corpus` (its training part), or token ids [sequence, position].
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        maps: Maps by condition, fitted before, instead of a text.
         alpha: Ridge penalty of the maps.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Curves` [quantity, condition, layer] (`ROTATION_QUANTITIES`), without intervals. The last layer's map to the
-        output is the identity, up to the penalty. Where the embedding has another width than the residual stream, the
+        output is the identity, up to the penalty. If the embedding does not have the width of the residual stream, the
         map to it has no eigenvalues, and its numbers are nan.
 
     Raises:
-        ValueError: If there is neither text nor maps, or maps are not the model's.
+        ValueError: If there is neither text nor maps, or the maps were not fitted on this model.
     """
     check_model(model)
     if maps is None:
@@ -241,14 +241,14 @@ def layer_rotations(
             raise ValueError("rotations need a text to fit affine maps on, or maps=")
         maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
     elif not maps:
-        raise ValueError("maps= has no affine maps")
+        raise ValueError("maps= holds no affine maps")
     else:
         check_maps(model, maps, dict.fromkeys(maps))
     return rotation_curves(model, maps)
 
 
 def rotation_curves(model: Model, maps: Mapping[str, AffineMaps]) -> Curves:
-    """The curves of maps that are the model's, by condition."""
+    """The curves of maps that were fitted on this model, by condition."""
     values = np.stack([_rotations(one) for one in maps.values()], 1)
     nothing = np.full_like(values, np.nan)
     notes = {"fitted_on": next(iter(maps.values())).tokens, "alpha": next(iter(maps.values())).alpha}
@@ -277,7 +277,7 @@ def _rotations(maps: AffineMaps) -> Float[np.ndarray, "quantity layer"]:
 def unbiased_hsic(
     grams: Float[Tensor, "a token token"], others: Float[Tensor, "b token token"]
 ) -> Float[Tensor, "a b"]:
-    """The unbiased estimate of HSIC between every two Gram matrices (Song et al. 2012, equation 5)."""
+    """The unbiased estimate of HSIC between each pair of Gram matrices (Song et al. 2012, equation 5)."""
     n = grams.shape[-1]
     ours, theirs = (one * (1 - torch.eye(n).to(one)) for one in (grams, others))
     product = torch.einsum("aij,bij->ab", ours, theirs)
@@ -287,10 +287,10 @@ def unbiased_hsic(
 
 
 def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> float:
-    """Linear CKA of two sets of activations over the same tokens, unbiased; nan if one of them is constant.
+    """Unbiased linear CKA of two sets of activations over the same tokens; nan if one of them is constant.
 
     Raises:
-        ValueError: If there are fewer than 4 tokens.
+        ValueError: If there are fewer than 4 tokens, or the numbers of tokens differ.
     """
     if len(x) < 4:
         raise ValueError(f"CKA needs at least 4 tokens, not {len(x)}")
@@ -314,17 +314,17 @@ def covariance_similarity(
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
-        subnetwork: Also measure it, and the full model against it.
-        max_tokens: Use at most so many tokens, evenly spread over the text.
-        tokens_at_once: Tokens in one estimate; the more, the less noise, at a cost of its square for each layer.
+        subnetwork: If given, also measured: the subnetwork, and the full model against it.
+        max_tokens: Use at most this many tokens, evenly spread over the text.
+        tokens_at_once: Tokens per estimate; more give less noise, at a cost that grows with the square for each layer.
 
     Returns:
         `Maps` [1, condition, layer, layer]. Conditions: `full`; with a subnetwork also `subnetwork`, and
-        `full (rows) and subnetwork`. A layer whose activations are the same for all tokens has nan.
+        `full (rows) and subnetwork`. A layer whose activations are the same for all tokens is nan.
 
     Raises:
-        ValueError: If there are fewer than 4 tokens, or so many at once, or a token or the length of the sequences is
-            beyond the model.
+        ValueError: If there are fewer than 4 tokens in all or per estimate, or the model cannot read a token or a
+            sequence of this length.
     """
     check_arguments(model, subnetwork)
     if tokens_at_once < 4:
@@ -346,9 +346,9 @@ def covariance_sums(
     max_tokens: int = 1 << 13,
     tokens_at_once: int = 512,
 ) -> dict[str, CovarianceSums]:
-    """Observers for `full` and, if there is one, then for `subnetwork`, that will be shown a text of at least 4 tokens.
+    """Observers for `full` and, if given, `subnetwork`, to be shown a text of at least 4 tokens in this order.
 
-    They look at `max_tokens` of it at most, evenly spread.
+    They use at most `max_tokens` of it, evenly spread.
     """
     make = functools.partial(CovarianceSums, tokens, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
     full = make(keep=subnetwork is not None)
@@ -356,10 +356,10 @@ def covariance_sums(
 
 
 class CovarianceSums:
-    """Adds up HSIC between layers, on some sequences of a text; an observer of the full model, or of a subnetwork.
+    """An observer that accumulates HSIC between layers over some sequences of a text, for the model or a subnetwork.
 
-    Of the full model Gram matrices are kept until the subnetwork's were compared with them: at most `max_tokens` x
-    `tokens_at_once` numbers for each layer.
+    Gram matrices of the full model are kept until those of the subnetwork have been compared with them: at most
+    `max_tokens` x `tokens_at_once` numbers for each layer.
     """
 
     def __init__(
@@ -371,14 +371,14 @@ class CovarianceSums:
         keep: bool = False,
         full: CovarianceSums | None = None,
     ) -> None:
-        """Take the text that will be shown.
+        """Prepare for a text.
 
         Args:
-            tokens: Token ids.
-            max_tokens: Look at so many of them at most, evenly spread.
-            tokens_at_once: Tokens in one estimate.
-            keep: Of the full model: a subnetwork's sums will be made with it.
-            full: Of a subnetwork: what has added up the full model's, and kept its Gram matrices.
+            tokens: Token ids [sequence, position] of the text that will be shown.
+            max_tokens: Use at most this many of them, evenly spread.
+            tokens_at_once: Tokens per estimate.
+            keep: For the full model: keep Gram matrices for the sums of a subnetwork.
+            full: For a subnetwork: the sums of the full model, which kept its Gram matrices.
         """
         n_sequences, length = tokens.shape
         self._chosen = torch.zeros(n_sequences, dtype=torch.bool)
@@ -391,14 +391,14 @@ class CovarianceSums:
         self.notes = {"tokens": 0, "tokens_at_once": tokens_at_once}
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         here, self._chosen = self._chosen.tensor_split([len(batch.tokens)])
         picked = batch.residual[:, here.to(batch.residual.device)].float()
         self._waiting = torch.cat([self._waiting, picked], 1) if self._waiting.numel() else picked
         while self._waiting.shape[1] >= self._at_once:
             self._add(self._waiting[:, : self._at_once])
             self._waiting = self._waiting[:, self._at_once :]
-        if not len(self._chosen) and self._waiting[0, ..., 0].numel() >= 4:  # the last of the text
+        if not len(self._chosen) and self._waiting[0, ..., 0].numel() >= 4:  # the last tokens of the text
             self._add(self._waiting)
 
     def _add(self, residual: Float[Tensor, "layer sequence position d_model"]) -> None:
@@ -413,7 +413,7 @@ class CovarianceSums:
 
 
 def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
-    """What `covariance_similarity` returns, of observers that were shown all of their text."""
+    """The result of `covariance_similarity`, from observers that have seen all of their text."""
     last = list(sums.values())[-1]
     similarity, n_layers = _ratio(last.hsic).cpu().numpy(), model.cfg.n_layers + 1
     panels = {"full": similarity[:n_layers, :n_layers]}
@@ -428,7 +428,7 @@ def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
 
 
 def _gram(x: Float[Tensor, "layer token d"]) -> Float[Tensor, "layer token token"]:
-    """Of centred rows; scaled, so that no product of them overflows or loses digits."""
+    """Gram matrices of centred rows, scaled so that their products neither overflow nor lose precision."""
     centred = x - x.mean(1, keepdim=True)
     scale = centred.square().mean((1, 2), keepdim=True).sqrt()
     constant = scale <= 1e-6 * x.square().mean((1, 2), keepdim=True).sqrt()
@@ -442,7 +442,7 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
     return hsic / torch.outer(known, known).sqrt()
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("prompt_cosine")

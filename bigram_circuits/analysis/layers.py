@@ -1,4 +1,4 @@
-"""Everything that is measured layer by layer, from shared forward passes: one over a text for each condition."""
+"""All layer-by-layer measurements from shared forward passes: one pass over a text for each condition."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def layer_by_layer(
     Args:
         model: From `load_model`.
         corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        target: Also r with this target's surprisals, and the cosine with its prediction.
-        tokens: How many held-out tokens are measured on, at most; all if not given.
-        fit_tokens: How many training tokens the affine maps are fitted on, at most.
-        seed: Of the matched random subnetwork.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        target: If given, also r with this target's surprisals, and the cosine with its prediction.
+        tokens: Maximum number of held-out tokens to measure on; by default all.
+        fit_tokens: Maximum number of training tokens to fit the affine maps on.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        `logit_lens`, `affine_lens`, `cosine`, `rotations`, and if there are at least 4 tokens `covariance`: as the
-        functions of these names return them.
+        `logit_lens`, `affine_lens`, `cosine`, `rotations`, and with at least 4 tokens `covariance`: the results of
+        `logit_lens`, `affine_lens`, `cosine_to_unembedding`, `layer_rotations` and `covariance_similarity`.
     """
     target = check_arguments(model, subnetwork, target=target, seed=seed)
     fit_on, held_out = spread(checked_text(model, corpus.train), fit_tokens), checked_text(model, corpus)
@@ -64,7 +64,7 @@ def _layer_by_layer(
     target: Any,
     seed: int,
 ) -> dict[str, Curves | Maps]:
-    """The same of arguments that are checked."""
+    """`layer_by_layer` on checked arguments."""
     lens.check_readout(model)
     maps = fit_maps(model, fit_on, named, 1.0)
     plain = {name: lens.LensSums(model, target) for name in named}
@@ -89,7 +89,7 @@ def _layer_by_layer(
     return found
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("layer by layer")
@@ -100,5 +100,5 @@ def _(subject: Subject) -> dict[str, Curves | Maps]:
 
 @in_suite("covariance")
 def _(subject: Subject) -> Maps:
-    """Where a model does not show all of the above, it may show this."""
+    """A model that does not support all of the above may still support this."""
     return covariance_similarity(subject.model, subject.corpus.held_out, subject.subnetwork)

@@ -1,9 +1,9 @@
-"""Lenses: what the residual stream after each block would predict, for a subnetwork beside the full model.
+"""Lenses: what the residual stream after each block would predict, for the full model and a subnetwork.
 
 The *logit lens* (nostalgebraist 2020) reads the residual stream of every layer through the model's own final norm and
 unembedding. The *affine* or *tuned lens* (Belrose et al. 2023, arXiv 2303.08112) maps it first (see `affine`).
 
-Over a corpus, one row of sums per sequence and layer is kept; intervals are bootstrapped from these.
+Over a corpus, one row of sums per sequence and layer is kept; intervals are bootstrapped from these rows.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, token_array
 
-_LOGITS_IN_CACHE = 1 << 18  # read again and again while they are in a cache: 1 MiB
-_TOP_K = 5  # most likely tokens that are named
+_LOGITS_IN_CACHE = 1 << 18  # read repeatedly, so they should fit a cache: 1 MiB
+_TOP_K = 5  # number of most likely tokens named
 _PAIRS = 6  # columns of statistics.correlation_sums
 
 LENS_QUANTITIES = (
@@ -70,11 +70,11 @@ LENS_QUANTITIES = (
 )  # fmt: skip
 
 PROMPT_QUANTITIES = (
-    Quantity("probability", "share", "of the lens's most likely token"),
+    Quantity("probability", "share", "probability of the lens's most likely token"),
     Quantity("next_rank", "", "rank of the actual next token; the most likely token has rank 0"),
-    Quantity("next_probability", "share", "of the actual next token"),
-    Quantity("entropy", "nats", "of the lens's distribution"),
-    Quantity("kl", "nats", "from the model's output, under the same condition, to the lens"),
+    Quantity("next_probability", "share", "probability of the actual next token"),
+    Quantity("entropy", "nats", "entropy of the lens's distribution"),
+    Quantity("kl", "nats", "KL from the model's output, under the same condition, to the lens"),
 )
 
 
@@ -95,18 +95,18 @@ def logit_lens(
 
     Args:
         model: From `load_model`.
-        text: A prompt (`str`, or token ids [position]): every layer and position is shown. Or a `Corpus` (its held-out
-            part), or token ids [sequence, position]: means by layer.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        target: For a corpus: the r of the lens with this target's surprisals by layer, for example an `NGramTable`.
+        text: A prompt (`str`, or token ids [position]), for every layer and position. Or a `Corpus` (its held-out part)
+            or token ids [sequence, position], for means by layer.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        target: For a corpus: also r of the lens with this target's surprisals by layer, for example an `NGramTable`.
         maps: Affine maps by condition, from `fit_affine_lens`: the tuned lens instead of the logit lens.
-        top_k: For a prompt: how many of the most likely tokens `text` names in each cell, a line each.
-        seed: Of the matched random subnetwork.
+        top_k: For a prompt: number of most likely tokens listed in the text of each cell, one per line.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         For a prompt, `Maps` [quantity, condition, layer, position] with the most likely tokens as text
-        (`PROMPT_QUANTITIES`; what concerns the actual next token is nan at the last position). For a corpus, `Curves`
-        [quantity, condition, layer] with 95% intervals (`LENS_QUANTITIES`; r with the target is nan without one).
+        (`PROMPT_QUANTITIES`; those of the actual next token are nan at the last position). For a corpus, `Curves`
+        [quantity, condition, layer] with 95% intervals (`LENS_QUANTITIES`; r with the target is nan without a target).
 
     Raises:
         ValueError: If the text is empty or of another shape, the maps are not the model's, or the model's logits are
@@ -128,7 +128,7 @@ def logit_lens(
 
 
 def lens_curves(title: str, model: Model, sums: Mapping[str, LensSums], notes: Mapping[str, Any]) -> Curves:
-    """The curves of what `LensSums` added up, by condition."""
+    """The curves of the sums that `LensSums` accumulated, by condition."""
     rows = {name: one.rows() for name, one in sums.items()}
     return curves_from_sums(title, LENS_QUANTITIES, "layer", layer_names(model), rows, _lens_statistics, notes)
 
@@ -142,19 +142,19 @@ def _lens_statistics(sums: Float[np.ndarray, "... layer column"]) -> Float[np.nd
 
 
 class LensSums:
-    """Adds up, for every sequence and layer, what the lens's statistics are made of; an observer."""
+    """An observer that accumulates the sums of the lens's statistics by sequence and layer."""
 
     def __init__(self, model: Model, target: Any = None, maps: AffineMaps | None = None) -> None:
-        """With `maps`, the residual stream goes through them first."""
+        """Start from zero; with `maps`, the residual stream is mapped first."""
         self._model, self._target, self._maps = model, target, maps
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
     def rows(self) -> Float[np.ndarray, "sequence layer column"]:
-        """Sums of every sequence: six for r with the target, six for r with the output, then the readings."""
+        """Sums by sequence: six for r with the target, six for r with the output, then the readings."""
         return np.concatenate(self._rows)
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch. Positions with an actual next token count: all but the last of a sequence."""
+        """Add a batch; all positions except the last of each sequence count, since they have a next token."""
         tokens, n_sequences = batch.tokens, len(batch.tokens)
         following = tokens[:, 1:].reshape(-1)
         own = statistics.surprisals(batch.logits, tokens).double()
@@ -189,14 +189,14 @@ class LensSums:
 
 @dataclass(frozen=True)
 class Reference:
-    """The distribution that a lens is compared with."""
+    """The output distribution that a lens is compared with."""
 
     probs: Float[Tensor, "row d_vocab"]
     """softmax of the model's logits."""
     entropy: Float[Tensor, " row"]
-    """Of these, nats."""
+    """Entropy of these, nats."""
     top: Integer[Tensor, " row"]
-    """Most likely token."""
+    """Most likely tokens."""
 
     @classmethod
     def of(cls, logits: Float[Tensor, "row d_vocab"]) -> Reference:
@@ -208,7 +208,7 @@ class Reference:
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three, row by row."""
+        """The three fields as columns, for each row."""
         return self.probs, self.entropy, self.top
 
 
@@ -217,7 +217,7 @@ def readings(
 ) -> tuple[Float[Tensor, " row"], ...]:
     """Surprisal of the next token, entropy, KL from the reference, agreement with it, and reciprocal rank, per row.
 
-    KL(p || q) = lse(z) - <p, z> - H(p), where z are the logits of q: no second distribution is stored.
+    KL(p || q) = lse(z) - <p, z> - H(p), where z are the logits of q, so no second distribution is stored.
     """
     size = max(1, _LOGITS_IN_CACHE // logits.shape[-1])
     parts = zip(*(one.split(size) for one in (logits, following, *reference.columns)), strict=True)
@@ -252,7 +252,7 @@ def _prompt_lens(
     top_k: int,
 ) -> Maps:
     values, texts = [], []
-    following = torch.cat([tokens[0, 1:], tokens[0, :1]])  # the last has no next token; its place is overwritten
+    following = torch.cat([tokens[0, 1:], tokens[0, :1]])  # the last one is overwritten: it has no next token
     for name, subnetwork in named.items():
         lens = None if maps is None else maps[name].to_output
         with reduced_to(model, subnetwork), torch.no_grad():
@@ -276,7 +276,7 @@ def _prompt_lens(
 
 
 def check_readout(model: Model) -> None:
-    """Raise NotShownError unless final norm and unembedding of the last residual stream give the model's logits."""
+    """Raise NotShownError unless final norm and unembedding of the last residual stream yield the logits."""
     check_model(model)
     tokens = torch.arange(min(4, model.cfg.d_vocab), device=model.cfg.device)[None]
     with torch.no_grad():
@@ -285,8 +285,8 @@ def check_readout(model: Model) -> None:
     worst, spread = (ours - logits).abs().max().item(), (logits - logits.mean(-1, keepdim=True)).abs().max().item()
     if not worst <= 0.1 * spread:
         raise NotShownError(
-            f"a lens reads the residual stream through the final norm and the unembedding, but for this model that "
-            f"differs from its logits by up to {worst:.3g} (their spread is {spread:.3g})"
+            f"a lens reads the residual stream through the final norm and the unembedding, but for this model the "
+            f"result differs from its logits by up to {worst:.3g} (their spread is {spread:.3g})"
         )
 
 
@@ -304,23 +304,22 @@ def affine_lens(
     refine_steps: int = 0,
     seed: int = 0,
 ) -> Curves:
-    """The affine lens over a corpus: what each layer predicts once it is mapped, and what it keeps of its input.
+    """The affine lens over a corpus: what each layer predicts after the map, and how much of its input it retains.
 
     Args:
         model: From `load_model`.
         text: A `Corpus`: maps are fitted on its training part and measured on its held-out part. Or token ids
-            [sequence, position]: fitted on the first three quarters of the sequences, measured on the rest.
-        subnetwork: Measure it, its complement and a matched random one beside the full model, each with its own maps.
-        target: Also the r of the lens with this target's surprisals by layer.
-        maps: Maps that were fitted before; then nothing is fitted, and token ids are all measured.
+            [sequence, position]: maps are fitted on the first three quarters of the sequences, measured on the rest.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one, with own maps.
+        target: If given, also r of the lens with this target's surprisals by layer.
+        maps: Maps fitted before; then none are fitted, and all token ids are measured on.
         alpha: Ridge penalty of the maps.
         refine_steps: Steps of KL training after the ridge fit.
-        seed: Of the matched random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
         `Curves` [quantity, condition, layer] with 95% intervals: `LENS_QUANTITIES`, and `recall_at_1`, `_5`, `_10`,
-        the share of positions whose current token is among the k nearest to the map to the input, by dot product with
-        the embedding.
+        the share of positions whose current token is among the k nearest to the predicted embedding, by dot product.
 
     Raises:
         ValueError: If there is too little text, or maps are not the model's.
@@ -351,7 +350,7 @@ def affine_lens(
 def affine_curves(
     model: Model, lenses: Mapping[str, LensSums], recalls: Mapping[str, RecallSums], notes: Mapping[str, Any]
 ) -> Curves:
-    """The curves of what `LensSums` and `RecallSums` added up, by condition."""
+    """The curves of the sums that `LensSums` and `RecallSums` accumulated, by condition."""
     rows = {name: np.concatenate([lenses[name].rows(), recalls[name].rows()], -1) for name in lenses}
     width = len(RECALLS) + 1
 
@@ -360,7 +359,7 @@ def affine_curves(
         return np.concatenate([_lens_statistics(sums[..., :-width]), recall], axis=-2)
 
     found = tuple(
-        Quantity(f"recall_at_{k}", "share", f"positions whose current token is among the {k} nearest to the map")
+        Quantity(f"recall_at_{k}", "share", f"positions with the current token among the {k} nearest to the map")
         for k in RECALLS
     )
     return curves_from_sums(
@@ -371,7 +370,7 @@ def affine_curves(
 def _two_parts(
     text: Any, *, split: bool
 ) -> tuple[Integer[np.ndarray, "a position"], Integer[np.ndarray, "b position"]]:
-    """What to fit on, and what to measure on."""
+    """The sequences to fit on, and those to measure on."""
     if isinstance(text, Corpus):
         return (token_array(text.train) if split else text.train), token_array(text)
     tokens = token_array(text)
@@ -383,7 +382,7 @@ def _two_parts(
     return tokens[:cut], tokens[cut:]
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("prompt_lens")

@@ -1,13 +1,14 @@
-"""Where in a model a subnetwork sits: by layer, matrix, head and MLP neuron, and what its neurons respond to.
+"""Where in a model the kept weights are: by layer, matrix, head and MLP neuron, and what the neurons respond to.
 
-Two numbers describe a place: its `density` (the share of its weights that is kept) and its `share_of_kept` (the share
-of all kept weights that is there). Places of other sizes differ in one and not in the other.
+Two numbers describe a location: its `density` (the share of its weights that is kept) and its `share_of_kept` (the
+share of all kept weights that is there). With equal densities, larger locations have a larger share of the kept
+weights.
 
-A matched random subnetwork has as many weights in every matrix, so layers and matrices look alike in it; heads and
-neurons do not, and there it stands beside the subnetwork. How unevenly the kept MLP weights are spread over neurons is
-a Lorenz curve (Lorenz 1905): the share of them in the densest k of all neurons; its Gini coefficient is twice the area
-between the curve and the diagonal, 0 if all neurons keep alike and near 1 if one keeps all. Even a random subnetwork
-is uneven when it is small, which is why only the difference to it means anything.
+A matched random subnetwork keeps as many weights in every matrix, so it is the same by layer and by matrix; by head and
+by neuron it differs, and is the control. How unevenly the kept MLP weights are spread over neurons is shown by a Lorenz
+curve (Lorenz 1905): the share of them in the k densest neurons. Its Gini coefficient is twice the area between the
+curve and the diagonal: 0 if all neurons keep the same, near 1 if one keeps everything. A small random subnetwork is
+uneven too, so only the difference from it is meaningful.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ from bigram_circuits.names import (
 from bigram_circuits.subnetwork import Count, Subnetwork
 from bigram_circuits.text.corpus import in_order
 
-_MIN_COUNT = 5  # of a token in a text
-_DENSITY = Quantity("density", "share", "Of the weights there, those that are kept.")
-_SHARE = Quantity("share_of_kept", "share", "Of all kept weights, those that are there.")
+_MIN_COUNT = 5  # occurrences of a token in a text
+_DENSITY = Quantity("density", "share", "Share of the weights there that are kept.")
+_SHARE = Quantity("share_of_kept", "share", "Share of all kept weights that are there.")
 
 
 def by_layer(subnetwork: Subnetwork) -> Maps:
@@ -72,7 +73,7 @@ def by_matrix(subnetwork: Subnetwork) -> Maps:
 
 
 def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
-    """Density and share of the kept weights, by layer and attention head, beside a matched random subnetwork.
+    """Density and share of the kept weights, by layer and attention head, with a matched random subnetwork.
 
     With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts.
 
@@ -106,7 +107,7 @@ def by_neuron(subnetwork: Subnetwork) -> Maps:
     for row, (layer, of) in enumerate(counts.items()):
         values[0, 0, row, : of.shape[1]] = of.sum(0) / _neuron_size(subnetwork, layer)
         values[1, 0, row, : of.shape[1]] = of.sum(0) / kept if kept else np.nan
-    share = Quantity("share_of_kept", "share", "Of all kept MLP weights, those of this neuron.")
+    share = Quantity("share_of_kept", "share", "Share of all kept MLP weights that are this neuron's.")
     return Maps(
         title="Kept MLP weights by neuron",
         quantities=(_DENSITY, share),
@@ -122,17 +123,17 @@ def by_neuron(subnetwork: Subnetwork) -> Maps:
 def concentration(
     subnetwork: Subnetwork, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
 ) -> Curves:
-    """How few neurons hold the kept MLP weights: a Lorenz curve, beside a matched random subnetwork's.
+    """How concentrated the kept MLP weights are in few neurons: a Lorenz curve, with a matched random subnetwork's.
 
     Args:
-        subnetwork: Of any model.
-        layers: The layers whose neurons count; all if not given.
-        points: Points of the curve, from 0 to 1 of the neurons.
-        seed: Of the matched random subnetwork.
+        subnetwork: A subnetwork of any model.
+        layers: The layers whose neurons count; by default all.
+        points: Number of points of the curve.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        The share of the kept MLP weights in the k neurons that keep most, along k / number of neurons; Gini
-        coefficients are in `notes["gini"]`.
+        The share of the kept MLP weights in the k densest neurons, against k / number of neurons; Gini coefficients
+        are in `notes["gini"]`.
 
     Raises:
         ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
@@ -159,7 +160,7 @@ def concentration(
         gini[name] = 2 * float(np.trapezoid(curve, at)) - 1
     return Curves(
         title="Kept MLP weights in the densest neurons",
-        quantities=(Quantity("share_of_kept", "share", "Of the kept MLP weights, those in the densest neurons."),),
+        quantities=(Quantity("share_of_kept", "share", "Share of the kept MLP weights in the densest neurons."),),
         axis="share_of_neurons",
         points=tuple(x.tolist()),
         conditions=tuple(both),
@@ -171,17 +172,17 @@ def concentration(
 
 
 def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0) -> Effects:
-    """The MLP neurons that are kept whole, or nearly: the densest ones, densest first.
+    """The MLP neurons that are kept entirely or nearly so: the densest ones, densest first.
 
     Args:
-        subnetwork: Of any model.
-        threshold: The smallest density to be listed.
-        most: List at most so many. `notes` says how many reach the threshold in all, and in a matched random
-            subnetwork.
-        seed: Of the matched random subnetwork.
+        subnetwork: A subnetwork of any model.
+        threshold: The smallest density to list.
+        most: Maximum number of neurons to list. `notes` says how many reach the threshold in total, and in a matched
+            random subnetwork.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        Neurons named `L0N12`, with their density in all and in each matrix.
+        Neurons named `L0N12`, with their overall density and that in each matrix.
 
     Raises:
         ValueError: If the threshold is not a share, or `most` is below 1.
@@ -204,12 +205,10 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     listed = sorted(listed, key=lambda item: -item[1][0])[:most]
     matrices = list(_widths(subnetwork, next(iter(counts))))
     values = np.array([numbers for _, numbers in listed]).T.reshape(1 + len(matrices), len(listed))
-    in_each = (
-        Quantity(f"density_{one}", "share", f"Of its weights in {one}, those that are kept.") for one in matrices
-    )
+    in_each = (Quantity(f"density_{one}", "share", f"Share of its weights in {one} that are kept.") for one in matrices)
     return Effects(
         title="Densest neurons",
-        quantities=(Quantity("density", "share", "Of the neuron's weights, those that are kept."), *in_each),
+        quantities=(Quantity("density", "share", "Share of the neuron's weights that are kept."), *in_each),
         subject="neuron",
         names=tuple(name for name, _ in listed),
         values=values,
@@ -229,21 +228,21 @@ def max_activating_tokens(
     min_count: int = _MIN_COUNT,
     seed: int = 0,
 ) -> Maps:
-    """Which current tokens activate neurons most: the mean of a neuron's activation, by current token, over a text.
+    """The current tokens that activate neurons most: mean activation by current token over a text.
 
     Args:
         model: From `load_model`.
         neurons: (layer, neuron) pairs.
         tokens: Token ids [sequence, position], or a `Corpus` (its held-out part).
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
-        k: Tokens to list for each neuron.
-        min_count: Leave out tokens that occur less often in the text.
-        seed: Of the matched random subnetwork.
+        k: Number of tokens to list for each neuron.
+        min_count: Tokens with fewer occurrences in the text are left out.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        Rows are neurons (`L0N12`), columns ranks from 1, cells the token with its mean activation (`hook_post`: what
-        W_out reads), how often it occurs, and how many of the neuron's standard deviations over all positions the
-        mean lies above its mean there. Empty where the text has fewer such tokens.
+        `Maps` whose rows are neurons (`L0N12`), whose columns are ranks from 1, and whose cells hold a token with its
+        mean activation (`hook_post`: what W_out reads), its number of occurrences, and how far this mean lies above the
+        neuron's mean over all positions, in standard deviations. Empty where the text has fewer such tokens.
 
     Raises:
         ValueError: If there is no such neuron, no text, or no token occurs often enough.
@@ -278,7 +277,7 @@ def _max_activating(
     min_count: int,
     seed: int,
 ) -> Maps:
-    """`max_activating_tokens`, of arguments that are checked."""
+    """`max_activating_tokens` on checked arguments."""
     counts = np.bincount(array.ravel(), minlength=model.cfg.d_vocab)
     common = np.flatnonzero(counts >= min_count)
     if len(common) == 0:
@@ -302,11 +301,11 @@ def _max_activating(
                     values[2, c, n, : len(best)] = (by_token[n, best] - mean[n]) / sd[n]
                 words[c][n][: len(best)] = token_words(model, chosen.tolist())
     return Maps(
-        title="Tokens that activate neurons most",
+        title="Max-activating tokens",
         quantities=(
             Quantity("mean_activation", "", "Mean activation of the neuron where this is the current token."),
             COUNT,
-            Quantity("deviations", "", "Mean activation less the mean over all positions, in standard deviations."),
+            Quantity("deviations", "", "Mean activation minus the mean over all positions, in standard deviations."),
         ),
         row_axis="neuron",
         rows=tuple(neuron_label(layer, index) for layer, index in neurons),
@@ -320,13 +319,13 @@ def _max_activating(
 
 
 def exciting_tokens(*args: Any, **options: Any) -> Maps:
-    """The name that `max_activating_tokens` had before; deprecated."""
+    """The former name of `max_activating_tokens`; deprecated."""
     warnings.warn("exciting_tokens is called max_activating_tokens now", DeprecationWarning, stacklevel=2)
     return max_activating_tokens(*args, **options)
 
 
 def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matrix neuron"]]:
-    """Weights kept of every MLP neuron, by layer: rows are W_in, W_gate (if there is one) and W_out.
+    """Number of weights kept of every MLP neuron, by layer: rows are W_in, W_gate (if there is one) and W_out.
 
     Raises:
         ValueError: If the subnetwork has no MLP.
@@ -343,7 +342,7 @@ def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matr
 
 
 def _widths(subnetwork: Subnetwork, layer: int) -> dict[str, int]:
-    """Weights of one neuron in each matrix of a layer's MLP."""
+    """Number of weights of one neuron in each matrix of a layer's MLP."""
     shapes = subnetwork.shapes
     names = {matrix: str(WeightName(layer, "mlp", matrix)) for matrix in MLP_MATRICES}
     return {m: shapes[name][1 if m == "W_out" else 0] for m, name in names.items() if name in shapes}
@@ -381,7 +380,7 @@ def _sums_by_token(
     tokens: Integer[np.ndarray, "sequence position"],
     advance: Callable[[int], Any],
 ) -> tuple[Float[np.ndarray, "neuron d_vocab"], Float[np.ndarray, " neuron"]]:
-    """Activations added up by current token, and their squares over all positions."""
+    """Sums of activations by current token, and of their squares over all positions."""
     points = {layer: in_block(layer, "mlp.hook_post") for layer in sorted({layer for layer, _ in neurons})}
     device = model.cfg.device
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -398,7 +397,7 @@ def _sums_by_token(
     return sums.cpu().double().numpy(), squares.cpu().double().numpy()
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 _NEURONS_SHOWN = 12
 
@@ -425,7 +424,7 @@ def _(subject: Subject) -> Effects:
 
 @in_suite("max_activating_tokens")
 def _(subject: Subject) -> Maps:
-    """Of the densest neurons."""
+    """Max-activating tokens of the densest neurons."""
     densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
     names = [PartName.parse(name) for name in densest.names]
     neurons = [(name.layer, name.indices[0]) for name in names if name is not None]

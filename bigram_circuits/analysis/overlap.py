@@ -1,4 +1,4 @@
-"""How far two subnetworks overlap, and how far two random ones of their sizes would.
+"""The overlap of two subnetworks, and that of random ones of the same sizes.
 
 The null hypothesis: `b` is fixed, and `a` is drawn uniformly among all sets with as many weights in every weight
 matrix. The overlap in matrix i, of N_i weights of which `a` keeps a_i and `b` keeps b_i, is then hypergeometric,
@@ -6,21 +6,21 @@ matrix. The overlap in matrix i, of N_i weights of which `a` keeps a_i and `b` k
     P(X_i = x) = C(a_i, x) C(N_i - a_i, b_i - x) / C(N_i, b_i),   mean a_i b_i / N_i,
     variance a_i b_i (N_i - a_i) (N_i - b_i) / (N_i^2 (N_i - 1)),
 
-independent between matrices, so means and variances add. That two subnetworks like the same matrices is no evidence
-under this null: it is given. By head, the null gives more: `a` is uniform among sets with as many weights in every
-head's slice of every attention matrix.
+independent between matrices, so means and variances add. A preference of both subnetworks for the same matrices is no
+evidence under this null, which conditions on it. By head, the null conditions on more: `a` is uniform among sets with
+as many weights in every head's slice of every attention matrix.
 
 Tail probabilities of the sum are exact up to rounding, however small. Every X_i is tilted exponentially, by the
-factor exp(t x), so that the mean of the sum comes to lie near the observed overlap. The tilted probabilities (Fisher's
-noncentral hypergeometric) are summed by convolution and tilted back:
+factor exp(t x), so that the mean of the sum is near the observed overlap. The tilted probabilities (Fisher's noncentral
+hypergeometric) are combined by convolution and tilted back:
 
     P(X >= x0) = exp(K(t) - t x0) sum_{x >= x0} q(x) exp(-t (x - x0)),   K(t) = sum_i log E exp(t X_i).
 
-Each X_i enters with the values within 12 tilted standard deviations (and 40) of its mode; what lies beyond has less
-than 1e-20 of its mass. The tilt is that of the saddlepoint approximation (Daniels 1954), but nothing is approximated.
+Each X_i is restricted to values within 12 tilted standard deviations (plus 40) of its mode; the rest has less than
+1e-20 of its mass. The tilt is that of the saddlepoint approximation (Daniels 1954), but nothing is approximated.
 
 Effect sizes: log2 of observed over expected, and Cole's coefficient of association (Cole 1949), here `excess`: 0 for
-the overlap that is expected, 1 for the largest and -1 for the smallest that the counts allow.
+the expected overlap, 1 for the largest and -1 for the smallest that the counts allow.
 """
 
 from __future__ import annotations
@@ -43,41 +43,41 @@ from bigram_circuits.names import ATTENTION_MATRICES, WeightName, head_label, ke
 from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,
-_MARGIN = 40  # and this much more: the tail of a small count is longer than a normal one's
+_MARGIN = 40  # plus this, because the tail of a small count is longer than a normal one
 _LARGEST_TILT = 200.0
 _STRATA = ("matrix", "component", "head")
 _ALTERNATIVES = ("greater", "less", "two-sided")
 
 _QUANTITIES = (
-    Quantity("jaccard", "share", "Weights kept by both, of those kept by either."),
+    Quantity("jaccard", "share", "Weights kept by both, as a share of those kept by either."),
     Quantity("intersection", "weights", "Weights kept by both."),
     Quantity("kept_a", "weights", "Weights kept by the first."),
     Quantity("kept_b", "weights", "Weights kept by the second."),
-    Quantity("share_of_a_in_b", "share", "Of the weights kept by the first, those the second keeps."),
-    Quantity("share_of_b_in_a", "share", "Of the weights kept by the second, those the first keeps."),
-    Quantity("expected", "weights", "Mean intersection under the null."),
+    Quantity("share_of_a_in_b", "share", "Share of the weights kept by the first that the second keeps."),
+    Quantity("share_of_b_in_a", "share", "Share of the weights kept by the second that the first keeps."),
+    Quantity("expected", "weights", "Expected intersection under the null."),
     Quantity("sd", "weights", "Standard deviation of the intersection under the null."),
-    Quantity("z", "", "Intersection less expected, in standard deviations."),
+    Quantity("z", "", "Intersection minus expected, in standard deviations."),
     Quantity("log2_ratio", "bits", "log2 of intersection over expected; undefined where one of them is 0."),
     Quantity("excess", "", "Cole's coefficient: 0 as expected, 1 the largest possible, -1 the smallest possible."),
-    Quantity("p", "", "Exact p-value under the null; where it is too small for a float, the smallest one."),
-    Quantity("log10_p", "", "log10 of the p-value, also where p is too small for a float."),
+    Quantity("p", "", "Exact p-value under the null; if too small for a float, the smallest float."),
+    Quantity("log10_p", "", "log10 of the p-value, exact even if p is too small for a float."),
     Quantity("p_adjusted", "", "p after Holm's correction for the number of strata; of `all`, p itself."),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A set of weights within which the null hypothesis draws uniformly, and what is kept of it."""
+    """A set of weights within which the null hypothesis draws uniformly, with the numbers that are kept."""
 
     total: int
-    """Weights."""
+    """Number of weights."""
     a: int
-    """Kept by the first subnetwork."""
+    """Number kept by the first subnetwork."""
     b: int
-    """Kept by the second."""
+    """Number kept by the second."""
     both: int
-    """Kept by both."""
+    """Number kept by both."""
 
     @property
     def least(self) -> int:
@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def most(self) -> int:
-        """The largest."""
+        """The largest overlap that the counts allow."""
         return min(self.a, self.b)
 
     @property
@@ -102,12 +102,12 @@ class Cell:
         return self.mean * (self.total - self.a) / self.total * (self.total - self.b) / (self.total - 1)
 
     def mirrored(self) -> Cell:
-        """The same cell, counting what only the second keeps: its upper tail is this one's lower tail."""
+        """The same cell, counting weights kept only by the second: its upper tail is this one's lower tail."""
         return Cell(self.total, self.total - self.a, self.b, self.b - self.both)
 
 
 def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: str = "greater") -> Effects:
-    """Compare two subnetworks: how many weights both keep, against the exact null of independent draws.
+    """Test the overlap of two subnetworks against the exact null of independent draws.
 
     Args:
         a: The first subnetwork.
@@ -116,15 +116,15 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
             attention `head`. `all` and the first two are tested given the counts in every matrix; heads given the
             counts in the head's slice of every matrix. With grouped queries W_K and W_V belong to no single query
             head and get strata of their own, `L0KV1`.
-        alternative: What counts as surprising: an overlap that is `greater` or `less` than chance, or `two-sided`
+        alternative: The alternative hypothesis: an overlap that is `greater` or `less` than chance, or `two-sided`
             (twice the smaller tail).
 
     Returns:
         A row for `all` (all maskable weights) and for every stratum; p-values of the strata are adjusted by Holm's
-        method over those strata whose overlap was not settled by the counts alone.
+        method over those strata whose overlap is not determined by the counts alone.
 
     Raises:
-        ValueError: If the shapes differ, one of them keeps nothing, or an argument is none of its choices.
+        ValueError: If the shapes differ, one subnetwork keeps nothing, or an argument is not one of its choices.
     """
     for name, value, choices in (("by", by, _STRATA), ("alternative", alternative, _ALTERNATIVES)):
         if value not in choices:
@@ -168,13 +168,13 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
 
 
 def overlaps(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> Maps:
-    """Compare every pair of subnetworks of one model, for example those found with different seeds.
+    """Overlap of each pair of subnetworks of one model, for example those found with different seeds.
 
     Args:
-        subnetworks: By name; or a list, named by lineage if lineages differ, else by number.
+        subnetworks: Subnetworks by name; or a list, named by lineage if lineages differ, else by number.
 
     Returns:
-        A matrix for every quantity; `share_in` reads: of the row's weights, those the column keeps. p-values are
+        A matrix for every quantity; `share_in` is the share of the row's weights that the column keeps. p-values are
         one-sided (greater) and not adjusted.
 
     Raises:
@@ -193,7 +193,7 @@ def overlaps(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> Ma
             values[:, 0, i, j] = [*symmetric, row["share_of_a_in_b"]]
             values[:, 0, j, i] = [*symmetric, row["share_of_b_in_a"]]
     known = {one.name: one for one in _QUANTITIES}
-    share = Quantity("share_in", "share", "Of the weights kept by the row's subnetwork, those the column's keeps.")
+    share = Quantity("share_in", "share", "Share of the weights kept by the row's subnetwork that the column's keeps.")
     return Maps(
         title="Overlap between subnetworks",
         quantities=(*(known[name] for name in ("jaccard", "log2_ratio", "excess", "z", "log10_p")), share),
@@ -208,7 +208,7 @@ def overlaps(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> Ma
 
 
 def jaccard(a: Subnetwork, b: Subnetwork) -> float:
-    """Weights kept by both, of those kept by either; nan if neither keeps any."""
+    """Jaccard index: weights kept by both over those kept by either; nan if neither keeps any."""
     both = (a & b).kept
     either = a.kept + b.kept - both
     return both / either if either else math.nan
@@ -230,7 +230,7 @@ def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
     both = a & b
     for which, one in (("first", a), ("second", b)):
         if one.kept == 0:
-            raise NotShownError(f"the {which} subnetwork ({one.lineage}) keeps no weight: there is nothing to overlap")
+            raise NotShownError(f"the {which} subnetwork ({one.lineage}) keeps no weight, so there is no overlap")
     ours, theirs = a.by_weight(), b.by_weight()
     return {
         name: Cell(count.total, ours[name].kept, theirs[name].kept, count.kept)
@@ -277,7 +277,7 @@ def _named(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> dict
 
 
 def _row(cells: Sequence[Cell], log_p: float, log_adjusted: float) -> list[float | int]:
-    """The numbers of a stratum, in the order of the quantities."""
+    """The values of a stratum, in the order of the quantities."""
     kept_a, kept_b, both = (sum(getattr(cell, name) for cell in cells) for name in ("a", "b", "both"))
     mean, sd = sum(cell.mean for cell in cells), math.sqrt(sum(cell.variance for cell in cells))
     most, least = sum(cell.most for cell in cells), sum(cell.least for cell in cells)
@@ -327,7 +327,7 @@ def _log_upper_tail(cells: Sequence[Cell]) -> float:
     for cell in cells:
         first, tilted, log_total = _tilted(cell, tilt)
         start += first
-        probabilities = np.maximum(convolve(probabilities, tilted), 0.0)  # a fast transform's rounding can be below 0
+        probabilities = np.maximum(convolve(probabilities, tilted), 0.0)  # rounding in the FFT can give values below 0
         cumulant += log_total
     x = start + np.arange(len(probabilities))
     upper = x >= observed
@@ -337,7 +337,7 @@ def _log_upper_tail(cells: Sequence[Cell]) -> float:
 
 
 def _log_weight(cell: Cell, x: int) -> float:
-    """Log of P(X = x), hypergeometric."""
+    """Log of the hypergeometric probability P(X = x)."""
     first, second = _log_choose(cell.a, x), _log_choose(cell.total - cell.a, cell.b - x)
     return first + second - _log_choose(cell.total, cell.b)
 
@@ -370,7 +370,7 @@ def _tilted(cell: Cell, tilt: float) -> tuple[int, Float[np.ndarray, " x"], floa
 
 
 def _tilted_mean(cell: Cell, tilt: float) -> float:
-    """About the mean of a tilted cell: the root of x (N - a - b + x) = exp(tilt) (a - x) (b - x) (Cornfield 1956)."""
+    """Approximate mean of a tilted cell: the root of x (N - a - b + x) = exp(tilt) (a - x) (b - x) (Cornfield 1956)."""
     inverse = math.exp(-tilt)
     linear = cell.a + cell.b + (cell.total - cell.a - cell.b) * inverse
     root = math.sqrt(max(0.0, linear**2 - 4 * (1 - inverse) * cell.a * cell.b))
@@ -378,7 +378,7 @@ def _tilted_mean(cell: Cell, tilt: float) -> float:
 
 
 def _tilt(cells: Sequence[Cell], observed: int) -> float:
-    """The tilt, at least 0, at which the mean of the sum is about what was observed."""
+    """The tilt, at least 0, at which the mean of the sum is approximately the observed overlap."""
     low, high = 0.0, _LARGEST_TILT
     if observed <= sum(cell.mean for cell in cells):
         return low
@@ -391,7 +391,7 @@ def _tilt(cells: Sequence[Cell], observed: int) -> float:
     return low
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("overlap_magnitude")

@@ -1,8 +1,8 @@
-"""Several changes of a model measured on the same prompts, and compared in pairs.
+"""Several changes of a model, measured on the same prompts and compared in pairs.
 
-Every change (a part taken away, or added) is a job: one pass over the text, which leaves a row of sums per prompt.
-Intervals are paired bootstraps over prompts (Efron 1979): all jobs are resampled with the same prompts, so that a
-difference between two has no more noise than it must. Matched random changes stand beside every part.
+Every change (a part ablated or added) is a job: one pass over the text, which gives a row of sums per prompt.
+Intervals are paired bootstraps over prompts (Efron 1979): all jobs are resampled with the same prompts, so differences
+between them have as little noise as possible. Matched random changes are the controls of every part.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Statistic = Callable[[Float[np.ndarray, "... column"]], Float[np.ndarray, "..."]
 
 
 class Table:
-    """Sums of several conditions on the same prompts, and paired bootstrap draws of them."""
+    """Sums of several conditions on the same prompts, and their paired bootstrap draws."""
 
     def __init__(
         self, sums: Float[np.ndarray, "condition prompt column"], places: Mapping[tuple[str, str, int | None], int]
     ) -> None:
-        """`places` tells where the condition (base, part or "" for none, random draw or None) is."""
+        """`places` maps a condition (base, part or "" for none, random draw or None) to its index in `sums`."""
         self.sums = sums
         self.places = places
         columns = sums.shape[2]
@@ -44,35 +44,35 @@ class Table:
         self._whole = sums.sum(1)
 
     def prompts(self, base: str, name: str) -> Float[np.ndarray, "prompt column"]:
-        """The sums of every prompt."""
+        """The sums of a condition by prompt."""
         return self.sums[self.places[base, name, None]]
 
     def randoms(self, base: str, name: str) -> list[int]:
-        """The random draws there are for a part."""
+        """The random draws that were measured for a part."""
         return [r for b, n, r in self.places if b == base and n == name and r is not None]
 
     def point(self, base: str, name: str, statistic: Statistic, random: int | None = None) -> float:
-        """A statistic over all prompts."""
+        """A statistic of a condition over all prompts."""
         return float(statistic(self._whole[self.places[base, name, random]]))
 
     def draws(
         self, base: str, name: str, statistic: Statistic, random: int | None = None
     ) -> Float[np.ndarray, " draw"]:
-        """A statistic in every bootstrap draw."""
+        """A statistic of a condition in every bootstrap draw."""
         return np.asarray(statistic(self._draws[:, self.places[base, name, random]]))
 
     def change(self, base: str, name: str, statistic: Statistic) -> tuple[float, float, float]:
-        """How much higher a statistic is with the part changed than in the base, and its 95% interval."""
+        """The change of a statistic from the base to the changed part, with its 95% interval."""
         draws = self.draws(base, name, statistic) - self.draws(base, "", statistic)
         return (self.point(base, name, statistic) - self.point(base, "", statistic), *statistics.interval(draws))
 
     def random_change(self, base: str, name: str, statistic: Statistic) -> float:
-        """The mean of that over the matched random ones; nan if there are none."""
+        """The mean change over the matched random parts; nan if there are none."""
         points = [self.point(base, name, statistic, random) for random in self.randoms(base, name)]
         return float(np.mean(points)) - self.point(base, "", statistic) if points else math.nan
 
     def excess(self, base: str, name: str, statistic: Statistic) -> tuple[float, float, float]:
-        """How much higher a statistic is than the mean of the matched random ones, and its 95% interval."""
+        """A statistic minus its mean over the matched random parts, with its 95% interval."""
         randoms = self.randoms(base, name)
         if not randoms:
             return (math.nan, math.nan, math.nan)
@@ -98,19 +98,19 @@ class Job:
     base: str
     """Its name, for example `full`."""
     name: str
-    """The part's name; empty for the base itself."""
+    """Name of the part; empty for the base itself."""
     kept: Kept
-    """The weights that the model is reduced to."""
+    """The weights that are kept."""
     hooks: Callable[[], Hooks | None] = lambda: None
-    """Makes the forward hooks, when it is time."""
+    """Makes the forward hooks when the job is measured."""
     key: Any = None
-    """Equal keys give equal sums, so they are measured once; None: the base's own."""
+    """Jobs with equal keys have equal sums and are measured once; None for the base itself."""
     random: int | None = None
-    """Which random draw; None for the part itself."""
+    """Number of the random draw; None for the part itself."""
 
 
 class PairedMeasurements:
-    """Sums of every job, measured once for every key."""
+    """Measures jobs, once for every key, and collects their sums."""
 
     def __init__(self, model: Model, task: Task, target: Any = None) -> None:
         self.model, self.task, self.target = model, task, target
@@ -119,7 +119,7 @@ class PairedMeasurements:
         self._places: dict[tuple[str, str, int | None], int] = {}
 
     def measure(self, job: Job, bar: Any) -> None:
-        """Measure a job, unless an equal one has been; move the bar on."""
+        """Measure a job unless one with the same key was measured; advances the bar."""
         key = (job.base, "") if job.key is None else job.key
         if key not in self._by_key:
             hooks = job.hooks()
@@ -131,5 +131,5 @@ class PairedMeasurements:
         self._places[job.base, job.name, job.random] = self._by_key[key]
 
     def table(self) -> Table:
-        """All that was measured."""
+        """All measurements so far."""
         return Table(np.stack(self._sums), self._places)

@@ -1,4 +1,4 @@
-"""Prompts: one text as token ids, and tokens as words that can be read."""
+"""Prompts: a text as token ids, and tokens as readable strings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "...
 
 
 def is_prompt(text: Any) -> bool:
-    """Whether something is one prompt (a string, token ids [position]) and not a corpus."""
+    """Whether something is a single prompt (a string, or token ids [position]) and not a corpus."""
     return isinstance(text, str) or getattr(text, "ndim", 0) == 1 or (isinstance(text, list) and bool(text))
 
 
@@ -33,7 +33,7 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
         if not prompt:
             raise ValueError("the prompt is empty")
         check_tokenizer(model)
-        tokens = model.to_tokens(prompt, truncate=False)  # a longer one is refused, not cut
+        tokens = model.to_tokens(prompt, truncate=False)  # a longer prompt is refused, not truncated
     else:
         tokens = _token_ids(prompt)
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
@@ -62,7 +62,7 @@ def check_tokenizer(model: Model) -> None:
 
 
 def token_id(model: Model, token: str | int) -> int:
-    """The id of a token given as text or id. Raises ValueError if the text is not one token, or there is no such id."""
+    """The id of a token given as text or id; raises ValueError if the text is not one token or there is no such id."""
     if isinstance(token, str):
         check_tokenizer(model)
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
@@ -75,7 +75,7 @@ def token_id(model: Model, token: str | int) -> int:
 
 
 def token_words(model: Model, ids: Sequence[int]) -> list[str]:
-    """Tokens as readable strings: line ends and tabs are shown, a token without text by its id."""
+    """Tokens as readable strings: line ends and tabs are escaped, a token without text is shown by its id."""
     if model.tokenizer is None:
         return [str(index) for index in ids]
     words = [model.tokenizer.decode([index]) for index in ids]
@@ -89,5 +89,5 @@ def token_word(model: Model, index: int) -> str:
 
 
 def position_names(model: Model, tokens: Integer[Tensor, "one pos"]) -> tuple[str, ...]:
-    """`0: The`, `1: value`, ...: positions of a prompt, told apart also where words repeat."""
+    """`0: The`, `1: value`, ...: unique names for the positions of a prompt."""
     return tuple(f"{place}: {word}" for place, word in enumerate(token_words(model, tokens[0].tolist())))

@@ -1,5 +1,5 @@
-"""Texts, token by token: how surprising each token is, and what was expected in its place or is expected next; after
-which tokens a model does what the target asks, and after which it does not.
+"""Texts, token by token: the surprisal of each token and the most likely tokens in its place, and the tokens after
+which the target is reproduced best and worst.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import as_target, entropy
 from bigram_circuits.text.corpus import spread
 
-_PASSAGES, _LENGTH = 4, 64  # passages, and tokens of each
-_MOST, _MIN_COUNT = 10, 20  # tokens after which it is best and worst, of those that occur so often
-_TOP_K = 3  # most likely tokens that are named
+_PASSAGES, _LENGTH = 4, 64  # number of passages, and tokens in each
+_MOST, _MIN_COUNT = 10, 20  # number of best and worst tokens, and the fewest occurrences of one
+_TOP_K = 3  # number of most likely tokens named
 _SURPRISAL = (Quantity("surprisal", "nats", "Surprisal of the token; undefined for the first, and at probability 0."),)
 
 _BY_TOKEN = (
@@ -55,21 +55,21 @@ def passages(
     top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
-    """Surprisal of every token of some passages, and what was expected in its place, under each condition.
+    """Surprisal of every token of some passages, and the most likely tokens in its place, under each condition.
 
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
-        count: How many passages, spread over the text.
-        length: Tokens of each, from the beginning of a sequence.
-        top_k: How many of the most likely tokens to name.
-        seed: Of the matched random subnetwork.
+        count: Number of passages, spread over the text.
+        length: Tokens in each, from the beginning of a sequence.
+        top_k: Number of most likely tokens to list.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        `Maps` [surprisal, condition, passage, position]. The words of a cell are the token itself, then a line for each
-        of the most likely ones with its probability.
+        `Maps` [surprisal, condition, passage, position]. The text of a cell is the token itself, then a line for each
+        of the most likely tokens with its probability.
 
     Raises:
         ValueError: If a number is below 1, or the text is not token ids of this model.
@@ -90,7 +90,7 @@ def _passages(
     top_k: int,
     seed: int,
 ) -> Maps:
-    """`passages`, of those that are chosen."""
+    """`passages` for chosen token ids."""
     tokens = torch.from_numpy(chosen.astype(np.int64)).to(model.cfg.device)
     shown: dict[str, tuple[Float[np.ndarray, "passage pos"], _Words]] = {}
     with torch.no_grad():
@@ -124,18 +124,18 @@ def next_tokens(
     top_k: int = 4,
     seed: int = 0,
 ) -> Maps:
-    """The most likely next tokens after each of some prompts, under each condition.
+    """The most likely next tokens after each of several prompts, under each condition.
 
     Args:
         model: From `load_model`.
         prompts: Texts, for example single words.
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
-        top_k: How many tokens to name.
-        seed: Of the matched random subnetwork.
+        top_k: Number of tokens to list.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        `Maps` [probability, condition, prompt, rank]; the words of a cell are the token.
+        `Maps` [probability, condition, prompt, rank]; the text of a cell is the token.
 
     Raises:
         ValueError: If there is no prompt, one has no tokens, or `top_k` is not from 1 to the size of the vocabulary.
@@ -172,7 +172,7 @@ def next_tokens(
 def _shown(
     model: Model, tokens: Integer[Tensor, "passage pos"], log_probs: Float[Tensor, "passage pos d_vocab"], top_k: int
 ) -> tuple[Float[np.ndarray, "passage pos"], _Words]:
-    """Surprisals, and the words of every cell; what is expected at a position is predicted at the one before."""
+    """Surprisals, and the text of every cell; the tokens likely at a position are predicted at the one before."""
     surprisal = -log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
     surprisal = torch.where(surprisal.isfinite(), surprisal, torch.nan)
     first = torch.full((len(tokens), 1), torch.nan, dtype=surprisal.dtype, device=surprisal.device)
@@ -205,34 +205,34 @@ def faithfulness_by_token(
     top_k: int = _TOP_K,
     seed: int = 0,
 ) -> Maps:
-    """The tokens after which the target is reproduced best and worst, and what is predicted after them.
+    """The tokens after which the target is reproduced best and worst, and the predictions after them.
 
     Tokens are ordered by KL(target || subnetwork), or KL(target || full model) if there is no subnetwork.
 
     Args:
         model: From `load_model`.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
-        subnetwork: Measure it, its complement and a matched random one beside the full model.
-        target: What is to be reproduced; it must know its entropy. If it has `log_probs(tokens)`, as an `NGramTable`
-            has, what it predicts is shown beside the others as `target`.
-        most: How many of the best tokens, and how many of the worst, at most.
-        min_count: Tokens that occur less often in the text are left out.
-        top_k: How many of the tokens that are most likely to follow to name.
-        seed: Of the matched random subnetwork.
+        subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        target: The target to be reproduced; it must have an entropy. If it has `log_probs(tokens)`, as an `NGramTable`
+            has, its predictions are also shown, as `target`.
+        most: Maximum number of best tokens, and of worst tokens.
+        min_count: Tokens with fewer occurrences in the text are left out.
+        top_k: Number of most likely next tokens to list.
+        seed: Seed of the matched random subnetwork.
 
     Returns:
-        `Maps` [kl and count, condition, best or worst, rank]. The words of a cell are the token, then a line for each
-        of the most likely tokens to follow it with its probability, a mean over the positions.
+        `Maps` [kl and count, condition, best or worst, rank]. The text of a cell is the token, then a line for each of
+        the most likely next tokens with its probability, averaged over positions.
 
     Raises:
-        ValueError: If a number is below 1, no token is frequent enough, the target does not know its entropy, or
-            subnetwork, target and text do not fit the model.
+        ValueError: If a number is below 1, no token is frequent enough, the target has no entropy, or subnetwork,
+            target and text do not fit the model.
     """
     if min(most, min_count, top_k) < 1:
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
     check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, text)
-    target = as_target(target, model.cfg.d_vocab)  # None is no target here
+    target = as_target(target, model.cfg.d_vocab)  # None is not allowed here
     by_name = conditions(subnetwork, seed=seed)
     return _by_token(model, array, by_name, target, most=most, min_count=min_count, top_k=top_k, seed=seed)
 
@@ -248,9 +248,9 @@ def _by_token(
     top_k: int,
     seed: int,
 ) -> Maps:
-    """`faithfulness_by_token`, of arguments that are checked."""
+    """`faithfulness_by_token` on checked arguments."""
     if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
-        raise NotShownError(f"KL needs the target's entropy, but {target.kind} cannot tell it")
+        raise NotShownError(f"KL needs the target's entropy, but {target.kind} has none")
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)
     frequent = np.flatnonzero(counts >= min_count)
     if len(frequent) == 0:
@@ -285,7 +285,7 @@ def _by_token(
 
 
 class _SumsByToken:
-    """Adds up KL and probabilities by current token, for chosen tokens."""
+    """An observer that accumulates KL and probabilities by current token, for chosen tokens."""
 
     def __init__(
         self, model: Model, target: Any, chosen: Integer[np.ndarray, " token"], *, probabilities: bool = False
@@ -300,7 +300,7 @@ class _SumsByToken:
         self.of_target = torch.zeros(size, device=device) if probabilities else None
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         current = _current(batch.tokens, self.target)
         cross_entropy = self.target.cross_entropy(batch.logits, batch.tokens)
         kl = cross_entropy - entropy(self.target, batch.tokens, cross_entropy.shape[1]).to(cross_entropy)
@@ -315,18 +315,18 @@ class _SumsByToken:
         self.of_model.index_add_(0, rows[wanted], logits.float().softmax(-1))
         log_probs = None if self.of_target is None else self.target.log_probs(batch.tokens)
         if self.of_target is None or log_probs is None:
-            self.of_target = None  # it cannot tell its distributions
+            self.of_target = None  # it has no log_probs
             return
         self.of_target.index_add_(0, rows[wanted], log_probs[:, positions].flatten(0, 1)[wanted].float().exp())
 
     def mean_kl(self) -> Float[np.ndarray, " token"]:
-        """By token."""
+        """Mean KL by token."""
         return (self.kl / self.counts)[:-1].numpy()
 
     def words(self, top_k: int, *, of_target: bool = False) -> list[str]:
-        """For each token: itself, and what is most likely to follow."""
+        """For each token: the token and its most likely next tokens."""
         sums = self.of_target if of_target else self.of_model
-        assert sums is not None, "probabilities were not added up"
+        assert sums is not None, "probabilities were not accumulated"
         mean: Float[Tensor, "token d_vocab"] = sums / self.counts[:-1, None].to(sums)
         top = mean.topk(min(top_k, mean.shape[1]))
         return [
@@ -341,11 +341,11 @@ class _SumsByToken:
 
 
 def _current(tokens: Any, target: Any) -> Any:
-    """The tokens at the positions that the target speaks about."""
+    """The tokens at the positions for which the target makes predictions."""
     return tokens[:, target.positions]
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 
 @in_suite("passages")

@@ -1,4 +1,4 @@
-"""The analyses that `analyze` runs: each is registered in its own module, and nothing else needs to know of it.
+"""The analyses that `analyze` runs: each is registered in its own module, and no other module needs to know of it.
 
 @in_suite("by_layer")
 def _(subject: Subject) -> Result:
@@ -27,34 +27,34 @@ from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, spread
 
 TOKENS = 5 << 12
-"""Held-out tokens that layers are measured on."""
+"""Held-out tokens to measure layers on."""
 SWEEP_TOKENS = 3 << 10
-"""Held-out tokens that each ablation is measured on."""
+"""Held-out tokens to measure each ablation on."""
 FIT_TOKENS = 1 << 14
-"""Training tokens that affine maps are fitted on."""
-_PROMPT_TOKENS = 16  # of held-out text that are shown one by one
+"""Training tokens to fit affine maps on."""
+_PROMPT_TOKENS = 16  # held-out tokens that are shown one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is analysed, and on how much text; all of it is checked."""
+    """The checked inputs of an analysis, and how much text to use."""
 
     model: Model = field(repr=False)
     """From `load_model`."""
     subnetwork: Subnetwork
-    """What was found."""
+    """The subnetwork to analyse."""
     target: Any
-    """What it was asked to reproduce."""
+    """The target it was learned for."""
     corpus: Corpus
     """The text."""
     seed: int = 0
-    """Of matched random subnetworks."""
+    """Seed of the matched random subnetworks."""
     tokens: int = TOKENS
-    """Held-out tokens that layers are measured on, at most."""
+    """Maximum number of held-out tokens to measure layers on."""
     sweep_tokens: int = SWEEP_TOKENS
-    """Held-out tokens that each ablation is measured on, at most."""
+    """Maximum number of held-out tokens to measure each ablation on."""
     fit_tokens: int = FIT_TOKENS
-    """Training tokens that affine maps are fitted on, at most."""
+    """Maximum number of training tokens to fit affine maps on."""
 
     @cached_property
     def prompt(self) -> Integer[np.ndarray, " position"]:
@@ -63,35 +63,35 @@ class Subject:
 
     @cached_property
     def prompt_tokens(self) -> Integer[Tensor, "1 position"]:
-        """The same as a batch, on the model's device."""
+        """`prompt` as a batch of one, on the model's device."""
         return torch.from_numpy(self.prompt)[None].to(self.model.cfg.device)
 
     @cached_property
     def conditions(self) -> Conditions:
-        """What is measured side by side."""
+        """The conditions to compare."""
         return conditions(self.subnetwork, seed=self.seed)
 
     @cached_property
     def sweep_text(self) -> Integer[np.ndarray, "sequence position"]:
-        """What each ablation is measured on."""
+        """The text that each ablation is measured on."""
         return self.sample(self.sweep_tokens)
 
     def sample(self, tokens: int) -> Integer[np.ndarray, "sequence position"]:
-        """At most so many tokens of the held-out text, spread over it."""
+        """At most this many tokens of the held-out text, evenly spread."""
         return spread(self.corpus.held_out, tokens)
 
 
 Step = Callable[[Subject], Result | Mapping[str, Any]]
-"""Gives a result, which is called like the step, or several by name."""
+"""Returns a result, which takes the name of the step, or several results by name."""
 ANALYSES: dict[str, Step] = {}
-"""The steps that were registered so far; `analyses` gives all of them, in order."""
+"""The steps registered so far; `analyses` returns all of them, in order."""
 
 
 def in_suite(name: str) -> Callable[[Step], Step]:
     """Register a step of `analyze` under a name.
 
     Raises:
-        ValueError: If there is one of this name already.
+        ValueError: If the name is taken.
     """
 
     def register(step: Step) -> Step:
@@ -104,7 +104,7 @@ def in_suite(name: str) -> Callable[[Step], Step]:
 
 
 def analyses() -> dict[str, Step]:
-    """Every step of `analyze`: the modules of this package by name, and within a module as they stand there."""
+    """Every step of `analyze`, ordered by module name and, within a module, by definition."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
     return dict(sorted(ANALYSES.items(), key=lambda item: item[1].__module__))

@@ -1,12 +1,13 @@
-"""Add something to a subnetwork, and see whether it can do a task that it could not do before.
+"""Add parts to a subnetwork, and test whether it can then do a task that it could not do before.
 
 A subnetwork that predicts from the current token alone cannot continue a repeated sequence. With the right attention
-head added it may: then the two together are enough, and the subnetwork is what the head builds on. Each addition is
-held against random ones: as many weights in every matrix, drawn from those that are not in the subnetwork yet.
+head added it may: then the two together are sufficient, and the head builds on the subnetwork. Each addition is
+compared with random ones: as many weights in every matrix, drawn from those outside the subnetwork.
 
-Intervals are paired bootstraps over prompts (Efron 1979). The p-value of an addition is one-sided, that the loss does
-not fall: the mean of the paired differences of the prompts' losses over its standard error, as a normal variate;
-over all additions it is corrected as Holm (1979) does, so the chance of one false finding among them stays below p.
+Intervals are paired bootstraps over prompts (Efron 1979). The p-value of an addition is one-sided, for the null
+hypothesis that the loss does not fall: the mean paired difference of the prompts' losses over its standard error is
+taken as a normal variate. p-values are corrected over all additions (Holm 1979), which bounds the chance of any false
+finding among them.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds:
 
     Args:
         model: From `load_model`.
-        base: The subnetwork that is added to.
-        added: What is added, one after the other: `heads` for every single head (all its weights, also W_K and W_V
+        base: The subnetwork to add to.
+        added: The additions, one at a time: `heads` for every single head (all its weights, including W_K and W_V
             that it shares with its group), any other part in the language of `components`, a `Subnetwork`, a list
             of these, or a mapping of names to them.
         task: A `Task`, or text (an array, or a corpus: its held-out part).
-        seeds: Number of random additions beside each, of which the mean is taken; 0 for none.
+        seeds: Number of random additions to average over for each; 0 for none.
 
     Returns:
         For every addition `fall_in_loss`, its `excess` over the `random_fall` of random additions (both with 95% paired
         intervals), the `loss` with it, `weights_added` and `p`; for a task with wrong tokens `rise_in_log_odds`.
-        All losses in nats per scored place. What is random is nan where all that could be added is added.
+        Losses are in nats per scored place. Random controls are nan if everything that could be added is added.
 
     Raises:
         ValueError: If an argument is wrong, or a surprisal is not finite.
@@ -100,7 +101,7 @@ def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds:
 def random_additions(base: Subnetwork, added: Subnetwork, seeds: int) -> list[Subnetwork]:
     """Random sets of weights outside `base`, as many in every matrix as `added` has there.
 
-    There are none where that could only be the same ones: `added` has all or none of what is left in each matrix.
+    There are none if a draw could only be the same: `added` has all or none of the remaining weights in each matrix.
     """
     rest = ~base
     counts = matched_counts(added - base, rest)
@@ -126,27 +127,27 @@ def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bo
     differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
     p = np.maximum(np.exp(statistics.holm([log_p_of_fall(differences[name]) for name in names])), sys.float_info.min)
     rows = {
-        Quantity("fall_in_loss", "nats", "How much the subnetwork's loss falls with the addition."): [
+        Quantity("fall_in_loss", "nats", "Fall in the subnetwork's loss with the addition."): [
             _negated(table.change("base", name, mean_loss)) for name in names
         ],
-        Quantity("excess", "nats", "That, less what random additions of as many weights lower it by."): [
+        Quantity("excess", "nats", "Fall in loss minus that with random additions of as many weights."): [
             _negated(table.excess("base", name, mean_loss)) for name in names
         ],
-        Quantity("random_fall", "nats", "What random additions lower it by, mean over draws."): [
+        Quantity("random_fall", "nats", "Fall in loss with random additions, mean over draws."): [
             (-table.random_change("base", name, mean_loss), nan, nan) for name in names
         ],
-        Quantity("loss", "nats", "The loss of the subnetwork with the addition."): [
+        Quantity("loss", "nats", "Loss of the subnetwork with the addition."): [
             (table.point("base", name, mean_loss), nan, nan) for name in names
         ],
-        Quantity("weights_added", "", "Weights of the addition that the subnetwork did not have."): [
+        Quantity("weights_added", "", "Number of weights in the addition that the subnetwork did not have."): [
             (count, nan, nan) for count in new
         ],
-        Quantity(
-            "p", "", "Chance of such a fall if there were none, one-sided, corrected for all additions; never 0."
-        ): [(value, nan, nan) for value in p.tolist()],
+        Quantity("p", "", "One-sided p-value that the loss does not fall, corrected over all additions; never 0."): [
+            (value, nan, nan) for value in p.tolist()
+        ],
     }
     if with_odds:
-        odds = Quantity("rise_in_log_odds", "nats", "How much the log odds of right against wrong rise.")
+        odds = Quantity("rise_in_log_odds", "nats", "Rise in the log odds of right against wrong.")
         rows[odds] = [table.change("base", name, mean_log_odds) for name in names]
     return rows
 
@@ -160,14 +161,14 @@ def _negated(change: tuple[float, float, float]) -> tuple[float, float, float]:
     return (0.0 - point, 0.0 - high, 0.0 - low)
 
 
-# --- what `analyze` shows of it ---
+# --- steps of `analyze` ---
 
 _PERIOD = 24  # of repeated random tokens
 
 
 @in_suite("induction")
 def _(subject: Subject) -> dict[str, Effects]:
-    """Which head, added to the subnetwork, most lowers the loss on repeated random tokens; then which with that one."""
+    """The head that most lowers the loss on repeated random tokens when added, then the best head to add to it."""
     model, subnetwork = subject.model, subject.subnetwork
     task = repeated_random_tokens(model, prompts=16, period=_PERIOD)
     able = ability(model, task)

@@ -1,4 +1,4 @@
-"""The set of analyses that tells the story of a subnetwork, in one go: `analyze` runs all that are registered."""
+"""`analyze` runs all registered analyses on a subnetwork, and summarises them in words."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Analyses:
     """The results of `analyze`."""
 
     results: Mapping[str, Result]
-    """By name, for example `logit_lens`."""
+    """The results by name, for example `logit_lens`."""
     left_out: Mapping[str, str]
-    """What this model cannot show, and why."""
+    """The analyses that this model does not support, with reasons."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write every result as `<name>.json` into a folder of its own; what an earlier analysis left there goes.
+        """Write every result to `<name>.json` in a folder, replacing its contents.
 
-        What was left out is written to `left_out.json`.
+        The analyses left out are written to `left_out.json`.
         """
         with whole_folder(folder) as fresh:
             for name, result in self.results.items():
@@ -50,12 +50,12 @@ class Analyses:
         return _story(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the names of the results, what they are of, and what was left out."""
+        """HTML for notebooks: the names and quantities of the results, and what was left out."""
         rows = [
             [name, result.title, ", ".join(one.name for one in result.quantities[:_QUANTITIES_SHOWN])]
             for name, result in self.results.items()
         ]
-        says = ["Each is a result: results[name].plot(), .to_dataframe(). print() tells what they show."]
+        says = ["Use results[name].plot() or .to_dataframe() for one of them, and print() for a summary."]
         left_out = [f"Left out: {name}: {reason}" for name, reason in self.left_out.items()]
         table = html.table(["name", "what was measured", "first quantities"], rows, "Analyses")
         return html.summary(f"{len(rows)} analyses", says, table, html.small(left_out))
@@ -72,31 +72,31 @@ def analyze(
     sweep_tokens: int = SWEEP_TOKENS,
     fit_tokens: int = FIT_TOKENS,
 ) -> Analyses:
-    """Run a sensible set of analyses on a subnetwork.
+    """Run the standard set of analyses on a subnetwork.
 
     Args:
         model: From `load_model`.
-        subnetwork: What was found.
-        target: What it was asked to reproduce.
-        corpus: The text: affine maps are fitted on its training part, all else is measured on its held-out part.
-        seed: Of matched random subnetworks.
-        tokens: Held-out tokens that layers are measured on, at most; here and below they are spread over the text.
-        sweep_tokens: Held-out tokens that each ablation is measured on, at most.
-        fit_tokens: Training tokens that the affine maps are fitted on, and held-out tokens that may activate neurons,
-            at most.
+        subnetwork: The subnetwork to analyse.
+        target: The target it was learned for.
+        corpus: The text: affine maps are fitted on its training part, everything else is measured on its held-out part.
+        seed: Seed of the matched random subnetworks.
+        tokens: Maximum number of held-out tokens to measure layers on; all samples are evenly spread over the text.
+        sweep_tokens: Maximum number of held-out tokens to measure each ablation on.
+        fit_tokens: Maximum number of training tokens to fit affine maps on, and of held-out tokens for
+            `max_activating_tokens`.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
-        `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads that keep most), `passages`,
-        `faithful_tokens`. Where it is: `by_layer`, `by_head`, `concentration`,
-        `whole_neurons`, `max_activating_tokens`. What is needed: `ablation_components`, `ablation_heads`,
-        `stochastic_ablation`. What it is like: `overlap_magnitude`. What it lacks: `induction`, the sufficiency of
-        single heads, added to it, for repeated random tokens, if the full model can continue these, and
-        `induction_pairs`, that of the best of them with every other.
+        `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads with the most kept weights),
+        `passages`, `faithful_tokens`. Location: `by_layer`, `by_head`, `concentration`, `whole_neurons`,
+        `max_activating_tokens`. Necessity: `ablation_components`, `ablation_heads`, `stochastic_ablation`. Comparison
+        with the largest weights: `overlap_magnitude`. Sufficiency: `induction`, for single heads added to the
+        subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the best
+        of them with every other.
 
     Raises:
-        ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. What the
-            model does not show (`NotShownError`) is left out with the reason; every other error is raised.
+        ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
+            that the model does not support (`NotShownError`) are left out with the reason; other errors are raised.
     """
     check_arguments(model, subnetwork, seed=seed)
     target = as_target(target, model.cfg.d_vocab)
@@ -107,12 +107,12 @@ def analyze(
 
 
 def _run(subject: Subject) -> Analyses:
-    """Every registered analysis of a subject."""
+    """Run every registered analysis on a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     for name, step in (bar := tqdm(analyses().items(), desc="analysing", delay=2, leave=False)):
         bar.set_postfix_str(name.replace("_", " "), refresh=False)
-        if name in results:  # an earlier step measured it on the way
+        if name in results:  # an earlier step has already measured it
             continue
         try:
             found = step(subject)
@@ -129,7 +129,7 @@ _LAYER_TABLES = (
     ("logit_lens", "surprisal_correlation", "logit lens: r with the target's surprisals"),
     ("affine_lens", "surprisal_correlation", "affine lens: r with the target's surprisals"),
     ("affine_lens", "output_correlation", "affine lens: r with the model's own output surprisals"),
-    ("affine_lens", "recall_at_1", "current token: share that the map to the input finds first"),
+    ("affine_lens", "recall_at_1", "current token: recall at 1 of the map to the input"),
     ("cosine", "current_embedding", "cosine with the current token's embedding"),
     ("cosine", "target_unembedding", "cosine with the unembedding of the target's most likely next token"),
     ("cosine", "target_unembedding_baseline", "  the same with other positions' tokens (baseline)"),
@@ -141,10 +141,10 @@ _STEPS = (
     ("cosine", "target_unembedding", "cosine with the target's next token"),
 )
 _EFFECTS = (
-    ("ablation_components", "largest rise in loss where an output is zeroed, nats"),
-    ("ablation_heads", "heads with the largest rise in loss where zeroed, nats"),
-    ("induction", "heads added to the subnetwork: largest fall in loss on repeated random tokens, nats"),
-    ("induction_pairs", "the best of these with another"),
+    ("ablation_components", "attentions and MLPs with the largest rise in loss when zeroed, nats"),
+    ("ablation_heads", "heads with the largest rise in loss when zeroed, nats"),
+    ("induction", "heads with the largest fall in loss on repeated random tokens when added to the subnetwork, nats"),
+    ("induction_pairs", "the best of these heads with a second one"),
 )
 
 
@@ -167,7 +167,7 @@ def _story(analyses: Analyses) -> str:
 
 
 def _largest_step(curves: Curves, quantity: str, words: str) -> str:
-    """In words: the block that changes a quantity most, for the full model and the subnetwork; empty if undefined."""
+    """A sentence on the block that changes a quantity most, in full model and subnetwork; empty if undefined."""
     parts = []
     for condition in ("full", "subnetwork"):
         values = curves.get(quantity, condition)

@@ -1,14 +1,14 @@
-"""Small tasks that make their own prompts for any tokenizer, and how well a model does them.
+"""Small tasks that make their own prompts for any tokenizer, and a model's ability to do them.
 
-A task is token ids and the places where a prediction counts. Five are here, each with a known mechanism behind it:
+A task is token ids and the places where a prediction is scored. There are five, each with a known mechanism:
 repeated random tokens (induction heads: Olsson et al. 2022, arXiv 2209.11895), ordered sequences (successor heads:
 Gould et al. 2023, arXiv 2312.09230), a value listed earlier (retrieval), greater-than (Hanna et al. 2023, arXiv
 2305.00586) and indirect object identification (Wang et al. 2022, arXiv 2211.00593).
 
-Prompts start with the token that stands between documents (end of text), as in a corpus, if the tokenizer has one.
-Shorter prompts are filled up on the right with it; no prediction is scored there, and a causal model's predictions
-before it do not see it. Answers of several tokens are scored token by token, so most tasks work with any tokenizer;
-one that cannot express a task is told so.
+Prompts start with the token that separates documents (end of text), as in a corpus, if the tokenizer has one. Shorter
+prompts are padded with it on the right, where no prediction is scored; a causal model's earlier predictions do not
+depend on it. Answers of several tokens are scored token by token, so most tasks work with any tokenizer; otherwise an
+error says why not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WORDS_IN_ORDER = {
     ),
     "numbers": ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
 }  # fmt: skip
-_CYCLES = ("days", "months")  # after the last comes the first
+_CYCLES = ("days", "months")  # lists whose first word follows the last
 _OWNERS = (
     "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo", "Maria", "Nick",
     "Olivia", "Paul", "Rose", "Sam", "Tom", "Victor",
@@ -76,26 +76,26 @@ _FEWEST_NAMES = 6
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts, and which predictions in them count.
+    """Prompts, and the predictions in them that are scored.
 
-    What is measured: the loss, the mean surprisal (nats) of the correct tokens at scored places; and where wrong
-    tokens are given also the log odds, log P(right) - log P(wrong), which for one right and one wrong token is the
-    logit difference.
+    Two quantities are measured: the loss, which is the mean surprisal (nats) of the correct tokens at scored places;
+    and, if wrong tokens are given, the log odds, log P(right) - log P(wrong), which for one right and one wrong token
+    is the logit difference.
     """
 
     name: str
-    """For example `repeated random tokens`."""
+    """Name of the task, for example `repeated random tokens`."""
     tokens: Integer[np.ndarray, "prompt position"]
-    """Token ids, the answers included."""
+    """Token ids, including the answers."""
     scored: Bool[np.ndarray, "prompt position"]
-    """True where the prediction of this token, made at the position before it, counts; never at position 0."""
+    """True where the prediction of this token, made one position earlier, is scored; never at position 0."""
     chance: float
     """Loss of guessing among the candidates, nats per scored place."""
     right: Integer[np.ndarray, "prompt right"] | None = None
-    """Token ids that all count as correct at a prompt's one scored place, filled up with -1; None: only the token that
-    stands there. The surprisal is then that of the set."""
+    """Token ids that all count as correct at a prompt's one scored place, padded with -1; the surprisal is then that of
+    the set. None: only the actual token is correct."""
     wrong: Integer[np.ndarray, "prompt wrong"] | None = None
-    """Token ids that the right ones are held against, filled up with -1; None if there is no contrast."""
+    """Token ids that the right ones are contrasted with, padded with -1; None if there is no contrast."""
 
     def __post_init__(self) -> None:
         if self.tokens.size == 0 or self.tokens.shape != self.scored.shape:
@@ -107,11 +107,11 @@ class Task:
         if self.scored[:, 0].any() or not places.all():
             raise ValueError(
                 f"every prompt of the task {self.name!r} needs a scored place, and none at position 0, "
-                f"which nothing comes before"
+                f"which no prediction precedes"
             )
         contrast = [ids for ids in (self.right, self.wrong) if ids is not None]
         if contrast and (places != 1).any():
-            raise ValueError(f"right and wrong tokens in the task {self.name!r} need exactly one scored place a prompt")
+            raise ValueError(f"right and wrong in the task {self.name!r} need exactly one scored place per prompt")
         if any(len(ids) != len(self.tokens) or (ids < 0).all(1).any() for ids in contrast):
             raise ValueError(f"right and wrong in the task {self.name!r} need at least one token id for every prompt")
 
@@ -120,7 +120,7 @@ class Task:
 
     @property
     def ends(self) -> Integer[np.ndarray, " prompt"]:
-        """The last scored position of every prompt: what comes after it plays no part."""
+        """The last scored position of every prompt; later tokens have no effect."""
         return self.scored.shape[1] - 1 - self.scored[:, ::-1].argmax(1)
 
     def __repr__(self) -> str:
@@ -135,7 +135,7 @@ class Ability:
     """Whether a model can do a task at all."""
 
     task: str
-    """Its name."""
+    """Name of the task."""
     loss: float
     """Mean surprisal of the correct tokens, nats per scored place."""
     interval: tuple[float, float]
@@ -147,7 +147,7 @@ class Ability:
 
     @property
     def able(self) -> bool:
-        """The whole interval of the loss lies below chance."""
+        """Whether the entire interval of the loss lies below chance."""
         return self.interval[1] < self.chance
 
     def __str__(self) -> str:
@@ -158,10 +158,10 @@ class Ability:
 
 
 def as_task(tokens: Any, d_vocab: int) -> Task:
-    """A task as it is; plain text (an array, a tensor, or a corpus: its held-out part) with every prediction scored.
+    """A task unchanged, or text (an array, a tensor, or a corpus: its held-out part) with every prediction scored.
 
     Raises:
-        ValueError: If it is neither, or too short.
+        ValueError: If it is neither a task nor a text, or too short.
     """
     if isinstance(tokens, Task):
         return tokens
@@ -172,7 +172,7 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
 
 
 def checked_task(model: Model, tokens: Any) -> Task:
-    """A task, or text as one, whose token ids and lengths are the model's. Raises ValueError if they are not."""
+    """A task, or text as one; raises ValueError if the model cannot read its token ids or lengths."""
     check_model(model)
     task = as_task(tokens, model.cfg.d_vocab)
     check_tokens(model, task.tokens)
@@ -183,10 +183,10 @@ def checked_task(model: Model, tokens: Any) -> Task:
 
 
 def ability(model: Model, task: Task) -> Ability:
-    """Measure a model on a task, against guessing. Raises ValueError if a surprisal is not finite."""
+    """Compare a model on a task with guessing; raises ValueError if a surprisal is not finite."""
     check_model(model)
     if not isinstance(task, Task):
-        raise ValueError(f"an ability is measured on a Task, not on a {type(task).__name__}")
+        raise ValueError(f"ability is measured on a Task, not on a {type(task).__name__}")
     checked_task(model, task)
     sums = measure(model, task)
     whole = sums.sum(0)
@@ -196,7 +196,7 @@ def ability(model: Model, task: Task) -> Ability:
 
 
 def per_place(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, "..."]:
-    """A mean per scored place from (added-up) rows of `COLUMNS`, by its column name."""
+    """The mean of a column per scored place, from rows of `COLUMNS` or sums of these."""
     return np.asarray(sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index("places")])
 
 
@@ -209,16 +209,16 @@ def measure(
     smallest: int = 1,
     bar: Any = None,
 ) -> Float[np.ndarray, "prompt column"]:
-    """One row of sums (`COLUMNS`) for every prompt, from one pass, batch by batch.
+    """One row of sums (`COLUMNS`) for every prompt, from one pass in batches.
 
     Args:
-        model: From `load_model`, as it is now: masked or not.
-        task: What is scored, checked.
-        target: Something with `surprisal`, whose surprisals at scored places are correlated with the model's
+        model: From `load_model`, masked or not.
+        task: A checked task.
+        target: A target with `surprisal`, whose surprisals at scored places are correlated with the model's
             (zero-probability rule: where they are finite).
-        hooks: Forward hooks for every batch; none are left behind.
-        smallest: Fewest prompts in a batch, if there are so many.
-        bar: A progress bar to move on by the prompts done.
+        hooks: Makes forward hooks for every batch; they are removed afterwards.
+        smallest: Smallest batch size, if there are enough prompts.
+        bar: A progress bar to advance by the prompts done.
 
     Raises:
         ValueError: If a surprisal is not finite.
@@ -235,7 +235,7 @@ def measure(
 
 
 def batches(n: int, size: int, smallest: int = 1) -> Iterator[slice]:
-    """Slices of n rows, of at most `size` each and nearly equal, none smaller than `smallest` (unless n is)."""
+    """Slices of n rows, of nearly equal size, at most `size` and at least `smallest` (unless n is smaller)."""
     pieces = max(1, min(math.ceil(n / size), n // smallest))
     edges = [n * piece // pieces for piece in range(pieces + 1)]
     return (slice(start, stop) for start, stop in pairwise(edges))
@@ -274,7 +274,7 @@ def _batch_sums(
 def _log_total(
     log_probs: Float[Tensor, "batch d_vocab"], ids: Integer[Tensor, "batch candidate"]
 ) -> Float[Tensor, " batch"]:
-    """Log of the probability of a set of tokens; -1 stands for none."""
+    """Log probability of a set of tokens; ids of -1 are padding."""
     return log_probs.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(1)
 
 
@@ -284,17 +284,17 @@ def _log_total(
 def repeated_random_tokens(
     model: Model, *, prompts: int = 64, period: int = 24, length: int | None = None, seed: int = 0
 ) -> Task:
-    """A block of random tokens, over and over: what an induction head does (Olsson et al. 2022).
+    """A block of random tokens, repeated: the task of induction heads (Olsson et al. 2022).
 
-    Scored are all tokens but the first of the second block and after: from there on the token before has been seen
-    and so has what followed it. The ids are drawn from all but the special ones, each at most once in a block.
+    All tokens after the first of the second block are scored: from there on, the previous token and its successor have
+    been seen before. Ids are drawn from all but the special ones, each at most once per block.
 
     Args:
         model: From `load_model`.
-        prompts: How many.
+        prompts: Number of prompts.
         period: Tokens in the block.
-        length: Random tokens in a prompt, without the start token; two blocks if not given.
-        seed: Of the random tokens.
+        length: Random tokens in a prompt, without the start token; by default two blocks.
+        seed: Seed of the random tokens.
 
     Raises:
         ValueError: If there is no tokenizer, the prompt does not fit the context, the block is longer than the
@@ -318,16 +318,16 @@ def repeated_random_tokens(
 
 
 def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] = (3, 4, 5), seed: int = 0) -> Task:
-    """Days, months or numbers in their order, of which the next is asked: what a successor head does (Gould et al.).
+    """Continue a sequence of days, months or numbers: the task of successor heads (Gould et al. 2023).
 
-    `Monday, Tuesday, Wednesday,` -> ` Thursday`; all tokens of the answer are scored. Guessing is among the words of
-    the list. There are fewer prompts than asked for if there are not so many different ones.
+    `Monday, Tuesday, Wednesday,` -> ` Thursday`; all tokens of the answer are scored. Chance is guessing among the
+    words of the list. There are fewer prompts than requested if there are not enough distinct ones.
 
     Args:
         model: From `load_model`.
-        prompts: How many, at most.
+        prompts: Maximum number of prompts.
         shown: Numbers of words shown.
-        seed: Which prompts, and in what order.
+        seed: Seed of the choice and order of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `shown` is not 1 to 11.
@@ -348,16 +348,16 @@ def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] =
 
 
 def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int = 0) -> Task:
-    """People and their things, of whom one is asked about again: retrieval from what was listed.
+    """People and their things, of whom one is asked for again: retrieval from the context.
 
-    `Tom has a lamp. Anna has a kite. ... Tom has a` -> ` lamp`; all tokens of the answer are scored. Guessing is among
-    the things listed.
+    `Tom has a lamp. Anna has a kite. ... Tom has a` -> ` lamp`; all tokens of the answer are scored. Chance is guessing
+    among the things listed.
 
     Args:
         model: From `load_model`.
-        prompts: How many.
-        pairs: How many people and things are listed, 2 to 20.
-        seed: Of the prompts.
+        prompts: Number of prompts.
+        pairs: Number of people (and things) listed, 2 to 20.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `pairs` is out of range.
@@ -377,16 +377,16 @@ def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int 
 
 
 def greater_than(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
-    """A year, and the beginning of a later one, which must go on with two higher digits (Hanna et al. 2023).
+    """A year and the first two digits of a later one, to be completed with a greater number (Hanna et al. 2023).
 
-    `The war lasted from the year 1732 to the year 17` -> `33` to `99`. Right are all two-digit tokens above the year,
-    wrong all others: the loss is the surprisal of the right ones together, and the log odds are log P(above) -
-    log P(not above). (Hanna et al. take the difference of the two probabilities.)
+    `The war lasted from the year 1732 to the year 17` -> `33` to `99`. All two-digit tokens above the year are right,
+    all others wrong: the loss is the surprisal of the set of right tokens, and the log odds are log P(above) -
+    log P(not above). (Hanna et al. use the difference of the two probabilities.)
 
     Args:
         model: From `load_model`.
-        prompts: How many.
-        seed: Of the prompts.
+        prompts: Number of prompts.
+        seed: Seed of the prompts.
 
     Raises:
         ValueError: If there is no tokenizer, it does not split years into two tokens of two digits, or the prompts do
@@ -417,18 +417,18 @@ def greater_than(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
 
 
 def indirect_object(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
-    """Two people, of whom one gives something to the other (Wang et al. 2022).
+    """Indirect object identification: one of two people gives something to the other (Wang et al. 2022).
 
     `When Mary and John went to the store, John gave a drink to` -> ` Mary`, against ` John`. In half of the prompts
-    the one who gives is named first. Guessing is between the two.
+    the giver is named first. Chance is guessing between the two.
 
     Args:
         model: From `load_model`.
-        prompts: How many.
-        seed: Of the prompts.
+        prompts: Number of prompts.
+        seed: Seed of the prompts.
 
     Raises:
-        ValueError: If there is no tokenizer, fewer than 6 of the names known here are single tokens, or the prompts do
+        ValueError: If there is no tokenizer, fewer than 6 of the names used here are single tokens, or the prompts do
             not fit the context.
     """
     name, tokenizer = "indirect object", _tokenizer(model)
@@ -466,7 +466,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 def _tokenizer(model: Model) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise NotShownError("this model has no tokenizer, but a task makes its prompts with one")
+        raise NotShownError("this model has no tokenizer, but a task needs one to make its prompts")
     return tokenizer
 
 
@@ -481,7 +481,7 @@ def _check_prompts(prompts: int, seed: int) -> None:
 
 
 def _split_years(tokenizer: Any) -> dict[tuple[int, int], int]:
-    """(century, two digits) -> id of the digits, for every year that is the century's token and one more."""
+    """(century, two digits) -> id of the digits, for every year that is the century's token plus one more token."""
     start = _encode(tokenizer, "the year")
     found = {}
     for century in range(11, 20):
@@ -501,13 +501,13 @@ def _text_task(
     texts: Sequence[tuple[str, str, int]],
     wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
 ) -> Task:
-    """From (prompt, answer, how many candidates a guess has): chance spends log(candidates) on an answer."""
+    """Make a task from (prompt, answer, number of candidates); the chance loss of an answer is log(candidates)."""
     tokenizer = _tokenizer(model)
     rows = []
     for text, answer, _ in texts:
         prompt, whole = _encode(tokenizer, text), _encode(tokenizer, text + answer)
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise NotShownError(f"no prompts for {name!r}: this tokenizer does not split {answer!r} off {text!r}")
+            raise NotShownError(f"no prompts for {name!r}: this tokenizer does not separate {answer!r} from {text!r}")
         rows.append((whole, len(whole) - len(prompt)))
     chance = sum(math.log(candidates) for _, _, candidates in texts) / sum(count for _, count in rows)
     return _task(model, name, rows, chance=chance, wrong=wrong)
@@ -522,13 +522,13 @@ def _task(
     right: Integer[np.ndarray, "prompt right"] | None = None,
     wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
 ) -> Task:
-    """From (token ids, how many of the last are scored), with the start token put before them."""
+    """Make a task from (token ids, number of last tokens that are scored), with the start token prepended."""
     tokenizer = _tokenizer(model)
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     start = [] if separator is None else [separator]
     length = len(start) + max(len(ids) for ids, _ in rows)
     if length > model.cfg.n_ctx:
-        raise NotShownError(f"the prompts of {name!r} take {length} tokens, more than the model's {model.cfg.n_ctx}")
+        raise NotShownError(f"the prompts of {name!r} have {length} tokens, more than the model's {model.cfg.n_ctx}")
     tokens = np.full((len(rows), length), separator or 0, dtype=np.int32)
     scored = np.zeros((len(rows), length), dtype=bool)
     for row, (ids, count) in enumerate(rows):
@@ -539,7 +539,7 @@ def _task(
 
 
 def _filled(rows: Sequence[Sequence[int]]) -> Integer[np.ndarray, "row longest"]:
-    """Rows of ids as an array, filled up with -1."""
+    """Rows of ids as an array, padded with -1."""
     filled = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
     for row, ids in enumerate(rows):
         filled[row, : len(ids)] = ids

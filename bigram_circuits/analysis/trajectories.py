@@ -1,8 +1,8 @@
-"""The same measures along training: a list of checkpoints, one model in memory at a time, one table of curves.
+"""Measurements over training: a list of checkpoints, one model in memory at a time, one table of curves.
 
 A checkpoint is a revision of a hub model (`load_model(model, revision=...)`; `models.checkpoints` lists them) or a
-local folder. Chang and Bergen (2025) find that over training the bigram subnetwork first shrinks and then grows, while
-it stays about as faithful: `subnetworks_over_training` is that experiment.
+local folder. Chang and Bergen (2025) find that over training the bigram subnetwork first shrinks and then grows, at
+roughly constant faithfulness: `subnetworks_over_training` is that experiment.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
 Measure = Callable[[Any], Mapping[str, Any]]
-"""From a model to numbers by name, or to numbers by condition and name. A number may be (value, low, high)."""
+"""Maps a model to numbers by name, or by condition and name. A number may be (value, low, high)."""
 
 _KNOWN = {
     one.name: one
     for one in (
         *FAITHFULNESS,
         FRACTION,
-        Quantity("share_in_first_mlp", "share", "Of the kept weights, those in the first layer's MLP."),
-        Quantity("jaccard_with_previous", "share", "Overlap with the subnetwork of the checkpoint before."),
+        Quantity("share_in_first_mlp", "share", "Share of the kept weights in the first layer's MLP."),
+        Quantity("jaccard_with_previous", "share", "Overlap with the subnetwork of the previous checkpoint."),
         Quantity("jaccard_with_last", "share", "Overlap with the subnetwork of the last checkpoint."),
     )
 }
@@ -49,19 +49,19 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class SubnetworksOverTraining:
-    """What `subnetworks_over_training` returns."""
+    """The result of `subnetworks_over_training`."""
 
     curves: Curves
-    """Size, faithfulness, place and overlap, by checkpoint; conditions are `subnetwork`, `full` and `random`."""
+    """Size, faithfulness, location and overlap by checkpoint; conditions are `subnetwork`, `full` and `random`."""
     subnetworks: Mapping[str, Subnetwork]
-    """What was found, by checkpoint."""
+    """The subnetworks found, by checkpoint."""
 
     def to_dataframe(self) -> Any:
-        """The curves as a table."""
+        """The curves as a pandas table."""
         return self.curves.to_dataframe()
 
     def plot(self, quantity: str | None = "fraction") -> Any:
-        """One of the curves."""
+        """A plotly figure of one quantity."""
         return self.curves.plot(quantity)
 
 
@@ -78,19 +78,19 @@ def trajectory(
 
     Args:
         checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
-        measure: A function of a model that gives numbers by name, {"kl": 0.2}, or by condition and name,
+        measure: A function of a model that returns numbers by name, {"kl": 0.2}, or by condition and name,
             {"full": {"kl": 0.2}, ...}; a number may come with an interval, (value, low, high). See
             `faithfulness_to`.
         model: The hub id that the checkpoints are revisions of.
-        device: Where to put each model.
+        device: Device to load each model to.
         dtype: Precision of the weights.
-        title: What is measured, in a few words.
+        title: Title of the result.
 
     Returns:
         A curve for every quantity and condition along `checkpoint`.
 
     Raises:
-        ValueError: If there is no checkpoint or one comes twice, the models differ in shape, or the measure's names
+        ValueError: If there is no checkpoint or one is given twice, the models differ in shape, or the measure's names
             differ between checkpoints.
     """
     names = _names(checkpoints)
@@ -99,25 +99,25 @@ def trajectory(
         row = _by_condition(measure(loaded), name)
         if rows and _keys(row) != _keys(rows[0]):
             raise ValueError(
-                f"the measure gave {_listed(row)} at checkpoint {name!r}, but {_listed(rows[0])} at {names[0]!r}"
+                f"the measure returned {_listed(row)} at checkpoint {name!r}, but {_listed(rows[0])} at {names[0]!r}"
             )
         rows.append(row)
     return _curves(title, names, rows, {"model": model})
 
 
 def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = None, *, seed: int = 0) -> Measure:
-    """A measure for `trajectory`: how close the model is to a target, in every condition, on the same text.
+    """A measure for `trajectory`: faithfulness to a target under every condition, on the same text.
 
     Args:
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`; or a function from a model to
             such a target.
         tokens: Held-out token ids [sequence, position], or a corpus.
-        subnetwork: If given, also measured at every checkpoint: this set of weights, its complement, and a matched
-            random one.
-        seed: Of the matched random subnetwork.
+        subnetwork: If given, also measured at every checkpoint: the subnetwork, its complement, and a matched random
+            one.
+        seed: Seed of the matched random subnetwork.
 
     Raises:
-        ValueError: If the tokens are no text.
+        ValueError: If `tokens` are not token ids.
     """
     array = token_array(tokens)
     check_seed(seed)
@@ -150,18 +150,18 @@ def subnetworks_over_training(
 
     Args:
         checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
-        target: What they shall reproduce; or a function from a model to a target.
-        corpus: Its training part is learned from, its held-out part evaluated on.
-        config: The recipe; `SparsifyConfig()` if not given.
+        target: The target to reproduce, or a function from a model to a target.
+        corpus: Masks are learned on its training part and evaluated on its held-out part.
+        config: The recipe; `SparsifyConfig()` by default.
         model: The hub id that the checkpoints are revisions of.
-        run_dir: If given, every checkpoint's run is written to a folder in it named like the checkpoint, and one that
-            is there already is continued or read.
-        device: Where to put each model.
+        run_dir: If given, every checkpoint's run is written to a subfolder named after the checkpoint; existing runs
+            are continued or read.
+        device: Device to load each model to.
         dtype: Precision of the weights.
-        seed: Of the matched random subnetworks.
+        seed: Seed of the matched random subnetworks.
 
     Raises:
-        ValueError: If there is no checkpoint or one comes twice, models differ in shape or do not fit the target, or
+        ValueError: If there is no checkpoint or one is given twice, models differ in shape or do not fit the target, or
             there is no held-out text.
     """
     names, array = _names(checkpoints), token_array(corpus)
@@ -197,7 +197,7 @@ def _each(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
 ) -> Iterator[tuple[str, Any]]:
-    """(name, model) of every checkpoint, each freed before the next is loaded."""
+    """(name, model) of every checkpoint; each model is freed before the next is loaded."""
     first: dict[str, tuple[int, ...]] = {}
     with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
@@ -220,7 +220,7 @@ def _each(
 
 
 def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
-    """What to call the checkpoints: local folders by their own name if that tells them apart."""
+    """Names of the checkpoints: local folders by their last part if that is unique."""
     if isinstance(checkpoints, str | Path):
         raise ValueError(f"checkpoints must be a list of names, not the name {str(checkpoints)!r}")
     names = [str(one) for one in checkpoints]
@@ -246,7 +246,7 @@ def _target_of(target: Any, model: Model) -> Any:
 
 
 def _faithfulness(model: Model, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
-    """Numbers by name, with intervals where there are any."""
+    """Numbers by name, with intervals where defined."""
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork
     intervals = evaluation.intervals["subnetwork"]
@@ -295,7 +295,7 @@ def _curves(title: str, names: tuple[str, ...], rows: list[dict[str, dict[str, A
                 ends[:, keys.index(key), c, p] = three
     return Curves(
         title=title,
-        quantities=tuple(_KNOWN.get(key, Quantity(key, "", "A number of the given measure.")) for key in keys),
+        quantities=tuple(_KNOWN.get(key, Quantity(key, "", "A number returned by the measure.")) for key in keys),
         axis="checkpoint",
         points=names,
         conditions=conditions_measured,

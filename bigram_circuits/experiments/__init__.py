@@ -1,1 +1,1 @@
-"""Many runs, one question: a path of sizes, attempts to refute a finding, a comparison."""
+"""Questions that take several runs: faithfulness by size, attempts to refute a finding, comparisons."""

@@ -1,4 +1,4 @@
-"""What is compared: subnetworks of one model by name, what is known of them, and how far every two overlap."""
+"""Compare subnetworks of one model: their faithfulness, their settings and the overlap of each pair."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from bigram_circuits.subnetwork import Subnetwork
 Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
 """A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
-"""Smaller p-values are given as this one; their logarithm is exact."""
+"""Smaller p-values are reported as this one; their logarithm is exact."""
 R, KL = "surprisal_correlation", "kl"
-_HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # where the first differs, its hash says nothing
+_HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # if the key differs, the hash adds nothing
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One of what is compared."""
+    """One of the subnetworks that are compared."""
 
     name: str
-    """Unlike all others'."""
+    """A name that no other has."""
     subnetwork: Subnetwork
-    """Its weights."""
+    """The weights it keeps."""
     run: Run | None = None
-    """The run that found it, if it is known."""
+    """The run that found it, if known."""
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """What was measured of it; None if nothing was."""
+        """Its evaluation; None if it was not evaluated."""
         return self.run.evaluation if self.run else None
 
     @cached_property
     def analyses(self) -> Mapping[str, Result]:
-        """What `analyze` wrote about it; empty if nothing did."""
+        """The results of `analyze`; empty if it was not analysed."""
         return self.run.analyses if self.run else {}
 
     @property
     def task(self) -> str:
-        """What it was measured with, target and text: only numbers of one task can be set against each other."""
+        """Target and text it was measured on: numbers are comparable only within one task."""
         if self.run is None:
             return ""
         settings = self.run.settings
@@ -63,7 +63,7 @@ class Compared:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether anything was measured of it."""
+        """Whether it was evaluated."""
         return self.evaluation is not None
 
     @property
@@ -73,42 +73,42 @@ class Compared:
 
     @property
     def within(self) -> str | None:
-        """The checksum of the subnetwork inside which it was looked for; None if it was free."""
+        """Checksum of the subnetwork that the search was restricted to; None if it was unrestricted."""
         return self.run.settings.within if self.run else None
 
     def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
-        """A number of its evaluation; None if it was not measured or is undefined."""
+        """A quantity of its evaluation; None if it was not measured or is undefined."""
         row = dict(self.evaluation.rows()).get(condition) if self.evaluation else None
         value = math.nan if row is None else row[quantity]
         return None if math.isnan(value) else value
 
     def interval(self, quantity: str) -> tuple[float | None, float | None]:
-        """Ends of the subnetwork's 95% interval of a quantity; None where it is undefined."""
+        """Ends of the subnetwork's 95% interval of a quantity; (None, None) where it is undefined."""
         low, high = self.evaluation.interval("subnetwork", quantity) if self.evaluation else (math.nan, math.nan)
         return (None, None) if math.isnan(low) else (low, high)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of them, and how far they overlap."""
+    """Two subnetworks and their overlap."""
 
     first: Compared
-    """One."""
+    """The first subnetwork, `a` of the overlap."""
     second: Compared
-    """The other."""
+    """The second, `b` of the overlap."""
     effects: Effects
-    """What `overlap(first, second, by="component")` gave."""
+    """The result of `overlap(first, second, by="component")`."""
     log10_p: Mapping[str, float]
-    """log10 of p after Holm's correction, of `all` over the pairs, of a component over all components of all pairs."""
+    """log10 of p after Holm's correction: for `all` over pairs, for a component over all components of all pairs."""
 
     @property
     def is_given(self) -> bool:
-        """Whether one was looked for inside the other, so that their overlap is no finding."""
+        """Whether one was searched for inside the other, so that their overlap is given by construction."""
         both = self.get("intersection")
         return any(one.within is not None and one.subnetwork.kept == both for one in (self.first, self.second))
 
     def get(self, quantity: str, stratum: str = "all") -> float:
-        """A number of the overlap."""
+        """A quantity of the overlap."""
         return self.effects.get(quantity)[stratum]
 
     def ratio(self, stratum: str = "all") -> float:
@@ -117,27 +117,27 @@ class Pair:
         return self.get("intersection", stratum) / expected if expected else math.nan
 
     def p(self, stratum: str = "all") -> float:
-        """P-value after Holm's correction; where it is too small for a float, the smallest one."""
+        """P-value after Holm's correction; `SMALLEST` where it is too small for a float."""
         return max(SMALLEST, 10 ** self.log10_p[stratum])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Subnetworks of one model, and every two of them."""
+    """Subnetworks of one model, and their pairwise overlaps."""
 
     items: tuple[Compared, ...]
-    """In the order in which they were given."""
+    """The subnetworks, in the order given."""
     pairs: tuple[Pair, ...]
-    """Of those that keep any weight."""
+    """Every pair of subnetworks that are not empty."""
 
     @property
     def shares(self) -> np.ndarray:
-        """[row, column]: of the row's weights, the share that the column keeps too; nan of one with itself."""
+        """[row, column]: share of the row's weights that the column also keeps; nan on the diagonal."""
         return self._matrix("share_of_a_in_b", "share_of_b_in_a")
 
     @property
     def chances(self) -> np.ndarray:
-        """[row, column]: the same, expected by chance."""
+        """[row, column]: the share expected by chance."""
         expected = self._matrix("expected", "expected")
         return expected / np.array([[max(one.subnetwork.kept, 1)] for one in self.items])
 
@@ -172,15 +172,15 @@ def _share(share: float, chance: float) -> str:
 
 
 def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Comparison:
-    """Read what is compared, and let every two overlap.
+    """Read runs or subnetworks and compute the overlap of each pair.
 
     Args:
         runs: At least two runs or subnetworks of one model, by name or in a sequence. A folder written by
-            `find --sparsity-weights` counts as all its runs, and may stand alone.
+            `find --sparsity-weights` stands for all its runs, and may be given alone.
 
     Raises:
-        FileNotFoundError: If there is no run in a folder, or no such file.
-        ValueError: If there are fewer than two, a file cannot be read, or two of them are of different models.
+        FileNotFoundError: If a folder holds no run, or a file does not exist.
+        ValueError: If there are fewer than two, a file cannot be read, or they are of different models.
     """
     if isinstance(runs, Subnetwork | Run | str | os.PathLike):
         runs = [runs]
@@ -200,11 +200,11 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Compariso
 
 # --- reading and naming ---
 
-_Label: TypeAlias = tuple[str, ...]  # parts of a name, the last one first to be shown
+_Label: TypeAlias = tuple[str, ...]  # parts of a name; the last is shown first, others only if needed
 
 
 def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork, Run | None]]:
-    """A source as what it holds, with the parts of its name."""
+    """The subnetworks in a source, with the parts of their names and their runs."""
     if isinstance(source, Subnetwork):
         yield (name or source.lineage,), source, None
     elif isinstance(source, Run):
@@ -228,7 +228,7 @@ def _parts(path: Path) -> _Label:
 
 
 def _distinct(labels: Sequence[_Label], *, shortest: bool) -> list[str]:
-    """A name for each: as few last parts as tell them apart; those that nothing tells apart are numbered."""
+    """A distinct name for each: as few trailing parts as needed; identical labels are numbered."""
     depths = {label: 1 if shortest else len(label) for label in labels}
     while True:
         names = {label: "/".join(label[-depth:]) for label, depth in depths.items()}
@@ -245,7 +245,7 @@ def _distinct(labels: Sequence[_Label], *, shortest: bool) -> list[str]:
 
 
 def _check_one_model(items: Sequence[Compared]) -> None:
-    """Raise ValueError unless all have the same matrices and, as far as is known, the same weights."""
+    """Raise ValueError unless all have the same matrices and, as far as known, the same weights."""
     first = items[0]
     hashed: Compared | None = None
     for other in items:
@@ -271,7 +271,7 @@ def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
         for a, b in combinations(items, 2)
         if a.subnetwork.kept and b.subnetwork.kept
     ]
-    families: list[list[tuple[int, str]]] = [[], []]  # the overlaps of all weights; of components that are not settled
+    families: list[list[tuple[int, str]]] = [[], []]  # overlaps of all weights, of undetermined components
     for place, (_, _, effects) in enumerate(found):
         for name, deviation in effects.get("sd").items():
             if name == "all" or deviation > 0:
@@ -288,20 +288,20 @@ def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
 
 
 def known_values(items: Sequence[Compared], quantity: str) -> dict[str, float | int]:
-    """A quantity by name, of those for which it was measured and is defined."""
+    """A quantity by subnetwork name, where it was measured and is defined."""
     known = {one.name: one.measured(quantity) for one in items}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def measured_tasks(items: Sequence[Compared], quantity: str) -> list[str]:
-    """The tasks (target and text) with which a quantity was measured, each once."""
+    """The distinct tasks (target and text) on which a quantity was measured."""
     return list(dict.fromkeys(one.task for one in items if one.measured(quantity) is not None))
 
 
 def not_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[int]:
-    """Places of those of a task than which no other keeps no more and does no worse, by fraction.
+    """Indices of the Pareto front of one task (size against a quantity), ordered by fraction.
 
-    r is better when higher, other quantities when lower. Of equal ones the first stays.
+    Higher is better for r, lower for other quantities. Of equal subnetworks the first is kept.
     """
     sign = -1 if quantity == R else 1
     known = {
@@ -320,7 +320,7 @@ def not_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[i
 
 
 def differing_settings(items: Sequence[Compared]) -> dict[str, list[str | None]]:
-    """The settings that are not the same in all runs: name to the value of each, None where no run is known."""
+    """The settings that differ between runs: name -> one value each, None where the run is unknown."""
     known = [_settings(one, items) for one in items]
     names = list(dict.fromkeys(name for settings in known if settings for name in settings))
     columns = {name: [settings.get(name, "not set") if settings else None for settings in known] for name in names}

@@ -1,18 +1,19 @@
-"""Attempts to refute a finding: the same recipe where it should fail, and again where it should agree.
+"""Attempts to refute a finding: run the recipe where it should fail, and repeat it where it should agree.
 
-A recipe that finds a good subnetwork proves little if it finds one as good in a model that has learned nothing, or for
-a target that means nothing: then the masks are the program, and say nothing about the model. And which weights are kept
-is only a finding if another seed keeps them too. (That the model needs the weights is another finding: `evaluate`
-compares the loss without them with the loss without random ones.) So the recipe is run again
+A good subnetwork proves little if the same recipe finds one that is as good in an untrained model, or for a meaningless
+target: then the computation is in the mask, not in the model. And which weights are kept is only a finding if another
+seed keeps them too. (Whether the model needs the weights is a separate question: `evaluate` compares the loss without
+them with the loss without random ones.) So the recipe is run again
 
-- on the same model with its blocks initialised anew; embeddings, final norm and unembedding stay as trained
-  (compare the supermasks of Zhou et al. 2019 and Ramanujan et al. 2020, found in random networks);
-- for a nonsense target: the same distribution under a random renaming of all tokens, P'(y | x) = P(s(y) | s(x));
-- for the same target, with other seeds: of the data order, and of what is random in the method.
+- on the same model with re-initialised blocks; embeddings, final norm and unembedding stay as trained (compare the
+  supermasks that Zhou et al. 2019 and Ramanujan et al. 2020 found in random networks);
+- for a nonsense target: the same distribution under a random permutation s of the vocabulary,
+  P'(y | x) = P(s(y) | s(x));
+- for the same target with other seeds, which change the data order and the random numbers of the masking method.
 
-How far each comes is measured by the share of what the context tells about the next token, for its own target:
-1 - KL / KL0, where KL0 is that of the best constant prediction, the target's mean distribution over the text. (KL0 is
-the mutual information of context and next token under the target.)
+Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
+1 - KL / KL0, where KL0 is the KL of the best constant prediction, the target's mean distribution over the text. (KL0
+is the mutual information of context and next token under the target.)
 """
 
 from __future__ import annotations
@@ -53,25 +54,26 @@ from bigram_circuits.text.corpus import Corpus, in_order
 
 _QUANTITIES = (
     SURPRISAL_CORRELATION, KL, CROSS_ENTROPY, MEAN_SURPRISAL, TOP1_AGREEMENT, FRACTION,
-    Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 without the context."),
+    Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 if the context is unused."),
 )  # fmt: skip
-_FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "blocks initialised anew", "nonsense target"
-_AS_GOOD = 0.95  # a control that tells this share of what the subnetwork tells refutes it,
-_AS_SMALL = 2.0  # if it keeps at most so many times its weights;
-_HALF = 0.5  # one that tells this share weakens it, however much it keeps
-_SURPRISING = 0.05  # a p-value below it
-_LITTLE = 1e-4  # nats: a context that tells less tells nothing
-_AT_ONCE = 1 << 25  # probabilities of a target: 128 MiB
+_FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "re-initialised blocks", "nonsense target"
+_FORMER_NAMES = {"blocks initialised anew": _RANDOM_BLOCKS}  # in results and run folders of version 0.1.0
+_AS_GOOD = 0.95  # a control that recovers this share of what the subnetwork recovers refutes the finding,
+_AS_SMALL = 2.0  # if it keeps at most this many times its weights;
+_HALF = 0.5  # one that recovers this share weakens the finding, whatever its size
+_SURPRISING = 0.05  # a p-value below this is significant
+_LITTLE = 1e-4  # nats: below this, the context counts as uninformative
+_AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
 
 
 class RenamedTarget(Target):
-    """A target under a renaming of all tokens, P'(y | x) = P(s(y) | s(x)): it keeps its shape and loses its meaning."""
+    """A target under a permutation s of the vocabulary, P'(y | x) = P(s(y) | s(x)): same shape, no meaning."""
 
     def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
-        """Take a target and the seed of the permutation s.
+        """Permute a target's vocabulary; `seed` draws the permutation s.
 
         Raises:
-            ValueError: If it is no target, or has another vocabulary.
+            ValueError: If `target` is not a target, or has another vocabulary.
         """
         self.target = as_target(target, d_vocab)
         self.d_vocab = d_vocab
@@ -83,7 +85,7 @@ class RenamedTarget(Target):
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch n"]:
-        """CE from the renamed distribution to softmax(logits)."""
+        """CE from the permuted distribution to softmax(logits)."""
         return self.target.cross_entropy(logits[..., self._token_of(logits.device)], self._renamed(tokens))
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
@@ -91,16 +93,16 @@ class RenamedTarget(Target):
         return self.target.surprisal(self._renamed(tokens))
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
-        """That of the target at the renamed tokens."""
+        """Entropy of the target at the renamed tokens."""
         return self.target.entropy(self._renamed(tokens))
 
     def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
-        """The target's most likely tokens, under their new names."""
+        """The most likely tokens of the permuted target."""
         found = self.target.top1(self._renamed(tokens))
         return None if found is None else self._token_of(tokens.device)[found]
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
-        """The target's distributions, under the new names."""
+        """Log probabilities of the permuted target."""
         found = self.target.log_probs(self._renamed(tokens))
         return None if found is None else found[..., self.name_of.to(tokens.device)]
 
@@ -113,13 +115,13 @@ class RenamedTarget(Target):
 
 
 def with_random_blocks(model: Model, seed: int = 0) -> Model:
-    """The same architecture with its blocks initialised anew, as Hugging Face does it; all else is as it was trained.
+    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
 
     Returns:
-        Another hooked model, in eval mode, on the device and in the precision of `model`, which is not touched.
+        A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
 
     Raises:
-        OSError: If the model's files are gone.
+        OSError: If the model's files no longer exist.
     """
     plain, _ = fresh_huggingface(model)
     trained = dict(plain.state_dict())
@@ -133,47 +135,47 @@ def with_random_blocks(model: Model, seed: int = 0) -> Model:
     if hasattr(untrained, "tie_weights"):
         untrained.tie_weights()
     other = hooked(untrained.eval(), like=model)
-    other.cfg.model_name = f"{model.cfg.model_name} with its blocks initialised anew (seed {seed})"
+    other.cfg.model_name = f"{model.cfg.model_name} with {_RANDOM_BLOCKS} (seed {seed})"
     return other.to(model.cfg.device).eval()
 
 
 @dataclass(frozen=True)
 class Falsification:
-    """What came of the attempts to refute a finding."""
+    """The outcome of the attempts to refute a finding."""
 
     controls: Effects
-    """A row for what was found and for every attempt; r, KL, cross-entropy, loss, agreement and share kept."""
+    """A row for the subnetwork found and for every attempt: r, KL, cross-entropy, loss, agreement and share kept."""
     seeds: Effects
-    """Overlap of every two seeds' subnetworks, overall and by component, with the exact null."""
+    """Overlap of each pair of seeds' subnetworks, overall and by component, with the exact null."""
     spread: Effects
-    """Every number over the seeds (with what was found): mean, standard deviation, lowest, highest."""
+    """Every number across seeds, the original included: mean, standard deviation, minimum, maximum."""
 
     @property
     def refuted(self) -> tuple[str, ...]:
-        """The controls that refute the finding; empty if none does."""
+        """Names of the controls that refute the finding; empty if none does."""
         return tuple(one.control for one in self._judged() if one.finding == "refuted")
 
     @property
     def says(self) -> tuple[str, ...]:
-        """What each control shows, a sentence or two each."""
+        """What each control shows, in a sentence or two."""
         return tuple(one.says for one in self._judged())
 
     @property
     def verdict(self) -> str:
-        """In words: which controls refute the finding, and which weaken it."""
+        """Which controls refute the finding and which weaken it, as a sentence."""
         judged = self._judged()
         parts = [
             f"{word} by: {', '.join(names)}."
             for word, finding in (("REFUTED", "refuted"), ("Weakened", "weakened"))
             if (names := [one.control for one in judged if one.finding == finding])
         ]
-        return " ".join(parts) or "No control refutes or weakens it."
+        return " ".join(parts) or "No control refutes or weakens the finding."
 
     def _judged(self) -> list[_Judged]:
         return [*_judge_controls(self.controls), _judge_seeds(self.controls, self.seeds)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write its results as JSON files into a folder."""
+        """Write the results to a folder as JSON files."""
         for name in _PARTS:
             getattr(self, name).save(Path(folder) / f"{name}.json")
 
@@ -193,7 +195,7 @@ _PARTS = ("controls", "seeds", "spread")
 
 
 def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
-    """What `Falsification.save` wrote, or None if nothing is there.
+    """Read what `Falsification.save` wrote; None if the folder holds none.
 
     Raises:
         ValueError: If a file is damaged.
@@ -203,8 +205,10 @@ def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
     parts = {name: load_result(Path(folder) / f"{name}.json") for name in _PARTS}
     effects = {name: part for name, part in parts.items() if isinstance(part, Effects)}
     if len(effects) < len(parts):
-        raise ValueError(f"{str(folder)!r} holds results of another kind than those of `falsify`")
-    return Falsification(**effects)
+        raise ValueError(f"{str(folder)!r} holds results of another kind, not those of `falsify`")
+    controls = effects["controls"]
+    names = tuple(_FORMER_NAMES.get(name, name) for name in controls.names)
+    return Falsification(**effects | {"controls": replace(controls, names=names)})
 
 
 def falsify(
@@ -217,22 +221,22 @@ def falsify(
     seeds: int = 3,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Falsification:
-    """Try to refute a finding: the recipe again on a model that learned nothing, for nonsense, and with other seeds.
+    """Try to refute a finding: rerun the recipe on re-initialised blocks, for a nonsense target and with other seeds.
 
-    It takes `seeds` + 2 times what finding took, and memory for a second model.
+    It takes `seeds` + 2 times as long as finding the subnetwork, and memory for a second model.
 
     Args:
         model: From `load_model`.
-        target: What was asked for.
-        corpus: Learned from on its training part, measured on its held-out part.
-        config: The recipe that found it; `SparsifyConfig()` if not given.
-        found: The subnetwork that is to be refuted.
-        seeds: How many other seeds; at least 2 for a spread.
-        run_dir: A folder for the runs and the results: what was done there before is not done again.
+        target: The target that the subnetwork was learned for.
+        corpus: Masks are learned on its training part and measured on its held-out part.
+        config: The recipe that found the subnetwork; `SparsifyConfig()` by default.
+        found: The subnetwork to be tested.
+        seeds: Number of other seeds; at least 2, to have a spread.
+        run_dir: A folder for the runs and the results; runs that are already there are reused.
 
     Raises:
         ValueError: If `seeds` is below 2, or model, target, subnetwork and corpus do not fit together.
-        OSError: If the model's files are gone: they are read again.
+        OSError: If the model's files, which are read again, no longer exist.
     """
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
@@ -242,12 +246,14 @@ def falsify(
     folder = None if run_dir is None else Path(run_dir)
 
     def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
-        to = None if folder is None else folder / name.replace(" ", "-")
+        to = None if folder is None else _run_folder(folder, name)
         subnetwork = find_subnetwork(of, wanted, corpus, recipe, run_dir=to).subnetwork
         return subnetwork, evaluate(of, subnetwork, wanted, corpus.held_out, controls=False)
 
     measured = {_FOUND: evaluate(model, found, target, corpus.held_out, controls=False)}
     random_blocks = with_random_blocks(model, seed=config.seed)
+    if folder is not None:
+        random_blocks.cfg.model_name = _name_in_run(random_blocks.cfg.model_name, _run_folder(folder, _RANDOM_BLOCKS))
     measured[_RANDOM_BLOCKS] = learn(_RANDOM_BLOCKS, random_blocks, target, config)[1]
     del random_blocks
     nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
@@ -264,8 +270,20 @@ def falsify(
     return result
 
 
+def _run_folder(folder: Path, name: str) -> Path:
+    """The folder of an attempt's run: under its former name if an earlier version wrote it."""
+    former = [folder / old.replace(" ", "-") for old, now in _FORMER_NAMES.items() if now == name]
+    return next((path for path in former if path.is_dir()), folder / name.replace(" ", "-"))
+
+
+def _name_in_run(model_name: str, run_folder: Path) -> str:
+    """The name of the model with re-initialised blocks, as the version that wrote its run spelled it."""
+    is_former = run_folder.name != _RANDOM_BLOCKS.replace(" ", "-")
+    return model_name.replace(_RANDOM_BLOCKS, "its blocks initialised anew") if is_former else model_name
+
+
 def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
-    """Mean KL from a target to its own mean distribution over a text, nats; nan if it does not tell its distributions.
+    """Mean KL (nats) from a target to its own mean distribution over a text; nan if it has no `log_probs` or `entropy`.
 
     It is the mutual information, under the target, of the context and the next token.
     """
@@ -282,7 +300,7 @@ def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence po
 
 
 def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]) -> Effects:
-    """A row for each; `constants` is the KL of the best constant prediction for its target."""
+    """A row for each attempt; `constants` is the KL of the best constant prediction for its target."""
     rows = []
     for name, one in measured.items():
         values = [getattr(one.subnetwork, quantity.name) for quantity in _QUANTITIES[:-1]]
@@ -295,7 +313,7 @@ def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]
         for name, pair in one.intervals["subnetwork"].items():
             if name in names:
                 ends[:, names.index(name), at] = pair
-    return Effects("Attempts to refute it", _QUANTITIES, "attempt", tuple(measured), values, ends[0], ends[1])
+    return Effects("Attempts to refute the finding", _QUANTITIES, "attempt", tuple(measured), values, ends[0], ends[1])
 
 
 def _spread(measured: Mapping[str, Evaluation]) -> Effects:
@@ -307,10 +325,10 @@ def _spread(measured: Mapping[str, Evaluation]) -> Effects:
     quantities = tuple(
         Quantity(name, "", meaning)
         for name, meaning in (
-            ("mean", "Over the seeds."),
-            ("sd", "Standard deviation over the seeds."),
-            ("lowest", "Of the seeds."),
-            ("highest", "Of the seeds."),
+            ("mean", "Mean over seeds."),
+            ("sd", "Standard deviation over seeds."),
+            ("lowest", "Minimum over seeds."),
+            ("highest", "Maximum over seeds."),
         )
     )
     notes = {"seeds": len(of_seeds)}
@@ -318,7 +336,7 @@ def _spread(measured: Mapping[str, Evaluation]) -> Effects:
 
 
 def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
-    """Overlap of every pair, overall and by component; those that keep nothing overlap with none."""
+    """Overlap of each pair, overall and by component; empty subnetworks are left out and noted."""
     some = {name: one for name, one in subnetworks.items() if one.kept}
     pairs = {f"{a}, {b}": overlap(some[a], some[b], by="component") for a, b in combinations(some, 2)}
     names = tuple(f"{pair}: {name}" for pair, one in pairs.items() for name in one.names)
@@ -333,24 +351,24 @@ def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
 
 
 _MEANS = {
-    (_RANDOM_BLOCKS, "refuted"): "Blocks that have learned nothing can be masked to do as well: "
-    "that a mask does it says nothing about what the blocks have learned.",
-    (_RANDOM_BLOCKS, "weakened"): "Blocks that have learned nothing can be masked to do much of it: "
-    "only the rest tells what the blocks have learned.",
-    (_RANDOM_BLOCKS, "stands"): "It takes trained blocks.",
-    (_NONSENSE, "refuted"): "Masks can make this model say anything: "
-    "that they can make it say the target is no evidence.",
-    (_NONSENSE, "weakened"): "Masks can teach this model much that means nothing.",
-    (_NONSENSE, "stands"): "Masks cannot make this model say anything one likes.",
+    (_RANDOM_BLOCKS, "refuted"): "Untrained blocks can be masked to do as well, "
+    "so the mask is no evidence of what the trained blocks have learned.",
+    (_RANDOM_BLOCKS, "weakened"): "Untrained blocks can be masked to do much of it; "
+    "only the difference is evidence of what the trained blocks have learned.",
+    (_RANDOM_BLOCKS, "stands"): "The result depends on trained blocks: untrained ones cannot be masked to match it.",
+    (_NONSENSE, "refuted"): "Masks can make this model reproduce a meaningless target as well, "
+    "so reproducing the real one is no evidence.",
+    (_NONSENSE, "weakened"): "Masks can make this model reproduce much of a meaningless target.",
+    (_NONSENSE, "stands"): "Masks cannot make this model reproduce an arbitrary target.",
 }
 
 
 def _judge_controls(controls: Effects) -> list[_Judged]:
-    done = {_RANDOM_BLOCKS: "On the model with its blocks initialised anew", _NONSENSE: "Asked for a nonsense target"}
+    done = {_RANDOM_BLOCKS: "On the model with re-initialised blocks", _NONSENSE: "For a nonsense target"}
     judged = []
     for name, when in done.items():
         finding = _finding(controls, name)
-        says = f"{when} the recipe keeps {_told(controls, name)}; what was found keeps {_told(controls, _FOUND)}."
+        says = f"{when}, the recipe keeps {_told(controls, name)}; the subnetwork keeps {_told(controls, _FOUND)}."
         judged.append(_Judged(name, f"{says} {_MEANS[name, finding]}", finding))
     return judged
 
@@ -358,17 +376,18 @@ def _judge_controls(controls: Effects) -> list[_Judged]:
 def _told(controls: Effects, name: str) -> str:
     keys = ("fraction", "context_told", "kl", "surprisal_correlation", "cross_entropy")
     kept, told, kl, r, cross_entropy = (controls.get(key)[name] for key in keys)
-    how = f"tells {100 * told:.0f}% of what the context tells (KL {kl:.3f} nats)"
+    how = f"recovers {100 * told:.0f}% of the context's information about the next token (KL {kl:.3f} nats)"
     if math.isnan(told):
-        how = f"comes to a cross-entropy of {cross_entropy:.3f} nats"
-    return f"{100 * kept:.2f}% and {how}" if math.isnan(r) else f"{100 * kept:.2f}% and {how}, r {r:.3f}"
+        how = f"reaches a cross-entropy of {cross_entropy:.3f} nats"
+    says = f"{100 * kept:.2f}% of the weights and {how}"
+    return says if math.isnan(r) else f"{says}, r {r:.3f}"
 
 
 def _finding(controls: Effects, name: str) -> str:
-    """How a control leaves the finding: refuted, weakened, or standing."""
+    """What a control does to the finding: `refuted`, `weakened` or `stands`."""
     fraction, told, cross_entropy = (controls.get(key) for key in ("fraction", "context_told", "cross_entropy"))
     own, other = told[_FOUND], told[name]
-    if math.isnan(own) or math.isnan(other):  # the target cannot tell, or its context tells nothing
+    if math.isnan(own) or math.isnan(other):  # the target has no entropy, or its context is uninformative
         own, other = 1.0, cross_entropy[_FOUND] / cross_entropy[name]
     if _is_share(_AS_GOOD, other, own) and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
         return "refuted"
@@ -376,32 +395,32 @@ def _finding(controls: Effects, name: str) -> str:
 
 
 def _is_share(share: float, other: float, own: float) -> bool:
-    """Whether one is at least a share of the other; of nothing or worse, whether it is no less."""
+    """Whether `other` is at least this share of `own`, or, where `own` is not positive, at least `own`."""
     return other >= (share * own if own > 0 else own)
 
 
 def _judge_seeds(controls: Effects, seeds: Effects) -> _Judged:
     names = [name for name in controls.names if name not in (_RANDOM_BLOCKS, _NONSENSE)]
     r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
-    spread = f"Over {len(names)} seeds, {100 * kept.min():.2f}% to {100 * kept.max():.2f}% are kept"
+    spread = f"Across {len(names)} seeds, {100 * kept.min():.2f}% to {100 * kept.max():.2f}% of the weights are kept"
     if not np.isnan(r).all():
-        spread += f", and r is {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
+        spread += f", with r from {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
     empty = seeds.notes["kept_nothing"]
     if empty:
-        return _Judged("other seeds", f"{spread}; nothing is kept by: {', '.join(empty)}.", "refuted")
+        return _Judged("other seeds", f"{spread}; seeds that keep nothing: {', '.join(empty)}.", "refuted")
     whole = [f"{pair}: all" for pair in seeds.notes["pairs"]]
     logs = holm([seeds.get("log10_p")[pair] * math.log(10) for pair in whole])
     times = np.array([seeds.get("intersection")[pair] / seeds.get("expected")[pair] for pair in whole])
     jaccard = np.array([seeds.get("jaccard")[pair] for pair in whole])
     refutes = not max(logs) < math.log(_SURPRISING)
     verdict = (
-        "not more than by chance: which weights are kept is an accident of the seed."
+        "not significantly more for every pair: which weights are kept is an accident of the seed."
         if refutes
-        else "more than by chance (p < 0.05 for every pair, exact null, Holm)."
+        else "significant for every pair (p < 0.05, exact null, Holm)."
     )
     return _Judged(
         "other seeds",
-        f"{spread}. Two of them share {100 * jaccard.min():.0f}% to {100 * jaccard.max():.0f}% of the weights that "
-        f"either keeps, {times.min():.1f} to {times.max():.1f} times as many as chance would have, {verdict}",
+        f"{spread}. Overlap of pairs of seeds: Jaccard {100 * jaccard.min():.0f}% to {100 * jaccard.max():.0f}%, "
+        f"{times.min():.1f} to {times.max():.1f} times chance, {verdict}",
         "refuted" if refutes else "stands",
     )

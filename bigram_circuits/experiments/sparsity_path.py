@@ -1,7 +1,7 @@
-"""Subnetworks of several sizes, nested, and one curve of faithfulness by size.
+"""Nested subnetworks of several sizes, and one curve of faithfulness by size.
 
-The sizes are found from the largest to the smallest, each inside the one before (a warm start: what was dropped once is
-never considered again), so a smaller subnetwork is always a part of a larger one.
+They are found from the largest to the smallest, each inside the one before (a dropped weight is never considered
+again), so a smaller subnetwork is always contained in a larger one.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class SubnetworkPath:
     """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text."""
 
     found: tuple[FoundSubnetwork, ...]
-    """What was found at each sparsity weight."""
+    """The subnetwork found at each sparsity weight."""
     measured: tuple[Faithfulness, ...]
-    """Its faithfulness."""
+    """The faithfulness of each."""
     empty: Faithfulness
-    """That of the empty subnetwork: the zero of the scale."""
+    """The empty subnetwork: the zero of the scale."""
     full: Faithfulness
-    """That of the whole model."""
+    """The full model."""
 
     @property
     def faithfulness(self) -> tuple[float, ...]:
-        """1 - KL / KL of the empty subnetwork, of each: 1 when the target is reproduced, 0 when nothing is gained."""
+        """1 - KL / KL of the empty subnetwork, for each: 1 if the target is reproduced, 0 if no better than empty."""
         return tuple(1 - one.kl / self.empty.kl for one in self.measured)
 
     @property
     def cpr(self) -> float:
-        """Mean faithfulness over log10(fraction), from the smallest to the largest of the path."""
+        """Mean faithfulness over log10(fraction), from the smallest subnetwork to the largest."""
         return self._over_sizes(np.array(self.faithfulness))
 
     @property
@@ -72,7 +72,7 @@ class SubnetworkPath:
         return _File(points, self.cpr, self.cmd, self.empty, self.full).to_json()
 
     def to_dataframe(self) -> Any:
-        """A pandas table with a row for each size."""
+        """A pandas table with a row for each subnetwork."""
         import pandas as pd
 
         weights = [found.config.sparsity_weight for found in self.found]
@@ -93,18 +93,18 @@ class SubnetworkPath:
 
 @dataclass(frozen=True)
 class _Point(Faithfulness):
-    """A size of a path, as `path.json` holds it."""
+    """One subnetwork of a path, as `path.json` holds it."""
 
     sparsity_weight: float | int
     faithfulness: float = math.nan
 
     @property
     def folder(self) -> str:
-        """The name of its run's folder."""
+        """Name of its run folder."""
         return _folder_of(self.sparsity_weight)
 
     def evaluation(self, ends: _File) -> Evaluation:
-        """What the path measured of it, beside the two ends of the scale."""
+        """Its evaluation, with the empty subnetwork and the full model as controls."""
         own = Faithfulness(**{one.name: getattr(self, one.name) for one in fields(Faithfulness)})
         return Evaluation(own, full=ends.full, empty=ends.empty)
 
@@ -140,24 +140,24 @@ def sparsity_path(
 
     Args:
         model: From `load_model`.
-        target: A target that can tell its entropy, so that KL and faithfulness are defined.
-        corpus: Its training part is learned from, its held-out part measured on.
+        target: A target that has an entropy, so that KL and faithfulness are defined.
+        corpus: Masks are learned on its training part and measured on its held-out part.
         config: The recipe; its `sparsity_weight` is replaced by each in turn.
         sparsity_weights: At least two different ones; taken from the smallest (largest subnetwork) to the largest.
         run_dir: A folder for the path: one run folder for each sparsity weight, and `path.json`.
         callbacks: As for `find_subnetwork`.
         check_memory: As for `find_subnetwork`.
-        rebuild: Model, text and target by name, noted in the run folders for the command line.
+        rebuild: Names of model, text and target, recorded in the run folders for the command line.
 
     Raises:
-        ValueError: If there are fewer than two different sparsity weights, or `config` has a target fraction.
-        OSError: If another process is writing `run_dir`, or it cannot be written.
+        ValueError: If there are fewer than two different sparsity weights, or `config` sets `target_fraction`.
+        OSError: If another process is writing to `run_dir`, or it cannot be written.
     """
     weights = sorted(set(sparsity_weights))
     if len(weights) < 2:
         raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")
     if config.target_fraction is not None:
-        raise ValueError("a path goes along sparsity weights: leave out target_fraction")
+        raise ValueError("a path varies sparsity_weight: leave out target_fraction")
     how: dict[str, Any] = {"rebuild": rebuild, "callbacks": callbacks, "check_memory": check_memory}
     if run_dir is None:
         return _along(weights, model, target, corpus, config, None, how)
@@ -197,7 +197,7 @@ def is_path(folder: str | os.PathLike[str]) -> bool:
 
 
 def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
-    """The runs of a path, from the smallest sparsity weight (the largest subnetwork) on, with what the path measured.
+    """The runs of a path with its measurements, from the smallest sparsity weight (the largest subnetwork) on.
 
     Raises:
         FileNotFoundError: If there is no path in the folder, or one of its runs is missing.
@@ -209,7 +209,7 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
 
 def with_path_evaluation(run: Run) -> Run:
-    """A run with what the path it belongs to measured of it, if it belongs to one and was not evaluated by itself."""
+    """A run with the evaluation of the path it belongs to, if any, unless the run has its own."""
     folder = run.path.absolute().parent
     if run.evaluation is not None or not is_path(folder):
         return run

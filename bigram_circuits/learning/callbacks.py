@@ -1,9 +1,9 @@
-"""Things that look on while a subnetwork is learned: any object with `on_step` and `on_end`.
+"""Observers of learning: any object with `on_step` and `on_end`.
 
     found = find_subnetwork(model, target, corpus, callbacks=[TensorBoard("logs/first"), WandB(project="circuits")])
 
-Callbacks see records; what they do cannot change what is learned. An exception in one of them ends the run as any other
-would: its checkpoint stays.
+Callbacks receive records and cannot change what is learned. An exception in a callback ends the run like any other
+exception: the checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ _NOT_LOGGED = ("attempt", "step")
 
 @runtime_checkable
 class Callback(Protocol):
-    """What `find_subnetwork` calls."""
+    """The methods that `find_subnetwork` calls."""
 
     def on_step(self, record: StepRecord) -> None:
-        """After every step."""
+        """Called after every step."""
         ...
 
     def on_end(self, found: FoundSubnetwork) -> None:
-        """When learning is done; not where it is interrupted."""
+        """Called when learning is done, but not if it is interrupted."""
         ...
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Raise ValueError unless all have both methods."""
+    """Raise ValueError unless every callback has both methods."""
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(f"a callback needs the methods on_step and on_end; {type(callback).__name__} lacks one")
 
 
 def tell_step(callbacks: Sequence[Callback], record: StepRecord) -> None:
-    """Tell all of them about a step."""
+    """Call every callback's `on_step`."""
     for callback in callbacks:
         callback.on_step(record)
 
 
 def tell_end(callbacks: Sequence[Callback], found: FoundSubnetwork) -> None:
-    """Tell all of them that learning is done."""
+    """Call every callback's `on_end`."""
     for callback in callbacks:
         callback.on_end(found)
 
 
 class TensorBoard:
-    """Scalars for TensorBoard: the numbers of every step, by attempt. Needs the package `tensorboard`."""
+    """Log the numbers of every step to TensorBoard, by attempt. Needs the package `tensorboard`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Write to this folder. Raises ImportError, saying what to install, if there is no TensorBoard."""
+        """Write to this folder. Raises ImportError, saying what to install, if TensorBoard is missing."""
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
@@ -67,18 +67,18 @@ class TensorBoard:
             self._writer.add_scalar(f"attempt {record.attempt}/{name}", value, record.step)
 
     def on_end(self, found: FoundSubnetwork) -> None:
-        """Write what was found, and close the file."""
+        """Log the subnetwork found, and close the file."""
         self._writer.add_text("found", f"{found.subnetwork!r}; stopped because {found.why}")
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases: the numbers of every step. Needs the package `wandb`."""
+    """Log the numbers of every step to a Weights & Biases run. Needs the package `wandb`."""
 
     def __init__(self, **options: Any) -> None:
-        """Begin a run with the options of `wandb.init`: `project`, `name`, `mode="offline"`, `dir` ...
+        """Start a run with the options of `wandb.init`: `project`, `name`, `mode="offline"`, `dir` ...
 
-        Raises ImportError, saying what to install, if there is no wandb.
+        Raises ImportError, saying what to install, if wandb is missing.
         """
         try:
             import wandb
@@ -92,7 +92,7 @@ class WandB:
         self.run.log({"step": record.step, **numbers})
 
     def on_end(self, found: FoundSubnetwork) -> None:
-        """Note what was found, and finish the run."""
+        """Add the size of the subnetwork to the summary, and finish the run."""
         self.run.summary.update(
             {"kept": found.subnetwork.kept, "fraction": found.subnetwork.fraction, "stopped": found.stopped_because}
         )
@@ -100,7 +100,7 @@ class WandB:
 
 
 def _numbers(record: StepRecord) -> Iterator[tuple[str, float]]:
-    """The numbers of a step that are known, by name."""
+    """The numbers of a step by name, without those that are None."""
     for name, value in record.to_json().items():
         if name not in _NOT_LOGGED and value is not None:
             yield name, value

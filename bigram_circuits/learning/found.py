@@ -1,4 +1,4 @@
-"""What learning gives: the subnetwork, and how it was found."""
+"""The result of learning: the subnetwork, and how it was found."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import STOPS, Outcome, Rollback, StepRecord
 from bigram_circuits.subnetwork import Subnetwork
 
-LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Of the gates, those between 0.1 and 0.9."))
-"""What `plot` can show of the history."""
+LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Share of the gates between 0.1 and 0.9."))
+"""The quantities that `plot` can show."""
 
 
 @dataclass(frozen=True)
 class FoundSubnetwork:
-    """What `find_subnetwork` returns."""
+    """The result of `find_subnetwork`."""
 
     subnetwork: Subnetwork
     """The weights whose hard gate is open."""
     history: list[StepRecord] = field(repr=False)
-    """One record a step of the last attempt."""
+    """One record for each step of the last attempt."""
     config: SparsifyConfig
-    """The settings it was found with."""
+    """The recipe it was found with."""
     stopped_because: str
     """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
     seconds: float
-    """Time spent learning."""
+    """Time spent learning, in seconds."""
     gap: SoftHardGap | None = None
-    """Cross-entropy with the last soft gates, and with the mask made of them; None if an older run did not note it."""
+    """Cross-entropy with the last soft gates and with the mask made of them; None if an older run did not record it."""
     rollbacks: tuple[Rollback, ...] = ()
-    """Each time the loss was not finite or exploded. The abandoned steps are not in `history`."""
+    """Every time the loss was not finite or exploded. The abandoned steps are not in `history`."""
     attempts: int = 1
-    """How many data orders were tried."""
+    """Number of data orders tried."""
 
     @classmethod
     def of_run(
         cls, subnetwork: Subnetwork, history: Sequence[StepRecord], config: SparsifyConfig, outcome: Outcome
     ) -> FoundSubnetwork:
-        """What a run folder holds, of its last attempt."""
+        """Restore the result from what a run folder holds; the history is that of the last attempt."""
         last = [record for record in history if record.attempt == outcome.attempts - 1]
         return cls(
             subnetwork, last, config, outcome.stopped_because, outcome.seconds, outcome.soft_hard, outcome.rollbacks,
@@ -55,12 +55,12 @@ class FoundSubnetwork:
 
     @property
     def outcome(self) -> Outcome:
-        """How learning ended, as a run's folder notes it."""
+        """How learning ended, as recorded in a run folder."""
         return Outcome(self.stopped_because, self.seconds, self.attempts, self.gap, self.rollbacks)
 
     @property
     def why(self) -> str:
-        """Why learning stopped, in words."""
+        """Why learning stopped, as a phrase."""
         return STOPS[self.stopped_because]
 
     def plot(self, quantity: str = "fraction") -> Any:
@@ -71,12 +71,12 @@ class FoundSubnetwork:
         return Curves("Learning", LEARNED, "step", steps, ("subnetwork",), values, nothing, nothing).plot(quantity)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: how it ended, and what was found."""
+        """HTML for notebooks: how learning ended, and the subnetwork found."""
         last = self.history[-1].cross_entropy if self.history else math.nan
         says = (
             f"Stopped after {len(self.history):,} steps: {self.why}. "
-            f"Cross-entropy of the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
+            f"Cross-entropy at the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
-        return html.summary("A subnetwork was found", [says], shown)
+        return html.summary("Found subnetwork", [says], shown)

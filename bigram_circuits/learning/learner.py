@@ -1,8 +1,8 @@
-"""What learns: gates, their optimizer, and the states to continue from and to go back to.
+"""The learner: gates, their optimizer, and the states to resume from and to roll back to.
 
-A checkpoint holds just what `Learner.pack` gives. Every step is a function of that, of the step's number and of the
-records of the steps before it, so a run that continues from a checkpoint ends in the same mask, bit for bit, as one
-that was never interrupted.
+A checkpoint holds exactly what `Learner.pack` returns. Every step is a function of that state, the step number and the
+records of earlier steps, so a run resumed from a checkpoint ends in the same mask, bit for bit, as one that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
 from bigram_circuits.subnetwork import Subnetwork
 
-_LOW_DECAY = 0.99  # at most: a second moment in bfloat16 does not move by a thousandth of itself
-_GOOD_EVERY = 200  # steps between the states in memory that a loss that explodes sends the run back to
-_SEEDS_APART = 1_000_003  # of two attempts
+_LOW_DECAY = 0.99  # at most: a bfloat16 second moment cannot change by a thousandth of its value
+_GOOD_EVERY = 200  # steps between the states kept in memory for rollbacks
+_SEEDS_APART = 1_000_003  # between the seeds of successive attempts
 
 
 class Learner:
-    """The gates of one attempt, and all that changes while they are learned."""
+    """The gates of one attempt, and all state that changes while they are learned."""
 
     def __init__(
         self, model: Model, config: SparsifyConfig, within: Subnetwork | None = None, start: Checkpoint | None = None
     ) -> None:
-        """Begin at a checkpoint, or anew."""
+        """Start from a checkpoint, or from scratch."""
         start = start or Checkpoint({}, 0, 0, 0.0)
         self.config, self.start = config, start
         self.seed = config.seed + _SEEDS_APART * start.attempt
-        """Of the attempt's data order, and of what is random in the method."""
+        """Seed of the attempt's data order and of the method's random numbers."""
         self._sites = weight_sites(model)
         self.gates, self.wanted = make_gates(self._sites, config, self.seed, within)
         self._total = sum(site.size for site in self._sites)
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
-        """The share of the gated weights to keep in the end; None: as many as turn out."""
+        """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
         self.optimizer = torch.optim.AdamW(
             [self.gates.scores],
@@ -52,26 +52,26 @@ class Learner:
             fused=True,
         )
         self.good = self._unpack(start)
-        """The last state to go back to."""
+        """The last good state, to roll back to."""
         self._began = time.monotonic() - start.seconds
 
     @property
     def seconds(self) -> float:
-        """Time spent learning, also before the checkpoint."""
+        """Time spent learning, including before the checkpoint, in seconds."""
         return time.monotonic() - self._began
 
     @property
     def device(self) -> torch.device:
-        """Where the gates are."""
+        """The device of the gates."""
         return self.gates.scores.device
 
     def remember(self, step: int) -> None:
-        """Every so many steps, keep the state before a step as one to go back to."""
+        """At regular intervals, keep the state before a step as one to roll back to."""
         if step and step % _GOOD_EVERY == 0:
             self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
 
     def harden(self, step: int, due: float | None) -> None:
-        """Set the soft gates to a step, with the share that is due open."""
+        """Set the soft gates for a step; `due` is the share of gated weights to be open, None if it is not fixed."""
         if due is not None:
             self.gates.set_threshold(round(due * self.gates.n_weights))
         self.gates.refresh(step)
@@ -79,7 +79,7 @@ class Learner:
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
     ) -> StepRecord:
-        """What a step came to."""
+        """Build the record of a step."""
         gates, kept = self.gates, self.gates.n_kept()
         return StepRecord(
             attempt=self.start.attempt,
@@ -94,11 +94,11 @@ class Learner:
         )
 
     def is_finite(self) -> bool:
-        """Whether all scores are numbers: they are not any more after a gradient that was not finite."""
+        """Whether no score is NaN, as scores become after a non-finite gradient."""
         return not self.gates.scores.detach().sum().isnan()
 
     def subnetwork(self, model: Model, within: Subnetwork | None) -> Subnetwork:
-        """The weights whose hard gate is open, and those that no gate governs."""
+        """The weights whose hard gate is open, and those without a gate."""
         masks = self.gates.masks(self.wanted)
         return Subnetwork(
             {
@@ -120,20 +120,20 @@ class Learner:
         return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
 
     def pack(self, step: int) -> Checkpoint:
-        """The state after `step` steps, with the last good one, without which going back would lead elsewhere."""
+        """The state after `step` steps, including the last good state, so that later rollbacks are the same."""
         good = {f"good.{name}": tensor for name, tensor in self.good.tensors.items()}
         good_step = self.good.step if self.good.tensors else None
         tensors = self._tensors() | good
         return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores and the optimizer's moments, in the CPU's memory."""
+        """A copy of the scores and the optimizer's moments, on the CPU."""
         scores = self.gates.scores
         named = {"scores": scores, **{f"adam.{name}": value for name, value in self.optimizer.state[scores].items()}}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
-        """Take up a state; returns the last good state known then."""
+        """Restore a state; returns the last good state it contains."""
         good = {name.removeprefix("good."): t for name, t in state.tensors.items() if name.startswith("good.")}
         own = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("good.")}
         if own:
@@ -148,7 +148,7 @@ class Learner:
 
 
 def rate_after(config: SparsifyConfig, rollbacks: int) -> float:
-    """The learning rate after this many rollbacks in the attempt: the recipe's or the method's own, halved by each."""
+    """The learning rate after this many rollbacks in an attempt: the recipe's, or else the method's, halved by each."""
     first = METHODS[config.method].learning_rate if config.learning_rate is None else config.learning_rate
     return first * 0.5**rollbacks
 
@@ -156,7 +156,7 @@ def rate_after(config: SparsifyConfig, rollbacks: int) -> float:
 def make_gates(
     sites: Sequence[WeightSite], config: SparsifyConfig, seed: int, within: Subnetwork | None
 ) -> tuple[Gates, int | None]:
-    """The gates of a recipe, and how many gated weights to keep in the end (None: as many as turn out)."""
+    """The gates of a recipe, and the number of gated weights to keep in the end (None if it is not fixed)."""
     groups = group_gates(sites, config.unit_of, config.layers)
     total, gated = (sum(site.size for site in some) for some in (sites, [group.site for group in groups]))
     wanted = None
@@ -164,7 +164,7 @@ def make_gates(
         wanted = round(config.target_fraction * total) - (total - gated)
         if wanted < 0:
             raise ValueError(
-                f"target_fraction is {config.target_fraction}, but the weights that are not masked are already "
+                f"target_fraction is {config.target_fraction}, but the weights without gates are already "
                 f"{(total - gated) / total:.4g} of all"
             )
     start: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """Predict peak memory before learning starts.
 
-What a step holds is counted, not guessed: a forward pass over one sequence and one over two show how many bytes are
-kept for the backward pass, by sequence (`torch.autograd.graph.saved_tensors_hooks`). To this come the gates and the
-masked weights. The factors are fitted to the peaks of whole runs on the CPU (`python benchmarks/memory.py`); the one
-for what is kept is above 1 because of the backward pass's own tensors and of memory that is freed but not given back.
+The memory of a step is measured, not guessed: forward passes over one sequence and over two show how many bytes each
+sequence saves for the backward pass (`torch.autograd.graph.saved_tensors_hooks`). The gates and the masked weights are
+added. The factors are fitted to the peaks of complete runs on the CPU (`python benchmarks/memory.py`); the factor for
+saved tensors is above 1 because the backward pass allocates its own and because freed memory is not always returned.
 """
 
 from __future__ import annotations
@@ -32,47 +32,47 @@ from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
-_OF_MASKED = 2.0  # times the masked weights, or in low memory
-_MATRICES = 8  # the largest matrix, so often: those of a block, and the gradient of one
-_OF_KEPT = 2.3  # times what a sequence's backward pass keeps
+_OF_MASKED = 2.0  # times the size of the masked weights, or with low memory
+_MATRICES = 8  # times the size of the largest matrix: those of a block, and the gradient of one
+_OF_KEPT = 2.3  # times what a sequence saves for its backward pass
 _FIXED = 60_000_000  # bytes
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """What learning will hold at its peak, in bytes."""
+    """Predicted peak memory of learning, in bytes."""
 
     device: str
-    """Where: `cpu`, `cuda:0`."""
+    """The device: `cpu`, `cuda:0`."""
     held: int
-    """What is held now, the model included: on the CPU by the whole process."""
+    """Memory in use now, including the model; on the CPU, by the whole process."""
     gates: int
-    """What gates, optimizer and masked weights will take."""
+    """Memory that gates, optimizer and masked weights will take."""
     per_sequence: int
-    """What each sequence of a batch will take."""
+    """Memory that each sequence of a batch will take."""
     batch_size: int
     """Sequences in a batch."""
     free: int
-    """What the device can still give."""
+    """Memory still available on the device."""
     scores: int = 0
-    """Of `gates`, what scores, gradient, moments and the method itself take: counted, with no fitted factor."""
+    """The part of `gates` for scores, gradient, moments and the method's buffers: exact, without a fitted factor."""
     total: int | None = None
-    """All the memory of the device, or of the container; None if not known."""
+    """Total memory of the device or container; None if unknown."""
 
     @property
     def needed(self) -> int:
-        """What will be taken beyond what is held."""
+        """Memory needed beyond what is in use now."""
         return _FIXED + self.gates + self.per_sequence * self.batch_size
 
     @property
     def peak(self) -> int:
-        """The most that will be held."""
+        """Peak memory."""
         return self.held + self.needed
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that much."""
+        """Whether the device has enough memory."""
         return self.needed <= self.free
 
     @property
@@ -82,10 +82,10 @@ class MemoryForecast:
 
     @property
     def certainly_too_small(self) -> bool:
-        """Whether no other process's memory could make room.
+        """Whether learning could not fit even if every other process freed its memory.
 
-        That is so where what is held now, and what scores, gradient and moments take, which is counted and not fitted,
-        exceed all the memory of the device.
+        True where the memory in use now plus that of scores, gradient and moments (exact, not fitted) exceeds the
+        total memory of the device.
         """
         return self.total is not None and self.held + self.scores > self.total
 
@@ -93,22 +93,22 @@ class MemoryForecast:
         """Act on a forecast that does not fit.
 
         Args:
-            mode: `"strict"` raises; `"warn"` raises only if the device is `certainly_too_small`, and else warns and
-                goes on, since the forecast may be wrong and memory may become free; `"off"` does nothing.
+            mode: `"strict"` raises; `"warn"` raises only if the device is `certainly_too_small`, and otherwise warns
+                and goes on, since the forecast may be wrong and memory may be freed; `"off"` does nothing.
 
         Raises:
-            MemoryError: Saying what would fit.
+            MemoryError: If it does not fit; the message says what would.
         """
         if self.fits or mode == "off":
             return
         if mode == "warn" and not self.certainly_too_small:
-            warnings.warn(f"{self.shortage}; going on, since a forecast can be wrong", MemoryWarning, stacklevel=3)
+            warnings.warn(f"{self.shortage}; going on, since the forecast may be wrong", MemoryWarning, stacklevel=3)
             return
         raise MemoryError(self.shortage)
 
     @property
     def shortage(self) -> str:
-        """What is lacking, and what would fit, in words."""
+        """How much memory is missing and what would fit, as a sentence."""
         short = (
             f"learning needs about {_gigabytes(self.needed)} more on {self.device}, which has {_gigabytes(self.free)}"
         )
@@ -119,12 +119,12 @@ class MemoryForecast:
             )
         return (
             f"{short}: not even a batch of one would fit; mask fewer layers (--layers), whole heads and neurons "
-            "(--granularity), load the model as bfloat16 (--dtype), or take a device with more memory"
+            "(--granularity), load the model as bfloat16 (--dtype), or use a device with more memory"
         )
 
     def __str__(self) -> str:
         return (
-            f"about {_gigabytes(self.peak)} at its peak on {self.device}: {_gigabytes(self.held)} held now, "
+            f"about {_gigabytes(self.peak)} at its peak on {self.device}: {_gigabytes(self.held)} in use now, "
             f"{_gigabytes(self.gates)} for gates, {_gigabytes(self.per_sequence * self.batch_size)} for "
             f"{self.batch_size} sequences"
         )
@@ -139,7 +139,7 @@ LESS_MEMORY = "use --low-memory, a smaller --batch-size, a shorter --context-len
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device is used up."""
+    """Whether an error means that a device ran out of memory."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
@@ -155,19 +155,19 @@ def forecast_memory(
     within: Subnetwork | None = None,
     mode: str | None = None,
 ) -> MemoryForecast:
-    """How much memory `find_subnetwork` would take at its peak, from two forward passes over a sequence or two.
+    """Predict the peak memory of `find_subnetwork` from forward passes over one sequence and over two.
 
     Args:
         model: As for `find_subnetwork`.
-        target: The same.
-        corpus: The same.
-        config: The same.
-        within: The same.
-        mode: Also act on it: see `MemoryForecast.check`. `"off"` makes no forecast of sequences.
+        target: As for `find_subnetwork`.
+        corpus: As for `find_subnetwork`.
+        config: As for `find_subnetwork`.
+        within: As for `find_subnetwork`.
+        mode: If given, also check the forecast: see `MemoryForecast.check`. `"off"` skips the forward passes.
 
     Raises:
         ValueError: If model, target and recipe do not fit together, or there is no such mode.
-        MemoryError: As `mode` says.
+        MemoryError: If it does not fit, depending on `mode`.
     """
     if mode not in (None, *CHECKS_OF_MEMORY):
         raise ValueError(f"check_memory must be one of {', '.join(CHECKS_OF_MEMORY)}, not {mode!r}")
@@ -176,7 +176,7 @@ def forecast_memory(
     counted = _count_gates(weight_sites(model), config)
     if mode == "off":
         return counted
-    if counted.fits:  # if not, nor would the passes that count the rest
+    if counted.fits:  # otherwise the forward passes would not fit either
         one, two = (_kept(model, target, corpus.train[[0] * rows], config, within) for rows in (1, 2))
         counted = replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)))
     if mode is not None:
@@ -185,7 +185,7 @@ def forecast_memory(
 
 
 def _count_gates(sites: Sequence[WeightSite], config: SparsifyConfig) -> MemoryForecast:
-    """What gates, optimizer and masked weights will take, beside what there is."""
+    """A forecast for gates, optimizer and masked weights alone, with the memory in use and available."""
     groups = group_gates(sites, config.unit_of, config.layers)
     device = groups[0].site.original.device
     sizes = [group.site.size * group.site.original.element_size() for group in groups]
@@ -206,7 +206,7 @@ def _count_gates(sites: Sequence[WeightSite], config: SparsifyConfig) -> MemoryF
 
 
 def all_memory_of(device: torch.device | str) -> int:
-    """All the memory of a device in bytes; on the CPU at most what the container allows."""
+    """Total memory of a device in bytes; on the CPU, no more than the container allows."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
@@ -219,7 +219,7 @@ def _container_limits() -> list[int]:
 
 
 def memory_of(device: torch.device | str) -> tuple[int, int]:
-    """Bytes held on a device now, and bytes that it can still give. On the CPU: by this process, to this process."""
+    """Bytes in use on a device, and bytes available; on the CPU, in use by this process."""
     device = torch.device(device)
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
@@ -236,14 +236,14 @@ def _kept(
     config: SparsifyConfig,
     within: Subnetwork | None,
 ) -> int:
-    """Bytes kept for the backward pass of some sequences."""
+    """Bytes saved for the backward pass of some sequences."""
     gates = make_gates(weight_sites(model), config, config.seed, within)[0]
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # or a node that keeps its own output would be kept alive by it, for good
+        return tensor.detach()  # a node that saves its own output would otherwise never be freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with gated(model, gates), lean_forward(model), recomputed(model) if config.low_memory else nullcontext(), hooks:

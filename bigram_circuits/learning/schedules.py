@@ -1,4 +1,4 @@
-"""What changes from step to step: pure functions of the step's number and of the records before it."""
+"""Schedules and stability checks: pure functions of the step number and the records of earlier steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 from bigram_circuits.runs import StepRecord
 
-_STEERED = 3.0  # times its first value, or a third of it: how far the penalty's weight goes for a share to reach
-_EXPLODED = 10.0  # times the larger of the first step's CE and that of guessing among all tokens
+_STEERED = 3.0  # the penalty's weight stays within this factor of its first value
+_EXPLODED = 10.0  # times the larger of the first step's CE and the CE of uniform guessing
 
 
 def share_due(step: int, share: float | None, max_steps: int) -> float | None:
-    """The share of gates to be open at a step, where there is a share to reach.
+    """The share of gated weights to be open at a step; None if `share`, the share to reach, is None.
 
-    It falls from one half to `share` in equal factors over the first 30% of the steps; a share of more than one half is
-    due from the start.
+    It falls geometrically from one half to `share` over the first 30% of the steps; a share of at least one half is
+    constant.
     """
     if share is None or share >= 0.5:
         return share
@@ -25,11 +25,12 @@ def share_due(step: int, share: float | None, max_steps: int) -> float | None:
 
 
 def next_sparsity_weight(history: Sequence[StepRecord], first: float | int) -> float | int:
-    """The penalty's weight for the step after `history`: `first`, or, with a share to reach, steered towards it.
+    """The penalty's weight for the step after `history`: `first`, or adjusted if there is a share to reach.
 
-    Gates are open above a threshold that keeps just the share that is due. The weight follows until it is 0: it is
-    multiplied by (share of scores above 0 / share due) to the power 0.1, by 0.9 to 1.1 at most, and stays between a
-    third of `first` and three times that: beyond, it would decide what is kept, and not the loss.
+    With a share to reach, gates are open above a threshold that keeps exactly the share due. The weight is adjusted to
+    bring this threshold to 0: at every step it is multiplied by (share of scores above 0 / share due) ** 0.1, clipped
+    to 0.9 to 1.1, and it stays between a third of `first` and three times `first`. Beyond that range the penalty,
+    rather than the loss, would decide which weights are kept.
     """
     last = history[-1] if history else None
     if last is None or last.due is None:
@@ -40,7 +41,7 @@ def next_sparsity_weight(history: Sequence[StepRecord], first: float | int) -> f
 
 
 def explosion(record: StepRecord, history: Sequence[StepRecord], d_vocab: int) -> str | None:
-    """In words, a loss that is not finite, or a CE far above both the first step's and that of guessing; else None."""
+    """Describe a loss that is not finite, or a CE far above both the first step's and uniform guessing; else None."""
     loss = record.cross_entropy + (record.sparsity_weight or 0.0) * (record.penalty or 0.0)
     first = history[0].cross_entropy if history else math.inf
     if not math.isfinite(loss) or record.cross_entropy > _EXPLODED * max(first, math.log(d_vocab)):
@@ -49,12 +50,11 @@ def explosion(record: StepRecord, history: Sequence[StepRecord], d_vocab: int) -
 
 
 def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
-    """Whether a run's CE jumped and did not come back in time (Chang and Bergen 2025).
+    """Whether a run's CE jumped and did not recover in time (Chang and Bergen 2025).
 
-    A jump is a step whose CE exceeds the mean of the 10 before it by more than 0.25 nats or 25%. It came back at a
-    later step that does not exceed that mean so, at least `recovery_steps` before the end. Where the CE is so small
-    that batches differ by more than 25%, as on a task that is solved, four standard deviations of those 10 count
-    instead of the 25%.
+    A jump is a step whose CE exceeds the mean of the 10 before it by more than 0.25 nats or 25%. It recovered if a
+    later step, at least `recovery_steps` before the end, is back below that limit. Where the CE is so small that
+    batches differ by more than 25%, as on a solved task, four standard deviations of those 10 steps replace the 25%.
     """
     values = np.asarray(cross_entropies)
     for step in range(10, len(values)):

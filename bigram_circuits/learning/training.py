@@ -1,13 +1,13 @@
 """Learn a subnetwork: one loop, in plain view (`_attempt`).
 
-The model is frozen; every maskable weight is multiplied by a soft gate (`masking/gates.py`), and the gates' scores
-follow the gradient of
+The model is frozen; every maskable weight is multiplied by a soft gate (`masking/gates.py`), and the gates' scores are
+trained by gradient descent on
 
     mean over positions of CE(target, softmax(logits))  +  sparsity_weight * mean over maskable weights of soft gate
 
 while the gates harden. The loop stops as soon as few gates are undecided. A run whose cross-entropy jumps and does not
-come back is tried again with another data order (Chang and Bergen 2025). A loss that is not finite, or explodes, sends
-the run back to its last good state, with half the learning rate.
+recover is retried with another data order (Chang and Bergen 2025). If the loss explodes or is not finite, the run is
+rolled back to its last good state and continues with half the learning rate.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from bigram_circuits.text.corpus import Corpus, batch_of
 
 __all__ = ["FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory", "run_settings"]
 
-_MOST_ROLLBACKS = 4  # in an attempt
+_MOST_ROLLBACKS = 4  # per attempt
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is learned, and who looks on."""
+    """Everything that learning needs: inputs, recipe, run folder and observers."""
 
     model: Model
     target: Target
@@ -68,8 +68,8 @@ class _Job:
     interrupt: threading.Event
 
 
-class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state to go back to)
-    """The loss is not finite, or exploded."""
+class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state to roll back to)
+    """The loss exploded or is not finite."""
 
     def __init__(self, what: str, step: int, good: Checkpoint, seconds: float) -> None:
         super().__init__(f"{what} at step {step}")
@@ -92,27 +92,27 @@ def find_subnetwork(
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
 
     Args:
-        model: From `load_model`. Left bit-identical, also after an exception.
+        model: From `load_model`. Left bit-identical, even after an exception.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
-        corpus: Its training part is learned from.
-        config: The recipe; `SparsifyConfig()` if not given.
+        corpus: Masks are learned on its training part.
+        config: The recipe; `SparsifyConfig()` by default.
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
-        within: Look only inside this subnetwork: weights outside it are dropped from the start.
-        rebuild: Model, text and target by name, noted in `run_dir` for the command line.
-        callbacks: Objects with `on_step(record)` and `on_end(found)`, called after every step and at the end. A run
-            that is continued, or was finished before, calls them for the steps that are done now.
-        check_memory: What to do where the memory forecast does not fit: `"warn"`, `"strict"` (refuse) or `"off"`
-            (do not ask); see `MemoryForecast.check`.
+        within: Search only inside this subnetwork: weights outside it are dropped from the start.
+        rebuild: Names of model, text and target, recorded in `run_dir` for the command line.
+        callbacks: Objects with `on_step(record)` and `on_end(found)`, called after every step and at the end. For a run
+            that is resumed or already finished, only steps done in this call are reported.
+        check_memory: What to do if the memory forecast does not fit: `"warn"`, `"strict"` (raise) or `"off"` (make no
+            forecast); see `MemoryForecast.check`.
 
     Raises:
-        ValueError: If target and model do not agree, `run_dir` holds a run with other settings, or the loss is not
-            finite and stays so with lower learning rates.
+        ValueError: If target and model do not fit together, `run_dir` holds a run with other settings, or the loss
+            explodes or is not finite even at lower learning rates.
         MemoryError: If learning cannot fit the device (`forecast_memory`), or the device runs out of memory; the
             message says what to change.
-        OSError: If another process is writing `run_dir` (the message says which), or it cannot be written, as when the
-            disk is full. What was written is whole, and the run can go on from it.
-        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint where there is a `run_dir`.
+        OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
+            example because the disk is full. The files already written are intact, and the run can be resumed.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
@@ -126,7 +126,7 @@ def find_subnetwork(
         if folder.is_finished:
             return _read_found(folder, model, config)
     with nullcontext() if folder is None else folder.lock():
-        if folder is not None and folder.is_finished:  # by another process, just now
+        if folder is not None and folder.is_finished:  # another process has just finished it
             return _read_found(folder, model, config)
         forecast_memory(model, target, corpus, config, within=within, mode=check_memory)
         with _interrupt_after_step() as interrupt, _says_what_to_change(folder):
@@ -135,9 +135,9 @@ def find_subnetwork(
 
 
 def _learn(job: _Job) -> FoundSubnetwork:
-    """Attempt after attempt, each from its start or where it was interrupted, until one is stable."""
+    """Make attempts until one is stable, starting where the run was interrupted, if it was."""
     start, history = _take_up(job.folder)
-    earlier: tuple[Rollback, ...] = ()  # of attempts before
+    earlier: tuple[Rollback, ...] = ()  # of earlier attempts
     while True:
         try:
             found = _attempt(job, start, history)
@@ -154,13 +154,13 @@ def _learn(job: _Job) -> FoundSubnetwork:
         job.folder.finish(found.subnetwork, found.outcome)
     tell_end(job.callbacks, found)
     if job.interrupt.is_set():
-        where = f"is kept in {str(job.folder.path)!r}, and the same command goes on" if job.folder else "is not kept"
+        where = f"is saved in {str(job.folder.path)!r}; rerun the command to go on" if job.folder else "is not saved"
         raise KeyboardInterrupt(f"interrupted when learning was done; the subnetwork {where}")
     return found
 
 
 def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSubnetwork:
-    """Learn once, from a state and the records of the steps before it, to which those of this attempt are added."""
+    """Run the loop once, from a state; the records of its steps are appended to `history`."""
     model, target, config = job.model, job.target, job.config
     learner = Learner(model, config, job.within, start)
     gates, stopped_because = learner.gates, "max_steps"
@@ -173,14 +173,14 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
             due = share_due(step, learner.share, config.max_steps)
             learner.harden(step, due)
 
-            # forward and backward; the penalty's gradient comes first, and that of the loss is added to it
+            # forward and backward: the gradient of the loss is added to that of the penalty
             tokens = batch_of(job.corpus.train, config.batch_size, step=step, seed=learner.seed).to(learner.device)
             penalty, undecided, decided = gates.penalise(sparsity_weight)
             cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
             cross_entropy.backward()
             learner.optimizer.step()
 
-            # what it came to
+            # record the step, and roll back if the loss exploded
             record = learner.record(step, cross_entropy.item(), penalty, undecided, due, sparsity_weight)
             what = explosion(record, history, model.cfg.d_vocab)
             what = what or (None if learner.is_finite() else "the gradient is not finite")
@@ -198,7 +198,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
 
 
 def _note(job: _Job, bar: Any, record: StepRecord) -> None:
-    """Show a step, write it down, and tell those who look on."""
+    """Report a step: progress bar, `progress.jsonl` and callbacks."""
     bar.set_postfix_str(
         f"CE {record.cross_entropy:.3f}, kept {100 * record.fraction:.2f}%, undecided {100 * record.undecided:.2f}%",
         refresh=False,
@@ -210,7 +210,7 @@ def _note(job: _Job, bar: Any, record: StepRecord) -> None:
 
 
 def _keep(job: _Job, learner: Learner, steps: int) -> None:
-    """Write a checkpoint after so many steps, if one is due or the run is interrupted; and stop if it is."""
+    """Write a checkpoint if one is due or the run is interrupted; raise KeyboardInterrupt if it is."""
     stop = job.interrupt.is_set()
     if job.folder and (stop or job.folder.checkpoint_is_due(learner.checkpoint_size)):
         job.folder.write_checkpoint(learner.pack(steps))
@@ -222,7 +222,7 @@ def _keep(job: _Job, learner: Learner, steps: int) -> None:
 
 
 def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because: str) -> FoundSubnetwork:
-    """What an attempt found, and what it lost when soft gates became a mask."""
+    """The result of an attempt, with the gap between soft gates and mask."""
     subnetwork, last = learner.subnetwork(job.model, job.within), len(history) - 1
     tokens = batch_of(job.corpus.train, job.config.batch_size, step=last, seed=learner.seed).to(learner.device)
     gap = soft_hard_gap(job.model, learner.gates, subnetwork, job.target, tokens, last)
@@ -239,7 +239,7 @@ def _bar(start: Checkpoint, config: SparsifyConfig) -> tqdm:
 
 
 def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[StepRecord]]:
-    """The state to start from, and the records of the steps before it in its attempt."""
+    """The state to start from, and the records of earlier steps in the same attempt."""
     checkpoint, records = folder.take_up() if folder else (None, [])
     checkpoint = checkpoint or Checkpoint({}, 0, 0, 0.0)
     history = [record for record in records if record.attempt == checkpoint.attempt]
@@ -248,15 +248,15 @@ def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[StepRecord]]:
 
 
 def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequence[StepRecord]) -> Checkpoint:
-    """The state to go on from when the loss exploded: the last good one, or the attempt's start if it came from there.
+    """The state to continue from after an explosion: the last good one, or the attempt's start if that exploded too.
 
     Raises:
-        ValueError: If no lower rate can help, or enough were tried.
+        ValueError: If a lower learning rate cannot help, or enough were tried.
     """
     what, before = str(trouble), start.rollbacks
     if trouble.step == 0:
         raise ValueError(
-            f"{what}: the model's logits or gradients are not finite before anything was learned; try float32 "
+            f"{what}: the model's logits or gradients are not finite even before learning; try float32 "
             "(--dtype float32)"
         ) from None
     if len(before) >= _MOST_ROLLBACKS:
@@ -281,7 +281,7 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
 def run_settings(
     model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
 ) -> RunSettings:
-    """What decides a run's result; a run's folder is tied to it."""
+    """The settings that determine a run's result; a run folder belongs to one such set."""
     target = as_target(target, model.cfg.d_vocab)
     return RunSettings(
         model=ModelIdentity(
@@ -298,7 +298,7 @@ def run_settings(
 
 
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
-    """A run that was finished before."""
+    """The result of a run that is already finished."""
     subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model)
     return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
 
@@ -308,13 +308,13 @@ def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> Foun
 
 @contextmanager
 def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
-    """Within the block, an error that says that memory or disk is full also says what to do."""
+    """Within the block, errors about full memory or a full disk also say what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        kept = f"; what {str(folder.path)!r} holds is whole, and the same command continues it" if folder else ""
+        kept = f"; {str(folder.path)!r} is intact, and the same command continues the run" if folder else ""
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MemoryError(f"out of memory while learning: {LESS_MEMORY}{kept} ({reason})") from error
     except OSError as error:
@@ -327,7 +327,7 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that a step is never cut in two.
+    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that every step is completed.
 
     A second one raises at once.
     """

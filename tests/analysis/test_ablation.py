@@ -59,7 +59,7 @@ def test_sweeps_name_every_part(tiny_model):
         ("head", "cannot read 'head'"),
         ("", "cannot read ''"),
         ("head 1.x", "say 'L2H3'"),
-        ("L1H2 + heads", "stands for many"),
+        ("L1H2 + heads", "stands for several parts"),
         ("L1H2 +", "cannot read"),
         ("L0N[]", "names no neuron"),
         ("L7H0", "no layer 7: layers are 0 to 1"),

@@ -25,7 +25,7 @@ OPT_125M = OPTConfig(
 )  # fmt: skip
 NAMES = [*CONFIGS, "opt_125m"]
 NO_LENS = {"opt": "by a final norm and W_U alone", "openai_gpt": "shows its residual stream at 2 of the 3 places"}
-NO_COSINE = {"opt": "needs vectors of one width", "openai_gpt": NO_LENS["openai_gpt"]}
+NO_COSINE = {"opt": "needs vectors of the same width", "openai_gpt": NO_LENS["openai_gpt"]}
 NO_STREAMS = {"openai_gpt": NO_LENS["openai_gpt"]}
 NO_ATTRIBUTION = {"opt": NO_LENS["opt"], "openai_gpt": r"does not show the activation blocks\.1\.hook_resid_post"}
 

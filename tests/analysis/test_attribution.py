@@ -31,7 +31,7 @@ def test_contributions_add_up_to_the_logits_of_every_condition(any_model, by):
     subnetwork = some_weights(any_model)
     result = logit_attribution(any_model, PROMPT, subnetwork, answer="o", wrong="e", by=by, position=3)
     assert result.conditions == ("full", "subnetwork", "complement", "random")
-    assert result.columns == ("o", "e", "o less e")
+    assert result.columns == ("o", "e", "o minus e")
     ids = [any_model.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "oe"]
     full = logits_at(any_model, 3)[ids]
     with masked(any_model, subnetwork):

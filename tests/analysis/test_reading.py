@@ -154,5 +154,5 @@ def test_a_target_that_does_not_know_its_entropy_is_refused(tiny_model):
         cross_entropy = TARGET.cross_entropy
         surprisal = TARGET.surprisal
 
-    with pytest.raises(ValueError, match="needs the target's entropy, but NoEntropy cannot tell it"):
+    with pytest.raises(ValueError, match="needs the target's entropy, but NoEntropy has none"):
         faithfulness_by_token(tiny_model, TEXT, target=NoEntropy())

@@ -1,5 +1,6 @@
 """Attempts to refute a finding: what a control is, and that it refutes what it should and nothing else."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from bigram_circuits.experiments.falsification import (
     with_random_blocks,
 )
 from bigram_circuits.report.page import page
+from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from tests.conftest import D_VOCAB
 from tests.example_runs import make_run, measured
 
@@ -76,7 +78,7 @@ def test_the_best_constant_is_the_mean_of_the_targets_distributions():
 # --- the model that learned nothing ---
 
 
-def test_only_the_blocks_are_initialised_anew(tiny_model):
+def test_only_the_blocks_are_reinitialised(tiny_model):
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     other = with_random_blocks(tiny_model, seed=1)
     trained, untrained = dict(tiny_model.named_parameters()), dict(other.named_parameters())
@@ -104,7 +106,7 @@ def tried(tiny_model, tmp_path_factory):
 
 def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
     result, folder, found = tried
-    names = ("found", "blocks initialised anew", "nonsense target", "seed 1", "seed 2")
+    names = ("found", "re-initialised blocks", "nonsense target", "seed 1", "seed 2")
     assert result.controls.names == names
     for name in names[1:]:
         assert bc.load_run(folder / name.replace(" ", "-")).subnetwork.total == found.total
@@ -134,6 +136,22 @@ def test_what_was_done_is_not_done_again(tried, tiny_model, monkeypatch):
     assert load_falsification(folder / "nowhere") is None
 
 
+def test_runs_under_the_former_name_are_taken_up(tried, tiny_model, tmp_path, monkeypatch):
+    result, folder, found = tried
+    shutil.copytree(folder, tmp_path / "old")
+    run = (tmp_path / "old" / "re-initialised-blocks").rename(tmp_path / "old" / "blocks-initialised-anew")
+    config = read_checked_json(run / "config.json")
+    name = config["settings"]["model"]["name"]
+    config["settings"]["model"]["name"] = name.replace("re-initialised blocks", "its blocks initialised anew")
+    write_text(run / "config.json", checked_json(config))
+    monkeypatch.setattr("bigram_circuits.learning.training._attempt", lambda *_: pytest.fail("it learned again"))
+    again = falsify(tiny_model, TARGET, CORPUS, RECIPE, found=found, seeds=2, run_dir=tmp_path / "old")
+    assert str(again) == str(result)
+    names = tuple(name.replace("re-initialised blocks", "blocks initialised anew") for name in again.controls.names)
+    replace(again.controls, names=names).save(tmp_path / "old" / "controls.json")
+    assert str(load_falsification(tmp_path / "old")) == str(result)
+
+
 def changed(result, name, **values):
     """A result with other numbers for one attempt."""
     controls = result.controls
@@ -145,7 +163,7 @@ def changed(result, name, **values):
 
 def test_a_control_that_does_as_well_with_as_few_weights_refutes(tried):
     result = changed(tried[0], "found", context_told=0.9, fraction=0.02, cross_entropy=2.0)
-    for name in ("blocks initialised anew", "nonsense target"):
+    for name in ("re-initialised blocks", "nonsense target"):
         good = changed(result, name, context_told=0.88, fraction=0.03)
         assert name in good.refuted
         assert f"REFUTED by: {name}" in str(good)
@@ -177,17 +195,17 @@ def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model):
     full = bc.Subnetwork.full(tiny_model)
     result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2)
     assert np.isnan(list(result.controls.get("context_told").values())).all()
-    assert "comes to a cross-entropy of" in result.says[0]
+    assert "reaches a cross-entropy of" in result.says[0]
 
 
 def test_the_page_tells_what_refutes_it(tried, tmp_path):
     run = make_run(tmp_path / "run", metrics=measured())
     assert "Not attempted" in page(run)
     found = changed(tried[0], "found", context_told=0.9, fraction=0.5)
-    changed(found, "blocks initialised anew", context_told=0.9, fraction=0.5).save(run.path / "falsify")
+    changed(found, "re-initialised blocks", context_told=0.9, fraction=0.5).save(run.path / "falsify")
     told = page(run)
-    assert "REFUTED by its own controls: blocks initialised anew" in told
-    assert "Blocks that have learned nothing can be masked to do as well" in told
+    assert "REFUTED by its own controls: re-initialised blocks" in told
+    assert "Untrained blocks can be masked to do as well" in told
     assert "Not attempted" not in told
 
 

@@ -63,7 +63,7 @@ def test_what_fits_is_let_through_and_the_rest_is_told_what_would():
         replace(ROOM, batch_size=100).check()
     with pytest.raises(MemoryError, match="not even a batch of one would fit; mask fewer layers"):
         replace(ROOM, free=10**9).check()
-    assert "about 5.3 GB at its peak on cpu: 1.0 GB held now, 1.0 GB for gates, 3.2 GB for 32" in str(ROOM)
+    assert "about 5.3 GB at its peak on cpu: 1.0 GB in use now, 1.0 GB for gates, 3.2 GB for 32" in str(ROOM)
 
 
 def test_learning_is_refused_before_it_begins(tiny_model, monkeypatch, tmp_path):

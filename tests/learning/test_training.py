@@ -89,7 +89,7 @@ def test_a_run_folder_holds_the_run(tiny_model, target, corpus, tmp_path):
     assert again.history == found.history
     fresh = bc.find_subnetwork(tiny_model, target, corpus, QUICK, run_dir=tmp_path / "run", resume=False)
     assert fresh.subnetwork == found.subnetwork
-    with pytest.raises(ValueError, match=r"holds another run \(its recipe.seed is 0, asked for was 5\)"):
+    with pytest.raises(ValueError, match=r"holds another run \(its recipe.seed is 0, not 5\)"):
         bc.find_subnetwork(tiny_model, target, corpus, dataclasses.replace(QUICK, seed=5), run_dir=tmp_path / "run")
     assert bc.load_run(tmp_path / "run").subnetwork == found.subnetwork
 
@@ -119,7 +119,7 @@ def test_an_interrupted_run_continues_to_the_same_mask(tiny_model, target, corpu
     stopping = StopsAt(target, 17, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="after step 17 of at most 40; its state is kept in"):
         bc.find_subnetwork(tiny_model, stopping, corpus, QUICK, run_dir=tmp_path)
-    with pytest.raises(ValueError, match="is not finished: give the same command again"):
+    with pytest.raises(ValueError, match="is not finished: run the same command again"):
         bc.load_run(tmp_path)
     never = StopsAt(target, 10_000, lambda: None)
     found = bc.find_subnetwork(tiny_model, never, corpus, QUICK, run_dir=tmp_path)

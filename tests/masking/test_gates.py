@@ -308,5 +308,5 @@ def test_layers_and_sizes_that_the_model_has_not_are_refused(tiny_model, task):
     with pytest.raises(ValueError, match="there is no layer 7: layers are 0 to 1"):
         bc.find_subnetwork(tiny_model, target, corpus, bc.SparsifyConfig(layers=(7,)))
     config = bc.SparsifyConfig(layers=(0,), target_fraction=0.1)
-    with pytest.raises(ValueError, match=r"the weights that are not masked are already 0\.5 of all"):
+    with pytest.raises(ValueError, match=r"the weights without gates are already 0\.5 of all"):
         bc.find_subnetwork(tiny_model, target, corpus, dataclasses.replace(config))
