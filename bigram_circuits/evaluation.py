@@ -102,7 +102,7 @@ class Evaluation:
             raise ValueError(f"it should be values by name, not {shown(record)}")
         unknown = set(record) - {*SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
         if unknown:
-            raise ValueError(f"it holds {shown(min(unknown))}, which is not known")
+            raise ValueError(f"it has the unknown field {shown(min(unknown))}")
         rule: _ZeroRule | None = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
         single = {name: from_json(Faithfulness | None, record.get(name), name) for name in SINGLE[1:]}
         repeated = {name: _seeds(record.get(name), name) for name in _REPEATED}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from bigram_circuits.measures.conditions import CONDITIONS, colour_of
 from bigram_circuits.measures.html import plain
-from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 
 SERIES = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
@@ -32,103 +32,103 @@ _TALL = 14  # rows that fit a figure of the default height
 _UPWARDS = ("layer",)  # row axes drawn bottom-up; others are read top-down, as in a table
 
 
-def draw(result: Result, quantity: str | None = None) -> Any:
-    """Draw one quantity of a result, by default the first."""
-    chosen = result.quantities[0] if quantity is None else result.quantity(quantity)
-    figure = DRAWN_BY[type(result)](result, chosen.name)
-    title = plain(f"{result.title}: {chosen.words}")
-    return figure.update_layout(template="plotly_white", title=title, legend={"orientation": "h", "y": -0.2})
+Numbers = Float[np.ndarray, "..."]
 
 
-def lines(result: Curves, quantity: str) -> Any:
-    """Draw a line for every condition, with its confidence intervals as a band."""
+def lines(axis: str, points: Sequence[Any], series: Mapping[str, Sequence[Numbers]], unit: str, title: str) -> Any:
+    """A line for every condition, from (values, low, high), with its intervals as a band; `unit` names the heights."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for index, condition in enumerate(result.conditions):
+    for index, (condition, (values, low, high)) in enumerate(series.items()):
         colour = colour_of(condition) or _BESIDE_CONDITIONS[index % len(_BESIDE_CONDITIONS)]
-        low, high = result.interval(quantity, condition)
         if not np.isnan(low).all():
             band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
             figure.add_scatter(
-                x=[*result.points, *reversed(result.points)], y=np.concatenate([high, low[::-1]]), **band,
+                x=[*points, *reversed(points)], y=np.concatenate([high, low[::-1]]), **band,
                 hoverinfo="skip", legendgroup=condition, showlegend=False,
             )  # fmt: skip
         line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
         figure.add_scatter(
-            x=list(result.points), y=result.get(quantity, condition), name=condition, legendgroup=condition, line=line,
-            mode="lines+markers" if len(result.points) <= _MARKED else "lines",
+            x=list(points), y=values, name=condition, legendgroup=condition, line=line,
+            mode="lines+markers" if len(points) <= _MARKED else "lines",
         )  # fmt: skip
-    figure.update_xaxes(title=result.axis.replace("_", " "))
-    return figure.update_yaxes(title=result.quantity(quantity).label)
+    figure.update_xaxes(title=axis.replace("_", " "))
+    figure.update_yaxes(title=unit)
+    return _titled(figure, title)
 
 
-def heat_maps(result: Maps, quantity: str) -> Any:
-    """Draw a panel for every condition, on one colour scale; wide panels are stacked vertically.
+def heat_maps(
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
+    panels: Mapping[str, Numbers],
+    text: Sequence[Sequence[Sequence[str]]] | None,
+    unit: str,
+    title: str,
+) -> Any:
+    """A panel for every condition, on one colour scale; wide panels are stacked.
 
-    If the result has text, a cell shows its first line, and all lines on hover.
+    Rows and columns are given with the name of their axis. Where there is text, [panel][row][column], a cell shows its
+    first line, and all of it on hover.
     """
     from plotly.subplots import make_subplots
 
-    n_panels, n_rows, n_columns = len(result.conditions), len(result.rows), len(result.columns)
+    n_panels, n_rows, n_columns = len(panels), len(rows[1]), len(columns[1])
     above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
     figure = make_subplots(
         rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
-        subplot_titles=[plain(name) for name in result.conditions], vertical_spacing=0.25 / n_panels,
+        subplot_titles=[plain(name) for name in panels], vertical_spacing=0.25 / n_panels,
     )  # fmt: skip
-    for index, condition in enumerate(result.conditions):
+    for index, values in enumerate(panels.values()):
         place = {"row": index + 1, "col": 1} if above else {"row": 1, "col": index + 1}
         figure.add_heatmap(
-            z=result.get(quantity, condition), x=list(range(n_columns)), y=list(range(n_rows)), coloraxis="coloraxis",
-            **_words(result, index), **place,
+            z=values, x=list(range(n_columns)), y=list(range(n_rows)), coloraxis="coloraxis",
+            **({} if text is None else _words(text[index])), **place,
         )  # fmt: skip
-    for axes, names in ((figure.update_xaxes, result.columns), (figure.update_yaxes, result.rows)):
+    for axes, (_, names) in ((figure.update_xaxes, columns), (figure.update_yaxes, rows)):
         axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[plain(name) for name in names])
-    figure.update_xaxes(title=result.column_axis, row=n_panels if above else None)
-    figure.update_yaxes(title=result.row_axis, col=1)
-    if result.row_axis not in _UPWARDS:
+    figure.update_xaxes(title=columns[0], row=n_panels if above else None)
+    figure.update_yaxes(title=rows[0], col=1)
+    if rows[0] not in _UPWARDS:
         figure.update_yaxes(autorange="reversed")
-    figure.update_layout(coloraxis=_scale(result, quantity))
+    figure.update_layout(coloraxis=_scale(panels, unit))
     if above:
         figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
     elif n_rows > _TALL:
         figure.update_layout(height=160 + 18 * n_rows)
-    return figure
+    return _titled(figure, title)
 
 
-def bars(result: Effects, quantity: str) -> Any:
-    """Draw a bar for every item, with its confidence interval."""
+def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: str, title: str) -> Any:
+    """A bar for every thing, from (values, low, high), with its interval; `unit` names the heights."""
     import plotly.graph_objects as go
 
-    chosen = result.quantity(quantity)
-    values, low, high = (ends[result.quantities.index(chosen)] for ends in (result.values, result.low, result.high))
+    values, low, high = series
     figure = go.Figure()
     errors: dict[str, Any] = {}
     if not np.isnan(low).all():
         errors["error_y"] = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low}
-    figure.add_bar(x=list(result.names), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors)
-    figure.update_xaxes(title=result.subject, type="category")
-    return figure.update_yaxes(title=chosen.label)
+    figure.add_bar(x=list(names), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors)
+    figure.update_xaxes(title=subject, type="category")
+    figure.update_yaxes(title=unit)
+    return _titled(figure, title)
 
 
-DRAWN_BY: Mapping[type[Result], Callable[..., Any]] = {Curves: lines, Maps: heat_maps, Effects: bars}
-"""The function that draws each kind of result."""
+def _titled(figure: Any, title: str) -> Any:
+    return figure.update_layout(template="plotly_white", title=plain(title), legend={"orientation": "h", "y": -0.2})
 
 
-def _scale(result: Maps, quantity: str) -> dict[str, Any]:
-    """Choose the colour scale shared by all panels: centred on 0 if some values are clearly negative."""
-    chosen = result.quantity(quantity)
-    shown = result.values[result.quantities.index(chosen)]
+def _scale(panels: Mapping[str, Numbers], unit: str) -> dict[str, Any]:
+    """The colour scale of all panels: centred on 0 if some numbers are well below it."""
+    shown = np.stack(list(panels.values()))
     signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
-    scale = {"colorscale": SIGNED_SHADES if signed else SHADES, "colorbar": {"title": chosen.unit}}
+    scale = {"colorscale": SIGNED_SHADES if signed else SHADES, "colorbar": {"title": unit}}
     return scale | ({"cmid": 0} if signed else {})
 
 
-def _words(result: Maps, index: int) -> dict[str, Any]:
-    """Return the plotly arguments that write text into the cells of a panel."""
-    if result.text is None:
-        return {}
-    cells = [[[plain(line) for line in cell.split("\n")] for cell in row] for row in result.text[index]]
+def _words(text: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What plotly needs to write words into the cells of a panel."""
+    cells = [[[plain(line) for line in cell.split("\n")] for cell in row] for row in text]
     return {
         "text": [[cell[0] for cell in row] for row in cells],
         "texttemplate": "%{text}",

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures import html, plots, statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.storage.files import write_text
 from bigram_circuits.storage.records import read_record, sealed, shown
@@ -63,9 +63,12 @@ class Result(ABC):
         `Curves` become lines with their intervals as bands, `Maps` heat maps on one colour scale (if there is text, a
         cell shows its first line, and all lines on hover), `Effects` bars with their intervals.
         """
-        from bigram_circuits.measures import plots  # imports this module
+        chosen = self.quantities[0] if quantity is None else self.quantity(quantity)
+        return self._plot(chosen, f"{self.title}: {chosen.words}")
 
-        return plots.draw(self, quantity)
+    @abstractmethod
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        """The figure of a quantity."""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values; undefined numbers become None."""
@@ -133,6 +136,10 @@ class Curves(Result):
         names = [one.name for one in self.quantities]
         return _place("quantity", quantity, names), _place("condition", condition, self.conditions)
 
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        series = {name: (self.get(chosen.name, name), *self.interval(chosen.name, name)) for name in self.conditions}
+        return plots.lines(self.axis, self.points, series, chosen.label, title)
+
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per condition and point, a column per quantity (`_low`, `_high` if known)."""
         import pandas as pd
@@ -199,6 +206,11 @@ class Maps(Result):
         text = None if self.text is None else tuple(self.text[place] for place in places)
         return replace(self, conditions=conditions, values=self.values[:, places], text=text)
 
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        panels = {name: self.get(chosen.name, name) for name in self.conditions}
+        axes = (self.row_axis, self.rows), (self.column_axis, self.columns)
+        return plots.heat_maps(*axes, panels, self.text, chosen.unit, title)
+
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per condition and cell, a column per quantity, and `text` if there is any."""
         import pandas as pd
@@ -260,6 +272,11 @@ class Effects(Result):
         numbers = self.get(quantity or self.quantities[0].name)
         known = [item for item in numbers.items() if not math.isnan(item[1])]
         return sorted(known, key=lambda item: -item[1])[:k]
+
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        at = self.quantities.index(chosen)
+        series = self.values[at], self.low[at], self.high[at]
+        return plots.bars(self.subject, self.names, series, chosen.label, title)
 
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per item, a column per quantity (`_low`, `_high` if known)."""
