@@ -240,13 +240,13 @@ def _check_operations(file: BinaryIO | mmap.mmap, size: int) -> None:
     """Raise ValueError on opcodes that a dict of arrays does not need, and on arguments that would exhaust memory."""
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
         if operation.name not in _OPERATIONS:
-            raise ValueError(f"the pickle holds the operation {operation.name}, which masks have no use for")
+            raise ValueError(f"the pickle uses the opcode {operation.name}, which masks do not need")
         if count >= _MOST_OPERATIONS:
-            raise ValueError(f"the pickle has more than {_MOST_OPERATIONS:,} operations, far more than masks need")
+            raise ValueError(f"the pickle has more than {_MOST_OPERATIONS:,} opcodes, far more than masks need")
         if operation.name == "LONG_BINPUT" and int(argument or 0) > _MOST_OPERATIONS:
-            raise ValueError(f"the pickle remembers a value under the number {argument}, far more than masks need")
+            raise ValueError(f"the pickle stores a memo under the index {argument}, far more than masks need")
         if operation.name == "FRAME" and int(argument or 0) > size:
-            raise ValueError(f"the pickle promises {argument} bytes, but the file has {size}")
+            raise ValueError(f"the pickle declares a frame of {argument} bytes, but the file has {size}")
 
 
 class _MaskUnpickler(pickle.Unpickler):
@@ -317,7 +317,7 @@ def _boolean(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(dtype, _DType) or type(data) not in (bytes, bytearray) or order not in ("C", "F"):
         raise pickle.UnpicklingError("it holds an array that is not boolean")
     if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
-        raise pickle.UnpicklingError("it holds an array whose shape is not one")
+        raise pickle.UnpicklingError("it holds an array with an invalid shape")
     if math.prod(shape) != len(data):
         raise pickle.UnpicklingError(f"it holds an array of shape {shape} with {len(data)} elements")
     elements = np.frombuffer(data, dtype=np.uint8)
@@ -328,7 +328,7 @@ def _boolean(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
     if kind is not _NDARRAY or shape != (0,):
-        raise pickle.UnpicklingError("it holds an array of another kind")
+        raise pickle.UnpicklingError("it holds an array of an unexpected type")
     return _Array()
 
 

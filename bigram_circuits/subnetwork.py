@@ -462,16 +462,16 @@ class Subnetwork(Mapping[str, Tensor]):
         check_header(packed, metadata, set(_METADATA))
         missing = [name for name in _METADATA if name not in metadata]
         if missing:
-            raise ValueError(f"its header does not say its {missing[0]}")
+            raise ValueError(f"its header lacks its {missing[0]}")
         shapes = _shapes_of(metadata["shapes"])
         wanted = {name: (-(-math.prod(shape) // 8),) for name, shape in shapes.items()}
         if any(bits.dtype != np.uint8 for bits in packed.values()) or (
             {name: bits.shape for name, bits in packed.items()} != wanted
         ):
-            raise ValueError("its tensors are not those its header names")
+            raise ValueError("its tensors do not match the names and shapes in its header")
         packed = {name: packed[name] for name in shapes}
         if metadata["checksum"] != _checksum(packed):
-            raise ValueError("its bits are not those that were written")
+            raise ValueError("its masks do not match their checksum")
         made_for = metadata["model_name"] or None, metadata["weight_hash"] or None
         loaded = cls._from_packed(shapes, packed, *made_for, metadata["lineage"])
         if (str(loaded.kept), str(loaded.total)) != (metadata["kept"], metadata["total"]):

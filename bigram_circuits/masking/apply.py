@@ -58,7 +58,7 @@ def gated(model: Model, gates: Gates) -> Iterator[Any]:
 def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) -> Iterator[None]:
     sites = weight_sites(model)
     if any(parametrize.is_parametrized(site.leaf, "weight") for site in sites):
-        raise ValueError("the model is masked already: leave that mask first, or combine the subnetworks with &")
+        raise ValueError("the model is masked already: leave that `with` block first, or combine subnetworks with &")
     training = model.training
     done: list[WeightSite] = []
     try:

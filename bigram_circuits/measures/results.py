@@ -356,7 +356,7 @@ def result_from_json(record: Mapping[str, Any]) -> Result:
         raise ValueError(f"its kind is {shown(record.get('kind'))}, not one of {', '.join(Result.kinds)}")
     names = {one.name for one in fields(kind)}
     if set(record) != names | {"format", "kind"}:
-        raise ValueError(f"it lacks or has too much: {shown(min(set(record) ^ (names | {'format', 'kind'})))}")
+        raise ValueError(f"it has a missing or unknown field: {shown(min(set(record) ^ (names | {'format', 'kind'})))}")
     values = {name: _from_json(name, record[name]) for name in names}
     _check_fit(kind, values)
     return kind(**values)
@@ -408,11 +408,11 @@ def _from_json(name: str, value: Any) -> Any:
 def _numbers(name: str, value: Any) -> Float[np.ndarray, "..."]:
     """Read nested lists of numbers into an array; None becomes nan."""
     if not _are_numbers(_list(name, value)):
-        raise ValueError(f"its {name} hold something else than numbers")
+        raise ValueError(f"its {name} should hold only numbers and nulls")
     try:
         return np.array(value, dtype=float)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"its {name} are no table of numbers") from error
+        raise ValueError(f"its {name} are not a rectangular array of numbers") from error
 
 
 def _are_numbers(value: Any) -> bool:

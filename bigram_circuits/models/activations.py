@@ -117,7 +117,7 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
 def check_model(model: Model) -> None:
     """Raise ValueError unless `model` is a hooked model."""
     if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
-        raise ValueError(f"a {type(model).__name__} is no model: pass one from load_model")
+        raise ValueError(f"a {type(model).__name__} is not a model: pass one from load_model")
 
 
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
@@ -154,7 +154,7 @@ def residual_streams(
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     if len(streams) != len(names):
         raise NotShownError(
-            f"this model shows its residual stream at {len(streams)} of the {len(names)} places before, between and "
+            f"this model exposes its residual stream at {len(streams)} of the {len(names)} points before, between and "
             f"after its blocks"
         )
     return torch.stack([stream.detach() for stream in streams]), logits
@@ -179,7 +179,7 @@ def record(
         raise NotShownError(f"this model has no activation of that name: {error.args[0]}") from error
     for name in names:
         if name not in seen:
-            raise NotShownError(f"this model does not show the activation {name}")
+            raise NotShownError(f"this model does not reach the activation {name} in a forward pass")
     return seen, logits
 
 
@@ -246,7 +246,7 @@ def check_has_readout(model: Model, d_model: int) -> None:
     """Raise NotShownError unless the model has a final norm and an unembedding that reads `d_model`-wide vectors."""
     if not hasattr(model, "ln_final") or model.W_U.shape[0] != d_model:
         raise NotShownError(
-            "this model does not read its logits from the residual stream by a final norm and W_U alone"
+            "this model does not compute its logits from the residual stream with a final norm and W_U alone"
         )
 
 

@@ -235,7 +235,7 @@ def _check_matrices(folder: str) -> None:
     for key in ("hidden_size", "intermediate_size", "vocab_size"):
         size = getattr(config, key, None)
         if isinstance(width, int) and isinstance(size, int) and size * width > most:
-            raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weights can be")
+            raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weight files hold")
 
 
 def _check_hub(name: str, revision: str | None) -> None:
@@ -264,7 +264,7 @@ def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: st
     try:
         yield
     except errors.HFValidationError as error:
-        raise ValueError(f"{name!r} cannot be a name on the hub, which is like 'user/name'") from error
+        raise ValueError(f"{name!r} is not a valid name on the hub, such as 'user/name'") from error
     except errors.RevisionNotFoundError as error:
         raise OSError(f"the {kind} {name!r} has no revision {revision!r}") from error
     except errors.GatedRepoError as error:
@@ -277,7 +277,7 @@ def hub_errors(kind: str, name: str, revision: str | None = None, *, or_else: st
     except errors.LocalEntryNotFoundError as error:
         raise OSError(f"cannot reach the model hub for the {kind} {name!r}, not downloaded already{or_else}") from error
     except errors.EntryNotFoundError as error:
-        raise OSError(f"the {kind} {name!r} does not have the file that was wanted") from error
+        raise OSError(f"the {kind} {name!r} does not have the requested file") from error
     except errors.OfflineModeIsEnabled as error:
         raise OSError(f"the {kind} {name!r} is not on this machine, and the hub is switched off") from error
     except errors.HfHubHTTPError as error:

@@ -99,7 +99,7 @@ def _signed(place: Path, shown: str) -> Iterator[None]:
     """Within the `with` block, `lock.json` describes this process; print a note if a dead process's lock was taken."""
     before = _read(place)
     if before:
-        print(f"note: {shown!r} was being written by {_describe(before)}, which is gone; going on", file=sys.stderr)
+        print(f"note: {shown!r} was being written by {_describe(before)}, which has ended; continuing", file=sys.stderr)
     write_text(place / LOCK, json.dumps(_this_process(), indent=2) + "\n")
     try:
         yield

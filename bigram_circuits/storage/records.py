@@ -132,7 +132,7 @@ def unsealed(record: Any) -> dict[str, Any]:
         raise ValueError(f"it holds a {type(record).__name__}, not a record with names")
     rest = {name: value for name, value in record.items() if name != "checksum"}
     if "checksum" in record and record["checksum"] != _of_json(rest):
-        raise ValueError("it is damaged: its checksum is not that of what it holds")
+        raise ValueError("it is damaged: its checksum does not match its contents")
     return rest
 
 
@@ -154,7 +154,7 @@ def read_record(path: str | os.PathLike[str], complaint: str) -> dict[str, Any]:
         text = Path(path).read_bytes()
         record = unsealed(parse_json(text))
         if _SURROGATE.search(text) and not is_text(json.dumps(record, ensure_ascii=False)):
-            raise ValueError("it holds half of a surrogate pair: no character")
+            raise ValueError("it contains an unpaired surrogate")
         return record
     except ValueError as error:
         raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
@@ -209,11 +209,11 @@ def check_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], 
     """
     unknown = set(metadata) - allowed - {CONTENT, HEADER}
     if unknown:
-        raise ValueError(f"its header holds {shown(min(unknown))}, which is not known")
+        raise ValueError(f"its header has the unknown key {shown(min(unknown))}")
     if HEADER in metadata and metadata[HEADER] != header_checksum(arrays, metadata):
-        raise ValueError("the checksum of its header is not that of what it holds")
+        raise ValueError("the checksum of its header does not match the header")
     if CONTENT in metadata and HEADER not in metadata:
-        raise ValueError("its header has lost its checksum")
+        raise ValueError("the checksum of its header is missing")
 
 
 def check_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -223,7 +223,7 @@ def check_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
         ValueError: If it does not match; the message reads on after `is damaged:`.
     """
     if CONTENT in metadata and metadata[CONTENT] != content_checksum(arrays):
-        raise ValueError("its checksum is not that of what it holds")
+        raise ValueError("its checksum does not match its contents")
 
 
 def read_tensors(
@@ -292,7 +292,7 @@ def _kind(name: str, tensor: Any) -> tuple[np.dtype, tuple[int, ...]]:
     if dtype not in _DTYPES:
         raise ValueError(f"the tensor {shown(name)} has dtype {shown(dtype)}, not one of {', '.join(_DTYPES)}")
     if not is_shape(shape):
-        raise ValueError(f"the tensor {shown(name)} has a shape that is none: {shown(shape)}")
+        raise ValueError(f"the tensor {shown(name)} has an invalid shape: {shown(shape)}")
     return _DTYPES[dtype], tuple(shape)
 
 
@@ -302,7 +302,7 @@ def _data(path: str | os.PathLike[str], start: int, size: int, *, mapped: bool) 
         return np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(size - start,))
     data = np.fromfile(path, dtype=np.uint8, count=size - start, offset=start)
     if len(data) != size - start:
-        raise ValueError("it became shorter while it was read")
+        raise ValueError("it was truncated while it was read")
     return data
 
 

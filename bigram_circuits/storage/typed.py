@@ -146,10 +146,10 @@ def _dataclass(kind: Any, value: Any, what: str) -> Any:
     hints = _hints(kind)
     unknown = set(value) - set(hints)
     if unknown:
-        raise ValueError(f"{what} holds {shown(min(unknown))}, which is not known")
+        raise ValueError(f"{what} has the unknown field {shown(min(unknown))}")
     missing = _required(kind) - set(value)
     if missing:
-        raise ValueError(f"{what} does not say {shown(min(missing))}")
+        raise ValueError(f"{what} lacks the field {shown(min(missing))}")
     prefix = "" if what == "it" else f"{what}."
     return kind(**{name: _read(hints[name], one, f"{prefix}{name}") for name, one in value.items()})
 

@@ -236,7 +236,7 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
         if not text.strip():
             continue
         if not is_text(text):
-            raise ValueError(f"the document {shown(text)} holds half of a surrogate pair: no character")
+            raise ValueError(f"the document {shown(text)} contains an unpaired surrogate")
         batch.append((key, text))
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:

@@ -67,7 +67,7 @@ def _size(metadata: Mapping[str, str], name: str) -> int:
     """Read an integer of at least 1 from a file's header."""
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text)):
-        raise ValueError(f"its {name} is {shown(text)}, not a number of at least 1")
+        raise ValueError(f"its {name} is {shown(text)}, not an integer of at least 1")
     return int(text)
 
 
@@ -83,7 +83,7 @@ def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
                 f"{np.dtype(_DTYPES[name])} {wanted}"
             )
     if n_contexts == 0 or (level["offsets"][0], level["offsets"][-1]) != (0, n_entries):
-        raise ValueError(f"the rows of level_{index} are not those of its {n_entries} entries")
+        raise ValueError(f"the offsets of level_{index} do not match its {n_entries} entries")
 
 
 def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> None:
@@ -95,9 +95,9 @@ def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> No
         raise ValueError(f"the rows of level_{index} are not in order")
     for name in ("tokens", "top"):
         if level[name].min() < 0 or level[name].max() >= d_vocab:
-            raise ValueError(f"level_{index}.{name} goes outside the vocabulary of {d_vocab}")
+            raise ValueError(f"level_{index}.{name} has ids outside the vocabulary of {d_vocab}")
     if not (probs.min() > 0 and probs.max() <= 1) or not (level["entropy"].min() >= 0):
-        raise ValueError(f"level_{index} holds probabilities that are none")
+        raise ValueError(f"level_{index} holds values that are not probabilities or entropies")
     for array in level.values():
         release_pages(array)
 
@@ -251,7 +251,7 @@ class NGramTable:
                 raise ValueError(f"it counts {order}-grams over a vocabulary of {d_vocab}")
             wanted = {f"level_{index}.{name}" for index in range(order) for name in _DTYPES}
             if set(arrays) != wanted:
-                raise ValueError(f"it lacks or has too much: {shown(min(set(arrays) ^ wanted))}")
+                raise ValueError(f"it has a missing or unknown tensor: {shown(min(set(arrays) ^ wanted))}")
             levels = [{name: arrays[f"level_{index}.{name}"] for name in _DTYPES} for index in range(order)]
             for index, level in enumerate(levels):
                 _check_sizes(level, index)

@@ -28,11 +28,11 @@ def open_source(source: Any, text_column: str) -> tuple[str, Iterable[tuple[str,
     if isinstance(source, str | Path):
         if not str(source).strip() or len(str(source)) > _LONGEST_NAME or "\n" in str(source):
             raise ValueError(
-                f"{_shortened(str(source))!r} is no name of a file, folder or dataset: give text as a list of str"
+                f"{_shortened(str(source))!r} is not the name of a file, folder or dataset: give text as a list of str"
             )
         path = Path(source).expanduser()
         if path.suffix in (".npy", ".npz"):
-            raise ValueError(f"{str(source)!r} is no text: give token ids to Corpus.from_tokens, as arrays")
+            raise ValueError(f"{str(source)!r} is an array file, not text: give token ids to Corpus.from_tokens")
         if path.exists():
             files = _files_below(path)
             return str(source), _file_documents(files, text_column), _text_size(files)
@@ -149,7 +149,7 @@ def _jsonl_texts(file: Path, text_column: str) -> Iterator[str]:
                 raise ValueError(f"line {number} of {str(file)!r} is not JSON: {error}") from error
             for _, text in _records([record], text_column, f"line {number} of {str(file)!r}"):
                 if not is_text(text):
-                    raise ValueError(f"line {number} of {str(file)!r} holds half of a surrogate pair: no character")
+                    raise ValueError(f"line {number} of {str(file)!r} contains an unpaired surrogate")
                 yield text
 
 

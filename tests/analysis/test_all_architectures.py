@@ -1,6 +1,6 @@
 """Every analysis on every architecture: what must hold for each, and which models an analysis refuses, in one line.
 
-Refused, because a lens reads logits from the residual stream by a final norm and W_U alone:
+Refused, because a lens reads logits from the residual stream with a final norm and W_U alone:
 - `opt` here has the build of OPT-350m: norms after each part and none at the end, a projection before the unembedding,
   and embeddings narrower than the residual stream, which therefore have no cosine with it either.
 - `openai_gpt` (GPT-1) has no final norm either, and its last block's residual stream is not shown.
@@ -24,10 +24,10 @@ OPT_125M = OPTConfig(
     max_position_embeddings=64, word_embed_proj_dim=24, pad_token_id=0,
 )  # fmt: skip
 NAMES = [*CONFIGS, "opt_125m"]
-NO_LENS = {"opt": "by a final norm and W_U alone", "openai_gpt": "shows its residual stream at 2 of the 3 places"}
+NO_LENS = {"opt": "with a final norm and W_U alone", "openai_gpt": "exposes its residual stream at 2 of the 3 points"}
 NO_COSINE = {"opt": "needs vectors of the same width", "openai_gpt": NO_LENS["openai_gpt"]}
 NO_STREAMS = {"openai_gpt": NO_LENS["openai_gpt"]}
-NO_ATTRIBUTION = {"opt": NO_LENS["opt"], "openai_gpt": r"does not show the activation blocks\.1\.hook_resid_post"}
+NO_ATTRIBUTION = {"opt": NO_LENS["opt"], "openai_gpt": r"does not reach the activation blocks\.1\.hook_resid_post"}
 
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(0, D_VOCAB, (6, 8))

@@ -158,5 +158,5 @@ def test_bad_input_is_said_in_one_line(tiny_model):
         attention_patterns(tiny_model, PROMPT, heads=[])
     with pytest.raises(ValueError, match="no activation of that name"):
         record(tiny_model, prompt_tokens(tiny_model, PROMPT), ["blocks.0.nonsense"])
-    with pytest.raises(ValueError, match="does not show the activation"):
+    with pytest.raises(ValueError, match="does not reach the activation"):
         record(tiny_model, prompt_tokens(tiny_model, PROMPT), ["blocks.0.attn.qkv.hook_out"])

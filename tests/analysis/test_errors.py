@@ -166,9 +166,9 @@ def test_what_is_no_model(tiny_model, name):
     known = half(tiny_model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "half", lambda _: known)
-        refused(lambda: OF_TEXT[name]("gpt2", TEXT), "a str is no model: pass one from load_model")
+        refused(lambda: OF_TEXT[name]("gpt2", TEXT), "a str is not a model: pass one from load_model")
     for call in OF_PROMPT.values():
-        refused(lambda call=call: call("gpt2", "abc"), "a str is no model")
+        refused(lambda call=call: call("gpt2", "abc"), "a str is not a model")
 
 
 TAKING_SUBNETWORKS = [name for name in OF_TEXT if name not in ("stochastic_ablation", "sufficiency")]
@@ -322,7 +322,7 @@ def test_tasks(tiny_model):
     outside = analysis.Task("outside", TEXT, scored, 1.0, wrong=np.full((6, 1), D_VOCAB))
     refused(lambda: analysis.ability(tiny_model, outside), "but there is 257")
     refused(lambda: analysis.ability(tiny_model, analysis.Task("long", LONG, LONG == 1, 1.0)), "a scored place")
-    refused(lambda: analysis.ability("gpt2", outside), "a str is no model")
+    refused(lambda: analysis.ability("gpt2", outside), "a str is not a model")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_the_lock_of_a_killed_process_stops_nobody(held, capfd):
     assert (folder / LOCK).exists()
     with lock_folder(folder):
         pass
-    assert re.search(rf"note: .*process {process.pid} .*, which is gone; going on", capfd.readouterr().err)
+    assert re.search(rf"note: .*process {process.pid} .*, which has ended; continuing", capfd.readouterr().err)
 
 
 def test_of_processes_that_start_at_the_same_instant_exactly_one_runs(tmp_path):
@@ -113,7 +113,7 @@ def test_without_flock_the_lock_of_a_process_of_this_machine_that_is_gone_is_tak
     assert (tmp_path / ".lock.soft").exists()
     with lock_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert re.search(rf"note: .*process {gone.pid} .*, which is gone; going on", capfd.readouterr().err)
+    assert re.search(rf"note: .*process {gone.pid} .*, which has ended; continuing", capfd.readouterr().err)
 
 
 @pytest.mark.usefixtures("no_flock")

@@ -25,7 +25,7 @@ def write(path, header, data=b"\1\2"):
         (f'{{"a": {ONE[:-1]}, "more": 1}}}}', "the tensor 'a' should have a dtype, a shape and data_offsets, not"),
         (f'{{"a": {ONE.replace("U8", "I8")}}}', "the tensor 'a' has dtype 'I8', not one of BOOL"),
         (f'{{"a": {ONE.replace("U8", "BOOL")}}}', "the tensor 'a' holds values other than 0 and 1"),
-        (f'{{"a": {ONE.replace("2],", "2" + ", 1" * 32 + "],", 1)}}}', "the tensor 'a' has a shape that is none"),
+        (f'{{"a": {ONE.replace("2],", "2" + ", 1" * 32 + "],", 1)}}}', "the tensor 'a' has an invalid shape"),
         (f'{{"a": {ONE.replace("[0, 2]", "[0, 1]")}}}', "header"),
         (f'{{"a": {ONE}, "b": {ONE}}}', "invalid offset"),
         (f'{{"__metadata__": {{"x": 1}}, "a": {ONE}}}', "expected a string"),
