@@ -348,7 +348,7 @@ def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] =
 
 
 def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int = 0) -> Task:
-    """People and their things, of whom one is asked for again: retrieval from the context.
+    """People and their things, one of whom is mentioned again: retrieval from the context.
 
     `Tom has a lamp. Anna has a kite. ... Tom has a` -> ` lamp`; all tokens of the answer are scored. Chance is guessing
     among the things listed.

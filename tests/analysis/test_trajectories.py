@@ -117,7 +117,7 @@ def test_bad_input_is_said_in_one_line(folders, tiny_folders, tmp_path):
     with pytest.raises(ValueError, match=r"'gpt_neox' has weight matrices of other shapes than 'step0': blocks\.0"):
         trajectory([folders[0], tiny_folders["gpt_neox"]], total_weight, device="cpu")
     calls = iter([{"a": 1.0}, {"b": 1.0}])
-    with pytest.raises(ValueError, match="gave full: b at checkpoint 'step1', but full: a at 'step0'"):
+    with pytest.raises(ValueError, match="returned full: b at checkpoint 'step1', but full: a at 'step0'"):
         trajectory(folders, lambda model: next(calls), device="cpu")
     with pytest.raises(ValueError, match="must give numbers by name, not dict"):
         trajectory(folders, lambda model: {}, device="cpu")
