@@ -25,7 +25,7 @@ bigram
 # %%
 task = analysis.repeated_random_tokens(model, prompts=16, period=24)
 able = analysis.ability(model, task)
-print(f"the whole model: {able.loss:.2f} nats per token; guessing among all tokens: {able.chance:.2f}")
+print(f"the full model: {able.loss:.2f} nats per token; guessing among all tokens: {able.chance:.2f}")
 
 # %% [markdown]
 # ## One head at a time
@@ -51,7 +51,7 @@ partner = together.removeprefix(f"{best} + ")
 alone = single.get("fall_in_loss")
 print(f"{best} alone: {alone[best]:.2f} nats; {partner} alone: {alone[partner]:.2f} nats; together: {fall:.2f} nats")
 print(f"as many random weights as in both: {pairs.get('random_fall')[together]:.2f} nats")
-print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats; of the whole model: {able.loss:.2f}")
+print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats; of the full model: {able.loss:.2f}")
 
 # %% [markdown]
 # Together they do far more than the sum of what each does alone: they form a circuit. It does not reach the full
