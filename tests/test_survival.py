@@ -217,7 +217,7 @@ def test_a_damaged_file_of_a_finished_run_is_named_with_what_to_do(goes_on, tmp_
                 bc.load_run(folder)
         (folder / name).write_text(data)
     (folder / "progress.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"progress.jsonl' is damaged: .*without the file"):
+    with pytest.raises(ValueError, match=r"progress.jsonl' is damaged: .*remove the file"):
         bc.load_run(folder)
     (folder / "progress.jsonl").unlink()
     assert bc.load_run(folder).history == []
