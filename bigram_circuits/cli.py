@@ -128,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
     """`find`, whose options are the fields of the dataclasses in `recipe.py`."""
     find = commands.add_parser(
-        "find", parents=[shared], help="find a subnetwork, evaluate and analyse it, save the run"
-    )
+        "find", parents=[shared], help="find a subnetwork, evaluate and analyse it, save the run",
+        usage="bigram-circuits find [MODEL] [OPTION ...]",
+    )  # fmt: skip
     find.set_defaults(command=_find)
     for part in PARTS:
         group = find.add_argument_group("how masks are learned") if part is SparsifyConfig else find

@@ -351,7 +351,7 @@ def stochastic_ablation(
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
     target = as_target(target, model.cfg.d_vocab)  # None is no target here,
-    if subnetwork is None:  # and no subnetwork
+    if not isinstance(subnetwork, Subnetwork):  # and no subnetwork
         raise ValueError("a NoneType is no subnetwork: pass a Subnetwork")
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
