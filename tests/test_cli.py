@@ -268,7 +268,7 @@ def refused(run):
 
 def test_wrong_arguments(refused):
     refused("find", "--sparsity-weight", "-3", code=2, said="'-3' is not a number of at least 0")
-    refused("find", "--sparsity-weights", "1,2", "--target-fraction", "0.1", code=2, said="goes with neither")
+    refused("find", "--sparsity-weights", "1,2", "--target-fraction", "0.1", code=2, said="cannot be combined with")
     refused("find", "--target", "bigram", code=2, said="invalid choice: 'bigram'")
     refused("find", "--check-memory", "maybe", code=2, said="invalid choice: 'maybe'")
     refused("find", "--target-fraction", "1.5", code=2, said="target_fraction must be above 0 and at most 1, not 1.5")
@@ -380,7 +380,7 @@ def test_find_tries_to_refute_what_it_found(run, quick):
     assert tried.verdict in out
     assert tried.controls.get("kl")["found"] == bc.load_run("mine").metrics["subnetwork"]["kl"]
     assert {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()} == {
-        "blocks-initialised-anew", "nonsense-target", "seed-1", "seed-2", "seed-3",
+        "re-initialised-blocks", "nonsense-target", "seed-1", "seed-2", "seed-3",
     }  # fmt: skip
     assert tried.says[0].split(";")[0] in Path("mine/report.html").read_text()
 

@@ -358,7 +358,7 @@ def test_memory_that_runs_out_says_what_to_change_and_the_run_goes_on(
     with pytest.raises(MemoryError, match=said) as told:
         bc.find_subnetwork(tiny_model, Acting(bigrams, fail), corpus, RECIPE, run_dir=tmp_path / "run")
     assert "\n" not in str(told.value)
-    assert "the same command continues it" in str(told.value)
+    assert "the same command continues the run" in str(told.value)
     assert goes_on(tmp_path / "run") == 12
 
 
