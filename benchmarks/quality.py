@@ -29,7 +29,7 @@ from quality_models import MODELS, Subject, load
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bigram_circuits as bc
-from bigram_circuits.learning.training import make_gates
+from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.models.weights import weight_hash, weight_sites
 
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {

@@ -1,0 +1,40 @@
+"""Benchmarks, scripts and notebooks take nothing from the package that it does not have."""
+
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import bigram_circuits as bc
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+)
+
+
+def taken(tree: ast.Module):
+    """(module, name) of everything imported from the package, and of every attribute of `bc`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigram_circuits"):
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bc":
+            yield "bigram_circuits", node.attr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_what_it_takes_is_there(path):
+    for module, name in taken(ast.parse(path.read_text())):
+        is_there = hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
+        assert is_there, f"{module} has no {name}"
+
+
+def test_a_name_that_is_not_there_would_be_noticed():
+    assert not hasattr(bc, "no_such_name")
+    assert find_spec("bigram_circuits.no_such_module") is None
+    assert list(taken(ast.parse("import bigram_circuits as bc\nbc.find\nfrom bigram_circuits.runs import Run"))) == [
+        ("bigram_circuits.runs", "Run"),
+        ("bigram_circuits", "find"),
+    ]
