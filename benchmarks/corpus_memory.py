@@ -17,7 +17,7 @@ WORK = """
 import json, resource, sys, time
 import bigram_circuits as bc
 from transformers import AutoTokenizer
-from bigram_circuits.models.activations import REFERENCE_FOLDER
+from bigram_circuits.models.loading import REFERENCE_FOLDER
 tokenizer = AutoTokenizer.from_pretrained(REFERENCE_FOLDER)
 started = time.perf_counter()
 corpus = bc.load_corpus(sys.argv[1], tokenizer=tokenizer)

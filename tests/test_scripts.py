@@ -1,6 +1,7 @@
 """Benchmarks, scripts and notebooks take nothing from the package that it does not have."""
 
 import ast
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +17,22 @@ SCRIPTS = sorted(
 
 
 def taken(tree: ast.Module):
-    """(module, name) of everything imported from the package, and of every attribute of `bc`."""
+    """(module, name) of everything imported from the package, and every attribute of `bc`, also in programs in strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigram_circuits"):
             yield from ((node.module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bc":
             yield "bigram_circuits", node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "import" in node.value:
+            with suppress(SyntaxError):  # prose
+                yield from taken(ast.parse(node.value))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_what_it_takes_is_there(path):
     for module, name in taken(ast.parse(path.read_text())):
-        is_there = hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
+        home = import_module(module)
+        is_there = hasattr(home, name) or (hasattr(home, "__path__") and find_spec(f"{module}.{name}") is not None)
         assert is_there, f"{module} has no {name}"
 
 
@@ -38,3 +43,4 @@ def test_a_name_that_is_not_there_would_be_noticed():
         ("bigram_circuits.runs", "Run"),
         ("bigram_circuits", "find"),
     ]
+    assert list(taken(ast.parse("run('from bigram_circuits.runs import Run')"))) == [("bigram_circuits.runs", "Run")]
