@@ -17,7 +17,7 @@ SCRIPTS = sorted(
 
 
 def taken(tree: ast.Module):
-    """(module, name) of everything imported from the package, and every attribute of `bc`, also in programs in strings."""
+    """(module, name) of imports from the package and of attributes of `bc`, also in programs held in strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigram_circuits"):
             yield from ((node.module, alias.name) for alias in node.names)
