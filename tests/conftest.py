@@ -152,3 +152,12 @@ def browser():
         window = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield window
         window.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small take longer to share out than to multiply."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

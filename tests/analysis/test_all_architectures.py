@@ -36,13 +36,7 @@ TARGET = bc.count_ngrams(RANDOM.integers(0, D_VOCAB, (2000, 32)), d_vocab=D_VOCA
 PARTS = ["L0H1", "L1N[1,5]", "L0.attn", "L1.mlp"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small take longer to share out than to multiply."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -11,13 +11,7 @@ from tests.conftest import save_tiny
 TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small take longer to share out than to multiply."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
