@@ -527,7 +527,9 @@ class Run:
     evaluation: Evaluation | None
     """Its faithfulness and that of its controls; None if it was not evaluated."""
     history: list[StepRecord]
-    """One record for each training step."""
+    """One record for each training step; empty if it was not read."""
+    created: str | None = None
+    """When the run began, in UTC (ISO 8601); None if it was not recorded."""
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -580,8 +582,12 @@ class Run:
         return f"Correlation with the target's surprisals: {r}. {self.evaluation.verdict}"
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
     """Read a finished run.
+
+    Args:
+        folder: Its folder.
+        history: Read the training records too; a comparison of many runs does without them.
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no run.
@@ -610,7 +616,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         subnetwork=subnetwork,
         outcome=outcome,
         evaluation=run.evaluation(),
-        history=run.history(),
+        history=run.history() if history else [],
+        created=config.created,
     )
 
 

@@ -205,7 +205,10 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """
     if not is_path(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no path: it has no {_FILE}")
-    return [with_path_evaluation(load_run(Path(folder) / point.folder)) for point in _read(Path(folder)).points]
+    return [
+        with_path_evaluation(load_run(Path(folder) / point.folder, history=False))
+        for point in _read(Path(folder)).points
+    ]
 
 
 def with_path_evaluation(run: Run) -> Run:

@@ -101,5 +101,9 @@ class Opening:
     title: str
     asked: str
     answer: str
+    verdict: str = ""
+    """What follows from the answer."""
+    made: str = ""
+    """When, and with what."""
     marks: Sequence[tuple[str, str]] = ()
     """A few numbers, shown large: what each is, and its value."""

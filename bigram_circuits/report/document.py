@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-_SURPRISED = "#d55e00"
+_SURPRISED = "#f5a352"  # black on it, and what the dark theme makes of both, can be read
 
 
 def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
