@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.measures.conditions import CONDITIONS, colour_of, label_of
-from bigram_circuits.measures.plots import GRID, IN_CELL, LIGHT_SHADES, TRANSPARENT, ZERO_LINE, axis_points, plain
+from bigram_circuits.measures.plots import IN_CELL, LIGHT_SHADES, STYLE, axis_points, plain
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.runs import StepRecord
 
@@ -30,14 +30,14 @@ _WORD = 6  # characters, of a word in a cell
 def dressed(figure: Any, height: int | None = None) -> Any:
     """Apply the page's style: transparent, no title (the page has it), the legend above, light grid lines."""
     figure.update_layout(
-        template="plotly_white", title=None, paper_bgcolor=TRANSPARENT, plot_bgcolor=TRANSPARENT,
+        template=STYLE, title=None,
         font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
         margin={"l": 8, "r": 8, "t": 36, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": None},
         height=height or figure.layout.height or _HEIGHT, bargap=0.3,
     )  # fmt: skip
     for axes in (figure.update_xaxes, figure.update_yaxes):
-        axes(gridcolor=GRID, zerolinecolor=ZERO_LINE, linecolor=GRID, automargin=True, title_font_size=13)
+        axes(title_font_size=13)
     figure.update_annotations(font={"size": 13, "color": MUTED})
     if figure.layout.coloraxis.colorscale:
         figure.update_layout(
