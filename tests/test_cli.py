@@ -15,6 +15,7 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from scripts.state_numbers import NUMBERS, measured
 from tests.folders import names_in
 
 COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
@@ -100,39 +101,22 @@ def test_it_prints_what_the_files_hold(main_job):
     )
 
 
-def test_the_readme_states_what_it_measures(main_job):
-    metrics, readme = main_job[0].metrics, (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[: readme.index("| logit lens: r")]
-    rows = {
-        r"\*\*subnetwork\*\*": metrics["subnetwork"],
-        "full model": metrics["full"],
-        r"magnitude \(largest weights, as many\)": metrics["magnitude"],
-        "matched random weights": metrics["random"]["mean"],
-        r"complement \(full model without the subnetwork\)": metrics["complement"],
-        "full model without matched random weights": metrics["full_minus_random"]["mean"],
-    }
-    for name, measured in rows.items():
-        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
-        r, kl, loss, kept = (cell.strip(" *") for cell in row.strip("|").split("|"))
-        assert float(r) == pytest.approx(measured["surprisal_correlation"], abs=0.01)
-        assert float(kl) == pytest.approx(measured["kl"], rel=0.1)
-        assert float(loss) == pytest.approx(measured["mean_surprisal"], rel=0.03)
-        assert int(kept.split()[0].replace(",", "")) == pytest.approx(measured["kept"], rel=0.1)
-
-
-def test_the_readme_states_what_each_layer_predicts(main_job):
-    lens, readme = main_job[0].analyses["logit_lens"], (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[readme.index("| logit lens: r") :]
-    rows = {
-        "full model": "full",
-        "subnetwork": "subnetwork",
-        "complement": "complement",
-        "matched random weights": "random",
-    }
-    for name, condition in rows.items():
-        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
-        stated = [float(cell.strip(" *")) for cell in row.strip("|").split("|")]
-        np.testing.assert_allclose(stated, lens.get("surprisal_correlation", condition), atol=0.03)
+def test_it_measures_the_numbers_that_the_readme_and_the_docs_state(main_job):
+    """docs/numbers.json, from which `scripts/state_numbers.py` writes the pages; tests/test_docs.py compares those."""
+    stated, found = json.loads(NUMBERS.read_text()), measured(main_job[0])
+    assert found["kept"] == pytest.approx(stated["kept"], rel=0.1)
+    assert found["steps"] == pytest.approx(stated["steps"], rel=0.1)
+    for name, row in found["r"].items():
+        assert row == pytest.approx(stated["r"][name], abs=0.01)
+        assert found["kl"][name] == pytest.approx(stated["kl"][name], rel=0.1)
+        assert found["loss"][name] == pytest.approx(stated["loss"][name], rel=0.03)
+    for name in ("full", "subnetwork", "complement", "random"):
+        np.testing.assert_allclose(found[f"lens_{name}"], stated[f"lens_{name}"], atol=0.03)
+    for key, tolerance in (("rise", 0.3), ("random_rise", 0.02), ("in_first_mlp", 0.05), ("in_attention", 0.03)):
+        assert found[key] == pytest.approx(stated[key], abs=tolerance)
+    for name in ("L2H2", "L3H3", "both"):
+        assert found["induction"][name]["fall"] == pytest.approx(stated["induction"][name]["fall"], abs=1.0)
+    assert found["largest"]["shared"] == pytest.approx(stated["largest"]["shared"], rel=0.15)
 
 
 def test_its_analyses_tell_the_story_of_the_paper(main_job):
