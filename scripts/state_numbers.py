@@ -90,8 +90,9 @@ def measured(run: Run) -> dict[str, Any]:
     rows, subnetwork = dict(run.evaluation.rows()), run.subnetwork
     counts = subnetwork.by_component()
     rise, random_rise = run.evaluation.necessity
-    lens, largest = run.analyses["logit_lens"], run.analyses["overlap_magnitude"]
-    heads, pairs = run.analyses["induction"], run.analyses["induction_pairs"]
+    analyses: dict[str, Any] = dict(run.analyses)
+    lens, largest = analyses["logit_lens"], analyses["overlap_magnitude"]
+    heads, pairs = analyses["induction"], analyses["induction_pairs"]
     found = {
         "kept": subnetwork.kept,
         "total": subnetwork.total,
