@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigram_circuits.recipe import PARTS, Option, Request, SparsifyConfig, options_of, whole
+from bigram_circuits.recipe import PARTS, Inputs, Option, Request, SparsifyConfig, options_of, whole
 
 _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
@@ -196,6 +196,13 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
     hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(hooks)
+
+
+def _add_unchecked(command: argparse.ArgumentParser) -> None:
+    """The option `--unchecked`, as `find` has it."""
+    option = options_of(Inputs)["unchecked"]
+    command.add_argument(*option.flags, action="store_true", help=option.help)
 
 
 def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -207,6 +214,7 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
     imported.add_argument("file", type=Path, help="a released .pickle, or .npz or .safetensors with the same names")
     imported.add_argument("--model", required=True, help="'reference', a hub id, or a folder")
     imported.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(imported)
     imported.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the subnetwork")
 
     export = commands.add_parser("export", parents=[shared], help="write a run's masked model as a Hugging Face folder")
@@ -304,7 +312,9 @@ def _hooks(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.models.weights import weight_sites
 
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
     print("activation points (run_with_cache, run_with_hooks)")
     for point in activation_points(model):
         axes = "not reached" if point.axes is None else " ".join(point.axes)
@@ -323,7 +333,9 @@ def _import_published(arguments: argparse.Namespace) -> int:
     from bigram_circuits.published import import_published, read_masks
 
     read_masks(arguments.file)  # errors in the file are reported before a model is loaded
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
     print(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
@@ -331,11 +343,10 @@ def _import_published(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
     from bigram_circuits.sharing import export_huggingface, export_masks
     from bigram_circuits.storage.files import check_new_folder
-    from bigram_circuits.subnetwork import Subnetwork
+    from bigram_circuits.workflow import check_model, load_named
 
     run = load_run(arguments.run)
     if run.rebuild is None:
@@ -343,12 +354,10 @@ def _export(arguments: argparse.Namespace) -> int:
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)
-    model = load_model(
-        run.rebuild.model, revision=run.rebuild.revision, dtype=run.rebuild.dtype, device=arguments.device
-    )
-    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
-    (export_masks if masks_alone else export_huggingface)(model, subnetwork, arguments.out)
-    print(f"{subnetwork!r}\nwritten to {arguments.out}")
+    model = load_named(run.rebuild, arguments.device)
+    check_model(run, model)
+    (export_masks if masks_alone else export_huggingface)(model, run.subnetwork, arguments.out)
+    print(f"{run.subnetwork!r}\nwritten to {arguments.out}")
     return 0
 
 

@@ -27,8 +27,8 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork

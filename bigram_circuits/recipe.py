@@ -303,6 +303,11 @@ class Inputs(Record):
     """Revision of a hub model."""
     dtype: str = option("float32", "--dtype", TEXT, "precision of the model's weights", choices=lambda: DTYPES)
     """Precision of the model's weights."""
+    unchecked: bool = option(
+        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
+    )
+    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
+    `load_model`)."""
     corpus: str = option(
         "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
     )

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result
 from bigram_circuits.measures.words import rounded
+from bigram_circuits.models.identity import how_models_differ, same_text
+from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.storage.files import (
     cannot_write,
@@ -81,7 +83,7 @@ class ModelIdentity(Record):
     revision: str | None = None
     """Revision of a hub model."""
     weight_hash: str | None = None
-    """Hash of its maskable weights."""
+    """Its `weight_hash`."""
     dtype: str | None = None
     """Precision of its weights."""
 
@@ -551,7 +553,7 @@ class Run:
     def model_words(self) -> str:
         """The name of its model, as a phrase."""
         name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
-        return "the reference model" if name == "reference" else str(name or "a model")
+        return "the reference model" if name == "reference" else short_name(name or "a model")
 
     @property
     def target_words(self) -> tuple[str, str]:
@@ -567,7 +569,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the inputs, how learning ended, and the result."""
-        asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
+        asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
@@ -631,11 +633,8 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
         there = _read_config(path).settings
-        if there != wanted:
-            raise ValueError(
-                f"{str(path)!r} holds another run ({_difference(there.to_json(), wanted.to_json())}): "
-                f"choose another folder"
-            )
+        if (how := _how_runs_differ(there, wanted)) is not None:
+            raise ValueError(f"{str(path)!r} holds another run ({how}): choose another folder")
         return True
     if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
@@ -695,6 +694,22 @@ def _read_lines(path: Path) -> list[StepRecord]:
         ]  # text after the last line end is a truncated line
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
+    """The first setting that differs, as a phrase; None if none does.
+
+    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    """
+    ours, theirs = wanted.model, there.model
+    if ours.weight_hash and theirs.weight_hash:
+        how = how_models_differ(theirs.weight_hash, ours.weight_hash)
+        if how is not None:
+            return f"its model is another, {how}"
+        there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if same_text(there.target.fingerprint, wanted.target.fingerprint):
+        there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
+    return None if there == wanted else _difference(there.to_json(), wanted.to_json())
 
 
 def _difference(there: Any, wanted: Any, at: str = "") -> str:

@@ -22,10 +22,11 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from bigram_circuits.measures import html
+from bigram_circuits.models.identity import check_is, same_model, weight_hash
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import weight_hash, weight_sites
-from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName, short_name
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     HEADER,
@@ -174,7 +175,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def weight_hash(self) -> str | None:
-        """Hash of the weights that the subnetwork was made for, if known."""
+        """`weight_hash` of the model that the subnetwork was made for, if known."""
         return self._weight_hash
 
     @property
@@ -214,9 +215,8 @@ class Subnetwork(Mapping[str, Tensor]):
             return NotImplemented
         _check_same_shapes(self._shapes, other._shapes, "the other subnetwork")
         packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
-        same = self.weight_hash == other.weight_hash
         lineage = f"{_operand(self.lineage, sign)} {sign} {_operand(other.lineage)}"
-        hash_of_both = self.weight_hash if same else None
+        hash_of_both = self.weight_hash if same_model(self.weight_hash, other.weight_hash) else None
         return self._from_packed(self._shapes, packed, self.model_name, hash_of_both, lineage)
 
     def __eq__(self, other: object) -> bool:
@@ -294,7 +294,7 @@ class Subnetwork(Mapping[str, Tensor]):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        of = f" of {self.model_name}" if self.model_name else ""
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
         return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
 
     def _repr_html_(self) -> str:
@@ -305,7 +305,7 @@ class Subnetwork(Mapping[str, Tensor]):
             [str(layer), *(_words(counts.get((layer, component))) for component in components)]
             for layer in sorted({layer for layer, _ in counts})
         ]
-        of = f" of {self.model_name}" if self.model_name else ""
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
         says = f"{self.kept:,} of {self.total:,} weights kept ({100 * self.fraction:.3g}%){of}"
         table = html.table(["layer", *components], html.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
         return html.summary(f"Subnetwork: {self.lineage}", [says], table)
@@ -450,11 +450,7 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"{str(path)!r} is damaged: {error}") from error
         if model is not None:
             loaded.check_fits(model)
-            if loaded.weight_hash is not None and loaded.weight_hash != (found := weight_hash(model)):
-                raise ValueError(
-                    f"{str(path)!r} was made for {loaded.model_name!r} with weight hash {loaded.weight_hash}, "
-                    f"but this model ({model.cfg.model_name!r}) has weight hash {found}"
-                )
+            check_is(model, loaded.weight_hash, f"{str(path)!r} was made for {loaded.model_name!r}")
         return loaded
 
     @classmethod

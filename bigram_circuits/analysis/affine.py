@@ -35,8 +35,8 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.models.activations import check_model, readout, residual_streams, rows_at_once
+from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import hashed_once, weight_hash
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
 from bigram_circuits.subnetwork import Subnetwork
@@ -351,8 +351,6 @@ def check_maps(model: Model, maps: Mapping[str, AffineMaps] | None, named: Condi
             raise ValueError(
                 f"the affine maps for {name!r} were fitted on {maps[name].condition!r}, not on {subnetwork.lineage!r}"
             )
-        if maps[name].weight_hash != found:
-            raise ValueError(
-                f"the affine maps were fitted on a model with weight hash {maps[name].weight_hash}, "
-                f"but this one has weight hash {found}"
-            )
+        how = how_models_differ(maps[name].weight_hash, found)
+        if how is not None:
+            raise ValueError(f"the affine maps were fitted on another model than {model.cfg.model_name!r}: {how}")

@@ -15,8 +15,8 @@ from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, 
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.runs import LEFT_OUT
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.subnetwork import Subnetwork

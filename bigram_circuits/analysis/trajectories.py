@@ -25,9 +25,10 @@ from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.models.activations import check_model
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import hashed_once, weight_sites
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -202,7 +203,7 @@ def _each(
     with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
             bar.set_postfix_str(name)
-            source, revision = (str(checkpoint), None) if model is None else (model, str(checkpoint))
+            source, revision = (checkpoint, None) if model is None else (model, str(checkpoint))
             loaded = load_model(source, revision=revision, device=device, dtype=dtype)
             shapes = {site.name: site.shape for site in weight_sites(loaded)}
             first = first or shapes
@@ -229,7 +230,7 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         raise ValueError(f"the checkpoint {twice!r} is given twice")
-    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    short = [Path(name).name if Path(name).expanduser().is_dir() else name for name in names]
     return tuple(short if len(set(short)) == len(short) else names)
 
 

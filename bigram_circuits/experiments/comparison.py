@@ -21,6 +21,7 @@ from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, w
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.results import Effects, Result
 from bigram_circuits.measures.words import flat, percent, rounded
+from bigram_circuits.models.identity import how_models_differ
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -256,9 +257,8 @@ def _check_one_model(items: Sequence[Compared]) -> None:
                 raise ValueError(f"{first.name!r} and {other.name!r} are of different models: {shapes}")
         if hashed is None:
             hashed = other if _weight_hash(other) else None
-        elif _weight_hash(other) not in (None, _weight_hash(hashed)):
-            hashes = f"weight hash {_weight_hash(hashed)} of the one, {_weight_hash(other)} of the other"
-            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {hashes}")
+        elif (its := _weight_hash(other)) and (how := how_models_differ(_weight_hash(hashed) or "", its)):
+            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {how}")
 
 
 def _weight_hash(one: Compared) -> str | None:

@@ -252,8 +252,6 @@ def falsify(
 
     measured = {_FOUND: evaluate(model, found, target, corpus.held_out, controls=False)}
     random_blocks = with_random_blocks(model, seed=config.seed)
-    if folder is not None:
-        random_blocks.cfg.model_name = _name_in_run(random_blocks.cfg.model_name, _run_folder(folder, _RANDOM_BLOCKS))
     measured[_RANDOM_BLOCKS] = learn(_RANDOM_BLOCKS, random_blocks, target, config)[1]
     del random_blocks
     nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
@@ -274,12 +272,6 @@ def _run_folder(folder: Path, name: str) -> Path:
     """The folder of an attempt's run: under its former name if an earlier version wrote it."""
     former = [folder / old.replace(" ", "-") for old, now in _FORMER_NAMES.items() if now == name]
     return next((path for path in former if path.is_dir()), folder / name.replace(" ", "-"))
-
-
-def _name_in_run(model_name: str, run_folder: Path) -> str:
-    """The name of the model with re-initialised blocks, as the version that wrote its run spelled it."""
-    is_former = run_folder.name != _RANDOM_BLOCKS.replace(" ", "-")
-    return model_name.replace(_RANDOM_BLOCKS, "its blocks initialised anew") if is_former else model_name
 
 
 def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:

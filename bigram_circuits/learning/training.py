@@ -31,9 +31,9 @@ from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
-from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import weight_hash
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -119,6 +119,7 @@ def find_subnetwork(
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
+    check_tokens(model, corpus.train)
     folder = None
     if run_dir is not None:
         settings = run_settings(model, target, corpus, config, within)

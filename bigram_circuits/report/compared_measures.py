@@ -15,6 +15,7 @@ from bigram_circuits.experiments.comparison import (
     not_dominated,
 )
 from bigram_circuits.measures.words import span
+from bigram_circuits.names import short_hash, short_name
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import section
@@ -83,7 +84,8 @@ def _measured(items: Sequence[Compared]) -> Numbers:
 def _origin(one: Compared) -> list[str]:
     subnetwork = one.subnetwork
     where = str(one.run.path) if one.run else "not a run"
-    return [one.name, where, subnetwork.lineage, str(subnetwork.model_name), str(subnetwork.weight_hash)]
+    made_for = short_name(subnetwork.model_name or "unknown"), short_hash(subnetwork.weight_hash)
+    return [one.name, where, subnetwork.lineage, *made_for]
 
 
 def _column_names(settings: Sequence[str]) -> list[str]:

@@ -10,8 +10,10 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.models.weights import full_weights
 from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order
 
@@ -39,6 +41,7 @@ class InducedTarget(Target):
         """
         if tokens.size == 0:
             raise ValueError("an induced bigram needs text: there are no tokens")
+        check_tokens(model, np.asarray(tokens))
         self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
         counts = np.bincount(np.asarray(tokens).ravel(), minlength=self.d_vocab)
         contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or self.d_vocab)]
