@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -38,7 +37,15 @@ from bigram_circuits.models.activations import check_model, readout, residual_st
 from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.storage.files import whole_file
-from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
+from bigram_circuits.storage.records import (
+    check_content,
+    check_header,
+    parse_json,
+    read_tensors,
+    seal_tensors,
+    shown,
+    write_tensors,
+)
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
@@ -79,11 +86,10 @@ class AffineMaps:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with checksums."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        arrays = {name: getattr(self, name).detach().cpu().numpy() for name in _TENSORS}
         about = {name: getattr(self, name) for name in ("weight_hash", "condition", "tokens", "alpha")}
         with whole_file(Path(path)) as temporary:
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
+            write_tensors(temporary, arrays, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> AffineMaps:

@@ -60,7 +60,8 @@ class Compared:
         if self.run is None:
             return ""
         settings = self.run.settings
-        return repr((settings.target, replace(settings.corpus, source=None)))
+        text = self.run.evaluated_on or settings.corpus
+        return repr((settings.target, replace(settings.corpus, source=None, fingerprint=text.fingerprint)))
 
     @property
     def is_evaluated(self) -> bool:

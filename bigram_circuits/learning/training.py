@@ -45,6 +45,7 @@ from bigram_circuits.runs import (
     StepRecord,
     TargetIdentity,
 )
+from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
@@ -112,7 +113,7 @@ def find_subnetwork(
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
             example because the disk is full. The files already written are intact, and the run can be resumed.
-        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint if there is a `run_dir`.
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
@@ -291,16 +292,21 @@ def run_settings(
             weight_hash=weight_hash(model),
             dtype=str(model.cfg.dtype),
         ),
-        corpus=CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length),
+        corpus=identity_of(corpus),
         target=TargetIdentity(target.kind, target.fingerprint),
         recipe=config,
         within=within.checksum if within else None,
     )
 
 
+def identity_of(corpus: Corpus) -> CorpusIdentity:
+    """What identifies a text."""
+    return CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length)
+
+
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """The result of a run that is already finished."""
-    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model)
+    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
     return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
 
 
@@ -328,9 +334,9 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that every step is completed.
+    """Within the block, a first Ctrl-C, SIGTERM or SIGHUP only sets the event, so that every step is completed.
 
-    A second one raises at once.
+    A second one raises at once. A SIGHUP that is ignored (`nohup`) stays ignored.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -342,9 +348,5 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled(request, signal.SIGINT):
         yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

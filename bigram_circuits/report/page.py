@@ -13,7 +13,7 @@ from bigram_circuits.report.document import document
 from bigram_circuits.report.facts import control_rows
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
-from bigram_circuits.runs import Run, load_run
+from bigram_circuits.runs import CorpusIdentity, Run, load_run
 from bigram_circuits.storage.files import write_text
 
 
@@ -56,10 +56,10 @@ def opening(run: Run) -> Opening:
     """The title, what was asked, and the answer in a sentence."""
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
-    asked = (
-        f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
-        f"{text} and evaluated on its held-out part."
-    )
+    asked = f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on {text}"
+    asked += f" and evaluated on its held-out part.{other_text(run.analysed_on, run, 'analysed')}"
+    if other := other_text(run.evaluated_on, run, "evaluated"):
+        asked = f"{asked.partition(' and evaluated')[0]}.{other}{other_text(run.analysed_on, run, 'analysed')}"
     kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
     title = f"The {target[0]} subnetwork of {model}"
     if run.evaluation is None:
@@ -68,7 +68,7 @@ def opening(run: Run) -> Opening:
     rows = {row.name: row for row in control_rows(run.evaluation)}
     own = rows["subnetwork"]
     pair = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
-    tried = load_falsification(run.path / "falsify")
+    tried = load_falsification(run.path / "falsify", run)
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
     answer = (
         f"With only {kept}, the model reaches r = {rounded(own.r)} with the target's surprisals{pair}. "
@@ -77,6 +77,16 @@ def opening(run: Run) -> Opening:
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
     return Opening(title, asked, answer, marks)
+
+
+def other_text(text: CorpusIdentity | None, run: Run, done: str) -> str:
+    """A sentence that a run was evaluated or analysed on another text than its own; empty if it was not."""
+    if text is None or text.fingerprint == run.settings.corpus.fingerprint:
+        return ""
+    return (
+        f" It was {done} on the held-out part of ANOTHER TEXT, {text.source} (fingerprint {text.fingerprint}, "
+        f"not {run.settings.corpus.fingerprint}), from whose training part the target was made again."
+    )
 
 
 _MARKS = {
