@@ -198,6 +198,11 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
     )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table of measurements there too")
+    compare.add_argument(
+        "--against", metavar="NAME",
+        help="compute overlaps with this one alone (default: of every pair; of more than 32, with the first)",
+    )  # fmt: skip
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
@@ -349,9 +354,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bigram_circuits.experiments.comparison import compare
     from bigram_circuits.report.comparison import write_comparison
 
-    comparison = compare(arguments.runs)
+    comparison = compare(arguments.runs, against=arguments.against)
     page = write_comparison(comparison, arguments.out)
-    _tell(f"{comparison}\n\nthe page to look at: {page}")
+    _tell(f"{comparison}\n")
+    if arguments.csv:
+        _tell(f"the table: {comparison.to_csv(arguments.csv)}")
+    _tell(f"the page to look at: {page}")
     return 0
 
 

@@ -655,7 +655,9 @@ class Run:
     evaluation: Evaluation | None
     """Its faithfulness and that of its controls; None if it was not evaluated."""
     history: list[StepRecord]
-    """One record for each training step."""
+    """One record for each training step; empty if it was not read."""
+    created: str | None = None
+    """When the run began, in UTC (ISO 8601); None if it was not recorded."""
     id: str | None = None
     """Checksum of `config.json`, which the run's other files repeat."""
     evaluated_on: CorpusIdentity | None = None
@@ -760,10 +762,14 @@ class Run:
         return f"Correlation with the target's surprisals: {r}. {self.evaluation.verdict}"
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
     """Read a finished run.
 
     Nothing is written, so the folder may be read-only.
+
+    Args:
+        folder: Its folder.
+        history: Read the training records too; a comparison of many runs does without them.
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no run.
@@ -794,7 +800,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         subnetwork=files.subnetwork(),
         outcome=outcome,
         evaluation=measured and measured[0],
-        history=files.history(),
+        history=files.history() if history else [],
+        created=config.created,
         id=files.id,
         evaluated_on=measured and _text_of(measured[1]),
         made_here=config.is_ours,

@@ -218,7 +218,7 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
     runs = []
     for point in _read(Path(folder)).points:
         check_no_link(Path(folder) / point.folder)
-        run = load_run(Path(folder) / point.folder)
+        run = load_run(Path(folder) / point.folder, history=False)
         if not _is_of(point, run):
             raise ValueError(
                 f"{str(run.path)!r} holds another run than the one that {_FILE} measured; `find` with the same "
