@@ -290,7 +290,9 @@ def run_settings(
             weight_hash=weight_hash(model),
             dtype=str(model.cfg.dtype),
         ),
-        corpus=CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length),
+        corpus=CorpusIdentity(
+            corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
+        ),
         target=TargetIdentity(target.kind, target.fingerprint),
         recipe=config,
         within=within.checksum if within else None,

@@ -14,6 +14,7 @@ import torch
 
 from bigram_circuits.models.model import Model
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
+from bigram_circuits.text.tokenizers import Template, remember_template, template_of
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 _PYTHIA = re.compile(
@@ -78,6 +79,8 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
         model: Any = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
+        if model.tokenizer is not None:
+            remember_template(model.tokenizer, _template_before_hooking(model.tokenizer, folder, revision))
     if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
         raise ValueError(
             f"the tokenizer of {str(name)!r} has {len(model.tokenizer)} tokens, more than the model's vocabulary of "
@@ -86,6 +89,15 @@ def load_model(
     model.cfg.model_name = str(name)
     model.cfg.revision = revision  # so that the same weights can be loaded again
     return model.eval()
+
+
+def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) -> Template:
+    """The template of a tokenizer as it was published: hooking a model makes its tokenizer add a BOS, or an EOS."""
+    from transformers import AutoTokenizer
+
+    source = str(tokenizer.name_or_path or folder)  # some architectures take their tokenizer from elsewhere
+    of_model = revision if source == folder else None
+    return template_of(AutoTokenizer.from_pretrained(source, revision=of_model, trust_remote_code=False))
 
 
 def hooked(huggingface_model: Any, *, like: Model) -> Model:

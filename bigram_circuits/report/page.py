@@ -58,7 +58,7 @@ def opening(run: Run) -> Opening:
     text = "the reference text" if source == "reference" else f"the text {source}"
     asked = (
         f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
-        f"{text} and evaluated on its held-out part."
+        f"{text} and evaluated on its held-out part.{_starts(run)}"
     )
     kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
     title = f"The {target[0]} subnetwork of {model}"
@@ -77,6 +77,12 @@ def opening(run: Run) -> Opening:
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
     return Opening(title, asked, answer, marks)
+
+
+def _starts(run: Run) -> str:
+    """What sequences and documents begin with, as a sentence."""
+    starts = run.settings.corpus.starts
+    return f" Its tokens have {starts}." if starts else ""
 
 
 _MARKS = {
