@@ -207,7 +207,7 @@ def recognised(path: Path) -> TextFile:
     if start.startswith((b"PAR1", b"ARROW1")) or suffix in (".parquet", ".arrow"):
         kind = "Arrow" if start.startswith(b"ARROW1") or suffix == ".arrow" else "Parquet"
         if packed:
-            raise NotTextError(f"a compressed {kind} file (unpack it first)")
+            raise NotTextError(f"a packed {kind} file (unpack it first)")
         return TextFile(path, kind)
     encoding = _encoding(path, start, suffix)
     head = start.decode(encoding, "ignore").lstrip()
