@@ -121,6 +121,8 @@ class CorpusIdentity(Record):
     """Hash of the tokenizer's vocabulary."""
     context_length: int | None = None
     """Tokens per sequence."""
+    starts: str | None = field(default=None, compare=False)
+    """What its sequences and documents begin with, as a phrase; the fingerprint covers it."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +94,8 @@ def study(
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
-            `context_length`, `max_tokens`, `random_seeds`, `analysis`, `falsify`, `check_memory`.
+            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `random_seeds`, `analysis`, `falsify`,
+            `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
@@ -170,9 +172,13 @@ def load_named(inputs: Inputs, device: str | None = None) -> Model:
 
 
 def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
-    return load_corpus(
-        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens
-    )
+    corpus = load_corpus(
+        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens,
+        held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
+    )  # fmt: skip
+    if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
+        print(f"bigram-circuits: note: {corpus.source}: {corpus.reading}", file=sys.stderr)
+    return corpus
 
 
 def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:

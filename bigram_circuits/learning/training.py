@@ -301,7 +301,9 @@ def run_settings(
 
 def identity_of(corpus: Corpus) -> CorpusIdentity:
     """What identifies a text."""
-    return CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length)
+    return CorpusIdentity(
+        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
+    )
 
 
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:

@@ -59,12 +59,12 @@ def opening(run: Run) -> Opening:
     """The title, what was done and what came of it in a sentence, the verdict, and how it was made."""
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
-    asked = (
-        f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on {text}"
-    )
-    asked += f" and evaluated on its held-out part.{other_text(run.analysed_on, run, 'analysed')}"
+    asked = f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
+    analysed = other_text(run.analysed_on, run, "analysed")
     if other := other_text(run.evaluated_on, run, "evaluated"):
-        asked = f"{asked.partition(' and evaluated')[0]}.{other}{other_text(run.analysed_on, run, 'analysed')}"
+        asked += f"{text}.{_starts(run)}{other}{analysed}"
+    else:
+        asked += f"{text} and evaluated on its held-out part.{_starts(run)}{analysed}"
     title = f"The {target[0]} subnetwork of {model}"
     kept = (
         f"We keep {percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of "
@@ -123,6 +123,12 @@ def other_text(text: CorpusIdentity | None, run: Run, done: str) -> str:
         f" It was {done} on the held-out part of ANOTHER TEXT, {text.source} (fingerprint {text.fingerprint}, "
         f"not {run.settings.corpus.fingerprint}), from whose training part the target was made again."
     )
+
+
+def _starts(run: Run) -> str:
+    """What sequences and documents begin with, as a sentence."""
+    starts = run.settings.corpus.starts
+    return f" Its tokens have {starts}." if starts else ""
 
 
 _MARKS = {
