@@ -36,6 +36,7 @@ from torch import Tensor
 
 from bigram_circuits.models.loading import load_model, quiet_transformers
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_hash, weight_sites
 from bigram_circuits.names import WeightName
 from bigram_circuits.subnetwork import Subnetwork
@@ -76,6 +77,7 @@ class Planted:
         return both / found.kept if found.kept else math.nan, both / self.circuit.kept
 
 
+@usual_torch()
 def plant_bigram(
     architecture: str = "gpt2",
     *,

@@ -31,8 +31,9 @@ from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
-from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_hash
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
@@ -45,7 +46,7 @@ from bigram_circuits.runs import (
     StepRecord,
     TargetIdentity,
 )
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
 
@@ -76,6 +77,7 @@ class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state 
         self.what, self.step, self.good, self.seconds = what, step, good, seconds
 
 
+@uses_model
 def find_subnetwork(
     model: Model,
     target: Any,
@@ -84,7 +86,7 @@ def find_subnetwork(
     *,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    within: Subnetwork | None = None,
+    within: SubnetworkLike | None = None,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -116,9 +118,11 @@ def find_subnetwork(
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    within = None if within is None else as_subnetwork(within)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
+    check_tokens(model, corpus.train)
     folder = None
     if run_dir is not None:
         settings = run_settings(model, target, corpus, config, within)

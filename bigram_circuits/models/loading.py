@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
@@ -41,6 +42,7 @@ _SIZE = re.compile(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+@usual_torch()
 def load_model(
     name: str | Path = "reference",
     *,
@@ -88,6 +90,7 @@ def load_model(
     return model.eval()
 
 
+@usual_torch()
 def hooked(huggingface_model: Any, *, like: Model) -> Model:
     """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -109,6 +112,7 @@ def model_source(model: Model) -> tuple[str, str | None]:
     return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
 
 
+@usual_torch()
 def fresh_huggingface(model: Model) -> tuple[Any, Any]:
     """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
@@ -131,6 +132,7 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
             of plain weight matrices that fit together, a block has further weight matrices (mixtures of experts,
             state-space and hybrid blocks), or blocks share weights.
     """
+    check_model(model)
     blocks = getattr(model, "blocks", None)
     if blocks is None or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to mask: pass a model from load_model")
@@ -163,6 +165,7 @@ def hashed_once(model: Model) -> Iterator[None]:
         del _HASHED_ONCE[model]
 
 
+@uses_model
 def weight_hash(model: Model) -> str:
     """Hash all maskable weights, to tell models and checkpoints apart.
 
