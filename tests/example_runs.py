@@ -166,9 +166,9 @@ def make_run(
     subnetwork = subnetwork or Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
     run.finish(subnetwork, Outcome("decided", seconds=12.0))
     if metrics:
-        run.write_evaluation(Evaluation.from_json(metrics))
+        run.write_evaluation(Evaluation.from_json(metrics), settings.corpus)
     for key, result in (found or {}).items():
-        result.save(folder / "analysis" / f"{key}.json")
+        result.save(folder / "analysis" / f"{key}.json", run.origin(settings.corpus))
     return load_run(folder)
 
 

@@ -23,12 +23,13 @@ from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import FAITHFULNESS
 from bigram_circuits.measures.results import Effects, Result
 from bigram_circuits.measures.words import flat, listed, percent, rounded
+from bigram_circuits.models.identity import how_models_differ
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 
-Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
-"""A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
+Source: TypeAlias = Run | SubnetworkLike | str | os.PathLike[str]
+"""A run, a subnetwork or what holds one; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are reported as this one; their logarithm is exact."""
 R, KL, CROSS_ENTROPY = "surprisal_correlation", "kl", "cross_entropy"
@@ -64,7 +65,8 @@ class Compared:
         if self.run is None:
             return ""
         settings = self.run.settings
-        return repr((settings.target, replace(settings.corpus, source=None)))
+        text = self.run.evaluated_on or settings.corpus
+        return repr((settings.target, replace(settings.corpus, source=None, fingerprint=text.fingerprint)))
 
     @property
     def is_evaluated(self) -> bool:
@@ -262,12 +264,11 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
         ValueError: If there are fewer than two, a file cannot be read, they are of different models, or none is
             named `against`.
     """
-    if isinstance(runs, Subnetwork | Run | str | os.PathLike):
-        runs = [runs]
-    by_name = isinstance(runs, Mapping)
+    several: Any = [runs] if isinstance(runs, Subnetwork | str | os.PathLike) or hasattr(runs, "subnetwork") else runs
+    by_name = isinstance(several, Mapping)
     labelled = [
         (label, subnetwork, run)
-        for name, source in (runs.items() if by_name else ((None, source) for source in runs))
+        for name, source in (several.items() if by_name else ((None, source) for source in several))
         for label, subnetwork, run in _opened(source, name)
     ]
     if len(labelled) < 2:
@@ -296,6 +297,8 @@ def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork,
     elif isinstance(source, Run):
         run = with_path_evaluation(source)
         yield (name,) if name else _parts(run.path), run.subnetwork, run
+    elif isinstance(held := getattr(source, "subnetwork", None), Subnetwork):
+        yield (name or held.lineage,), held, None
     elif not isinstance(source, str | os.PathLike):
         raise ValueError(f"cannot compare a {type(source).__name__}: give runs, subnetworks, folders or files")
     elif Path(source).is_file():
@@ -375,9 +378,8 @@ def _check_one_model(items: Sequence[Compared]) -> None:
                 raise ValueError(f"{first.name!r} and {other.name!r} are of different models: {shapes}")
         if hashed is None:
             hashed = other if _weight_hash(other) else None
-        elif _weight_hash(other) not in (None, _weight_hash(hashed)):
-            hashes = f"weight hash {_weight_hash(hashed)} of the one, {_weight_hash(other)} of the other"
-            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {hashes}")
+        elif (its := _weight_hash(other)) and (how := how_models_differ(_weight_hash(hashed) or "", its)):
+            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {how}")
 
 
 def _weight_hash(one: Compared) -> str | None:

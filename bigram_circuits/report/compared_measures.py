@@ -18,6 +18,7 @@ from bigram_circuits.experiments.comparison import (
     short_settings,
 )
 from bigram_circuits.measures.words import listed, span
+from bigram_circuits.names import short_hash, short_name
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import MOST_DRAWN, section
@@ -105,7 +106,8 @@ def _spread(comparison: Comparison) -> Numbers:
 def _origin(one: Compared) -> list[str]:
     subnetwork = one.subnetwork
     where = str(one.run.path) if one.run else "not a run"
-    return [one.name, where, subnetwork.lineage, str(subnetwork.model_name), str(subnetwork.weight_hash)]
+    made_for = short_name(subnetwork.model_name or "unknown"), short_hash(subnetwork.weight_hash)
+    return [one.name, where, subnetwork.lineage, *made_for]
 
 
 @section("pareto", "Faithfulness against size")

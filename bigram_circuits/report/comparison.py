@@ -23,6 +23,7 @@ from bigram_circuits.experiments.comparison import (
     measured_tasks,
 )
 from bigram_circuits.measures.words import listed, percent, rounded
+from bigram_circuits.names import short_name
 from bigram_circuits.report import compared_measures, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening
 from bigram_circuits.report.compared_words import COMPARISON_SECTIONS, few, found_pairs, pair_words, value_range
@@ -88,7 +89,7 @@ def _model(items: Sequence[Compared]) -> str:
     runs = [one.run for one in items if one.run]
     if runs:
         return runs[0].model_words
-    return next((one.subnetwork.model_name for one in items if one.subnetwork.model_name), "a model")
+    return short_name(next((one.subnetwork.model_name for one in items if one.subnetwork.model_name), "a model"))
 
 
 def _best(comparison: Comparison) -> str:

@@ -114,7 +114,7 @@ _LOSSES = {
 @section("refuted", "Attempts to refute it")
 def refuted(run: Run, results: Results) -> Content:
     """The same recipe where it should fail, and with other seeds: what `falsify` found."""
-    tried = load_falsification(run.path / "falsify")
+    tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
     shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}

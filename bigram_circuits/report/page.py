@@ -16,7 +16,7 @@ from bigram_circuits.report.facts import Row, control_rows
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
 from bigram_circuits.report.words import reader_of
-from bigram_circuits.runs import Run, load_run
+from bigram_circuits.runs import CorpusIdentity, Run, load_run
 from bigram_circuits.storage.files import write_text
 
 
@@ -59,10 +59,12 @@ def opening(run: Run) -> Opening:
     """The title, what was done and what came of it in a sentence, the verdict, and how it was made."""
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
-    asked = (
-        f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
-        f"{text} and evaluated on its held-out part."
-    )
+    asked = f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
+    analysed = other_text(run.analysed_on, run, "analysed")
+    if other := other_text(run.evaluated_on, run, "evaluated"):
+        asked += f"{text}.{_starts(run)}{other}{analysed}"
+    else:
+        asked += f"{text} and evaluated on its held-out part.{_starts(run)}{analysed}"
     title = f"The {target[0]} subnetwork of {model}"
     kept = (
         f"We keep {percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of "
@@ -72,7 +74,7 @@ def opening(run: Run) -> Opening:
         answer = f"{kept}. What remains was not evaluated, so its faithfulness is unknown."
         return Opening(title, asked, answer, made=_made(run))
     rows = {row.name: row for row in control_rows(run.evaluation)}
-    tried = load_falsification(run.path / "falsify")
+    tried = load_falsification(run.path / "falsify", run)
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
@@ -111,6 +113,22 @@ def _made(run: Run) -> str:
     packages = listed([f"{words} {run.versions[name]}" for name, words in names.items() if name in run.versions])
     when = f"Begun on {run.created.replace('T', ' at ').replace('Z', ' UTC')}" if run.created else "Made"
     return f"{when}{f' with {packages}' if packages else ''}." if run.created or packages else ""
+
+
+def other_text(text: CorpusIdentity | None, run: Run, done: str) -> str:
+    """A sentence that a run was evaluated or analysed on another text than its own; empty if it was not."""
+    if text is None or text.fingerprint == run.settings.corpus.fingerprint:
+        return ""
+    return (
+        f" It was {done} on the held-out part of ANOTHER TEXT, {text.source} (fingerprint {text.fingerprint}, "
+        f"not {run.settings.corpus.fingerprint}), from whose training part the target was made again."
+    )
+
+
+def _starts(run: Run) -> str:
+    """What sequences and documents begin with, as a sentence."""
+    starts = run.settings.corpus.starts
+    return f" Its tokens have {starts}." if starts else ""
 
 
 _MARKS = {
