@@ -152,7 +152,13 @@ def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: st
     figure = go.Figure()
     errors: dict[str, Any] = {}
     if not np.isnan(low).all():
-        errors["error_y"] = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low}
+        errors["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "color": GREY,
+            "array": high - values,
+            "arrayminus": values - low,
+        }
     figure.add_bar(
         x=axis_points(list(map(label_of, names))), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors
     )

@@ -16,7 +16,7 @@ from bigram_circuits.report.page import SECTIONS, page
 from bigram_circuits.report.sections import LEFT_OUT
 from bigram_circuits.runs import StepRecord
 from bigram_circuits.subnetwork import Subnetwork
-from tests.example_runs import HOSTILE, Elements, make_run, measured, results, without_libraries
+from tests.example_runs import HOSTILE, Elements, make_run, measured, results, save_result, without_libraries
 
 LONG = "very long " * 2000
 
@@ -106,8 +106,7 @@ def test_odd_results_leave_out_their_sections_and_no_more(tmp_path, turn):
     refused = []
     for place, (name, result) in enumerate(results().items()):
         how = list(ODD)[(place + 4 * turn) % len(ODD)]
-        path = run.path / "analysis" / f"{name}.json"
-        ODD[how](result).save(path)
+        path = save_result(run.path, name, ODD[how](result))
         try:
             load_result(path)
         except ValueError as error:  # a refusal on load, in one line that names the file
@@ -144,7 +143,8 @@ def test_a_section_that_fails_says_why_and_the_others_stand(tmp_path, monkeypatc
 
 
 def masks(kept, layers=1, parts=("attn.W_Q", "mlp.W_in")):
-    return {f"blocks.{layer}.{part}": torch.full((2, 6), kept) for layer in range(layers) for part in parts}
+    shapes = {"attn.W_Q": (3, 2, 2), "mlp.W_in": (2, 6)}
+    return {f"blocks.{layer}.{part}": torch.full(shapes[part], kept) for layer in range(layers) for part in parts}
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,10 @@ def masks(kept, layers=1, parts=("attn.W_Q", "mlp.W_in")):
 )
 def test_subnetworks_of_nothing_and_of_everything_get_pages(tmp_path, kept, parts):
     subnetwork = Subnetwork(masks(kept, parts=parts), model_name=LONG, lineage="\x1b[2J")
-    own = measured()
-    own["subnetwork"] |= {"kept": subnetwork.kept, "fraction": subnetwork.fraction}
     runs = [
         make_run(
             tmp_path / name,
-            metrics=own,
+            metrics=measured(),
             subnetwork=subnetwork,
             found={"by_head": results()["by_head"]} if name == "a" else None,
         )
