@@ -433,7 +433,13 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
     made(tmp_path / "path" / "weight-1", large)
     made(tmp_path / "path" / "weight-10", small, within=large.checksum)
     points = [
-        {"sparsity_weight": weight, **numbers(r), "kept": one.kept, "fraction": one.fraction}
+        {
+            "sparsity_weight": weight,
+            **numbers(r),
+            "kept": one.kept,
+            "fraction": one.fraction,
+            "subnetwork": one.checksum,
+        }
         for weight, r, one in ((1.0, 0.9, large), (10.0, 0.8, small))
     ]
     record = {"points": points, "full": numbers(0.5), "empty": numbers(0.1), "cpr": None, "cmd": None}
