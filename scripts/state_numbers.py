@@ -21,6 +21,7 @@ from bigram_circuits.runs import Run
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ROOT / "docs" / "numbers.json"
+_WORDS = r"[^|,\n]+?"
 _NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?%?"
 
 
@@ -48,6 +49,7 @@ STATED: dict[str, tuple[str, ...]] = {
         _lens("subnetwork", "subnetwork", 1),
         _lens("complement", "complement"),
         _lens("matched random weights", "random"),
+        "| {falsified_recipe:s} | weights kept | share of what the context tells | r |",
         "| found | {falsified[found][fraction]:.2%} | {falsified[found][told]:.0%} | {falsified[found][r]:.3f} |",
         "| other seeds (3) | {seeds[fraction][0]:.2%} to {seeds[fraction][1]:.2%} | {seeds[told_mean]:.0%} "
         "| {seeds[r][0]:.3f} to {seeds[r][1]:.3f} |",
@@ -60,7 +62,8 @@ STATED: dict[str, tuple[str, ...]] = {
         "The evidence is that the trained model *needs* these weights ({rise:.2f} nats against {random_rise:.2f}).",
     ),
     "docs/method.md": (
-        "re-initialised blocks reach {falsified[blocks][of_found]:.0%} of the subnetwork's share "
+        "For the reference model and {falsified_recipe:s}, re-initialised blocks reach "
+        "{falsified[blocks][of_found]:.0%} of the subnetwork's share "
         "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}), with "
         "{falsified[blocks][times_weights]:.1f} times the weights.",
         "loss rises by {rise:.2f} nats without these weights, and by {random_rise:.2f} without matched random ones.",
@@ -145,7 +148,9 @@ def _falsified(run: Run) -> dict[str, Any]:
     seeds["jaccard"] = sum(together[name] for name in whole) / len(whole)
     shared = tried.seeds.get("intersection")
     seeds["times_chance"] = sum(shared[name] / expected[name] for name in whole) / len(whole)
-    return {"falsified": rows, "seeds": seeds}
+    changed = run.settings.recipe != bc.SparsifyConfig()
+    recipe = "another recipe" if changed else "the default recipe"
+    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds}
 
 
 def _pattern(template: str) -> tuple[re.Pattern[str], list[str]]:
@@ -154,7 +159,7 @@ def _pattern(template: str) -> tuple[re.Pattern[str], list[str]]:
     for words, name, spec, _ in string.Formatter().parse(template):
         parts.append(re.sub(r"(?:\\ )+", r"\\s+", re.escape(words)))
         if name is not None:
-            parts.append(f"({_NUMBER})")
+            parts.append(f"({_WORDS if spec == 's' else _NUMBER})")
             fields.append(f"{{{name}:{spec}}}")
     if template.startswith("|"):  # a whole row of a table
         parts = ["^", *parts, "$"]
