@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
@@ -20,7 +19,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
-from bigram_circuits.storage.records import seal_tensors
+from bigram_circuits.storage.records import seal_tensors, write_tensors
 from bigram_circuits.subnetwork import Subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
@@ -75,7 +74,7 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
             arrays = {key: mask.numpy() for key, mask in masks.items()}
-            save_file(masks, temporary, seal_tensors(arrays, made_for))
+            write_tensors(temporary, arrays, seal_tensors(arrays, made_for))
         else:
             with temporary.open("wb") as file:
                 content: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}
