@@ -508,6 +508,8 @@ class RunFolder:
             state = _CheckpointState.from_json(parse_record(metadata["state"]))
             if state.run != self.id and not (state.run is None and _read_config(self.path).format == _FORMER):
                 raise ValueError("it is of another run")
+            if min(state.step, state.attempt, state.good_step or 0, state.step - (state.good_step or 0)) < 0:
+                raise ValueError("its steps cannot be")
             progress = tensors.pop(_PROGRESS, None)
             before = self._progress_before(state.progress) if progress is None else bytes(progress.tolist())
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
@@ -558,7 +560,7 @@ class RunFolder:
         other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if other:
             print(
-                f"note: this run was started with other versions ({'; '.join(other)}): "
+                f"note: this run was started with other versions ({printable('; '.join(other))}): "
                 "its result may differ in the last bits from that of an uninterrupted run",
                 file=sys.stderr,
             )

@@ -1,5 +1,6 @@
 """Runs from elsewhere: of other runs' files, of links, of names that are not the user's, of another text, read-only."""
 
+import errno
 import json
 import os
 import shutil
@@ -236,6 +237,18 @@ def test_a_run_that_may_only_be_read_is_read_and_reported_on(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in [run.path, *run.path.rglob("*")]} == before  # root may write
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_where_the_page_can_go_is_said_if_the_folder_may_only_be_read(tmp_path, monkeypatch, capfd, error):
+    run = fresh(tmp_path / "run")
+
+    def refuse(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert cli.main(["report", str(run.path)]) == 1
+    assert "write the page to another place with --out FILE" in capfd.readouterr().err
+
+
 # --- names in a run that somebody else made ---
 
 
@@ -398,6 +411,8 @@ def test_the_page_says_which_text_analyses_are_of(tmp_path):
     other = RunFolder(run.path).origin(CorpusIdentity("other.txt", "ff00"))
     run.analyses["logit_lens"].save(run.path / "analysis" / "logit_lens.json", other)
     assert "analysed on the held-out part of ANOTHER TEXT, other.txt" in page(bc.load_run(run.path))
+    RunFolder(run.path).write_evaluation(run.evaluation)
+    assert "Which text it was evaluated on was not recorded." in page(bc.load_run(run.path))
 
 
 def test_numbers_of_other_texts_are_not_compared_as_of_one_task(tmp_path):

@@ -57,9 +57,11 @@ def opening(run: Run) -> Opening:
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
     asked = f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on {text}"
-    asked += f" and evaluated on its held-out part.{other_text(run.analysed_on, run, 'analysed')}"
-    if other := other_text(run.evaluated_on, run, "evaluated"):
-        asked = f"{asked.partition(' and evaluated')[0]}.{other}{other_text(run.analysed_on, run, 'analysed')}"
+    of_other = other_text(run.evaluated_on, run, "evaluated") if run.evaluation else ""
+    if run.evaluation and run.evaluated_on is None and not run.is_former:
+        of_other = " Which text it was evaluated on was not recorded."
+    asked += f".{of_other}" if of_other else " and evaluated on its held-out part."
+    asked += other_text(run.analysed_on, run, "analysed")
     kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
     title = f"The {target[0]} subnetwork of {model}"
     if run.evaluation is None:
