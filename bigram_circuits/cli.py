@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigram_circuits.recipe import PARTS, Option, Request, SparsifyConfig, options_of, whole
+from bigram_circuits.recipe import PARTS, Inputs, Option, Request, SparsifyConfig, options_of, whole
 from bigram_circuits.storage.terminal import printable, signals_handled
 
 _EPILOG = """examples:
@@ -199,11 +199,23 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
     )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table of measurements there too")
+    compare.add_argument(
+        "--against", metavar="NAME",
+        help="compute overlaps with this one alone (default: of every pair; of more than 32, with the first)",
+    )  # fmt: skip
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
     hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(hooks)
+
+
+def _add_unchecked(command: argparse.ArgumentParser) -> None:
+    """The option `--unchecked`, as `find` has it."""
+    option = options_of(Inputs)["unchecked"]
+    command.add_argument(*option.flags, action="store_true", help=option.help)
 
 
 _MODEL_AGAIN = "where to read the run's model from (default: where it was; must be given for a run made elsewhere)"
@@ -234,6 +246,7 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
     imported.add_argument("file", type=Path, help="a released .pickle, or .npz or .safetensors with the same names")
     imported.add_argument("--model", required=True, help="'reference', a hub id, or a folder")
     imported.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(imported)
     imported.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the subnetwork")
 
     export = commands.add_parser("export", parents=[shared], help="write a run's masked model as a Hugging Face folder")
@@ -347,9 +360,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bigram_circuits.experiments.comparison import compare
     from bigram_circuits.report.comparison import write_comparison
 
-    comparison = compare(arguments.runs)
+    comparison = compare(arguments.runs, against=arguments.against)
     page = write_comparison(comparison, arguments.out)
-    _tell(f"{comparison}\n\nthe page to look at: {page}")
+    _tell(f"{comparison}\n")
+    if arguments.csv:
+        _tell(f"the table: {comparison.to_csv(arguments.csv)}")
+    _tell(f"the page to look at: {page}")
     return 0
 
 
@@ -358,7 +374,9 @@ def _hooks(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.models.weights import weight_sites
 
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
     _tell("activation points (run_with_cache, run_with_hooks)")
     for point in activation_points(model):
         axes = "not reached" if point.axes is None else " ".join(point.axes)
@@ -377,7 +395,9 @@ def _import_published(arguments: argparse.Namespace) -> int:
     from bigram_circuits.published import import_published, read_masks
 
     read_masks(arguments.file)  # errors in the file are reported before a model is loaded
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
     _tell(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
@@ -385,22 +405,20 @@ def _import_published(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
     from bigram_circuits.sharing import export_huggingface, export_masks
     from bigram_circuits.storage.files import check_new_folder
-    from bigram_circuits.subnetwork import Subnetwork
-    from bigram_circuits.workflow import inputs_of
+    from bigram_circuits.workflow import check_model, inputs_of, load_named
 
     run = load_run(arguments.run)
     inputs = inputs_of(run, model=arguments.model, only_model=True)
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)
-    model = load_model(inputs.model, revision=inputs.revision, dtype=inputs.dtype, device=arguments.device)
-    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model, follow_links=False)
-    (export_masks if masks_alone else export_huggingface)(model, subnetwork, arguments.out)
-    _tell(f"{subnetwork!r}\nwritten to {arguments.out}")
+    model = load_named(inputs, arguments.device)
+    check_model(run, model)
+    (export_masks if masks_alone else export_huggingface)(model, run.subnetwork, arguments.out)
+    _tell(f"{run.subnetwork!r}\nwritten to {arguments.out}")
     return 0
 
 

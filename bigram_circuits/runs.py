@@ -36,6 +36,8 @@ from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result_and_origin
 from bigram_circuits.measures.words import rounded
+from bigram_circuits.models.identity import how_models_differ, same_text
+from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.storage.files import (
     cannot_write,
@@ -102,7 +104,7 @@ class ModelIdentity(Record):
     revision: str | None = None
     """Revision of a hub model."""
     weight_hash: str | None = None
-    """Hash of its maskable weights."""
+    """Its `weight_hash`."""
     dtype: str | None = None
     """Precision of its weights."""
 
@@ -119,6 +121,8 @@ class CorpusIdentity(Record):
     """Hash of the tokenizer's vocabulary."""
     context_length: int | None = None
     """Tokens per sequence."""
+    starts: str | None = field(default=None, compare=False)
+    """What its sequences and documents begin with, as a phrase; the fingerprint covers it."""
 
 
 @dataclass(frozen=True)
@@ -667,7 +671,9 @@ class Run:
     evaluation: Evaluation | None
     """Its faithfulness and that of its controls; None if it was not evaluated."""
     history: list[StepRecord]
-    """One record for each training step."""
+    """One record for each training step; empty if it was not read."""
+    created: str | None = None
+    """When the run began, in UTC (ISO 8601); None if it was not recorded."""
     id: str | None = None
     """Checksum of `config.json`, which the run's other files repeat."""
     evaluated_on: CorpusIdentity | None = None
@@ -737,7 +743,7 @@ class Run:
     def model_words(self) -> str:
         """The name of its model, as a phrase."""
         name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
-        return "the reference model" if name == "reference" else str(name or "a model")
+        return "the reference model" if name == "reference" else short_name(name or "a model")
 
     @property
     def target_words(self) -> tuple[str, str]:
@@ -753,7 +759,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the inputs, how learning ended, and the result."""
-        asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
+        asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
@@ -766,10 +772,14 @@ class Run:
         return f"Correlation with the target's surprisals: {r}. {self.evaluation.verdict}"
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
     """Read a finished run.
 
     Nothing is written, so the folder may be read-only.
+
+    Args:
+        folder: Its folder.
+        history: Read the training records too; a comparison of many runs does without them.
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no run.
@@ -800,7 +810,8 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         subnetwork=subnetwork,
         outcome=outcome,
         evaluation=measured and measured[0],
-        history=files.history(),
+        history=files.history() if history else [],
+        created=config.created,
         id=files.id,
         evaluated_on=measured and _text_of(measured[1]),
         made_here=config.is_ours,
@@ -883,11 +894,8 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
         there = _read_config(path).settings
-        if there != wanted:
-            raise ValueError(
-                f"{str(path)!r} holds another run ({_difference(there.to_json(), wanted.to_json())}): "
-                f"choose another folder"
-            )
+        if (how := _how_runs_differ(there, wanted)) is not None:
+            raise ValueError(f"{str(path)!r} holds another run ({how}): choose another folder")
         return True
     if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
@@ -956,6 +964,22 @@ def _line(record: StepRecord) -> str:
 def _records(data: bytes) -> list[StepRecord]:
     """Read the lines of `progress.jsonl`; text after the last line end is a truncated line, and left out."""
     return [StepRecord.from_json(parse_record(line)) for line in data.split(b"\n")[:-1]]
+
+
+def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
+    """The first setting that differs, as a phrase; None if none does.
+
+    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    """
+    ours, theirs = wanted.model, there.model
+    if ours.weight_hash and theirs.weight_hash:
+        how = how_models_differ(theirs.weight_hash, ours.weight_hash)
+        if how is not None:
+            return f"its model is another, {how}"
+        there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if same_text(there.target.fingerprint, wanted.target.fingerprint):
+        there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
+    return None if there == wanted else _difference(there.to_json(), wanted.to_json())
 
 
 def _difference(there: Any, wanted: Any, at: str = "") -> str:

@@ -13,35 +13,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from bigram_circuits.models.identity import config_hash, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
 from bigram_circuits.storage.records import seal_tensors, write_tensors
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
 
 
-def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
+@uses_model
+def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | os.PathLike[str]) -> Path:
     """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
     Maskable weights are taken from `model` as it is now; all other parameters and the tokenizer are reloaded from where
-    `load_model` found them.
+    `load_model` found them, and must be the same there.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, or the folder is not empty.
+        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model's files have another
+            configuration than the model, or other embeddings, norms or biases.
         OSError: If the folder cannot be written, or the model's files no longer exist.
     """
+    subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
     with whole_folder(folder, replace=False) as temporary:
         layout = huggingface_layout(model)
         plain, tokenizer = fresh_huggingface(model)
+        _check_files(model, plain)
         parameters = dict(plain.named_parameters())
         with torch.no_grad():
             for site in weight_sites(model):
@@ -53,7 +59,19 @@ def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.Pa
     return Path(folder)
 
 
-def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
+def _check_files(model: Model, plain: Any) -> None:
+    """Raise ValueError unless a reloaded Hugging Face model is the hooked one, but for maskable weights."""
+    where = f"the files of {model.cfg.model_name!r} have changed since the model was loaded, or the model has"
+    if config_hash(plain.config) != config_hash(model.original_model.config):
+        raise ValueError(f"{where}: the configurations differ; load the model again, or save it and load that")
+    here = other_tensors(model)
+    for name, tensor in plain.state_dict().items():
+        if name in here and not torch.equal(tensor, here[name].detach().cpu()):
+            raise ValueError(f"{where}: {name} differs; load the model again, or save it and load that")
+
+
+@uses_model
+def export_masks(model: Model, subnetwork: SubnetworkLike, path: str | os.PathLike[str]) -> Path:
     """Export boolean masks by Hugging Face parameter name; `import_published` reads them.
 
     Args:
@@ -68,7 +86,7 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
-    masks = subnetwork.to_huggingface(model)
+    masks = as_subnetwork(subnetwork).to_huggingface(model)
     name = str(model.cfg.model_name)
     made_for = {} if is_local(name) else {MODEL_KEY: name}  # a local path means nothing to others
     with whole_file(path) as temporary:
@@ -84,7 +102,12 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
 
 
 def push_subnetwork(
-    subnetwork: Subnetwork, repo_id: str, *, private: bool = False, description: str = "", message: str | None = None
+    subnetwork: SubnetworkLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    description: str = "",
+    message: str | None = None,
 ) -> str:
     """Upload a subnetwork to the hub, with a model card; creates the repository if it does not exist.
 
@@ -104,6 +127,7 @@ def push_subnetwork(
     """
     import huggingface_hub
 
+    subnetwork = as_subnetwork(subnetwork)
     with tempfile.TemporaryDirectory() as folder, hub_errors("repository", repo_id):
         subnetwork.save(Path(folder) / _HUB_FILE)
         (Path(folder) / "README.md").write_text(model_card(subnetwork, repo_id, description), encoding="utf-8")

@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.models.activations import check_model
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import hashed_once, weight_sites
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
@@ -105,15 +107,18 @@ def trajectory(
     return _curves(title, names, rows, {"model": model})
 
 
-def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = None, *, seed: int = 0) -> Measure:
+@usual_order
+def faithfulness_to(
+    subnetwork: SubnetworkLike | None = None, target: Any = None, tokens: Any = None, *, seed: int = 0
+) -> Measure:
     """A measure for `trajectory`: faithfulness to a target under every condition, on the same text.
 
     Args:
+        subnetwork: If given, also measured at every checkpoint: the subnetwork, its complement, and a matched random
+            one.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`; or a function from a model to
             such a target.
         tokens: Held-out token ids [sequence, position], or a corpus.
-        subnetwork: If given, also measured at every checkpoint: the subnetwork, its complement, and a matched random
-            one.
         seed: Seed of the matched random subnetwork.
 
     Raises:
@@ -121,14 +126,14 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     """
     array = token_array(tokens)
     check_seed(seed)
-    check_subnetwork(subnetwork)
+    kept = check_subnetwork(subnetwork)
     _check_target(target)
 
     def measure(model: Model) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
         with hashed_once(model):
-            every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
+            every = {name: one or Subnetwork.full(model) for name, one in conditions(kept, seed=seed).items()}
             return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
     return measure
@@ -202,7 +207,7 @@ def _each(
     with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
             bar.set_postfix_str(name)
-            source, revision = (str(checkpoint), None) if model is None else (model, str(checkpoint))
+            source, revision = (checkpoint, None) if model is None else (model, str(checkpoint))
             loaded = load_model(source, revision=revision, device=device, dtype=dtype)
             shapes = {site.name: site.shape for site in weight_sites(loaded)}
             first = first or shapes
@@ -229,7 +234,7 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         raise ValueError(f"the checkpoint {twice!r} is given twice")
-    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    short = [Path(name).name if Path(name).expanduser().is_dir() else name for name in names]
     return tuple(short if len(set(short)) == len(short) else names)
 
 

@@ -31,9 +31,10 @@ from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
-from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import weight_hash
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -46,7 +47,7 @@ from bigram_circuits.runs import (
     TargetIdentity,
 )
 from bigram_circuits.storage.terminal import signals_handled
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
 
@@ -77,6 +78,7 @@ class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state 
         self.what, self.step, self.good, self.seconds = what, step, good, seconds
 
 
+@uses_model
 def find_subnetwork(
     model: Model,
     target: Any,
@@ -85,7 +87,7 @@ def find_subnetwork(
     *,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    within: Subnetwork | None = None,
+    within: SubnetworkLike | None = None,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -117,9 +119,11 @@ def find_subnetwork(
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    within = None if within is None else as_subnetwork(within)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
+    check_tokens(model, corpus.train)
     folder = None
     if run_dir is not None:
         settings = run_settings(model, target, corpus, config, within)
@@ -300,7 +304,9 @@ def run_settings(
 
 def identity_of(corpus: Corpus) -> CorpusIdentity:
     """What identifies a text."""
-    return CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length)
+    return CorpusIdentity(
+        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
+    )
 
 
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, usual_torch
 from bigram_circuits.names import in_block
 
 _TOKENS_AT_ONCE = 1 << 11  # tokens per forward pass ...
@@ -46,6 +47,7 @@ class ActivationPoint:
     """Other names of the same point, for example `blocks.0.hook_resid_post`."""
 
 
+@usual_torch()
 def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
     """List every hook point of a model in forward-pass order, with named axes.
 
@@ -114,19 +116,16 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
-def check_model(model: Model) -> None:
-    """Raise ValueError unless `model` is a hooked model."""
-    if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
-        raise ValueError(f"a {type(model).__name__} is not a model: pass one from load_model")
-
-
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
     """Raise ValueError if token ids are outside the model's vocabulary or sequences exceed its context length."""
     check_model(model)
     least, largest = int(tokens.min()), int(tokens.max())
     if least < 0 or largest >= model.cfg.d_vocab:
         wrong = least if least < 0 else largest
-        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}")
+        more = ""
+        if model.tokenizer is not None and wrong in range(len(model.tokenizer)):
+            more = f", {model.tokenizer.convert_ids_to_tokens(wrong)!r}, for which it has no embedding"
+        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}{more}")
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens.shape[1] > context:
         raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than this model's context of {context}")

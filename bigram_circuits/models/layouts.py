@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bigram_circuits.models.loading import hooked
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
@@ -113,6 +114,7 @@ class Layout:
         }
 
 
+@usual_torch()
 def huggingface_layout(model: Model) -> Layout:
     """Trace how a model's weights are laid out in its Hugging Face parameters; costs about as much as one block.
 
@@ -152,7 +154,7 @@ def _trace(model: Model) -> dict[str, Place]:
     small, starts = _numbered_model(model)
     covered: dict[str, Tensor] = {}
     places = {}
-    for site in weight_sites(hooked(small, like=model)):
+    for site in weight_sites(hooked(small, like=model, check=False)):
         place = _place(model, site.name, site.weight, starts)
         if place.parameter not in covered:
             covered[place.parameter] = torch.zeros(len(starts[place.parameter]), dtype=torch.bool)
