@@ -519,7 +519,7 @@ class RunFolder:
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
             return found, before
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {printable(str(error))}") from error
+            raise ValueError(f"{str(path)!r} is damaged: {printable(' '.join(str(error).split()))[:300]}") from error
 
     def _progress_before(self, state: _ProgressState | None) -> bytes:
         """The lines before a checkpoint that does not hold them, from `progress.jsonl`."""

@@ -59,6 +59,7 @@ def all_kinds(tmp_path_factory):
 CASES = {
     "subnetwork": 500, "n-gram table": 500, "affine maps": 300, "result": 500, "path": 60, "run: config.json": 60,
     "run: training.json": 60, "run: metrics.json": 60, "run: progress.jsonl": 60, "run: subnetwork.safetensors": 60,
+    "checkpoint": 60,
     "published pickle": 500, "published npz": 200, "published safetensors": 200, "corpus: corpus.txt": 30,
     "corpus: corpus.jsonl": 100, "corpus: corpus.parquet": 200, "corpus: tokens.npy": 20, "model: config.json": 12,
     "model: tokenizer.json": 12, "model: tokenizer_config.json": 12, "model: model.safetensors": 12,
@@ -134,16 +135,16 @@ def test_a_file_of_ours_without_its_checksum_is_refused(artefacts, kind, how):
     """Masks by parameter name are also written by others, without any checksum: only a part of one is refused."""
     path = artefacts[kind]
     whole = CONTENTS[kind](LOADERS[kind](path))
+    keys = {"result": ["checksum"], "subnetwork": [HEADER]}.get(kind, [HEADER, CONTENT])
     if kind == "result":
-        keys = ["checksum"]
-        record = json.loads(path.read_text())
-        write = lambda metadata: path.write_text(json.dumps(record | metadata))  # noqa: E731
-        metadata = {"checksum": record.pop("checksum")}
+        metadata, tensors = json.loads(path.read_text()), {}
     else:
-        keys = [HEADER] if kind == "subnetwork" else [HEADER, CONTENT]
         with safe_open(path, framework="np") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        write = lambda metadata: save_file(tensors, path, metadata)  # noqa: E731
+
+    def write(metadata):
+        path.write_text(json.dumps(metadata)) if kind == "result" else save_file(tensors, path, metadata)
+
     for key in keys:
         changed = {name: value for name, value in metadata.items() if name != key}
         if how == "renamed":
