@@ -57,7 +57,7 @@ class Reader(HTMLParser):
 def subnetwork(layers=2, name=HOSTILE):
     masks = {}
     for layer in range(layers):
-        masks[f"blocks.{layer}.attn.W_Q"] = torch.zeros(2, 3, 4, dtype=torch.bool)
+        masks[f"blocks.{layer}.attn.W_Q"] = torch.zeros(2, 2, 6, dtype=torch.bool)
         masks[f"blocks.{layer}.mlp.W_in"] = torch.arange(10).view(2, 5) < 3
     return Subnetwork(masks, model_name=name, lineage=HOSTILE)
 

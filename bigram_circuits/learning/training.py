@@ -311,8 +311,9 @@ def identity_of(corpus: Corpus) -> CorpusIdentity:
 
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """The result of a run that is already finished."""
+    outcome = folder.found()[1]
     subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
-    return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
+    return FoundSubnetwork.of_run(subnetwork, folder.history(), config, outcome)
 
 
 # --- what can interrupt learning -------------------------------------------------------------------------------------

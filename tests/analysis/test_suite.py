@@ -28,7 +28,8 @@ def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
     assert {"by_layer", "ablation_components", "ablation_heads", "stochastic_ablation"} <= set(found.results)
     assert f"left out: attribution: {found.left_out['attribution']}" in str(found)
     found.save(tmp_path / "analysis")
-    assert read_checked_json(tmp_path / "analysis" / "left_out.json") == dict(found.left_out)
+    written = read_checked_json(tmp_path / "analysis" / "left_out.json")
+    assert written == {**found.left_out, "of": found.of.to_json()}
     assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
 
 

@@ -13,7 +13,9 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.comparison import MOST_PAIRED, compare, differing_settings, leaders, not_dominated
+from bigram_circuits.experiments.sparsity_path import load_path_runs
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
@@ -33,8 +35,8 @@ from tests.example_runs import (
     without_libraries,
 )
 
-MATRICES = {"attn.W_Q": (2, 8, 20), "mlp.W_in": (8, 40), "mlp.W_out": (40, 8)}
-SHAPES = {f"blocks.{layer}.{name}": shape for layer in range(2) for name, shape in MATRICES.items()}
+OF_A_LAYER = {"attn.W_Q": (2, 8, 20), "mlp.W_in": (8, 40), "mlp.W_out": (40, 8)}
+SHAPES = {f"blocks.{layer}.{name}": shape for layer in range(2) for name, shape in OF_A_LAYER.items()}
 
 
 def drawn(share, seed, *, of="model/x", hashed="ab12", shapes=SHAPES):
@@ -47,7 +49,8 @@ def made(folder, subnetwork, *, r=None, random=True, analysed=0, width=0.01, **o
     """A run with this subnetwork; evaluated if `r` is given, known to within `width`; analysed on so many tokens."""
     metrics = None
     if r is not None:
-        own = numbers(r) | {"kl": 1 - r, "cross_entropy": 3 - r}
+        own = numbers(r) | {"kl": 1 - r, "cross_entropy": 3 - r, "kept": subnetwork.kept}
+        own |= {"fraction": subnetwork.fraction, "total": subnetwork.total}
         ends = {key: [own[key] - width, own[key] + width] for key in ("surprisal_correlation", "cross_entropy")}
         metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "advantage": {}})
         metrics |= {"intervals": {"subnetwork": ends} if width else {}}
@@ -419,8 +422,9 @@ def test_subnetworks_alone_have_overlaps_and_profiles(tmp_path):
 
 
 def test_undefined_numbers_give_a_page(tmp_path):
-    undefined = {"subnetwork": numbers(0.5) | {"surprisal_correlation": None, "kl": None}}
-    run = make_run(tmp_path / "run", metrics=undefined, subnetwork=drawn(0.2, 0))
+    run = made(tmp_path / "run", drawn(0.2, 0), r=0.5)
+    undefined = run.metrics["subnetwork"] | {"surprisal_correlation": None, "kl": None}
+    RunFolder(run.path).write_evaluation(Evaluation.from_json({"subnetwork": undefined}))
     assert "r and KL are undefined for all of them." in text_of(page(compare([run.path, drawn(0.3, 1)])))
 
 
@@ -454,6 +458,12 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
     one = compare({"x": tmp_path / "path" / "weight-10", "y": runs[0]}).items[0]
     assert one.measured("kl") == points[1]["kl"]
     assert [one.name for one in compare({"p": tmp_path / "path"}).items] == ["p/weight-1", "p/weight-10"]
+    (tmp_path / "path" / "path.json").write_text(checked_json({**record, "points": points[::-1]}))
+    assert [run.path.name for run in load_path_runs(tmp_path / "path")] == ["weight-10", "weight-1"]
+    swapped = [points[0], points[1] | {"subnetwork": large.checksum}]
+    (tmp_path / "path" / "path.json").write_text(checked_json({**record, "points": swapped}))
+    with pytest.raises(ValueError, match=r"weight-10' holds another run than the one that path\.json measured"):
+        compare([tmp_path / "path"])
     (tmp_path / "path" / "path.json").write_text("{")
     with pytest.raises(ValueError, match=r"path\.json' is damaged"):
         compare([tmp_path / "path"])

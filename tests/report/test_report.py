@@ -13,6 +13,8 @@ from bigram_circuits.report.blocks import Content
 from bigram_circuits.report.outcome import command_line
 from bigram_circuits.report.page import SECTIONS, opening, page, sections, write_report
 from bigram_circuits.report.sections import Sections
+from bigram_circuits.runs import RunFolder
+from bigram_circuits.storage.files import checked_json
 from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries
 
 
@@ -172,7 +174,8 @@ def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
     found = {name: result for name, result in results().items() if name not in ("attribution", "by_head")}
     left_out = {"attribution": "it has <no> readout", "by_head": "it has no heads"}
     run = make_run(tmp_path / "run", found=found)
-    (run.path / "analysis" / "left_out.json").write_text(json.dumps(left_out))
+    of = RunFolder(run.path).origin().to_json()
+    (run.path / "analysis" / "left_out.json").write_text(checked_json(left_out | {"of": of}))
     text = " ".join(Elements(without_libraries(page(run))).text)
     assert "Left out: attribution: it has <no> readout." in text
     assert "Left out: by head: it has no heads." in text
