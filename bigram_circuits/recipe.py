@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from bigram_circuits.registry import FolderOf
-from bigram_circuits.storage.typed import Record
+from bigram_circuits.storage.typed import Record, shown
 from bigram_circuits.text.tokenizers import BOS
 
 METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
@@ -162,12 +162,12 @@ def _check(instance: Any, limits: Mapping[str, tuple[Callable[[Any], bool], str]
         except TypeError:
             is_right = False
         if not is_right:
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+            raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}")
 
 
 # --- how masks are learned ---

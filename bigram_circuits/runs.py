@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -477,7 +478,7 @@ class RunFolder:
         started = time.monotonic()
         state = json.dumps(checkpoint.state(self.id).to_json())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        tensors[_PROGRESS] = torch.tensor(list(progress), dtype=torch.uint8)
+        tensors[_PROGRESS] = torch.from_numpy(np.frombuffer(bytearray(progress), np.uint8))
         with whole_file(self._checkpoint_path) as temporary:
             save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
         self._last_checkpoint = time.monotonic()
@@ -515,7 +516,7 @@ class RunFolder:
             if min(state.step, state.attempt, state.good_step or 0, state.step - (state.good_step or 0)) < 0:
                 raise ValueError("its steps cannot be")
             progress = tensors.pop(_PROGRESS, None)
-            before = self._progress_before(state.progress) if progress is None else bytes(progress.tolist())
+            before = self._progress_before(state.progress) if progress is None else progress.numpy().tobytes()
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
             return found, before
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
