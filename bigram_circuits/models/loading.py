@@ -38,10 +38,13 @@ _LARGEST_SETTINGS = 1 << 26  # bytes of a JSON settings file
 _WEIGHTS_IN_A_BYTE = 4  # at most, with 2-bit weights
 _LEAST_BOUND = 1 << 16  # sizes up to here are never refused
 _MOST_LAYERS = 1_000
+_MOST_POSITIONS = 1 << 24  # of a context with rotary embeddings, which are computed as they are needed
+_LEAST_PAIRS = 1 << 28  # of positions: masks of this size are never refused
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _SIZE = re.compile(
     r"vocab_size|n_embd|n_inner|n_layers?|n_heads?|d_model|d_ff|ffn_dim|head_dim|num_experts|num_local_experts"
     r"|((hidden|intermediate|embedding|moe_intermediate|word_embed_proj)_)(size|dim)"
-    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads"
+    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads|num_labels"
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -209,6 +212,8 @@ def _check_folder(source: str, name: str) -> None:
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
+    if not _weight_files(folder):
+        raise FileNotFoundError(f"the folder {name!r} has no weights: no .safetensors or .bin file")
     _check_links(folder)
     indices = sorted(file.name for file in folder.glob("*.index.json"))
     files = (*_SETTINGS_FILES, *indices)
@@ -293,9 +298,17 @@ def _check_matrices(folder: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     most = _most_weights(Path(folder))
     width = getattr(config, "hidden_size", None)
-    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+    is_rotary = getattr(config, "rope_parameters", None) is not None
+    for key in ("hidden_size", "intermediate_size", "vocab_size", *_POSITIONS):
         size = getattr(config, key, None)
-        if isinstance(width, int) and isinstance(size, int) and size * width > most:
+        if not isinstance(width, int) or not isinstance(size, int):
+            continue
+        is_position = key in _POSITIONS
+        if (is_position and size > _MOST_POSITIONS) or (
+            is_position and not is_rotary and size**2 > max(most, _LEAST_PAIRS)
+        ):
+            raise ValueError(f"a {key} of {size:,} is more than a context can be")
+        if size * width > most and not (is_position and is_rotary):
             raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weight files hold")
 
 
