@@ -183,8 +183,8 @@ def other_tensors(model: Model) -> dict[str, Tensor]:
     sites = weight_sites(model)
     leaves = {id(site.leaf) for site in sites}
     unused = {id(module) for module in fused_modules(model, sites)}
-    found: dict[str, Tensor] = {}
-    for path, module in model.original_model.named_modules():
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in model.original_model.named_modules(remove_duplicate=False):
         if id(module) in unused or "parametrizations" in path.split("."):
             continue
         buffers = {
@@ -193,6 +193,9 @@ def other_tensors(model: Model) -> dict[str, Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set and bool(buffer.any())
         }
         for name, tensor in (*module._parameters.items(), *buffers.items()):
-            if tensor is not None and not (id(module) in leaves and name == "weight"):
-                found[f"{path}.{name}".replace("_original_component.", "")] = tensor
-    return found
+            if tensor is None or (id(module) in leaves and name == "weight"):
+                continue
+            full = f"{path}.{name}".replace("_original_component.", "")
+            known = found.get(id(tensor), ("", tensor))[0]
+            found[id(tensor)] = max(full, known, key=lambda one: (len(one), one)), tensor  # TransformerLens' is shorter
+    return dict(sorted(found.values()))
