@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
-from bigram_circuits.runs import LEFT_OUT
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.storage.origin import Origin
+from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import as_target
 from bigram_circuits.text.corpus import Corpus
 
@@ -34,17 +37,22 @@ class Analyses:
     """The results by name, for example `logit_lens`."""
     left_out: Mapping[str, str]
     """The analyses that this model does not support, with reasons."""
+    of: Origin | None = None
+    """The subnetwork and the text that were analysed."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write every result to `<name>.json` in a folder, replacing its contents.
 
-        The analyses left out are written to `left_out.json`.
+        The analyses left out are written to `left_out.json`. In the folder of a run (`runs/mine/analysis`), the files
+        name that run.
         """
+        folder = Path(folder)
+        of = replace(self.of or Origin(), run=run_id(folder.parent))
         with whole_folder(folder) as fresh:
             for name, result in self.results.items():
-                result.save(fresh / f"{name}.json")
+                result.save(fresh / f"{name}.json", of)
             if self.left_out:
-                write_text(fresh / LEFT_OUT, checked_json(self.left_out))
+                write_text(fresh / LEFT_OUT, checked_json({**self.left_out, "of": of.to_json()}))
 
     def __str__(self) -> str:
         return _story(self)
@@ -61,9 +69,10 @@ class Analyses:
         return html.summary(f"{len(rows)} analyses", says, table, html.small(left_out))
 
 
+@uses_model
 def analyze(
     model: Model,
-    subnetwork: Subnetwork,
+    subnetwork: SubnetworkLike,
     target: Any,
     corpus: Corpus,
     *,
@@ -98,15 +107,17 @@ def analyze(
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
             that the model does not support (`NotShownError`) are left out with the reason; other errors are raised.
     """
+    subnetwork = as_subnetwork(subnetwork)
     check_arguments(model, subnetwork, seed=seed)
     target = as_target(target, model.cfg.d_vocab)
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
+    of = Origin(subnetwork=subnetwork.checksum, text=corpus.fingerprint, source=corpus.source)
     with hashed_once(model):
-        return _run(Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+        return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
 
 
-def _run(subject: Subject) -> Analyses:
+def _run(of: Origin, subject: Subject) -> Analyses:
     """Run every registered analysis on a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
@@ -120,7 +131,7 @@ def _run(subject: Subject) -> Analyses:
             left_out[name] = str(error)
             continue
         results |= {name: found} if isinstance(found, Result) else found
-    return Analyses(results, left_out)
+    return Analyses(results, left_out, of)
 
 
 # --- in words ---

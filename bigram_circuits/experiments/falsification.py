@@ -43,12 +43,16 @@ from bigram_circuits.measures.quantities import (
     TOP1_AGREEMENT,
     Quantity,
 )
-from bigram_circuits.measures.results import Effects, load_result
+from bigram_circuits.measures.results import Effects, load_result_and_origin
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.runs import Run, run_id
+from bigram_circuits.storage.origin import Origin
+from bigram_circuits.storage.records import check_no_link
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
 
@@ -114,6 +118,7 @@ class RenamedTarget(Target):
         return self.name_of.argsort().to(device)
 
 
+@uses_model
 def with_random_blocks(model: Model, seed: int = 0) -> Model:
     """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
 
@@ -149,6 +154,8 @@ class Falsification:
     """Overlap of each pair of seeds' subnetworks, overall and by component, with the exact null."""
     spread: Effects
     """Every number across seeds, the original included: mean, standard deviation, minimum, maximum."""
+    of: Origin | None = None
+    """The subnetwork and the text that were tried, and the run if there is one."""
 
     @property
     def refuted(self) -> tuple[str, ...]:
@@ -177,7 +184,7 @@ class Falsification:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the results to a folder as JSON files."""
         for name in _PARTS:
-            getattr(self, name).save(Path(folder) / f"{name}.json")
+            getattr(self, name).save(Path(folder) / f"{name}.json", self.of)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
@@ -194,30 +201,39 @@ class _Judged:
 _PARTS = ("controls", "seeds", "spread")
 
 
-def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
+def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -> Falsification | None:
     """Read what `Falsification.save` wrote; None if the folder holds none.
 
+    Args:
+        folder: The folder.
+        run: The run that it must be of; None: any.
+
     Raises:
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, a symbolic link, or of another run.
     """
-    if not all((Path(folder) / f"{name}.json").is_file() for name in _PARTS):
+    paths = {name: Path(folder) / f"{name}.json" for name in _PARTS}
+    if not all(path.is_file() for path in paths.values()):
         return None
-    parts = {name: load_result(Path(folder) / f"{name}.json") for name in _PARTS}
-    effects = {name: part for name, part in parts.items() if isinstance(part, Effects)}
-    if len(effects) < len(parts):
+    read = {name: load_result_and_origin(path, follow=False) for name, path in paths.items()}
+    if run is not None:
+        for name, (_, of) in read.items():
+            run.check_origin(paths[name], of, "`find --falsify` writes it again once it is removed")
+    effects = {name: part for name, (part, _) in read.items() if isinstance(part, Effects)}
+    if len(effects) < len(read):
         raise ValueError(f"{str(folder)!r} holds results of another kind, not those of `falsify`")
     controls = effects["controls"]
     names = tuple(_FORMER_NAMES.get(name, name) for name in controls.names)
-    return Falsification(**effects | {"controls": replace(controls, names=names)})
+    return Falsification(**effects | {"controls": replace(controls, names=names)}, of=read["controls"][1])
 
 
+@uses_model
 def falsify(
     model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
-    found: Subnetwork,
+    found: SubnetworkLike,
     seeds: int = 3,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Falsification:
@@ -241,12 +257,17 @@ def falsify(
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
     config = config or SparsifyConfig()
+    found = as_subnetwork(found)
     found.check_fits(model)
     target = as_target(target, model.cfg.d_vocab)
     folder = None if run_dir is None else Path(run_dir)
+    if folder is not None:
+        check_no_link(folder)
 
     def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
         to = None if folder is None else _run_folder(folder, name)
+        if to is not None:
+            check_no_link(to)
         subnetwork = find_subnetwork(of, wanted, corpus, recipe, run_dir=to).subnetwork
         return subnetwork, evaluate(of, subnetwork, wanted, corpus.held_out, controls=False)
 
@@ -262,7 +283,8 @@ def falsify(
         again[name], measured[name] = learn(name, model, target, replace(config, seed=seed))
     constants = dict.fromkeys(measured, kl_of_best_constant(target, corpus.held_out))
     constants[_NONSENSE] = kl_of_best_constant(nonsense, corpus.held_out)
-    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured))
+    of = Origin(run_id(folder.parent) if folder else None, found.checksum, corpus.fingerprint, corpus.source)
+    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured), of)
     if folder is not None:
         result.save(folder)
     return result

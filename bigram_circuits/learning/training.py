@@ -34,6 +34,7 @@ from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -45,7 +46,8 @@ from bigram_circuits.runs import (
     StepRecord,
     TargetIdentity,
 )
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.storage.terminal import signals_handled
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
 
@@ -76,6 +78,7 @@ class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state 
         self.what, self.step, self.good, self.seconds = what, step, good, seconds
 
 
+@uses_model
 def find_subnetwork(
     model: Model,
     target: Any,
@@ -84,7 +87,7 @@ def find_subnetwork(
     *,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    within: Subnetwork | None = None,
+    within: SubnetworkLike | None = None,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -112,10 +115,11 @@ def find_subnetwork(
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
             example because the disk is full. The files already written are intact, and the run can be resumed.
-        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint if there is a `run_dir`.
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    within = None if within is None else as_subnetwork(within)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
@@ -291,16 +295,23 @@ def run_settings(
             weight_hash=weight_hash(model),
             dtype=str(model.cfg.dtype),
         ),
-        corpus=CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length),
+        corpus=identity_of(corpus),
         target=TargetIdentity(target.kind, target.fingerprint),
         recipe=config,
         within=within.checksum if within else None,
     )
 
 
+def identity_of(corpus: Corpus) -> CorpusIdentity:
+    """What identifies a text."""
+    return CorpusIdentity(
+        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
+    )
+
+
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """The result of a run that is already finished."""
-    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model)
+    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
     return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
 
 
@@ -328,9 +339,9 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that every step is completed.
+    """Within the block, a first Ctrl-C, SIGTERM or SIGHUP only sets the event, so that every step is completed.
 
-    A second one raises at once.
+    A second one raises at once. A SIGHUP that is ignored (`nohup`) stays ignored.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -342,9 +353,5 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled(request, signal.SIGINT):
         yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

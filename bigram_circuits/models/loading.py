@@ -20,7 +20,9 @@ import torch
 from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.precision import round_rotations
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
+from bigram_circuits.text.tokenizers import Template, remember_template, template_of
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 _PYTHIA = re.compile(
@@ -49,6 +51,7 @@ _SIZE = re.compile(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+@usual_torch()
 def load_model(
     name: str | Path = "reference",
     *,
@@ -94,6 +97,8 @@ def load_model(
         model: Any = TransformerBridge.boot_transformers(
             source, device=device, dtype=precision, revision=revision, model_class=agreement
         )
+        if model.tokenizer is not None:
+            remember_template(model.tokenizer, _template_before_hooking(model.tokenizer, source, revision))
         round_rotations(model)
         agreement.confirm(model.eval())
     model.cfg.model_name = known_as
@@ -108,6 +113,16 @@ def full_name(name: str | Path) -> str:
     return os.path.abspath(Path(name).expanduser())
 
 
+def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) -> Template:
+    """The template of a tokenizer as it was published: hooking a model makes its tokenizer add a BOS, or an EOS."""
+    from transformers import AutoTokenizer
+
+    source = str(tokenizer.name_or_path or folder)  # some architectures take their tokenizer from elsewhere
+    of_model = revision if source == folder else None
+    return template_of(AutoTokenizer.from_pretrained(source, revision=of_model, trust_remote_code=False))
+
+
+@usual_torch()
 def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
     """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
 
@@ -140,6 +155,7 @@ def _source(name: str) -> str:
     return str(REFERENCE_FOLDER) if name == "reference" else name
 
 
+@usual_torch()
 def fresh_huggingface(model: Model) -> tuple[Any, Any]:
     """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU.
 
