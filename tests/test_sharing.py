@@ -139,9 +139,7 @@ def test_what_is_exported_from_the_files_must_be_what_the_model_has(model, half,
         with torch.no_grad():
             value = tensor[place].item()
             tensor[place] += 0.5
-        with pytest.raises(
-            ValueError, match=f"have changed since the model was loaded, or the model has: {name} differs"
-        ):
+        with pytest.raises(ValueError, match=f"changed since the model was loaded, or the model has: {name} differs"):
             bc.export_huggingface(model, half, tmp_path / "masked")
         with torch.no_grad():
             tensor[place] = value

@@ -102,6 +102,7 @@ def load_model(
         round_rotations(model)
         agreement.confirm(model.eval())
     model.cfg.model_name = known_as
+    model.cfg.checked = check
     model.cfg.revision = revision  # so that the same weights can be loaded again
     return model
 
@@ -127,12 +128,13 @@ def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
     """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
 
     Raises:
-        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`.
+        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`, or if
+            `like` was loaded without.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
-        agreement = Agreement("cpu", check)
+        agreement = Agreement("cpu", check and getattr(like.cfg, "checked", True))
         agreement.run_plain(huggingface_model)
         bridge: Any = TransformerBridge.boot_transformers(
             str(like.cfg.model_name),

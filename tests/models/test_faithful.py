@@ -1,5 +1,6 @@
 """A loaded model is the one in its files: every weight is there, and hooks change nothing."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -189,6 +190,8 @@ def test_an_option_that_the_hooked_model_leaves_out_is_refused_with_the_numbers(
     tokens = torch.arange(16)[None]
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     assert not torch.allclose(taken(tokens), plain(tokens).logits, atol=1e-3)
+    assert hooked(copy.deepcopy(plain), like=taken).cfg.architecture == taken.cfg.architecture  # as it was loaded
+    taken.cfg.checked = True
     with pytest.raises(ValueError, match="the logits differ by"):
         hooked(plain, like=taken)
 
