@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -397,8 +398,14 @@ def _one_line(what: str) -> Iterator[None]:
     except BaseException as error:  # a damaged file can raise almost anything
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust extension
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line for line in str(error).splitlines() if line.strip()), _place_of(error))
         raise ValueError(f"{what}: {reason.strip()[:300]}") from error
+
+
+def _place_of(error: BaseException) -> str:
+    """The kind of an error that says nothing, and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return type(error).__name__ + (f" in {Path(frames[-1].filename).name}, {frames[-1].name}" if frames else "")
 
 
 @contextlib.contextmanager

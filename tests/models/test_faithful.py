@@ -156,6 +156,13 @@ def test_what_transformers_found_wrong_is_said_not_that_it_is_in_a_report(tmp_pa
     assert "report" not in str(error.value)
 
 
+def test_an_error_without_words_is_said_with_its_place(tmp_path):
+    config = CONFIGS["gpt_neox"]()
+    config.attention_bias = False
+    with pytest.raises(ValueError, match=r"cannot load the model '.*': AssertionError in \w+\.py, \w+$"):
+        bc.load_model(save_tiny(tmp_path / "neox", config), device="cpu")
+
+
 # --- the hooked model computes what the plain one does ---
 
 DROPPED = {

@@ -80,6 +80,12 @@ def test_a_checkpoint_of_16_bits_is_one_model_in_both_formats(folder, tmp_path):
     assert all(bc.same_model(one, other) for one in hashes for other in hashes)
 
 
+def test_float16_and_bfloat16_of_a_finer_checkpoint_have_nothing_in_common_and_it_is_said(hashes):
+    for pair in (("float16", "bfloat16"), ("bfloat16", "float16")):
+        how = how_models_differ(*(hashes[dtype] for dtype in pair))
+        assert how.endswith("load one of them in float32")
+
+
 def test_other_tensors_are_told_apart_in_16_bits_too(folder, hashes):
     model = bc.load_model(folder, device="cpu", dtype="bfloat16")
     with torch.no_grad():
