@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import bigram_circuits as bc
 from bigram_circuits.models.faithful import ModelWarning
 from bigram_circuits.models.loading import fresh_huggingface, hooked
+from bigram_circuits.recipe import Inputs
+from bigram_circuits.workflow import load_named
 from tests.architectures import CONFIGS, D_VOCAB, HEADS
 from tests.conftest import save_tiny
 
@@ -229,4 +231,6 @@ def test_the_command_line_says_it_and_can_go_on(tmp_path, capsys):
     assert cli.main(["hooks", folder, "--device", "cpu"]) == 1
     assert "TransformerLens does not compute what Hugging Face does" in capsys.readouterr().err
     assert cli.main(["hooks", folder, "--device", "cpu", "--unchecked"]) == 0
-    assert bc.recipe.Inputs(model=folder, unchecked=True).unchecked
+    assert load_named(Inputs(model=folder, unchecked=True), "cpu").cfg.n_layers == 2
+    with pytest.raises(ValueError, match="the logits differ by"):
+        load_named(Inputs(model=folder), "cpu")
