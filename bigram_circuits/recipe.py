@@ -304,11 +304,6 @@ class Inputs(Record):
     """Revision of a hub model."""
     dtype: str = option("float32", "--dtype", TEXT, "precision of the model's weights", choices=lambda: DTYPES)
     """Precision of the model's weights."""
-    unchecked: bool = option(
-        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
-    )
-    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
-    `load_model`)."""
     corpus: str = option(
         "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
     )
@@ -335,6 +330,11 @@ class Inputs(Record):
         "as version 0.1.0 did", choices=lambda: BOS, says="as the tokenizer does: at every start, or none",
     )  # fmt: skip
     """Where a BOS is put; None: at the start of every sequence and document if the tokenizer puts one before a text."""
+    unchecked: bool = option(
+        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
+    )
+    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
+    `load_model`)."""
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)

@@ -970,7 +970,8 @@ def _records(data: bytes) -> list[StepRecord]:
 def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
     """The first setting that differs, as a phrase; None if none does.
 
-    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    A model is told by its hash and a text by its fingerprint, not by the names that found them. Hashes are compared by
+    `how_models_differ`.
     """
     ours, theirs = wanted.model, there.model
     if ours.weight_hash and theirs.weight_hash:
@@ -978,6 +979,8 @@ def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
         if how is not None:
             return f"its model is another, {how}"
         there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if there.corpus.fingerprint:
+        there = replace(there, corpus=replace(there.corpus, source=wanted.corpus.source))
     if same_text(there.target.fingerprint, wanted.target.fingerprint):
         there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
     return None if there == wanted else _difference(there.to_json(), wanted.to_json())

@@ -94,7 +94,7 @@ def study(
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
-            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `random_seeds`, `analysis`, `falsify`,
+            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `random_seeds`, `analysis`, `falsify`,
             `check_memory`.
 
     Returns:
@@ -111,6 +111,8 @@ def study(
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
     if isinstance(model, str | Path):
         named["model"] = full_name(model)
+    if "corpus" in named and corpus != "reference" and Path(corpus).expanduser().exists():
+        named["corpus"] = os.path.abspath(Path(corpus).expanduser())
     request = Request.of(**named, **options)
     subjects = _subjects(request.inputs, names, set(named), device)
     say = tell or (lambda line: None)
@@ -185,7 +187,11 @@ def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
     """The default folder for these settings: the same command always continues the same run."""
     name = short_name(str(model.cfg.model_name)).rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-    settings = replace(settings, model=replace(settings.model, name=None, revision=None))  # the hash tells the model
+    settings = replace(  # hashes tell model and text, whatever names found them
+        settings,
+        model=replace(settings.model, name=None, revision=None),
+        corpus=replace(settings.corpus, source=None),
+    )
     text = json.dumps([settings.to_json(), *more], sort_keys=True)
     return Path("runs") / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 

@@ -23,6 +23,7 @@ OTHER = {  # for every option a value that is not its default
     "max_tokens": 9_000,
     "text_column": "body of it",
     "held_out": 0.2,
+    "unchecked": True,
     "bos": "document",
     "target": "next-token",
     "order": 3,
