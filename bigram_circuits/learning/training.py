@@ -15,14 +15,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from bigram_circuits.evaluation import soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
@@ -35,6 +32,7 @@ from bigram_circuits.models.activations import check_tokens, lean_forward, recom
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_hash
+from bigram_circuits.progress import note, progress
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -237,9 +235,9 @@ def _memory_saved(model: Model, config: SparsifyConfig) -> Any:
     return recomputed(model) if config.low_memory else nullcontext()
 
 
-def _bar(start: Checkpoint, config: SparsifyConfig) -> tqdm:
+def _bar(start: Checkpoint, config: SparsifyConfig) -> AbstractContextManager[Any]:
     description = "learning" if start.attempt == 0 else f"learning, attempt {start.attempt + 1}"
-    return tqdm(desc=description, initial=start.step, total=config.max_steps, unit="step", delay=2, leave=False)
+    return progress(config.max_steps, desc=description, unit="step", initial=start.step)
 
 
 def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[StepRecord]]:
@@ -273,7 +271,7 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
     if before and good.step <= before[-1].back_to:
         good = Checkpoint({}, 0, good.attempt, 0.0)
     rate = rate_after(job.config, len(before) + 1)
-    tqdm.write(f"{what}: back to step {good.step}, with learning rate {rate:g}", file=sys.stderr)
+    note(f"{what}: back to step {good.step}, with learning rate {rate:g}")
     rollbacks = (*before, Rollback(good.attempt, trouble.step, trouble.what, good.step, rate))
     state = replace(good, seconds=trouble.seconds, rollbacks=rollbacks, good_step=good.step or None)
     if job.folder:

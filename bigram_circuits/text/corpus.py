@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from jaxtyping import Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bigram_circuits.progress import progress
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.storage.records import is_text, shown
 from bigram_circuits.text.sources import open_source
@@ -214,7 +214,7 @@ def _tokenize(
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     start = [] if separator is None else [separator]
     total = 0
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenising", delay=2, leave=False) as bar:
+    with progress(total=n_bytes, unit="B", unit_scale=True, desc="tokenising") as bar:
         for batch in _batches_of_text(documents):
             texts = [text for _, text in batch]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
