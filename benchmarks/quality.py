@@ -30,7 +30,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bigram_circuits as bc
 from bigram_circuits.learning.learner import make_gates
-from bigram_circuits.models.weights import weight_hash, weight_sites
+from bigram_circuits.models.identity import weight_hash
+from bigram_circuits.models.weights import weight_sites
 
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
     "paper": lambda **size: bc.SparsifyConfig.paper(retries=0, **size),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -13,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigram_circuits.recipe import PARTS, Option, Request, SparsifyConfig, options_of, whole
+from bigram_circuits.recipe import PARTS, Inputs, Option, Request, SparsifyConfig, options_of, whole
+from bigram_circuits.storage.terminal import printable, signals_handled
 
 _EPILOG = """examples:
   bigram-circuits find                                    the bigram subnetwork of the reference model
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Within the block, SIGTERM acts like Ctrl-C."""
+    """Within the block, SIGTERM and SIGHUP act like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,11 +65,8 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt("terminated; files already written are kept; rerun the command to go on")
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with signals_handled(stop):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -91,8 +88,13 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"bigram-circuits: {line}", file=sys.stderr)
+    print(printable(f"bigram-circuits: {line}"), file=sys.stderr)
     return code
+
+
+def _tell(text: object) -> None:
+    """Print text in which names and words from files cannot command the terminal."""
+    print(printable(str(text)), flush=True)
 
 
 def _one_line(error: BaseException) -> str:
@@ -164,6 +166,8 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("evaluate", parents=[shared], help="evaluate a finished run again")
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("run", type=Path, help="the run's folder")
+    _add_names(evaluate)
+    _add_copy(evaluate)
     evaluate.add_argument(
         "--random-seeds", type=_COUNT, default=3, metavar="N", help="number of matched random controls (default: 3)"
     )
@@ -173,12 +177,15 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     analyze.set_defaults(command=_analyze)
     analyze.add_argument("run", type=Path, help="the run's folder")
+    _add_names(analyze)
+    _add_copy(analyze)
     analyze.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of the random controls (default: 0)")
     analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="tokens to measure layers on (default: 20480)")
 
     report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="the run's folder")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
 
     compare = commands.add_parser(
         "compare", parents=[shared], help="write a page that compares several runs or subnetworks of a model"
@@ -191,11 +198,42 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--out", type=Path, default="comparison.html", metavar="FILE", help="the page (default: comparison.html)"
     )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the table of measurements there too")
+    compare.add_argument(
+        "--against", metavar="NAME",
+        help="compute overlaps with this one alone (default: of every pair; of more than 32, with the first)",
+    )  # fmt: skip
 
     hooks = commands.add_parser("hooks", parents=[shared], help="list a model's activation points and maskable weights")
     hooks.set_defaults(command=_hooks)
     hooks.add_argument("model", nargs="?", default="reference", help="'reference', a hub id, or a folder")
     hooks.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(hooks)
+
+
+def _add_unchecked(command: argparse.ArgumentParser) -> None:
+    """The option `--unchecked`, as `find` has it."""
+    option = options_of(Inputs)["unchecked"]
+    command.add_argument(*option.flags, action="store_true", help=option.help)
+
+
+_MODEL_AGAIN = "where to read the run's model from (default: where it was; must be given for a run made elsewhere)"
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    """The options by which a run's model and text are named again."""
+    command.add_argument("--model", metavar="M", help=_MODEL_AGAIN)
+    command.add_argument(
+        "--corpus", metavar="SOURCE",
+        help="where to read its text from (default: where it was; must be given for a run made elsewhere)",
+    )  # fmt: skip
+
+
+def _add_copy(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="write to a copy of the run in this new folder and leave the run as it is; the text may then be another",
+    )  # fmt: skip
 
 
 def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -207,11 +245,13 @@ def _add_exchange(commands: Any, shared: argparse.ArgumentParser) -> None:
     imported.add_argument("file", type=Path, help="a released .pickle, or .npz or .safetensors with the same names")
     imported.add_argument("--model", required=True, help="'reference', a hub id, or a folder")
     imported.add_argument("--revision", metavar="R", help="revision of a hub model")
+    _add_unchecked(imported)
     imported.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the subnetwork")
 
     export = commands.add_parser("export", parents=[shared], help="write a run's masked model as a Hugging Face folder")
     export.set_defaults(command=_export)
     export.add_argument("run", type=Path, help="the run's folder")
+    export.add_argument("--model", metavar="M", help=_MODEL_AGAIN)
     export.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER",
         help="a new folder for the model, or a file name ending in .npz or .safetensors for the masks alone",
@@ -236,7 +276,7 @@ def _find(arguments: argparse.Namespace) -> int:
 
     study(
         **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh,
-        tell=lambda line: print(line, flush=True),
+        tell=_tell,
     )  # fmt: skip
     return 0
 
@@ -252,40 +292,61 @@ def _run_to_write(path: Path) -> Iterator[Any]:
         yield folder
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.evaluation import evaluate
-    from bigram_circuits.report.page import write_report
+@contextmanager
+def _reopened(arguments: argparse.Namespace, *, with_evaluation: bool) -> Iterator[tuple[Any, Any, Any]]:
+    """A run, its model, text and target, and the locked folder to write to: its own, or a copy of it."""
+    from bigram_circuits.runs import copy_run, load_run
+    from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.workflow import reopen
 
-    with _run_to_write(arguments.run) as folder:
-        run, of = reopen(arguments.run, arguments.device)
+    names: dict[str, Any] = {"model": arguments.model, "corpus": arguments.corpus}
+    if arguments.out is None:
+        with _run_to_write(arguments.run) as folder:
+            run, of = reopen(arguments.run, arguments.device, **names)
+            yield run, of, folder
+        return
+    load_run(arguments.run)
+    check_new_folder(arguments.out)
+    run, of = reopen(arguments.run, arguments.device, another_text=True, **names)
+    folder = copy_run(run, arguments.out, with_evaluation=with_evaluation)
+    with folder.lock():
+        yield run, of, folder
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.evaluation import evaluate
+    from bigram_circuits.learning.training import identity_of
+    from bigram_circuits.report.page import write_report
+
+    with _reopened(arguments, with_evaluation=False) as (run, of, folder):
         seeds = arguments.random_seeds
         evaluation = evaluate(of.model, run.subnetwork, of.target, of.corpus.held_out, seeds=seeds)
-        folder.write_evaluation(evaluation)
-        print(f"{evaluation}\n\n{run.subnetwork.table()}\n\nthe page to look at: {write_report(arguments.run)}")
+        folder.write_evaluation(evaluation, identity_of(of.corpus))
+        _tell(f"{evaluation}\n\n{run.subnetwork.table()}\n\nthe page to look at: {write_report(folder.path)}")
     return 0
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.report.page import write_report
-    from bigram_circuits.workflow import reopen
 
-    with _run_to_write(arguments.run):
-        run, of = reopen(arguments.run, arguments.device)
+    with _reopened(arguments, with_evaluation=True) as (run, of, folder):
         options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
         analyses = analyze(of.model, run.subnetwork, of.target, of.corpus, seed=arguments.seed, **options)
-        analyses.save(arguments.run / "analysis")
-        print(f"{analyses}\n\nfiles in {arguments.run / 'analysis'}/: {', '.join(analyses.results)}")
-        print(f"the page to look at: {write_report(arguments.run)}")
+        analyses.save(folder.path / "analysis")
+        _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(analyses.results)}")
+        _tell(f"the page to look at: {write_report(folder.path)}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from bigram_circuits.report.page import write_report
 
+    if arguments.out is not None:  # the run is only read
+        _tell(write_report(arguments.run, arguments.out))
+        return 0
     with _run_to_write(arguments.run):
-        print(write_report(arguments.run))
+        _tell(write_report(arguments.run))
     return 0
 
 
@@ -293,9 +354,12 @@ def _compare(arguments: argparse.Namespace) -> int:
     from bigram_circuits.experiments.comparison import compare
     from bigram_circuits.report.comparison import write_comparison
 
-    comparison = compare(arguments.runs)
+    comparison = compare(arguments.runs, against=arguments.against)
     page = write_comparison(comparison, arguments.out)
-    print(f"{comparison}\n\nthe page to look at: {page}")
+    _tell(f"{comparison}\n")
+    if arguments.csv:
+        _tell(f"the table: {comparison.to_csv(arguments.csv)}")
+    _tell(f"the page to look at: {page}")
     return 0
 
 
@@ -304,17 +368,19 @@ def _hooks(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.models.weights import weight_sites
 
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
-    print("activation points (run_with_cache, run_with_hooks)")
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
+    _tell("activation points (run_with_cache, run_with_hooks)")
     for point in activation_points(model):
         axes = "not reached" if point.axes is None else " ".join(point.axes)
         shape = "" if point.shape is None else " ".join(map(str, point.shape))
         also = f"  = {', '.join(point.aliases)}" if point.aliases else ""
-        print(f"  {point.name:<36} {axes:<28} {shape:<24}{also}".rstrip())
+        _tell(f"  {point.name:<36} {axes:<28} {shape:<24}{also}".rstrip())
     sites = weight_sites(model)
-    print(f"\nmaskable weights ({sum(site.size for site in sites):,})")
+    _tell(f"\nmaskable weights ({sum(site.size for site in sites):,})")
     for site in sites:
-        print(f"  {site.name:<36} {site.axes:<28} {' '.join(map(str, site.shape))}")
+        _tell(f"  {site.name:<36} {site.axes:<28} {' '.join(map(str, site.shape))}")
     return 0
 
 
@@ -323,39 +389,37 @@ def _import_published(arguments: argparse.Namespace) -> int:
     from bigram_circuits.published import import_published, read_masks
 
     read_masks(arguments.file)  # errors in the file are reported before a model is loaded
-    model = load_model(arguments.model, revision=arguments.revision, device=arguments.device)
+    model = load_model(
+        arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
+    )
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
-    print(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
+    _tell(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from bigram_circuits.models.loading import load_model
     from bigram_circuits.runs import load_run
     from bigram_circuits.sharing import export_huggingface, export_masks
     from bigram_circuits.storage.files import check_new_folder
-    from bigram_circuits.subnetwork import Subnetwork
+    from bigram_circuits.workflow import check_model, inputs_of, load_named
 
     run = load_run(arguments.run)
-    if run.rebuild is None:
-        raise ValueError(f"the run in {str(arguments.run)!r} was made in Python from objects: export it there")
+    inputs = inputs_of(run, model=arguments.model, only_model=True)
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)
-    model = load_model(
-        run.rebuild.model, revision=run.rebuild.revision, dtype=run.rebuild.dtype, device=arguments.device
-    )
-    subnetwork = Subnetwork.load(run.path / "subnetwork.safetensors", model)
-    (export_masks if masks_alone else export_huggingface)(model, subnetwork, arguments.out)
-    print(f"{subnetwork!r}\nwritten to {arguments.out}")
+    model = load_named(inputs, arguments.device)
+    check_model(run, model)
+    (export_masks if masks_alone else export_huggingface)(model, run.subnetwork, arguments.out)
+    _tell(f"{run.subnetwork!r}\nwritten to {arguments.out}")
     return 0
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
     from bigram_circuits.models.loading import checkpoints
 
-    print("\n".join(checkpoints(arguments.model)))
+    _tell("\n".join(checkpoints(arguments.model)))
     return 0
 
 

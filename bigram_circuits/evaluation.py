@@ -25,10 +25,11 @@ from bigram_circuits.measures.conditions import DRAWN, SINGLE
 from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness
+from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
@@ -73,12 +74,13 @@ class Evaluation:
         """Rise in the model's loss (nats) without the subnetwork, and without a matched random one (mean of seeds)."""
         if self.full is None or self.complement is None:
             return (math.nan, math.nan)
-        random = float(np.mean([one.mean_surprisal for one in self.full_minus_random]))
+        seeds = [one.mean_surprisal for one in self.full_minus_random]
+        random = float(np.mean(seeds)) if seeds else math.nan
         return self.complement.mean_surprisal - self.full.mean_surprisal, random - self.full.mean_surprisal
 
     @property
     def verdict(self) -> str:
-        """Which controls the subnetwork's correlation beats, and whether the model needs it, as a sentence."""
+        """How sparse the subnetwork is, how sufficient for the target, and how necessary to the model: a sentence."""
         return _verdict(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -424,27 +426,73 @@ def _spread(values: tuple[Faithfulness, ...]) -> dict[str, Any] | None:
     }
 
 
+_SPARSE = ((0.05, "sparse"), (0.2, "fairly sparse"), (math.inf, "NOT sparse"))
+"""Largest fraction of the weights, and the word for it."""
+_SUFFICIENT = (
+    (0.95, "sufficient"),
+    (0.9, "largely sufficient"),
+    (0.8, "only partly sufficient"),
+    (-math.inf, "NOT sufficient"),
+)
+"""Least correlation with the target's surprisals, and the word for it."""
+_NECESSARY = ((10.0, "necessary"), (3.0, "fairly necessary"), (-math.inf, "hardly necessary"))
+"""Least rise in loss, in times that of as many random weights, and the word for it."""
+_NEEDED = 0.1
+"""Rise in loss, in nats, from which a model needs a subnetwork."""
+_CONTROLS = {
+    "full": "the full model",
+    "empty": "the empty subnetwork",
+    "magnitude": "the largest weights",
+    "random ": "random weights",
+}
+"""The controls whose correlation is compared, by the beginning of their names."""
+
+
 def _verdict(evaluation: Evaluation) -> str:
-    """The verdict: a control is beaten if the paired interval of the difference in correlation lies above 0."""
-    own = evaluation.subnetwork.surprisal_correlation
-    if math.isnan(own):
+    """The verdict: sparsity, sufficiency and necessity, each in a word and its numbers.
+
+    A control is beaten if the paired interval of the difference in correlation lies above 0.
+    """
+    if math.isnan(evaluation.subnetwork.surprisal_correlation):
         return "Verdict: the subnetwork's correlation with the target is undefined."
     if not evaluation.advantage:
         return "Verdict: evaluated without controls, so no conclusion can be drawn."
-    groups = {"full model": "full", "empty subnetwork": "empty", "magnitude": "magnitude", "matched random": "random "}
+    fraction = evaluation.subnetwork.fraction
+    word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
+    return (
+        f"Verdict: {word} ({percent(fraction)} of the weights); {_sufficiency(evaluation)}; {_necessity(evaluation)}."
+    )
+
+
+def _sufficiency(evaluation: Evaluation) -> str:
+    """How closely the subnetwork follows the target, and which controls do so less closely."""
+    r, (low, high) = evaluation.subnetwork.surprisal_correlation, evaluation.interval("subnetwork")
+    interval = "" if math.isnan(low) else f" (95% interval {low:.3f} to {high:.3f})"
     beaten, unbeaten = [], []
-    for label, prefix in groups.items():
+    for prefix, label in _CONTROLS.items():
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
-        won = all(math.isnan(low) or low > 0 for low, _ in pairs)
-        (beaten if won else unbeaten).append(label)
-    words = []
+        if pairs:
+            (beaten if all(math.isnan(low) or low > 0 for low, _ in pairs) else unbeaten).append(label)
+    word = next(word for least, word in _SUFFICIENT if r >= least)
+    words = [f"{word}: r = {r:.3f}{interval}"]
     if beaten:
-        words.append(f"r beats that of: {', '.join(beaten)} (95% paired intervals)")
+        words.append(f"above that of {listed(beaten)} (95% paired intervals)")
     if unbeaten:
-        words.append(f"r is NOT shown to beat that of: {', '.join(unbeaten)}")
-    rise, random_rise = evaluation.necessity
-    words.append(
-        f"dropping it raises the model's loss by {rise:.2f} nats, dropping a matched random one by {random_rise:.2f}"
-    )
-    return f"Verdict: {'; '.join(words)}."
+        words.append(f"NOT shown to be above that of {listed(unbeaten)}")
+    return ", ".join(words)
+
+
+def _necessity(evaluation: Evaluation) -> str:
+    """How much worse the model is without the subnetwork, and without as many random weights."""
+    rise, random = evaluation.necessity
+    if math.isnan(rise) or math.isnan(random):
+        return "whether the model needs it was not measured"
+    times, ratio = math.inf, ""
+    if random >= 0.005:  # below, it is shown as 0.00
+        times = rise / random
+        only = "only " if 0 < times < _NECESSARY[1][0] else ""
+        ratio = f"{only}{times:,.{0 if times >= 10 else 1}f} times as much as " if times > 0 else ""
+    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in _NECESSARY if times >= least)
+    moves = f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.2f} nats"
+    return f"{word}: without it the model's loss {moves}, {ratio}without as many random weights ({random:.2f})"

@@ -29,6 +29,18 @@ _SPELLED = re.compile(
 _MOST_INDICES = 5  # neurons listed in a short label
 
 
+def short_name(name: str) -> str:
+    """A model's name for people: the last part of a path; a hub id and `reference` as they are."""
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
+
+
+def short_hash(whole: str | None) -> str:
+    """The first digits of a hash, or of the first of its parts, for people."""
+    found = re.search(r"[0-9a-f]{12}", whole or "")
+    return found[0] if found else whole or "unknown"
+
+
 def in_block(layer: int, what: str) -> str:
     """Return the full name of something in a block, for example of the activation `hook_attn_out`."""
     return f"blocks.{layer}.{what}"

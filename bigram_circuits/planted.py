@@ -34,10 +34,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.loading import load_model, quiet_transformers
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import usual_torch
-from bigram_circuits.models.weights import weight_hash, weight_sites
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus

@@ -1,29 +1,25 @@
 """Import published masks: those of Chang and Bergen (2025, arXiv 2504.15471), and others in the same format.
 
 The released files are pickles of a dict from Hugging Face parameter name to boolean numpy array, with one more key,
-`orig_model_name`. Loading a pickle can run arbitrary code, so these files are never passed to numpy or the plain pickle
-module. `read_masks` first scans the file's opcodes and rejects any that such a dict does not need. Then the file is
-loaded with stand-ins of our own for the few names that a boolean array refers to (in numpy before and after 2.0, pickle
-protocols 2 to 5). The stand-ins check their arguments, and the pickle can call no function outside this module.
+`orig_model_name`. Loading a pickle can run arbitrary code, so these files are never passed to numpy or the pickle
+module: `storage/pickles.py` interprets the few operations that such a dict is written with, and refuses all others.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from bigram_circuits.models.loading import hub_errors, is_local, load_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.storage.pickles import read_boolean_arrays
 from bigram_circuits.storage.records import check_content, check_header, read_tensors, regular_size, shown
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -32,44 +28,6 @@ _ACCOUNT = "tylerachang"
 _FILE = re.compile(r"subnetwork_dict_(?:lambda)?([0-9.e+-]+)\.pickle")
 _MOST_UNPACKED = 1 << 32  # bytes that a compressed file may unpack to, if the model is not known
 _LONGEST_NAME = 1024  # characters of a model name
-_MOST_OPERATIONS = 200_000  # pickle opcodes; masks of 48 blocks need about 10,000
-_OPERATIONS = {  # pickle opcodes that a dict of arrays may use
-    "PROTO",
-    "FRAME",
-    "STOP",
-    "MARK",
-    "MEMOIZE",
-    "BINPUT",
-    "LONG_BINPUT",
-    "BINGET",
-    "LONG_BINGET",
-    "GLOBAL",
-    "STACK_GLOBAL",
-    "REDUCE",
-    "BUILD",
-    "EMPTY_DICT",
-    "SETITEM",
-    "SETITEMS",
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "SHORT_BINBYTES",
-    "BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-}
 
 
 def import_published(path: str | os.PathLike[str], model: Model) -> Subnetwork:
@@ -143,8 +101,8 @@ def read_masks(path: str | os.PathLike[str], *, most: int = _MOST_UNPACKED) -> t
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], dict[str, Any]]] = {
-        ".pickle": _read_pickle,
-        ".pkl": _read_pickle,
+        ".pickle": lambda path: read_boolean_arrays(path, most=most),
+        ".pkl": lambda path: read_boolean_arrays(path, most=most),
         ".npz": lambda path: _read_npz(path, most),
         ".safetensors": _read_safetensors,
     }
@@ -158,6 +116,8 @@ def read_masks(path: str | os.PathLike[str], *, most: int = _MOST_UNPACKED) -> t
             made_for = str(made_for)  # as .npz holds it
         if made_for is not None and not isinstance(made_for, str):
             raise ValueError(f"its {MODEL_KEY} is a {type(made_for).__name__}, not a name")
+        if made_for is not None and len(made_for) > _LONGEST_NAME:
+            raise ValueError(f"its {MODEL_KEY} has {len(made_for):,} characters")
         for name, mask in masks.items():
             if isinstance(mask, np.ndarray) and mask.dtype == np.bool_ and _has_other_values(mask):
                 raise ValueError(f"{shown(name)} holds values other than 0 and 1")
@@ -217,151 +177,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         check_content(masks, metadata)
     made_for = metadata.get(MODEL_KEY)
     return masks | ({} if made_for is None else {MODEL_KEY: made_for})
-
-
-# --- the restricted unpickler ---
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        _check_operations(file, size)
-        file.seek(0)
-        try:
-            found = _MaskUnpickler(file, size).load()
-        except Exception as error:  # a damaged pickle can raise almost anything
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-    if type(found) is not dict or any(type(name) is not str for name in found):
-        raise ValueError("it is not a dict with names as keys")
-    return {name: value.array if isinstance(value, _Array) else value for name, value in found.items()}
-
-
-def _check_operations(file: BinaryIO | mmap.mmap, size: int) -> None:
-    """Raise ValueError on opcodes that a dict of arrays does not need, and on arguments that would exhaust memory."""
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
-        if operation.name not in _OPERATIONS:
-            raise ValueError(f"the pickle uses the opcode {operation.name}, which masks do not need")
-        if count >= _MOST_OPERATIONS:
-            raise ValueError(f"the pickle has more than {_MOST_OPERATIONS:,} opcodes, far more than masks need")
-        if operation.name == "LONG_BINPUT" and int(argument or 0) > _MOST_OPERATIONS:
-            raise ValueError(f"the pickle stores a memo under the index {argument}, far more than masks need")
-        if operation.name == "FRAME" and int(argument or 0) > size:
-            raise ValueError(f"the pickle declares a frame of {argument} bytes, but the file has {size}")
-
-
-class _MaskUnpickler(pickle.Unpickler):
-    """Resolves the names that pickled boolean arrays refer to, to stand-ins that can only make boolean arrays.
-
-    Their total output is limited to the size of the file, since a pickle can reuse one long string many times.
-    """
-
-    def __init__(self, file: Any, size: int) -> None:
-        super().__init__(file)
-        self._left = size
-        self._encode = _StandIn(self._encoded)
-
-    def _encoded(self, text: Any, encoding: Any) -> bytes:
-        data = _encode(text, encoding)
-        self._left -= len(data)
-        if self._left < 0:
-            raise pickle.UnpicklingError("it makes more bytes than the file has")
-        return data
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
-        return self._encode if name == "encode" else _STAND_INS[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside the file, which is not allowed")
-
-
-class _Array:
-    """A boolean array while it is being unpickled."""
-
-    __slots__ = ("array",)
-
-    def __init__(self) -> None:
-        self.array = np.zeros(0, dtype=bool)
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, is_fortran, data = state
-        self.array = _boolean(data, dtype, shape, "F" if is_fortran else "C")
-
-
-class _DType:
-    """Stand-in for the boolean dtype."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore the state, which adds nothing to the dtype's name."""
-
-
-class _StandIn:
-    """A function that a pickle may call but not modify."""
-
-    __slots__ = ("_make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._make(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it tries to change a function, which is not allowed")
-
-
-def _boolean(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    if not isinstance(dtype, _DType) or type(data) not in (bytes, bytearray) or order not in ("C", "F"):
-        raise pickle.UnpicklingError("it holds an array that is not boolean")
-    if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
-        raise pickle.UnpicklingError("it holds an array with an invalid shape")
-    if math.prod(shape) != len(data):
-        raise pickle.UnpicklingError(f"it holds an array of shape {shape} with {len(data)} elements")
-    elements = np.frombuffer(data, dtype=np.uint8)
-    if elements.size and elements.max() > 1:
-        raise pickle.UnpicklingError("it holds a boolean array with values other than 0 and 1")
-    return elements.view(np.bool_).reshape(shape, order=order)
-
-
-def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
-    if kind is not _NDARRAY or shape != (0,):
-        raise pickle.UnpicklingError("it holds an array of an unexpected type")
-    return _Array()
-
-
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    found = _Array()
-    found.array = _boolean(data, dtype, shape, order)
-    return found
-
-
-def _dtype(code: Any, *_: Any) -> _DType:
-    if code not in ("b1", "?", "bool"):
-        raise pickle.UnpicklingError(f"it holds an array of type {str(code)[:20]!r}, not boolean")
-    return _DType()
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    if type(text) is not str or encoding != "latin1":
-        raise pickle.UnpicklingError("it holds bytes in an unexpected form")
-    return text.encode("latin1")
-
-
-def _not_callable(*_: Any) -> Any:
-    raise pickle.UnpicklingError("it makes an array in an unexpected way")
-
-
-_NDARRAY = _StandIn(_not_callable)
-_STAND_INS = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _StandIn(_dtype),
-    ("_codecs", "encode"): _StandIn(_encode),  # bytes, in protocol 2
-    **{(f"{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.numeric", "_frombuffer"): _StandIn(_from_buffer) for core in ("numpy.core", "numpy._core")},
-}
 
 
 # --- names ---

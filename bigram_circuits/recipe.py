@@ -18,6 +18,7 @@ from typing import Any
 
 from bigram_circuits.registry import FolderOf
 from bigram_circuits.storage.typed import Record
+from bigram_circuits.text.tokenizers import BOS
 
 METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
 """The masking methods by name: gate classes, one module each in `masking/methods/`."""
@@ -303,6 +304,11 @@ class Inputs(Record):
     """Revision of a hub model."""
     dtype: str = option("float32", "--dtype", TEXT, "precision of the model's weights", choices=lambda: DTYPES)
     """Precision of the model's weights."""
+    unchecked: bool = option(
+        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
+    )
+    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
+    `load_model`)."""
     corpus: str = option(
         "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
     )
@@ -319,11 +325,30 @@ class Inputs(Record):
     """Name of the target."""
     order: int = option(2, "--order", Kind(int, "N"), "order of the n-gram target", choices=lambda: (1, 2, 3))
     """Order of the n-gram target."""
+    text_column: str = option("text", "--text-column", TEXT, "field or column that holds the text of a record")
+    """The field that holds the text, in JSON, tables and datasets."""
+    held_out: float | int = option(0.05, "--held-out", NUMBER, "share of the documents to hold out for evaluation")
+    """Share of the documents to hold out for evaluation."""
+    bos: str | None = option(
+        None, "--bos", TEXT,
+        "where to put a BOS: at the start of every sequence and document, of every document, or nowhere; 'earlier' is "
+        "as version 0.1.0 did", choices=lambda: BOS, says="as the tokenizer does: at every start, or none",
+    )  # fmt: skip
+    """Where a BOS is put; None: at the start of every sequence and document if the tokenizer puts one before a text."""
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("target", self.target, tuple(map(spelled, TARGETS)))
-        _check(self, {"order": (lambda v: v in (1, 2, 3), "1, 2 or 3")})
+        if self.bos is not None:
+            _check_choice("bos", self.bos, BOS)
+        _check(
+            self,
+            {
+                "order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
+                "held_out": (lambda v: 0 < v < 1, "a share of the documents, above 0 and below 1"),
+                "text_column": (lambda v: isinstance(v, str) and bool(v), "the name of a field"),
+            },
+        )
 
     @property
     def kind_of_target(self) -> Any:
@@ -332,7 +357,8 @@ class Inputs(Record):
 
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Upgrade values written by version 0.1.0, in which model and corpus were nested records."""
+        """Upgrade values written by version 0.1.0: it never put a BOS, and model and corpus were nested records."""
+        values = {"bos": "earlier", **values}
         model, corpus = values.get("model"), values.get("corpus")
         if not isinstance(model, dict) or not isinstance(corpus, dict):
             return values

@@ -2,10 +2,11 @@
 
 `config.json` is written first and holds everything needed to repeat the run; a folder with other settings than the
 requested ones is never modified. While a run learns, `progress.jsonl` grows by a line per step and `checkpoint/` holds
-the state to resume from; it is removed once the subnetwork is written.
+the state to resume from; it is removed once the subnetwork is written. All files name the run and the masks that they
+are of (`storage/origin.py`), so files of different runs cannot be mixed. None is opened through a symbolic link.
 
-Whenever a run is killed, the same command resumes it and gives the same result. `progress.jsonl` is flushed to disk
-before each checkpoint, which records the length and the digest of the lines before it. A process that writes to the
+Whenever a run is killed, the same command resumes it and gives the same result. A checkpoint also holds the lines of
+`progress.jsonl` before it, so a history that is damaged or was removed is written again. A process that writes to the
 folder holds its lock (`locks.py`) and first removes what a killed process left unfinished.
 """
 
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ from torch import Tensor
 
 from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.measures import html
-from bigram_circuits.measures.results import Result, load_result
+from bigram_circuits.measures.results import Result, load_result_and_origin
 from bigram_circuits.measures.words import rounded
+from bigram_circuits.models.identity import how_models_differ, same_text
+from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.storage.files import (
     cannot_write,
+    check_guards,
     checked_json,
     damaged,
     is_leftover,
@@ -45,14 +49,25 @@ from bigram_circuits.storage.files import (
     recover_folder,
     remove_leftovers,
     whole_file,
+    whole_folder,
     write_text,
 )
 from bigram_circuits.storage.locks import holder, is_lock, lock_folder
-from bigram_circuits.storage.records import parse_json, shown
+from bigram_circuits.storage.origin import Origin, is_signed, sign
+from bigram_circuits.storage.records import (
+    check_no_link,
+    checksum_of,
+    opened,
+    parse_record,
+    regular_size,
+    shown,
+)
+from bigram_circuits.storage.terminal import printable
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
 
-_FORMAT = "bigram_circuits.run/1"
+_FORMAT = "bigram_circuits.run/2"
+_FORMER = "bigram_circuits.run/1"  # of version 0.1.0, whose files do not name the run that they are of
 _PACKAGES = ("bigram_circuits", "torch", "transformer_lens", "transformers", "tokenizers", "numpy")
 STOPS = {
     "decided": "nearly all gates were decided",
@@ -64,6 +79,14 @@ LEFT_OUT = "left_out.json"
 """File beside a run's analyses: the analyses that were left out, with reasons."""
 RENAMED = {"exciting_tokens": "max_activating_tokens"}
 """Analyses that an earlier version wrote under another name: former name -> present name."""
+_CORE = ("config.json", "training.json", "progress.jsonl", "subnetwork.safetensors")
+_OURS = (
+    *_CORE, "metrics.json", "report.html", "checkpoint", "checkpoint/state.safetensors", "analysis", ".analysis.new",
+    ".analysis.old", "falsify",
+)  # fmt: skip
+_PROGRESS = "progress.jsonl"  # also the name of its lines in a checkpoint
+_LARGEST_CONFIG = 1 << 24  # bytes of a `config.json` of somebody else
+_LARGEST_PROGRESS = 1 << 26  # bytes of `progress.jsonl` that are read: some 250,000 steps
 _CHECKPOINT_SHARE = 0.02  # largest share of the learning time spent on checkpoints
 _CHECKPOINT_SECONDS = 20.0  # shortest time between two checkpoints
 _CHECKPOINT_SPEED = 2e8  # bytes per second, assumed until the first checkpoint has been timed
@@ -81,7 +104,7 @@ class ModelIdentity(Record):
     revision: str | None = None
     """Revision of a hub model."""
     weight_hash: str | None = None
-    """Hash of its maskable weights."""
+    """Its `weight_hash`."""
     dtype: str | None = None
     """Precision of its weights."""
 
@@ -98,6 +121,8 @@ class CorpusIdentity(Record):
     """Hash of the tokenizer's vocabulary."""
     context_length: int | None = None
     """Tokens per sequence."""
+    starts: str | None = field(default=None, compare=False)
+    """What its sequences and documents begin with, as a phrase; the fingerprint covers it."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +225,19 @@ class _Config(Record):
     rebuild: Inputs | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str | None = None
+    signature: str | None = None
+
+    def signed(self) -> _Config:
+        """The same with the signature of this user on this machine."""
+        return replace(self, signature=sign(self._unsigned()))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this user made it on this machine."""
+        return is_signed(self._unsigned(), self.signature)
+
+    def _unsigned(self) -> dict[str, Any]:
+        return replace(self, signature=None).to_json()
 
 
 @dataclass(frozen=True)
@@ -220,6 +258,8 @@ class _CheckpointState(Record):
     rollbacks: tuple[Rollback, ...] = ()
     good_step: int | None = None
     progress: _ProgressState | None = None
+    """Only in checkpoints of version 0.1.0: later ones hold the lines themselves."""
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -239,9 +279,9 @@ class Checkpoint:
     good_step: int | None = None
     """The step of the last good state, whose tensor names start with `good.`; None: only the attempt's start."""
 
-    def state(self, progress: _ProgressState | None) -> _CheckpointState:
-        """The header: everything except the tensors, with the state of `progress.jsonl`."""
-        return _CheckpointState(self.step, self.attempt, self.seconds, self.rollbacks, self.good_step, progress)
+    def state(self, run: str | None) -> _CheckpointState:
+        """The header: everything except the tensors, with the run that it is of."""
+        return _CheckpointState(self.step, self.attempt, self.seconds, self.rollbacks, self.good_step, run=run)
 
 
 class RunFolder:
@@ -272,10 +312,11 @@ class RunFolder:
             rebuild: Names from which model, corpus and target can be rebuilt, if there are any.
 
         Raises:
-            ValueError: If the folder holds a run with other settings, or files that are not a run.
+            ValueError: If the folder holds a run with other settings, files that are not a run, or symbolic links.
             OSError: If it cannot be written.
         """
         path = Path(path)
+        check_links(path)
         is_there = _check_settings(path, settings)
         folder = cls(path)
         if is_there and resume:
@@ -286,7 +327,7 @@ class RunFolder:
                     folder._clear()
                 return folder
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            config = _Config(_FORMAT, settings, rebuild, versions(), created)
+            config = _Config(_FORMAT, settings, rebuild, versions(), created).signed()
             write_text(path / "config.json", checked_json(config.to_json()))
         return folder
 
@@ -296,7 +337,9 @@ class RunFolder:
 
         Raises:
             FolderInUseError: If another process is writing to the folder; the message says which.
+            ValueError: If a file of the run is a symbolic link.
         """
+        check_links(self.path)
         with lock_folder(self.path):
             recover_folder(self.path / "analysis")
             for place in (self.path, self.path / "checkpoint", self.path / "analysis"):
@@ -305,7 +348,24 @@ class RunFolder:
                 shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
             yield
 
+    @property
+    def id(self) -> str | None:
+        """The checksum of `config.json`, which the other files repeat; None before it is written."""
+        path = self.path / "config.json"
+        return checksum_of(path, follow=False) if path.is_file() else None
+
+    def origin(self, text: CorpusIdentity | None = None) -> Origin:
+        """What the files of this run are of: the run, its masks if they were found, and the text measured on."""
+        text = text or CorpusIdentity()
+        masks = self.subnetwork().checksum if self.is_finished else None
+        return Origin(self.id, masks, text.fingerprint, text.source)
+
+    def subnetwork(self) -> Subnetwork:
+        """The subnetwork that `finish` wrote."""
+        return Subnetwork.load(self.path / "subnetwork.safetensors", follow_links=False)
+
     def _clear(self) -> None:
+        check_guards(self.path)
         for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "analysis", "falsify"):
@@ -314,8 +374,15 @@ class RunFolder:
     # --- progress ---
 
     def history(self) -> list[StepRecord]:
-        """The records in `progress.jsonl`, without a truncated last line."""
-        return _read_lines(self.path / "progress.jsonl")
+        """The records in `progress.jsonl`, without a truncated last line.
+
+        Raises:
+            ValueError: If the file is damaged, or larger than any run makes it.
+        """
+        if not self._progress_path.is_file():
+            return []
+        with damaged(self._progress_path, ""):
+            return _records(self._read_progress())
 
     def begin_progress(self, records: Sequence[StepRecord]) -> None:
         """Start `progress.jsonl` with these records: those before the checkpoint, or none."""
@@ -329,23 +396,61 @@ class RunFolder:
             self.begin_progress(self.history())  # drops a truncated last line
             assert self._progress is not None
         line = _line(record).encode()
-        with cannot_write(self._progress_path), self._progress_path.open("ab") as file:
+        check_guards(self._progress_path)
+        if not self._progress_path.exists():
+            self._restore_progress()
+        with cannot_write(self._progress_path), self._open_progress(os.O_WRONLY | os.O_APPEND) as file:
             file.write(line)
         self._progress.add(line)
 
     @property
     def _progress_path(self) -> Path:
-        return self.path / "progress.jsonl"
+        return self.path / _PROGRESS
 
-    def _sync_progress(self) -> _ProgressState | None:
-        """Flush `progress.jsonl` to disk; returns its size and digest."""
+    def _open_progress(self, flags: int) -> Any:
+        """Open `progress.jsonl`, which exists, for writing, without following a link."""
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self._progress_path, flags), "ab" if flags & os.O_APPEND else "rb+")
+
+    def _read_progress(self, size: int = _LARGEST_PROGRESS) -> bytes:
+        """The first bytes of `progress.jsonl`; raises ValueError if it has more than any run writes."""
+        if regular_size(self._progress_path, follow=False) > _LARGEST_PROGRESS:
+            raise ValueError(f"it has more than the {_LARGEST_PROGRESS:,} bytes that are read")
+        with opened(self._progress_path, follow=False) as file:
+            return file.read(size)
+
+    def _sync_progress(self) -> _Progress | None:
+        """Flush `progress.jsonl` to disk, restored first if somebody changed or removed it; returns its state."""
         if self._progress is None:
             if not self._progress_path.is_file():
                 return None
-            self._progress = _Progress(self._progress_path.read_bytes())
-        with cannot_write(self._progress_path), self._progress_path.open("rb+") as file:
+            self._progress = _Progress(self._read_progress())
+        check_guards(self._progress_path)
+        size = self._progress_path.lstat().st_size if self._progress_path.exists() else None
+        if size != self._progress.size:
+            self._restore_progress()
+        with cannot_write(self._progress_path), self._open_progress(os.O_RDWR) as file:
             os.fsync(file.fileno())
-        return self._progress.state()
+        return self._progress
+
+    def _restore_progress(self) -> None:
+        """Write `progress.jsonl` as this process has written it, after somebody changed or removed it."""
+        assert self._progress is not None
+        if not self._set_aside_progress("it was changed while the run was at work; it is written again"):
+            print(f"note: {str(self._progress_path)!r} was removed while the run was at work", file=sys.stderr)
+        write_text(self._progress_path, self._progress.data.decode())
+
+    def _set_aside_progress(self, why: str) -> bool:
+        """Rename a damaged `progress.jsonl`, with a note; False if there is none."""
+        if not self._progress_path.exists():
+            return False
+        number = 1
+        while os.path.lexists(aside := self.path / f"progress.damaged-{number}.jsonl"):
+            number += 1
+        with cannot_write(aside):
+            self._progress_path.rename(aside)
+        print(f"note: {str(self._progress_path)!r} is set aside as {aside.name!r}: {why}", file=sys.stderr)
+        return True
 
     # --- checkpoints ---
 
@@ -358,19 +463,21 @@ class RunFolder:
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint by this one, taken after every record in `progress.jsonl`."""
-        self._write_checkpoint(checkpoint, self._sync_progress())
+        progress = self._sync_progress()
+        self._write_checkpoint(checkpoint, bytes(progress.data) if progress else b"")
 
     def rewind(self, checkpoint: Checkpoint, records: Sequence[StepRecord]) -> None:
         """Roll back to an earlier state, preceded by these records of `progress.jsonl`."""
-        before = _Progress("".join(map(_line, records)).encode())
+        before = "".join(map(_line, records)).encode()
         self._sync_progress()
-        self._write_checkpoint(checkpoint, before.state())  # if killed here, the checkpoint still matches these records
+        self._write_checkpoint(checkpoint, before)  # if killed here, the checkpoint still matches these records
         self.begin_progress(records)
 
-    def _write_checkpoint(self, checkpoint: Checkpoint, progress: _ProgressState | None) -> None:
+    def _write_checkpoint(self, checkpoint: Checkpoint, progress: bytes) -> None:
         started = time.monotonic()
-        state = json.dumps(checkpoint.state(progress).to_json())
+        state = json.dumps(checkpoint.state(self.id).to_json())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+        tensors[_PROGRESS] = torch.tensor(list(progress), dtype=torch.uint8)
         with whole_file(self._checkpoint_path) as temporary:
             save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
         self._last_checkpoint = time.monotonic()
@@ -385,56 +492,70 @@ class RunFolder:
         """The state to resume from, if there is one.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If it is damaged, or of another run.
         """
         found = self._read_checkpoint()
         return found and found[0]
 
-    def _read_checkpoint(self) -> tuple[Checkpoint, _ProgressState | None] | None:
-        """The checkpoint, with the state of `progress.jsonl` that it recorded."""
+    def _read_checkpoint(self) -> tuple[Checkpoint, bytes] | None:
+        """The checkpoint, with the bytes of `progress.jsonl` before it."""
         path = self._checkpoint_path
         if not path.is_file():
             return None
         try:
+            regular_size(path, follow=False)
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            if "checksum" in metadata and metadata["checksum"] != _checksum(metadata["state"], tensors):
+            if metadata.get("checksum") != _checksum(metadata.get("state", ""), tensors):
                 raise ValueError("its contents do not match its checksum")
-            state = _CheckpointState.from_json(parse_json(metadata["state"]))
+            state = _CheckpointState.from_json(parse_record(metadata["state"]))
+            if state.run != self.id and not (state.run is None and _read_config(self.path).format == _FORMER):
+                raise ValueError("it is of another run")
+            progress = tensors.pop(_PROGRESS, None)
+            before = self._progress_before(state.progress) if progress is None else bytes(progress.tolist())
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
-            return found, state.progress
+            return found, before
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+            raise ValueError(f"{str(path)!r} is damaged: {printable(str(error))}") from error
+
+    def _progress_before(self, state: _ProgressState | None) -> bytes:
+        """The lines before a checkpoint that does not hold them, from `progress.jsonl`."""
+        before = self._read_progress(state.size) if state and self._progress_path.is_file() else b""
+        if state is None or _Progress(before).state() != state:
+            raise ValueError(f"{str(self._progress_path)!r} does not match it")
+        return before
 
     def take_up(self) -> tuple[Checkpoint | None, list[StepRecord]]:
         """The state to resume from, and the records before it; later records are removed.
 
-        If the checkpoint or the records are damaged, a note says so and the run starts over.
+        If `progress.jsonl` is damaged, it is set aside and written again; if the checkpoint is, the run starts over. A
+        note on stderr says so.
         """
         try:
-            found = self._read_checkpoint()
-            checkpoint, progress = found or (None, None)
-            records = self._records_before(checkpoint, progress)
+            checkpoint, before = self._read_checkpoint() or (None, b"")
+            records = _records(before)
+            if checkpoint and [one.step for one in records if one.attempt == checkpoint.attempt] != [
+                *range(checkpoint.step)
+            ]:
+                raise ValueError(f"{str(self._checkpoint_path)!r} is damaged: its records are not those of its steps")
         except ValueError as error:
             print(f"note: {error}; learning starts over and will find the same subnetwork", file=sys.stderr)
+            check_guards(self._checkpoint_path)
             shutil.rmtree(self._checkpoint_path.parent)
-            checkpoint, records = None, []
+            checkpoint, before, records = None, b"", []
         if checkpoint:
             self._note_other_versions()
+            if not self._progress_starts_with(before):
+                self._set_aside_progress("it is damaged; the run goes on from its checkpoint")
         self.begin_progress(records)
         return checkpoint, records
 
-    def _records_before(self, checkpoint: Checkpoint | None, progress: _ProgressState | None) -> list[StepRecord]:
-        if checkpoint is None:
-            return []
-        if progress is None:  # written by a version that did not record it
-            place = (checkpoint.attempt, checkpoint.step)
-            return [record for record in self.history() if (record.attempt, record.step) < place]
-        before = self._progress_path.read_bytes()[: progress.size] if self._progress_path.is_file() else b""
-        if _Progress(before).state() != progress:
-            raise ValueError(f"{str(self._progress_path)!r} is damaged: it does not match the checkpoint")
-        return [StepRecord.from_json(parse_json(line)) for line in before.splitlines()]
+    def _progress_starts_with(self, before: bytes) -> bool:
+        try:
+            return self._read_progress(len(before)) == before
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _note_other_versions(self) -> None:
         then, now = _read_config(self.path).versions, versions()
@@ -450,9 +571,12 @@ class RunFolder:
 
     def finish(self, subnetwork: Subnetwork, outcome: Outcome) -> None:
         """Write the outcome and the subnetwork, then remove the checkpoint."""
-        record = outcome.to_json() | {"progress": to_json(self._sync_progress())}
+        progress = self._sync_progress()
+        of = Origin(self.id, subnetwork.checksum)
+        record = outcome.to_json() | {"progress": to_json(progress and progress.state()), "of": of.to_json()}
         write_text(self.path / "training.json", checked_json(record))
         subnetwork.save(self.path / "subnetwork.safetensors")
+        check_guards(self.path)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     @property
@@ -464,13 +588,14 @@ class RunFolder:
         """The outcome that `finish` wrote."""
         return self._read_outcome()[0]
 
-    def _read_outcome(self) -> tuple[Outcome, _ProgressState | None]:
+    def _read_outcome(self) -> tuple[Outcome, _ProgressState | None, Origin | None]:
         path = self.path / "training.json"
         remedy = f"`find` with --fresh and --out {self.path} learns the subnetwork again"
         record = read_checked_json(path, remedy)
         with damaged(path, remedy):
             progress = from_json(_ProgressState | None, record.pop("progress", None), "progress")
-            return Outcome.from_json(record), progress
+            of = from_json(Origin | None, record.pop("of", None), "of")
+            return Outcome.from_json(record), progress, of
 
     def check_progress(self) -> None:
         """Check that `progress.jsonl`, if present, is unchanged since `finish`.
@@ -478,20 +603,20 @@ class RunFolder:
         Raises:
             ValueError: If it has changed.
         """
-        noted = self._read_outcome()[1]  # None in older runs
-        if noted and self._progress_path.is_file() and _Progress(self._progress_path.read_bytes()).state() != noted:
-            raise ValueError(
-                f"{str(self._progress_path)!r} is damaged: its lines are not those that the run wrote; remove the file "
-                "to read the run without its history"
-            )
+        noted = self._read_outcome()[1]
+        if noted and self._progress_path.is_file():
+            with damaged(self._progress_path, "remove the file to read the run without its history"):
+                if _Progress(self._read_progress()).state() != noted:
+                    raise ValueError("its lines are not those that the run wrote")
 
     def files(self) -> list[str]:
         """Names of the files in the folder, except the lock."""
         return sorted(path.name for path in self.path.iterdir() if not is_lock(path))
 
-    def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Write `metrics.json`."""
-        write_text(self.path / "metrics.json", checked_json(evaluation.to_json()))
+    def write_evaluation(self, evaluation: Evaluation, text: CorpusIdentity | None = None) -> None:
+        """Write `metrics.json`; `text` is the text whose held-out part it was measured on, if that is known."""
+        record = evaluation.to_json() | {"of": self.origin(text).to_json()}
+        write_text(self.path / "metrics.json", checked_json(record))
 
     def evaluation(self) -> Evaluation | None:
         """The evaluation that `write_evaluation` wrote; None if there is none.
@@ -499,13 +624,18 @@ class RunFolder:
         Raises:
             ValueError: If the file is damaged.
         """
+        found = self._read_evaluation()
+        return found and found[0]
+
+    def _read_evaluation(self) -> tuple[Evaluation, Origin | None] | None:
         path = self.path / "metrics.json"
         if not path.is_file():
             return None
         remedy = f"remove it, and `evaluate {self.path}` writes it again"
         record = read_checked_json(path, remedy)
         with damaged(path, remedy):
-            return Evaluation.from_json(record)
+            of = from_json(Origin | None, record.pop("of", None), "of")
+            return Evaluation.from_json(record), of
 
 
 @dataclass(frozen=True)
@@ -527,7 +657,31 @@ class Run:
     evaluation: Evaluation | None
     """Its faithfulness and that of its controls; None if it was not evaluated."""
     history: list[StepRecord]
-    """One record for each training step."""
+    """One record for each training step; empty if it was not read."""
+    created: str | None = None
+    """When the run began, in UTC (ISO 8601); None if it was not recorded."""
+    id: str | None = None
+    """Checksum of `config.json`, which the run's other files repeat."""
+    evaluated_on: CorpusIdentity | None = None
+    """The text that it was evaluated on; None if it was not evaluated, or this was not recorded."""
+    made_here: bool = False
+    """Whether it was made by this user on this machine; the names in a run from elsewhere are not opened unasked."""
+    is_former: bool = False
+    """Whether version 0.1.0 made it, whose files do not name the run that they are of."""
+
+    def check_origin(self, path: str | os.PathLike[str], of: Origin | None, remedy: str) -> None:
+        """Check that a file of the run's folder is of this run, and not of another one of the same model.
+
+        Raises:
+            ValueError: If it is of another run or does not say; with `remedy`, which says what to do.
+        """
+        try:
+            if of is not None:
+                of.check(self.id, self.subnetwork.checksum)
+            if not self.is_former and (of is None or of.subnetwork is None):
+                raise ValueError("it does not say which run it is of")
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} does not belong to this run: {error}; {remedy}") from error
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -536,22 +690,52 @@ class Run:
 
     @property
     def analyses(self) -> dict[str, Result]:
-        """The results of `analyze` by name (`logit_lens`, ...); empty if it was not analysed."""
-        files = sorted((self.path / "analysis").glob("*.json"))
-        return {RENAMED.get(path.stem, path.stem): load_result(path) for path in files if path.name != LEFT_OUT}
+        """The results of `analyze` by name (`logit_lens`, ...); empty if it was not analysed.
+
+        Raises:
+            ValueError: If one of them is damaged, or of another run.
+        """
+        return {name: result for name, (result, _) in self._read_analyses().items()}
+
+    @property
+    def analysed_on(self) -> CorpusIdentity | None:
+        """The text that it was analysed on; None if it was not analysed, or this was not recorded."""
+        texts = {_text_of(of) for _, of in self._read_analyses().values()} - {None}
+        return texts.pop() if len(texts) == 1 else None
+
+    def _read_analyses(self) -> dict[str, tuple[Result, Origin | None]]:
+        folder = self.path / "analysis"
+        check_no_link(folder)
+        found = {}
+        for path in sorted(folder.glob("*.json")):
+            if path.name != LEFT_OUT:
+                result, of = load_result_and_origin(path, follow=False)
+                self.check_origin(path, of, self._again)
+                found[RENAMED.get(path.stem, path.stem)] = result, of
+        return found
+
+    @property
+    def _again(self) -> str:
+        return f"`analyze {self.path}` writes it again"
 
     @property
     def left_out(self) -> dict[str, str]:
         """The analyses that `analyze` left out because the model does not support them, with reasons."""
         path = self.path / "analysis" / LEFT_OUT
-        left_out = read_checked_json(path) if path.is_file() else {}
-        return {RENAMED.get(name, name): reason for name, reason in left_out.items()}
+        if not path.is_file():
+            return {}
+        record = read_checked_json(path, self._again)
+        with damaged(path, self._again):
+            of = from_json(Origin | None, record.pop("of", None), "of")
+            left_out: Mapping[str, str] = from_json(Mapping[str, str], record)
+        self.check_origin(path, of, self._again)
+        return {str(RENAMED.get(name, name)): reason for name, reason in left_out.items()}
 
     @property
     def model_words(self) -> str:
         """The name of its model, as a phrase."""
         name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
-        return "the reference model" if name == "reference" else str(name or "a model")
+        return "the reference model" if name == "reference" else short_name(name or "a model")
 
     @property
     def target_words(self) -> tuple[str, str]:
@@ -563,11 +747,11 @@ class Run:
         return kind, f"the target {kind}"
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}: {self.subnetwork!r})"
+        return f"Run({printable(str(self.path))!r}: {self.subnetwork!r})"
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the inputs, how learning ended, and the result."""
-        asked = f"Model: {self.settings.model.name}. Text: {self.settings.corpus.source}."
+        asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
@@ -580,38 +764,97 @@ class Run:
         return f"Correlation with the target's surprisals: {r}. {self.evaluation.verdict}"
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
     """Read a finished run.
+
+    Nothing is written, so the folder may be read-only.
+
+    Args:
+        folder: Its folder.
+        history: Read the training records too; a comparison of many runs does without them.
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no run.
-        ValueError: If the run is not finished, a file is damaged, or it has another format.
+        ValueError: If the run is not finished, a file is damaged, of another run or a symbolic link, or it has another
+            format.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{str(path)!r} holds no run: it has no config.json")
+    check_links(path)
     config = _read_config(path)
-    run = RunFolder(path)
-    if not run.is_finished:
+    files = RunFolder(path)
+    if not files.is_finished:
         who = holder(path)
         raise ValueError(
             f"the run in {str(path)!r} is not finished: "
             + (f"wait for {who}, or, if that has ended, " if who else "")
             + "run the same command again to continue it"
         )
-    subnetwork = Subnetwork.load(path / "subnetwork.safetensors")
-    outcome = run.outcome()
-    run.check_progress()
-    return Run(
+    outcome, _, of = files._read_outcome()  # pyright: ignore[reportPrivateUsage]
+    files.check_progress()
+    measured = files._read_evaluation()  # pyright: ignore[reportPrivateUsage]
+    run = Run(
         path=path,
         settings=config.settings,
         rebuild=config.rebuild,
         versions=config.versions,
-        subnetwork=subnetwork,
+        subnetwork=files.subnetwork(),
         outcome=outcome,
-        evaluation=run.evaluation(),
-        history=run.history(),
+        evaluation=measured and measured[0],
+        history=files.history() if history else [],
+        created=config.created,
+        id=files.id,
+        evaluated_on=measured and _text_of(measured[1]),
+        made_here=config.is_ours,
+        is_former=config.format == _FORMER,
     )
+    run.check_origin(path / "training.json", of, "put back the files that it was written with")
+    if measured:
+        remedy = f"`evaluate {path}` writes it again once it is removed"
+        run.check_origin(path / "metrics.json", measured[1], remedy)
+        own = measured[0].subnetwork
+        if (own.kept, own.total) != (run.subnetwork.kept, run.subnetwork.total):
+            raise ValueError(
+                f"{str(path / 'metrics.json')!r} does not belong to this run: it is of a subnetwork that keeps "
+                f"{own.kept:,} of {own.total:,} weights; {remedy}"
+            )
+    return run
+
+
+def _text_of(of: Origin | None) -> CorpusIdentity | None:
+    return None if of is None or of.text is None else CorpusIdentity(of.source, of.text)
+
+
+def run_id(folder: str | os.PathLike[str]) -> str | None:
+    """The checksum of the `config.json` of the run in a folder; None if it holds no run that can be read."""
+    try:
+        _read_config(Path(folder))
+    except (OSError, ValueError):
+        return None
+    return RunFolder(Path(folder)).id
+
+
+def copy_run(run: Run, folder: str | os.PathLike[str], *, with_evaluation: bool = False) -> RunFolder:
+    """Copy a finished run to a new folder, without its analyses and, if not asked for, without its evaluation.
+
+    Raises:
+        ValueError: If the folder is not empty.
+        OSError: If it cannot be written.
+    """
+    names = (*_CORE, "metrics.json") if with_evaluation else _CORE
+    with whole_folder(folder, replace=False) as fresh:
+        for name in names:
+            if (run.path / name).is_file():
+                with opened(run.path / name, follow=False) as source, (fresh / name).open("xb") as copy:
+                    shutil.copyfileobj(source, copy)
+    return RunFolder(Path(folder))
+
+
+def check_links(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a file or folder of a run is a symbolic link; the run's folder itself may be one."""
+    for name in _OURS:
+        check_no_link(Path(folder) / name)
 
 
 def versions() -> dict[str, str]:
@@ -631,11 +874,8 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
         there = _read_config(path).settings
-        if there != wanted:
-            raise ValueError(
-                f"{str(path)!r} holds another run ({_difference(there.to_json(), wanted.to_json())}): "
-                f"choose another folder"
-            )
+        if (how := _how_runs_differ(there, wanted)) is not None:
+            raise ValueError(f"{str(path)!r} holds another run ({how}): choose another folder")
         return True
     if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
@@ -645,30 +885,46 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
 def _read_config(path: Path) -> _Config:
     config = path / "config.json"
     remedy = "choose another folder, or remove this one and run again"
-    record = read_checked_json(config, remedy)
-    if record.get("format") != _FORMAT:  # for example a model's folder
+    try:
+        record = read_checked_json(config, remedy)
+    except ValueError:
+        if not _is_foreign(config):
+            raise
+        record = {}
+    if record.get("format") not in (_FORMAT, _FORMER):
         raise ValueError(
-            f"{str(config)!r} does not belong to a run (its format is {record.get('format')!r}, not {_FORMAT!r}): "
+            f"{str(config)!r} does not belong to a run (its format is {shown(record.get('format'))}, not {_FORMAT!r}): "
             "choose another folder"
         )
     with damaged(config, remedy):
         return _Config.from_json(record)
 
 
+def _is_foreign(config: Path) -> bool:
+    """Whether a `config.json` is a valid record without a checksum and of no format of ours: for example a model's."""
+    try:
+        with opened(config, follow=False) as file:
+            record = parse_record(file.read(_LARGEST_CONFIG))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "checksum" not in record and record.get("format") not in (_FORMAT, _FORMER)
+
+
 class _Progress:
-    """Length and digest of `progress.jsonl` as it grows."""
+    """The contents of `progress.jsonl` as it grows."""
 
     def __init__(self, data: bytes) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._size = 0
-        self.add(data)
+        self.data = bytearray(data)
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
 
     def add(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._size += len(data)
+        self.data += data
 
     def state(self) -> _ProgressState:
-        return _ProgressState(self._size, self._hash.hexdigest())
+        return _ProgressState(len(self.data), hashlib.blake2b(self.data, digest_size=16).hexdigest())
 
 
 def _checksum(state: str, tensors: Mapping[str, Tensor]) -> str:
@@ -685,16 +941,25 @@ def _line(record: StepRecord) -> str:
     return json.dumps(record.to_json()) + "\n"
 
 
-def _read_lines(path: Path) -> list[StepRecord]:
-    if not path.is_file():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [
-            StepRecord.from_json(parse_json(line)) for line in lines[:-1]
-        ]  # text after the last line end is a truncated line
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+def _records(data: bytes) -> list[StepRecord]:
+    """Read the lines of `progress.jsonl`; text after the last line end is a truncated line, and left out."""
+    return [StepRecord.from_json(parse_record(line)) for line in data.split(b"\n")[:-1]]
+
+
+def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
+    """The first setting that differs, as a phrase; None if none does.
+
+    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    """
+    ours, theirs = wanted.model, there.model
+    if ours.weight_hash and theirs.weight_hash:
+        how = how_models_differ(theirs.weight_hash, ours.weight_hash)
+        if how is not None:
+            return f"its model is another, {how}"
+        there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if same_text(there.target.fingerprint, wanted.target.fingerprint):
+        there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
+    return None if there == wanted else _difference(there.to_json(), wanted.to_json())
 
 
 def _difference(there: Any, wanted: Any, at: str = "") -> str:

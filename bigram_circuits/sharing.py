@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bigram_circuits.models.identity import config_hash, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
 from bigram_circuits.models.model import Model
@@ -32,13 +33,14 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
     """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
     Maskable weights are taken from `model` as it is now; all other parameters and the tokenizer are reloaded from where
-    `load_model` found them.
+    `load_model` found them, and must be the same there.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, or the folder is not empty.
+        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model's files have another
+            configuration than the model, or other embeddings, norms or biases.
         OSError: If the folder cannot be written, or the model's files no longer exist.
     """
     subnetwork = as_subnetwork(subnetwork)
@@ -46,6 +48,7 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
     with whole_folder(folder, replace=False) as temporary:
         layout = huggingface_layout(model)
         plain, tokenizer = fresh_huggingface(model)
+        _check_files(model, plain)
         parameters = dict(plain.named_parameters())
         with torch.no_grad():
             for site in weight_sites(model):
@@ -55,6 +58,17 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
         plain.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return Path(folder)
+
+
+def _check_files(model: Model, plain: Any) -> None:
+    """Raise ValueError unless a reloaded Hugging Face model is the hooked one, but for maskable weights."""
+    where = f"the files of {model.cfg.model_name!r} have changed since the model was loaded, or the model has"
+    if config_hash(plain.config) != config_hash(model.original_model.config):
+        raise ValueError(f"{where}: the configurations differ; load the model again, or save it and load that")
+    here = other_tensors(model)
+    for name, tensor in plain.state_dict().items():
+        if name in here and not torch.equal(tensor, here[name].detach().cpu()):
+            raise ValueError(f"{where}: {name} differs; load the model again, or save it and load that")
 
 
 @uses_model

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Bool
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from bigram_circuits.measures import html
+from bigram_circuits.models.identity import check_is, same_model, weight_hash
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
-from bigram_circuits.models.weights import weight_hash, weight_sites
-from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName, short_name
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     HEADER,
@@ -36,7 +36,9 @@ from bigram_circuits.storage.records import (
     parse_json,
     read_tensors,
     shown,
+    write_tensors,
 )
+from bigram_circuits.storage.terminal import printable
 
 _FORMAT = "bigram_circuits.subnetwork/1"
 _METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
@@ -74,7 +76,11 @@ class Subnetwork(Mapping[str, Tensor]):
         weight_hash: str | None = None,
         lineage: str = "masks",
     ) -> None:
-        """Pack masks given by canonical name. Raises ValueError if there are none or one is not boolean.
+        """Pack masks given by canonical name.
+
+        Raises:
+            ValueError: If there are none, one is not boolean, a name is not that of a weight matrix, or a shape cannot
+                be that of this matrix beside the others.
 
         `lineage` describes where the subnetwork came from; operations extend it (`bigram | L5H1`).
         """
@@ -84,6 +90,7 @@ class Subnetwork(Mapping[str, Tensor]):
             if mask.dtype != torch.bool:
                 raise ValueError(f"the mask of {name} has dtype {mask.dtype} but should be torch.bool")
         shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        _check_shapes(shapes)
         packed = {name: np.packbits(mask.numpy(force=True)) for name, mask in masks.items()}
         self._set(shapes, packed, model_name, weight_hash, lineage)
 
@@ -192,7 +199,7 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @property
     def weight_hash(self) -> str | None:
-        """Hash of the weights that the subnetwork was made for, if known."""
+        """`weight_hash` of the model that the subnetwork was made for, if known."""
         return self._weight_hash
 
     @property
@@ -232,9 +239,8 @@ class Subnetwork(Mapping[str, Tensor]):
             return NotImplemented
         _check_same_shapes(self._shapes, other._shapes, "the other subnetwork")
         packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
-        same = self.weight_hash == other.weight_hash
         lineage = f"{_operand(self.lineage, sign)} {sign} {_operand(other.lineage)}"
-        hash_of_both = self.weight_hash if same else None
+        hash_of_both = self.weight_hash if same_model(self.weight_hash, other.weight_hash) else None
         return self._from_packed(self._shapes, packed, self.model_name, hash_of_both, lineage)
 
     def __eq__(self, other: object) -> bool:
@@ -312,8 +318,9 @@ class Subnetwork(Mapping[str, Tensor]):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        of = f" of {self.model_name}" if self.model_name else ""
-        return f"Subnetwork({self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of})"
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
+        words = f"{self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of}"
+        return f"Subnetwork({printable(words)})"
 
     def _repr_html_(self) -> str:
         """Build the notebook view: how many weights are kept, and where."""
@@ -323,7 +330,7 @@ class Subnetwork(Mapping[str, Tensor]):
             [str(layer), *(_words(counts.get((layer, component))) for component in components)]
             for layer in sorted({layer for layer, _ in counts})
         ]
-        of = f" of {self.model_name}" if self.model_name else ""
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
         says = f"{self.kept:,} of {self.total:,} weights kept ({100 * self.fraction:.3g}%){of}"
         table = html.table(["layer", *components], html.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
         return html.summary(f"Subnetwork: {self.lineage}", [says], table)
@@ -481,7 +488,10 @@ class Subnetwork(Mapping[str, Tensor]):
         return cls(canonical, model_name=model.cfg.model_name, weight_hash=weight_hash(model))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: a bit-packed uint8 tensor per weight matrix, and everything else as metadata."""
+        """Write one safetensors file: a bit-packed uint8 tensor per weight matrix, and everything else as metadata.
+
+        Its bytes are a function of the subnetwork, its name and the model's: saved again, the file is the same.
+        """
         metadata = {
             "format": _FORMAT,
             "shapes": json.dumps(dict(self._shapes)),
@@ -493,11 +503,16 @@ class Subnetwork(Mapping[str, Tensor]):
             "checksum": self.checksum,
         }
         with whole_file(path) as temporary:
-            save_file(dict(self._packed), temporary, metadata | {HEADER: header_checksum(self._packed, metadata)})
+            write_tensors(temporary, self._packed, metadata | {HEADER: header_checksum(self._packed, metadata)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> Subnetwork:
+    def load(cls, path: str | os.PathLike[str], model: Model | None = None, *, follow_links: bool = True) -> Subnetwork:
         """Load and check a file written by `save`.
+
+        Args:
+            path: The file.
+            model: The model it must have been made for; None: any.
+            follow_links: Whether the file may be a symbolic link.
 
         Raises:
             FileNotFoundError: If the file does not exist.
@@ -506,7 +521,7 @@ class Subnetwork(Mapping[str, Tensor]):
         """
         if os.path.isdir(path):
             raise ValueError(f"{str(path)!r} is a folder: give the subnetwork.safetensors in it")
-        packed, metadata = read_tensors(path, "is not a subnetwork file")
+        packed, metadata = read_tensors(path, "is not a subnetwork file", follow=follow_links)
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
         try:
@@ -515,11 +530,7 @@ class Subnetwork(Mapping[str, Tensor]):
             raise ValueError(f"{str(path)!r} is damaged: {error}") from error
         if model is not None:
             loaded.check_fits(model)
-            if loaded.weight_hash is not None and loaded.weight_hash != (found := weight_hash(model)):
-                raise ValueError(
-                    f"{str(path)!r} was made for {loaded.model_name!r} with weight hash {loaded.weight_hash}, "
-                    f"but this model ({model.cfg.model_name!r}) has weight hash {found}"
-                )
+            check_is(model, loaded.weight_hash, f"{str(path)!r} was made for {loaded.model_name!r}")
         return loaded
 
     @classmethod
@@ -535,6 +546,10 @@ class Subnetwork(Mapping[str, Tensor]):
         ):
             raise ValueError("its tensors do not match the names and shapes in its header")
         packed = {name: packed[name] for name in shapes}
+        for name, shape in shapes.items():
+            unused = -math.prod(shape) % 8
+            if packed[name][-1] & ((1 << unused) - 1):
+                raise ValueError(f"the mask of {name} has bits after its last weight")
         if metadata["checksum"] != _checksum(packed):
             raise ValueError("its masks do not match their checksum")
         made_for = metadata["model_name"] or None, metadata["weight_hash"] or None
@@ -594,7 +609,37 @@ def _shapes_of(text: str) -> dict[str, tuple[int, ...]]:
     shapes = parse_json(text)
     if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
         raise ValueError("the shapes in its header are not shapes by name")
-    return {name: tuple(shape) for name, shape in shapes.items()}
+    found = {name: tuple(shape) for name, shape in shapes.items()}
+    _check_shapes(found)
+    return found
+
+
+_AXES = {
+    "W_Q": "head d_model d_head", "W_K": "group d_model d_head", "W_V": "group d_model d_head",
+    "W_O": "head d_head d_model", "W_in": "d_model d_mlp", "W_gate": "d_model d_mlp", "W_out": "d_mlp d_model",
+}  # fmt: skip
+_OF_COMPONENT = {"attn": ATTENTION_MATRICES, "mlp": MLP_MATRICES}
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every name is canonical and all shapes can be those of one model's matrices."""
+    sizes: dict[tuple[int | None, str], tuple[int, str]] = {}  # (layer, axis) -> size, and the matrix that has it
+    for name, shape in shapes.items():
+        weight = WeightName.parse(name)
+        if str(weight) != name or weight.matrix not in _OF_COMPONENT.get(weight.component, ()):
+            raise ValueError(f"{shown(name)} is not the name of a weight matrix, such as 'blocks.0.attn.W_Q'")
+        axes = _AXES[weight.matrix].split()
+        if len(shape) != len(axes) or min(shape) < 1:
+            raise ValueError(f"{name} has shape {shape}, but its axes are {', '.join(axes)}")
+        for axis, size in zip(axes, shape, strict=True):
+            place = None if axis == "d_model" else weight.layer, axis
+            known, where = sizes.setdefault(place, (size, name))
+            if known != size:
+                raise ValueError(f"{name} has shape {shape}, but {axis} is {known} in {where}")
+    for layer in {layer for layer, _ in sizes if layer is not None}:
+        heads, groups = sizes.get((layer, "head")), sizes.get((layer, "group"))
+        if heads and groups and heads[0] % groups[0]:
+            raise ValueError(f"{groups[1]} has {groups[0]} heads, which {heads[0]} query heads cannot share evenly")
 
 
 def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:

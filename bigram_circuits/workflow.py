@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,9 +24,11 @@ from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_p
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.memory import forecast_memory
-from bigram_circuits.learning.training import find_subnetwork, run_settings
-from bigram_circuits.models.loading import load_model
+from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
+from bigram_circuits.models.identity import check_is, hashed_once
+from bigram_circuits.models.loading import full_name, load_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs, Request
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
@@ -49,7 +52,7 @@ class Subjects:
     @classmethod
     def load(cls, inputs: Inputs, device: str | None = None) -> Subjects:
         """Load model and text and make the target, from their names."""
-        model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
+        model = load_named(inputs, device)
         corpus = _corpus(inputs, inputs.corpus, model)
         return cls(model, corpus, inputs.kind_of_target.make(model, corpus, inputs.order), inputs)
 
@@ -91,7 +94,8 @@ def study(
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
-            `context_length`, `max_tokens`, `random_seeds`, `analysis`, `falsify`, `check_memory`.
+            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `random_seeds`, `analysis`, `falsify`,
+            `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
@@ -105,11 +109,29 @@ def study(
     started = time.monotonic()
     names = {"model": model, "corpus": corpus, "target": target}
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
+    if isinstance(model, str | Path):
+        named["model"] = full_name(model)
     request = Request.of(**named, **options)
     subjects = _subjects(request.inputs, names, set(named), device)
     say = tell or (lambda line: None)
-    if request.options.sparsity_weights is not None:
-        return _path(request, subjects, out, callbacks, say)
+    with hashed_once(subjects.model):  # nobody edits its weights meanwhile
+        if request.options.sparsity_weights is not None:
+            return _path(request, subjects, out, callbacks, say)
+        folder = _study(request, subjects, out, fresh, callbacks, say)
+    say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
+    say(f"the page to look at: {folder.path / 'report.html'}")
+    return load_run(folder.path)
+
+
+def _study(
+    request: Request,
+    subjects: Subjects,
+    out: str | os.PathLike[str] | None,
+    fresh: bool,
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+) -> RunFolder:
+    """Find one subnetwork, examine it and write its page; returns the run's folder."""
     settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
     folder = RunFolder.open(
         out or default_folder(subjects.model, settings), settings, resume=not fresh, rebuild=subjects.inputs
@@ -121,22 +143,20 @@ def study(
             callbacks=callbacks, check_memory=request.options.check_memory,
         )  # fmt: skip
         try:
-            page = _examine(request, subjects, folder, found, say)
+            _examine(request, subjects, folder, found, say)
         except KeyboardInterrupt:
             kept = f"the subnetwork is saved in {str(folder.path)!r}; rerun the command to go on"
             raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     for line in _in_the_end(found):
         say(line)
-    say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
-    say(f"the page to look at: {page}")
-    return load_run(folder.path)
+    return folder
 
 
 def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: str | None) -> Subjects:
     """Model, text and target: loaded if given by name, taken as they are if given as objects."""
     model = given["model"]
     if "model" in named:
-        model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
+        model = load_named(inputs, device)
     corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:
@@ -144,16 +164,28 @@ def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: st
     return Subjects(model, corpus, target, inputs if named == given.keys() else None)
 
 
-def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
-    return load_corpus(
-        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens
+def load_named(inputs: Inputs, device: str | None = None) -> Model:
+    """Load the model that a study's options name."""
+    return load_model(
+        inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype, check=not inputs.unchecked
     )
+
+
+def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
+    corpus = load_corpus(
+        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens,
+        held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
+    )  # fmt: skip
+    if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
+        print(f"bigram-circuits: note: {corpus.source}: {corpus.reading}", file=sys.stderr)
+    return corpus
 
 
 def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
     """The default folder for these settings: the same command always continues the same run."""
-    name = str(model.cfg.model_name).rstrip("/").rsplit("/", 1)[-1]
+    name = short_name(str(model.cfg.model_name)).rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    settings = replace(settings, model=replace(settings.model, name=None, revision=None))  # the hash tells the model
     text = json.dumps([settings.to_json(), *more], sort_keys=True)
     return Path("runs") / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
@@ -172,11 +204,11 @@ def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Cal
 
 def _examine(
     request: Request, subjects: Subjects, folder: RunFolder, found: FoundSubnetwork, say: Callable[[str], None]
-) -> Path:
-    """Evaluate, analyse and try to refute, as requested; returns the path of the page."""
+) -> None:
+    """Evaluate, analyse and try to refute, as requested, and write the page."""
     model, target, corpus, options = subjects.model, subjects.target, subjects.corpus, request.options
     evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=options.random_seeds)
-    folder.write_evaluation(evaluation)
+    folder.write_evaluation(evaluation, identity_of(corpus))
     say(f"\n{evaluation}\n\n{found.subnetwork.table()}\n")
     if options.analysis:
         analyses = analyze(model, found.subnetwork, target, corpus)
@@ -185,7 +217,7 @@ def _examine(
     if options.falsify:
         tried = falsify(model, target, corpus, request.config, found=found.subnetwork, run_dir=folder.path / "falsify")
         say(f"{tried}\n")
-    return write_report(folder.path)
+    write_report(folder.path)
 
 
 def _in_the_end(found: FoundSubnetwork) -> list[str]:
@@ -229,25 +261,75 @@ def _path(
 # --- reopening a finished run ---
 
 
-def reopen(folder: str | os.PathLike[str], device: str | None = None) -> tuple[Run, Subjects]:
+def reopen(
+    folder: str | os.PathLike[str],
+    device: str | None = None,
+    *,
+    model: str | None = None,
+    corpus: str | None = None,
+    another_text: bool = False,
+) -> tuple[Run, Subjects]:
     """Load a finished run, and rebuild its model, text and target from their names.
 
-    The subnetwork is checked against the model's weights. If the text has changed since the run, a note on stderr says
-    so.
+    The subnetwork is checked against the model's weights, and the text against that of the run.
+
+    Args:
+        folder: The run's folder.
+        device: Device to load the model to; by default CUDA if available, else the CPU.
+        model: Where its model is to be read from instead.
+        corpus: Where its text is to be read from instead.
+        another_text: Whether the text may be another one than that of the run.
 
     Raises:
-        ValueError: If the run was made from objects, or its subnetwork belongs to other weights than the model's.
+        ValueError: If the run was made from objects, names what may not be opened (`inputs_of`), its subnetwork belongs
+            to other weights than the model's, or the text is another one.
     """
     run = load_run(folder)
-    if run.rebuild is None:
-        raise ValueError(f"the run in {str(folder)!r} was made in Python from objects: continue with it in Python")
-    subjects = Subjects.load(run.rebuild, device)
-    then, now = run.settings.corpus.fingerprint, subjects.corpus.fingerprint
-    if then != now:
-        print(
-            f"bigram-circuits: note: the text of {subjects.corpus.source!r} has changed since the run "
-            f"(fingerprint {now}, then {then})",
-            file=sys.stderr,
-        )
-    Subnetwork.load(run.path / "subnetwork.safetensors", subjects.model)
+    subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus), device)
+    if not another_text:
+        check_text(run, subjects.corpus)
+    check_model(run, subjects.model)
     return run, subjects
+
+
+def inputs_of(run: Run, *, model: str | None = None, corpus: str | None = None, only_model: bool = False) -> Inputs:
+    """The names of a run's model and text; `model` and `corpus`, if given, replace them.
+
+    Whatever name a run contains that was made elsewhere, it is not opened unless it is given again: it may be any file
+    of this machine. Only what comes with the package is.
+
+    Raises:
+        ValueError: If the run was made from objects, or a name must be given again; the message says how.
+    """
+    if run.rebuild is None:
+        raise ValueError(f"the run in {str(run.path)!r} was made in Python from objects: continue with it in Python")
+    given = {"model": model} if only_model else {"model": model, "corpus": corpus}
+    recorded = {name: getattr(run.rebuild, name) for name in given}
+    unsaid = [name for name, value in given.items() if value is None and recorded[name] != "reference"]
+    if unsaid and not run.made_here:
+        again = " ".join(f"--{name} {shlex.quote(recorded[name])}" for name in unsaid)
+        raise ValueError(
+            f"the run in {str(run.path)!r} was not made by you on this machine, so the names in it are not opened: "
+            f"if you want them to be, add {again}"
+        )
+    inputs = replace(run.rebuild, **{name: value for name, value in given.items() if value is not None})
+    return inputs if inputs.model == run.rebuild.model else replace(inputs, revision=None)
+
+
+def check_text(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError unless a text is that of the run: numbers of another one are not the run's."""
+    then, now = run.settings.corpus.fingerprint, corpus.fingerprint
+    if then != now:
+        raise ValueError(
+            f"the text {corpus.source!r} is not the one that the run in {str(run.path)!r} was made with (fingerprint "
+            f"{now}, then {then}): give the text it was made with (--corpus), or write what is measured on this one to "
+            "another folder (--out)"
+        )
+
+
+def check_model(run: Run, model: Model) -> None:
+    """Raise ValueError unless `model` is the one that a run was made with, and its subnetwork fits."""
+    with hashed_once(model):
+        settings = run.settings.model
+        check_is(model, settings.weight_hash, f"the run in {str(run.path)!r} was made with {settings.name!r}")
+        Subnetwork.load(run.path / "subnetwork.safetensors", model, follow_links=False)

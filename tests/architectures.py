@@ -121,13 +121,21 @@ REFUSED = {  # with what is said
     "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=2), r"blocks\.0\.mlp .*has no plain W_in"),
     "qwen2_moe": (
         lambda: Qwen2MoeConfig(
-            **GROUPED, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+            **GROUPED, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
         ),
         r"blocks\.0\.mlp .*has no plain W_in",
     ),
-    "olmoe": (lambda: OlmoeConfig(**GROUPED, num_experts=2), r"blocks\.0\.mlp .*has no plain W_in"),
-    "gpt_oss": (lambda: GptOssConfig(**WIDE, num_local_experts=2), r"blocks\.0\.mlp .*has no plain W_in"),
-    "deepseek_v3": (lambda: DeepseekV3Config(**GROUPED), r"blocks\.0\.attn .*has no plain W_Q"),
+    "olmoe": (
+        lambda: OlmoeConfig(**GROUPED, num_experts=2, num_experts_per_tok=2), r"blocks\.0\.mlp .*has no plain W_in"
+    ),
+    "gpt_oss": (
+        lambda: GptOssConfig(**WIDE, num_local_experts=2, num_experts_per_tok=2),
+        r"blocks\.0\.mlp .*has no plain W_in",
+    ),
+    "deepseek_v3": (lambda: DeepseekV3Config(
+            **HEADS, num_key_value_heads=4, n_group=1, topk_group=1, n_routed_experts=8
+        ), r"blocks\.0\.attn .*has no plain W_Q"),
     "mamba": (
         lambda: MambaConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
         r"blocks\.0\.attn has no plain W_Q",
@@ -141,7 +149,9 @@ REFUSED = {  # with what is said
         r"blocks\.0\.attn has no plain W_Q",
     ),
     "qwen3_next": (
-        lambda: Qwen3NextConfig(**GROUPED, num_experts=2, layer_types=["linear_attention", "full_attention"]),
+        lambda: Qwen3NextConfig(
+            **GROUPED, num_experts=2, num_experts_per_tok=2, layer_types=["linear_attention", "full_attention"]
+        ),
         r"blocks\.0\.attn has no plain W_Q",
     ),
     "falcon_h1": (

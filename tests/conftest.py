@@ -73,6 +73,14 @@ def save_tiny(folder: Path, config) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory):
+    """The key by which runs of this user are known lies in a folder of the tests, also for processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     """A hub that refuses every connection: really, on this machine, through whatever library is used for it."""

@@ -136,7 +136,18 @@ def measured():
     }
 
 
-def make_run(folder, *, metrics=None, found=None, name="model/x", rebuild=True, recipe=None, within=None):
+def make_run(
+    folder,
+    *,
+    metrics=None,
+    found=None,
+    name="model/x",
+    rebuild=True,
+    recipe=None,
+    within=None,
+    subnetwork=None,
+    steps=(),
+):
     settings = RunSettings(
         ModelIdentity(name, weight_hash="ab12"),
         CorpusIdentity("some texts", fingerprint="cd34"),
@@ -147,17 +158,17 @@ def make_run(folder, *, metrics=None, found=None, name="model/x", rebuild=True, 
     inputs = Inputs(model=name, corpus="some texts", context_length=64)
     run = RunFolder.open(folder, settings, rebuild=inputs if rebuild else None)
     first = StepRecord(attempt=0, step=0, cross_entropy=5.5, fraction=0.5, undecided=1.0)
-    run.begin_progress([first, replace(first, step=1, cross_entropy=4.25, fraction=0.125)])
+    run.begin_progress(steps or [first, replace(first, step=1, cross_entropy=4.25, fraction=0.125)])
     masks = {
         "blocks.0.attn.W_Q": torch.arange(8).view(2, 2, 2) < 1,
         "blocks.0.mlp.W_in": torch.arange(6).view(2, 3) < 1,
     }
-    subnetwork = Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
+    subnetwork = subnetwork or Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
     run.finish(subnetwork, Outcome("decided", seconds=12.0))
     if metrics:
-        run.write_evaluation(Evaluation.from_json(metrics))
+        run.write_evaluation(Evaluation.from_json(metrics), settings.corpus)
     for key, result in (found or {}).items():
-        result.save(folder / "analysis" / f"{key}.json")
+        result.save(folder / "analysis" / f"{key}.json", run.origin(settings.corpus))
     return load_run(folder)
 
 

@@ -22,6 +22,7 @@ from bigram_circuits import cli, runs, workflow
 from bigram_circuits.analysis.location import by_layer
 from bigram_circuits.analysis.suite import Analyses
 from bigram_circuits.learning import learner, training
+from bigram_circuits.storage.origin import Origin
 from tests.conftest import TINY_CONFIGS, save_tiny
 from tests.folders import names_in
 
@@ -104,7 +105,8 @@ def explode_once_at(history: list[runs.StepRecord], step: int) -> None:
 
 
 def small_analysis(model, subnetwork, *_, **__) -> Analyses:
-    return Analyses({"by_layer": by_layer(subnetwork)}, {"induction": "not looked at"})
+    of = Origin(subnetwork=subnetwork.checksum)
+    return Analyses({"by_layer": by_layer(subnetwork)}, {"induction": "not looked at"}, of)
 
 
 def at_random_moments(folder: Path, kills: int, seed: int) -> dict:

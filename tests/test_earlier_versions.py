@@ -43,6 +43,7 @@ def test_its_metrics_are_written_again_as_they_were(folder):
     before = read_checked_json(folder / "metrics.json")
     RunFolder(folder).write_evaluation(bc.load_run(folder).evaluation)
     after = read_checked_json(folder / "metrics.json")
+    assert after.pop("of")["run"] == RunFolder(folder).id
     assert after.pop("verdict") and before.pop("verdict")  # noqa: PT018 (its wording may change)
     assert after == before
 

@@ -122,7 +122,7 @@ def test_any_object_with_the_two_methods_is_a_target(tiny_model, some, random_to
 
 
 def test_a_subnetwork_that_beats_nothing_is_said_to(tiny_model, some, table, random_tokens):
-    assert "NOT shown to beat" in bc.evaluate(tiny_model, some, table, random_tokens).verdict
+    assert "NOT shown to be above" in bc.evaluate(tiny_model, some, table, random_tokens).verdict
 
 
 def test_the_table_prints_every_condition(tiny_model, some, table, random_tokens):

@@ -412,15 +412,8 @@ def test_nothing_that_can_run_code_reads_a_file():
         assert not name.startswith(("subprocess.", "cloudpickle.", "dill.")), f"{path}:{node.lineno} calls {name}"
         if name in ("np.load", "numpy.load"):
             assert any(key.arg == "allow_pickle" and ast.unparse(key.value) == "False" for key in node.keywords)
-    bases = [
-        (path.name, ast.unparse(base))
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-        for base in node.bases
-        if "Unpickler" in ast.unparse(base)
-    ]
-    assert bases == [("published.py", "pickle.Unpickler")]  # the restricted one
+    for path in PACKAGE.rglob("*.py"):
+        assert "Unpickler" not in path.read_text(), f"{path} runs pickles"
 
 
 def test_code_that_comes_with_a_model_is_never_trusted():

@@ -13,6 +13,7 @@ import bigram_circuits as bc
 from bigram_circuits.analysis import Analyses
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.statistics import Faithfulness
@@ -215,7 +216,7 @@ def test_effects_show_the_interval_of_the_first_quantity():
 
 def test_an_evaluation_draws_every_row_with_its_interval():
     figure = evaluation().plot()
-    assert list(figure.data[0].x) == [name for name, _ in evaluation().rows()]
+    assert list(figure.data[0].x) == [label_of(name) for name, _ in evaluation().rows()]
     assert figure.data[0].y[0] == 0.5
     assert figure.data[0].error_y.array[0] == pytest.approx(0.1)
     assert list(evaluation().plot("kl").data[0].y) == [0.25] * 7

@@ -21,6 +21,9 @@ OTHER = {  # for every option a value that is not its default
     "corpus": "texts with spaces/",
     "context_length": 64,
     "max_tokens": 9_000,
+    "text_column": "body of it",
+    "held_out": 0.2,
+    "bos": "document",
     "target": "next-token",
     "order": 3,
     "method": "hard_concrete",
@@ -133,8 +136,30 @@ def test_what_version_0_1_0_wrote_of_model_and_text_is_read():
         "target": "model",
         "order": 2,
     }
-    expected = Inputs("m", "step1", "bfloat16", "t.txt", 16, None, "model", 2)
+    expected = Inputs("m", "step1", "bfloat16", "t.txt", 16, None, "model", 2, bos="earlier")
     assert Inputs.from_json(nested) == expected
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_its_text_and_a_new_one_its_choice():
+    written = {"model": "m", "corpus": "t.txt", "context_length": 16}
+    assert Inputs.from_json(written) == Inputs("m", corpus="t.txt", context_length=16, bos="earlier")
+    for bos in (None, "sequence"):
+        asked = Inputs("m", text_column="body", held_out=0.2, bos=bos)
+        assert Inputs.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bos": "first"}, "bos must be one of sequence, document, none, earlier, not 'first'"),
+        ({"held_out": 0}, "held_out must be a share of the documents, above 0 and below 1, not 0"),
+        ({"held_out": 1.5}, "not 1.5"),
+        ({"text_column": ""}, "text_column must be the name of a field, not ''"),
+    ],
+)
+def test_mistakes_about_the_text_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        Request.of(**options)
 
 
 def test_mistakes_are_named():

@@ -115,7 +115,12 @@ def test_masks_that_are_none_or_not_boolean_or_do_not_match_are_refused():
         Subnetwork.__init__.__wrapped__(Subnetwork.__new__(Subnetwork), {"blocks.0.mlp.W_in": torch.ones(2, 2)})
     fewer = Subnetwork({name: full[name] for name in list(SHAPES)[:-1]})
     wider = Subnetwork(
-        {name: torch.ones(shape[0], 9) > 0 if len(shape) == 2 else full[name] for name, shape in SHAPES.items()}
+        {
+            name: torch.ones(9 if name.endswith("W_out") else shape[0], shape[1] if name.endswith("W_out") else 9) > 0
+            if len(shape) == 2
+            else full[name]
+            for name, shape in SHAPES.items()
+        }
     )
     for other in (fewer, wider):
         for operation in ("__and__", "__or__", "__sub__"):
@@ -123,6 +128,52 @@ def test_masks_that_are_none_or_not_boolean_or_do_not_match_are_refused():
                 getattr(full, operation)(other)
     with pytest.raises(TypeError):
         full & {"blocks.0.mlp.W_in"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"blocks.x.attn.W_Q": (2, 6, 3)}, "'blocks.x.attn.W_Q' is not the name of a weight matrix"),
+        ({"blocks.0.attn.W_in": (6, 5)}, "'blocks.0.attn.W_in' is not the name"),
+        ({"blocks.00.mlp.W_in": (6, 5)}, "'blocks.00.mlp.W_in' is not the name"),
+        ({"blocks.\u0663.mlp.W_in": (6, 5)}, "is not the name"),
+        ({"../../out": (6, 5)}, "is not the name"),
+        ({"blocks.0.attn.W_Q": (6, 6)}, "W_Q has shape .6, 6., but its axes are head, d_model, d_head"),
+        ({"blocks.0.mlp.W_in": (2, 3, 4)}, "W_in has shape .2, 3, 4., but its axes are d_model, d_mlp"),
+        ({"blocks.0.mlp.W_in": ()}, "W_in has shape"),
+        ({"blocks.0.mlp.W_in": (6, 0)}, "W_in has shape .6, 0."),
+        ({"blocks.0.mlp.W_in": (6, 5), "blocks.0.mlp.W_out": (4, 6)}, "but d_mlp is 5 in blocks.0.mlp.W_in"),
+        ({"blocks.0.mlp.W_in": (6, 5), "blocks.1.mlp.W_in": (7, 5)}, "but d_model is 6 in blocks.0.mlp.W_in"),
+        ({"blocks.0.attn.W_Q": (4, 6, 3), "blocks.0.attn.W_K": (3, 6, 3)}, "W_K has 3 heads, which 4 query heads"),
+    ],
+)
+def test_names_and_shapes_that_no_model_has_are_refused(tmp_path, changed, said):
+    masks = {name: torch.ones(shape) > 0 for name, shape in changed.items()}
+    with pytest.raises(ValueError, match=said):
+        Subnetwork(masks)
+    packed = {name: np.packbits(mask.numpy()) for name, mask in masks.items()}
+    forged = Subnetwork._from_packed({name: mask.shape for name, mask in masks.items()}, packed, None, None, "found")
+    forged.save(tmp_path / "forged.safetensors")
+    with pytest.raises(ValueError, match=r"forged.safetensors' is damaged: ") as told:
+        Subnetwork.load(tmp_path / "forged.safetensors")
+    assert "\n" not in str(told.value)
+
+
+def test_bits_after_the_last_weight_are_refused(tmp_path):
+    shapes, packed = {"blocks.0.mlp.W_in": (1, 1)}, {"blocks.0.mlp.W_in": np.array([0b1111_1000], np.uint8)}
+    forged = Subnetwork._from_packed(shapes, packed, None, None, "found")
+    assert forged.kept == 5
+    forged.save(tmp_path / "forged.safetensors")
+    with pytest.raises(ValueError, match="W_in has bits after its last weight"):
+        Subnetwork.load(tmp_path / "forged.safetensors")
+
+
+def test_the_same_mask_is_saved_as_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        Subnetwork({name: full[name] for name in SHAPES}, model_name="m", weight_hash="h").save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    Subnetwork.load(tmp_path / "a").save(tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
 
 
 # --- random controls ---

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from bigram_circuits.storage.locks import LOCK, FolderInUseError
+from bigram_circuits.storage.typed import to_json
 from tests.folders import flips, held_folder, names_in
 
 ROOT = Path(__file__).parents[1]
@@ -103,12 +105,18 @@ def test_a_run_killed_before_each_access_to_its_folder_ends_in_the_same_mask(tmp
 
 
 @pytest.fixture
-def stopped(tiny_model, bigrams, corpus, tmp_path):
+def ending():
+    """The signal that ends a run."""
+    return signal.SIGTERM
+
+
+@pytest.fixture
+def stopped(tiny_model, bigrams, corpus, tmp_path, ending):
     """The folder of a run that was interrupted after step 12 of 20."""
 
     def interrupt(call, loss):
         if call == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ending)
         return loss
 
     with pytest.raises(KeyboardInterrupt, match="interrupted after step 12 of at most 20; its state is kept in"):
@@ -140,6 +148,23 @@ def test_sigterm_keeps_the_state_and_what_was_killed_half_done_is_cleared_away(s
     assert goes_on(stopped) == 8
 
 
+@pytest.mark.parametrize("ending", [signal.SIGHUP, signal.SIGINT])
+def test_a_closed_terminal_and_ctrl_c_keep_the_state_too(stopped, goes_on):
+    assert goes_on(stopped) == 8
+
+
+def test_a_closed_terminal_that_is_to_be_ignored_is_ignored(tiny_model, bigrams, corpus, expected):
+    def hang_up(call, loss):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return loss
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        assert bc.find_subnetwork(tiny_model, Acting(bigrams, hang_up), corpus, RECIPE).history == expected.history
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_folder_in_which_only_the_first_file_was_begun_is_taken(goes_on, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.abcd1234").write_text("{")
@@ -155,24 +180,53 @@ def test_a_checkpoint_that_a_kill_left_beside_the_subnetwork_is_removed(stopped,
         assert not (stopped / "checkpoint").exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_still_continues(stopped, goes_on):
+def test_a_checkpoint_of_version_0_1_0_still_continues(stopped, goes_on):
+    """It has the length and the digest of the lines before it, not the lines, and names no run."""
+    config = read_checked_json(stopped / "config.json")
+    del config["signature"]
+    write_text(stopped / "config.json", checked_json(config | {"format": "bigram_circuits.run/1"}))
     path = stopped / "checkpoint" / "state.safetensors"
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = json.loads(file.metadata()["state"])
-    save_file(tensors, path, {"state": json.dumps({key: state[key] for key in ("step", "attempt", "seconds")})})
-    config = json.loads((stopped / "config.json").read_text())
-    del config["checksum"]
-    write_text(stopped / "config.json", json.dumps(config))
+    lines = bytes(tensors.pop("progress.jsonl").tolist())
+    assert lines == (stopped / "progress.jsonl").read_bytes()
+    del state["run"]
+    state = json.dumps(state | {"progress": to_json(runs._Progress(lines).state())})
+    save_file(tensors, path, {"state": state, "checksum": runs._checksum(state, tensors)})
     assert goes_on(stopped) == 8
 
 
-def test_other_versions_are_noted(stopped, goes_on, capfd):
-    config = read_checked_json(stopped / "config.json")
-    config["versions"]["torch"] = "1.0"
-    write_text(stopped / "config.json", checked_json(config))
+def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, goes_on, capfd, tmp_path):
+    path = stopped / "checkpoint" / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    state = json.loads(metadata["state"])
+    other = json.dumps(state | {"run": "0" * 32})
+    deep, wrong = metadata["state"].replace('"step": 12', '"step": ' + "[" * 9_999), json.dumps(state | {"step": 1e9})
+    few = {name: tensor for name, tensor in tensors.items() if name != "progress.jsonl"}
+    said = {
+        "of another run": (tensors, other), "nested too deeply": (tensors, deep), "a whole number": (tensors, wrong),
+        "it has no checksum|does not match its": (tensors, None), "does not match it": (few, metadata["state"]),
+    }  # fmt: skip
+    for words, (kept, state) in said.items():
+        about = (
+            {"state": metadata["state"]} if state is None else {"state": state, "checksum": runs._checksum(state, kept)}
+        )
+        save_file(kept, path, about)
+        with pytest.raises(ValueError, match="is damaged") as told:
+            RunFolder(stopped).read_checkpoint()
+        assert "\n" not in str(told.value)
+        assert state is None or re.search(words, str(told.value))
+    assert goes_on(stopped) == 20
+    assert "learning starts over" in capfd.readouterr().err
+
+
+def test_other_versions_are_noted(stopped, goes_on, capfd, monkeypatch):
+    now = runs.versions() | {"torch": "9.0"}
+    monkeypatch.setattr(runs, "versions", lambda: now)
     assert goes_on(stopped) == 8
-    assert re.search(r"note: this run was started with other versions \(torch \S+, then 1\.0\)", capfd.readouterr().err)
+    assert re.search(r"note: this run was started with other versions \(torch 9\.0, then \S+\)", capfd.readouterr().err)
 
 
 # --- damage ---
@@ -190,22 +244,77 @@ def test_a_damaged_checkpoint_is_not_used(stopped, goes_on, capfd, tmp_path):
     assert "learning starts over and will find the same subnetwork" in err
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
-def test_progress_that_is_not_what_came_before_the_checkpoint_starts_over(stopped, goes_on, capfd, damage):
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone", "sparse"])
+def test_progress_that_is_not_what_came_before_the_checkpoint_is_set_aside_and_the_run_goes_on(
+    stopped, goes_on, capfd, damage
+):
     path = stopped / "progress.jsonl"
     data = path.read_bytes()
     if damage == "gone":
         path.unlink()
+    elif damage == "sparse":
+        path.write_bytes(b"")
+        os.truncate(path, 3 << 30)
     else:
         path.write_bytes(data[:-40] if damage == "cut" else data.replace(b'"step": 3', b'"step": 4'))
-    assert goes_on(stopped) == 20
-    assert "progress.jsonl' is damaged" in capfd.readouterr().err
+    aside = stopped / "progress.damaged-1.jsonl"
+    changed = None if damage in ("gone", "sparse") else path.read_bytes()
+    with pytest.raises(AssertionError, match=r"progress.damaged-1.jsonl") if damage != "gone" else nullcontext():
+        assert goes_on(stopped) == 8  # it lists the folder last
+    assert aside.exists() is (damage != "gone")
+    assert changed is None or aside.read_bytes() == changed
+    assert damage == "gone" or "set aside as 'progress.damaged-1.jsonl'" in capfd.readouterr().err
+    aside.unlink(missing_ok=True)
+    assert goes_on(stopped) == 0
+
+
+@pytest.mark.parametrize("name", ["lock.json", "progress.jsonl", "checkpoint", "both locks", "another's lines"])
+def test_what_is_removed_or_written_by_others_while_a_run_is_at_work_does_not_stop_it(
+    tiny_model, bigrams, corpus, expected, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "_CHECKPOINT_SHARE", 1e9)
+    folder = tmp_path / "run"
+
+    def act(call, loss):
+        if call == 9:
+            if name == "another's lines":
+                with (folder / "progress.jsonl").open("a") as file:
+                    file.write('{"attempt": 0, "step"')
+            elif name == "checkpoint":
+                shutil.rmtree(folder / "checkpoint")
+            elif name == "both locks":
+                (folder / "lock.json").unlink()
+                (folder / ".lock").unlink()
+            else:
+                (folder / name).unlink()
+        return loss
+
+    with pytest.raises(FolderInUseError, match="was taken over") if name == "both locks" else nullcontext():
+        bc.find_subnetwork(tiny_model, Acting(bigrams, act), corpus, RECIPE, run_dir=folder)
+    found = bc.find_subnetwork(tiny_model, Acting(bigrams), corpus, RECIPE, run_dir=folder)
+    assert found.subnetwork == expected.subnetwork
+    assert bc.load_run(folder).history == expected.history
+
+
+def test_a_folder_that_is_removed_while_a_run_is_at_work_ends_it_in_a_line(tiny_model, bigrams, corpus, tmp_path):
+    def act(call, loss):
+        if call == 5:
+            shutil.rmtree(tmp_path / "run")
+        return loss
+
+    with pytest.raises(OSError, match="run' was removed while this process was writing it"):
+        bc.find_subnetwork(tiny_model, Acting(bigrams, act), corpus, RECIPE, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    bc.find_subnetwork(tiny_model, Acting(bigrams), corpus, RECIPE, run_dir=tmp_path / "run")
+    assert bc.load_run(tmp_path / "run").outcome.attempts == 1
 
 
 def test_a_damaged_file_of_a_finished_run_is_named_with_what_to_do(goes_on, tmp_path):
     folder = tmp_path / "run"
     goes_on(folder)
-    RunFolder(folder).write_evaluation(Evaluation(Faithfulness(0.5, 1.0, 0.5, 2.0, 0.5, 1234, 2000, 0.617)))
+    kept, total = (found := bc.load_run(folder).subnetwork).kept, found.total
+    RunFolder(folder).write_evaluation(Evaluation(Faithfulness(0.5, 1.0, 0.5, 2.0, 0.5, kept, total, kept / total)))
     remedies = {"config.json": "choose another", "training.json": "--fresh", "metrics.json": "writes it again"}
     for name, remedy in remedies.items():
         data = (folder / name).read_text()

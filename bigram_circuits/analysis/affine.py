@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigram_circuits.analysis.arguments import usual_order
@@ -35,12 +34,20 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.models.activations import readout, residual_streams, rows_at_once
+from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
-from bigram_circuits.models.weights import hashed_once, weight_hash
 from bigram_circuits.progress import steps as counted
 from bigram_circuits.storage.files import whole_file
-from bigram_circuits.storage.records import check_content, check_header, parse_json, read_tensors, seal_tensors, shown
+from bigram_circuits.storage.records import (
+    check_content,
+    check_header,
+    parse_json,
+    read_tensors,
+    seal_tensors,
+    shown,
+    write_tensors,
+)
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
@@ -81,11 +88,10 @@ class AffineMaps:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with checksums."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        arrays = {name: getattr(self, name).detach().cpu().numpy() for name in _TENSORS}
         about = {name: getattr(self, name) for name in ("weight_hash", "condition", "tokens", "alpha")}
         with whole_file(Path(path)) as temporary:
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
+            write_tensors(temporary, arrays, seal_tensors(arrays, {"format": _FORMAT, "about": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model | None = None) -> AffineMaps:
@@ -357,8 +363,6 @@ def check_maps(model: Model, maps: Mapping[str, AffineMaps] | None, named: Condi
             raise ValueError(
                 f"the affine maps for {name!r} were fitted on {maps[name].condition!r}, not on {subnetwork.lineage!r}"
             )
-        if maps[name].weight_hash != found:
-            raise ValueError(
-                f"the affine maps were fitted on a model with weight hash {maps[name].weight_hash}, "
-                f"but this one has weight hash {found}"
-            )
+        how = how_models_differ(maps[name].weight_hash, found)
+        if how is not None:
+            raise ValueError(f"the affine maps were fitted on another model than {model.cfg.model_name!r}: {how}")

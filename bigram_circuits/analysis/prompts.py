@@ -13,6 +13,7 @@ from torch import Tensor
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
+from bigram_circuits.text.tokenizers import shown_tokens, template_of
 
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
 """Text, or the token ids of one sequence."""
@@ -26,6 +27,10 @@ def is_prompt(text: Any) -> bool:
 def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     """The token ids of one prompt, on the model's device.
 
+    A text begins with what the tokenizer itself puts before one (the BOS of Llama and Gemma). If that is nothing, it
+    begins with the token that separates documents where the architecture's models expect one (GPT-2), as
+    `model.cfg.default_prepend_bos` says. A prompt that is written with the token already gets no second one.
+
     Raises:
         ValueError: If it is empty, more than one sequence, longer than the context, or has ids outside the vocabulary.
     """
@@ -34,13 +39,21 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
         if not prompt:
             raise ValueError("the prompt is empty")
         check_tokenizer(model)
-        tokens = model.to_tokens(prompt, truncate=False)  # a longer prompt is refused, not truncated
+        tokens = _token_ids(_encoded(model, prompt))
     else:
         tokens = _token_ids(prompt)
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
         raise ValueError(f"a prompt is one sequence of tokens, [pos] or [1, pos], not {list(tokens.shape)}")
     check_tokens(model, tokens)
     return tokens.to(model.cfg.device)
+
+
+def _encoded(model: Model, text: str) -> list[int]:
+    template = template_of(model.tokenizer)
+    expected = template.separator if getattr(model.cfg, "default_prepend_bos", True) else ()
+    start = list(template.before or expected)
+    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids if start and ids[: len(start)] == start else start + ids
 
 
 def _token_ids(prompt: Any) -> Integer[Tensor, "..."]:
@@ -76,12 +89,10 @@ def token_id(model: Model, token: str | int) -> int:
 
 
 def token_words(model: Model, ids: Sequence[int]) -> list[str]:
-    """Tokens as readable strings: line ends and tabs are escaped, a token without text is shown by its id."""
+    """Tokens as readable strings, by `shown_tokens`; without a tokenizer, their ids."""
     if model.tokenizer is None:
         return [str(index) for index in ids]
-    words = [model.tokenizer.decode([index]) for index in ids]
-    shown = [word.replace("\n", "\u23ce").replace("\t", "\u21e5") for word in words]
-    return [word or f"<{index}>" for word, index in zip(shown, ids, strict=True)]
+    return shown_tokens(model.tokenizer, ids)
 
 
 def token_word(model: Model, index: int) -> str:

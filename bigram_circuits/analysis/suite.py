@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, 
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import hashed_once
 from bigram_circuits.progress import progress
-from bigram_circuits.runs import LEFT_OUT
+from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
+from bigram_circuits.storage.origin import Origin
 from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import as_target
 from bigram_circuits.text.corpus import Corpus
@@ -35,17 +37,22 @@ class Analyses:
     """The results by name, for example `logit_lens`."""
     left_out: Mapping[str, str]
     """The analyses that this model does not support, with reasons."""
+    of: Origin | None = None
+    """The subnetwork and the text that were analysed."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write every result to `<name>.json` in a folder, replacing its contents.
 
-        The analyses left out are written to `left_out.json`.
+        The analyses left out are written to `left_out.json`. In the folder of a run (`runs/mine/analysis`), the files
+        name that run.
         """
+        folder = Path(folder)
+        of = replace(self.of or Origin(), run=run_id(folder.parent))
         with whole_folder(folder) as fresh:
             for name, result in self.results.items():
-                result.save(fresh / f"{name}.json")
+                result.save(fresh / f"{name}.json", of)
             if self.left_out:
-                write_text(fresh / LEFT_OUT, checked_json(self.left_out))
+                write_text(fresh / LEFT_OUT, checked_json({**self.left_out, "of": of.to_json()}))
 
     def __str__(self) -> str:
         return _story(self)
@@ -105,11 +112,12 @@ def analyze(
     target = as_target(target, model.cfg.d_vocab)
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
+    of = Origin(subnetwork=subnetwork.checksum, text=corpus.fingerprint, source=corpus.source)
     with hashed_once(model):
-        return _run(Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+        return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
 
 
-def _run(subject: Subject) -> Analyses:
+def _run(of: Origin, subject: Subject) -> Analyses:
     """Run every registered analysis on a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
@@ -124,7 +132,7 @@ def _run(subject: Subject) -> Analyses:
             except NotShownError as error:
                 left_out[name] = str(error)
             bar.update()
-    return Analyses(results, left_out)
+    return Analyses(results, left_out, of)
 
 
 # --- in words ---

@@ -5,10 +5,10 @@ repeated random tokens (induction heads: Olsson et al. 2022, arXiv 2209.11895), 
 Gould et al. 2023, arXiv 2312.09230), a value listed earlier (retrieval), greater-than (Hanna et al. 2023, arXiv
 2305.00586) and indirect object identification (Wang et al. 2022, arXiv 2211.00593).
 
-Prompts start with the token that separates documents (end of text), as in a corpus, if the tokenizer has one. Shorter
-prompts are padded with it on the right, where no prediction is scored; a causal model's earlier predictions do not
-depend on it. Answers of several tokens are scored token by token, so most tasks work with any tokenizer; otherwise an
-error says why not.
+Prompts start as documents do in a corpus: with the BOS that the tokenizer puts there itself, or else with its
+end-of-text token, if it has one. Shorter prompts are padded with it on the right, where no prediction is scored; a
+causal model's earlier predictions do not depend on it. Answers of several tokens are scored token by token, so most
+tasks work with any tokenizer; otherwise an error says why not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bigram_circuits.models.activations import NotShownError, batch_size_for, ch
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.text.corpus import token_array
+from bigram_circuits.text.tokenizers import template_of
 
 COLUMNS = (*statistics.COLUMNS[:6], "places", "surprisal", "log_odds")
 """Sums over one prompt. The first six are `statistics.correlation_sums` with a target's surprisals (0 without one);
@@ -526,12 +527,12 @@ def _task(
 ) -> Task:
     """Make a task from (token ids, number of last tokens that are scored), with the start token prepended."""
     tokenizer = _tokenizer(model)
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    start = [] if separator is None else [separator]
+    start = list(template_of(tokenizer).start)
     length = len(start) + max(len(ids) for ids, _ in rows)
     if length > model.cfg.n_ctx:
         raise NotShownError(f"the prompts of {name!r} have {length} tokens, more than the model's {model.cfg.n_ctx}")
-    tokens = np.full((len(rows), length), separator or 0, dtype=np.int32)
+    tokens = np.full((len(rows), length), start[-1] if start else 0, dtype=np.int32)
+    tokens[:, : len(start)] = start
     scored = np.zeros((len(rows), length), dtype=bool)
     for row, (ids, count) in enumerate(rows):
         end = len(start) + len(ids)

@@ -24,10 +24,11 @@ from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
-from bigram_circuits.models.weights import hashed_once, weight_sites
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import is_target
@@ -206,7 +207,7 @@ def _each(
     with progress(total=len(names), desc="checkpoints", unit="checkpoint") as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
             bar.set_postfix_str(name)
-            source, revision = (str(checkpoint), None) if model is None else (model, str(checkpoint))
+            source, revision = (checkpoint, None) if model is None else (model, str(checkpoint))
             loaded = load_model(source, revision=revision, device=device, dtype=dtype)
             shapes = {site.name: site.shape for site in weight_sites(loaded)}
             first = first or shapes
@@ -233,7 +234,7 @@ def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
         raise ValueError(f"the checkpoint {twice!r} is given twice")
-    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    short = [Path(name).name if Path(name).expanduser().is_dir() else name for name in names]
     return tuple(short if len(set(short)) == len(short) else names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +20,21 @@ from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
 from bigram_circuits.measures import statistics
+from bigram_circuits.measures.quantities import FAITHFULNESS
 from bigram_circuits.measures.results import Effects, Result
-from bigram_circuits.measures.words import flat, percent, rounded
+from bigram_circuits.measures.words import flat, listed, percent, rounded
+from bigram_circuits.models.identity import how_models_differ
 from bigram_circuits.runs import Run, load_run
+from bigram_circuits.storage.files import write_text
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 
 Source: TypeAlias = Run | SubnetworkLike | str | os.PathLike[str]
 """A run, a subnetwork or what holds one; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are reported as this one; their logarithm is exact."""
-R, KL = "surprisal_correlation", "kl"
+R, KL, CROSS_ENTROPY = "surprisal_correlation", "kl", "cross_entropy"
+MOST_PAIRED = 32
+"""Of so many subnetworks every pair is compared; of more, each is compared with one of them."""
 _HASHED = {"target": "target.", "corpus.source": "corpus.fingerprint"}  # if the key differs, the hash adds nothing
 
 
@@ -59,7 +65,8 @@ class Compared:
         if self.run is None:
             return ""
         settings = self.run.settings
-        return repr((settings.target, replace(settings.corpus, source=None)))
+        text = self.run.evaluated_on or settings.corpus
+        return repr((settings.target, replace(settings.corpus, source=None, fingerprint=text.fingerprint)))
 
     @property
     def is_evaluated(self) -> bool:
@@ -122,13 +129,81 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A quantity over runs that differ only in the seed."""
+
+    mean: float
+    """Mean over seeds."""
+    deviation: float
+    """Sample standard deviation; nan for fewer than two."""
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+
+    @classmethod
+    def of(cls, values: Sequence[float | int]) -> Spread:
+        """The spread of at least one value."""
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)), deviation, float(min(values)), float(max(values)))
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Subnetworks of one model, and their pairwise overlaps."""
 
     items: tuple[Compared, ...]
     """The subnetworks, in the order given."""
     pairs: tuple[Pair, ...]
-    """Every pair of subnetworks that are not empty."""
+    """Every pair of subnetworks that are not empty; or, with `against`, that one's pairs with each of the others."""
+    against: str | None = None
+    """Name of the subnetwork that each of the others is compared with; None if every pair is compared."""
+
+    @cached_property
+    def differing(self) -> Mapping[str, list[str | None]]:
+        """The settings that differ between runs: name -> one value each, None where the run is unknown."""
+        return differing_settings(self.items)
+
+    @property
+    def is_repetition(self) -> bool:
+        """Whether all are runs that differ in the seed and nothing else: their differences are scatter."""
+        return all(one.run for one in self.items) and set(self.differing) == {_SEED}
+
+    def spread(self, quantity: str) -> Spread | None:
+        """A quantity over all that were measured; None if none was."""
+        known = list(known_values(self.items, quantity).values())
+        return Spread.of(known) if known else None
+
+    def to_dataframe(self) -> Any:
+        """A pandas table with a row for each: sizes, measurements with intervals, controls, settings that differ."""
+        import pandas as pd
+
+        table: dict[str, Any] = {
+            "name": [one.name for one in self.items],
+            "kept": [one.subnetwork.kept for one in self.items],
+            "total": [one.subnetwork.total for one in self.items],
+            "fraction": [one.subnetwork.fraction for one in self.items],
+        }
+        for quantity in (one.name for one in FAITHFULNESS):
+            table[quantity] = [one.measured(quantity) for one in self.items]
+            ends = [one.interval(quantity) for one in self.items]
+            if any(low is not None for low, _ in ends):
+                table[f"{quantity}_low"], table[f"{quantity}_high"] = zip(*ends, strict=True)
+        for condition in ("random", "full", "complement"):
+            for quantity in (R, "mean_surprisal"):
+                table[f"{quantity}_{condition}"] = [one.measured(quantity, condition) for one in self.items]
+        table |= self.differing
+        table["folder"] = [str(one.run.path) if one.run else None for one in self.items]
+        return pd.DataFrame(table)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_dataframe` as a CSV file, replacing an earlier one.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        write_text(path, self.to_dataframe().to_csv(index=False))
+        return Path(path)
 
     @property
     def shares(self) -> np.ndarray:
@@ -151,16 +226,19 @@ class Comparison:
 
     def __str__(self) -> str:
         numbers = [f"[{place}]" for place in range(1, len(self.items) + 1)]
-        names = [f"{number} {' '.join(one.name.split())}" for number, one in zip(numbers, self.items, strict=True)]
+        names = [f"{number} {one.name}" for number, one in zip(numbers, self.items, strict=True)]
+        columns = [place for place, one in enumerate(self.items) if self.against in (None, one.name)]
         width = max(len(name) for name in names) + 2
         lines = [f"{'':<{width}}{'kept':>12}{'fraction':>10}{'r':>8}{'KL':>8}  weights also kept by (by chance)"]
-        lines.append(" " * (width + 38) + "".join(f"{number:>17}" for number in numbers))
+        lines.append(" " * (width + 38) + "".join(f"{numbers[place]:>17}" for place in columns))
         for name, one, shares, chances in zip(names, self.items, self.shares, self.chances, strict=True):
             r, kl = (_cell(one.measured(key)) for key in ("surprisal_correlation", "kl"))
-            cells = [_share(share, chance) for share, chance in zip(shares, chances, strict=True)]
+            cells = [_share(shares[place], chances[place]) for place in columns]
             sizes = f"{one.subnetwork.kept:>12,}{percent(one.subnetwork.fraction):>10}"
             lines.append(f"{name:<{width}}{sizes}{r:>8}{kl:>8}{''.join(f'{cell:>17}' for cell in cells)}")
-        return "\n".join(lines)
+        spreads = {words: self.spread(key) for key, words in ((R, "r"), (KL, "KL"))} if self.is_repetition else {}
+        told = [f"{words} {one.mean:.3f} (sd {one.deviation:.3f})" for words, one in spreads.items() if one]
+        return "\n".join([*lines, *([f"They differ only in the seed; mean: {', '.join(told)}."] if told else [])])
 
 
 def _cell(value: float | int | None) -> str:
@@ -171,16 +249,20 @@ def _share(share: float, chance: float) -> str:
     return "-" if math.isnan(share) else f"{percent(float(share))} ({percent(float(chance))})"
 
 
-def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Comparison:
+def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: str | None = None) -> Comparison:
     """Read runs or subnetworks and compute the overlap of each pair.
 
     Args:
         runs: At least two runs or subnetworks of one model, by name or in a sequence. A folder written by
-            `find --sparsity-weights` stands for all its runs, and may be given alone.
+            `find --sparsity-weights` stands for all its runs, and may be given alone. A run without a name is named
+            after its folder, or after its settings that differ from the others' if its folder is named by a hash.
+        against: Name of one of them: only the overlaps of the others with this one are computed. By default those of
+            every pair; of more than 32 subnetworks, those with the first that keeps any weight.
 
     Raises:
         FileNotFoundError: If a folder holds no run, or a file does not exist.
-        ValueError: If there are fewer than two, a file cannot be read, or they are of different models.
+        ValueError: If there are fewer than two, a file cannot be read, they are of different models, or none is
+            named `against`.
     """
     several: Any = [runs] if isinstance(runs, Subnetwork | str | os.PathLike) or hasattr(runs, "subnetwork") else runs
     by_name = isinstance(several, Mapping)
@@ -193,8 +275,14 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source) -> Compariso
         raise ValueError(f"a comparison needs at least two runs or subnetworks, not {len(labelled)}")
     names = _distinct([label for label, *_ in labelled], shortest=not by_name)
     items = tuple(Compared(name, subnetwork, run) for name, (_, subnetwork, run) in zip(names, labelled, strict=True))
+    if not by_name:
+        items = _named_by_settings(items)
     _check_one_model(items)
-    return Comparison(items, _pairs(items))
+    if against is not None and against not in [one.name for one in items]:
+        raise ValueError(f"none of them is named {against!r}: they are {listed([one.name for one in items])}")
+    if against is None and len(items) > MOST_PAIRED:
+        against = next((one.name for one in items if one.subnetwork.kept), items[0].name)
+    return Comparison(items, _pairs(items, against), against)
 
 
 # --- reading and naming ---
@@ -221,7 +309,7 @@ def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork,
         for run in load_path_runs(source):
             yield (name, run.path.name) if name else _parts(run.path), run.subnetwork, run
     else:
-        yield from _opened(load_run(source), name)
+        yield from _opened(load_run(source, history=False), name)
 
 
 def _parts(path: Path) -> _Label:
@@ -232,17 +320,50 @@ def _distinct(labels: Sequence[_Label], *, shortest: bool) -> list[str]:
     """A distinct name for each: as few trailing parts as needed; identical labels are numbered."""
     depths = {label: 1 if shortest else len(label) for label in labels}
     while True:
-        names = {label: "/".join(label[-depth:]) for label, depth in depths.items()}
+        names = {label: printable("/".join(label[-depth:])) for label, depth in depths.items()}
         counts = Counter(names.values())
         short = [label for label, name in names.items() if counts[name] > 1 and depths[label] < len(label)]
         if not short:
             break
         depths |= {label: depths[label] + 1 for label in short}
-    taken: list[str] = []
-    for label in labels:
-        candidates = (f"{names[label]} ({number})" if number > 1 else names[label] for number in count(1))
-        taken.append(next(name for name in candidates if name not in taken))
-    return taken
+    return numbered([names[label] for label in labels])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Distinct names: those that occurred before get a number."""
+    taken: dict[str, None] = {}
+    for name in names:
+        candidates = (f"{name} ({number})" if number > 1 else name for number in count(1))
+        taken[next(one for one in candidates if one not in taken)] = None
+    return list(taken)
+
+
+def printable(name: str) -> str:
+    """A name on one line, without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "unnamed"
+
+
+_HASH = re.compile(r".+-[0-9a-f]{8}")  # the default folder of a run: its model, and a hash of its settings
+_MOST_SETTINGS = 3  # in a name
+_LONGEST_SETTING = 24  # characters
+
+
+def _named_by_settings(items: tuple[Compared, ...]) -> tuple[Compared, ...]:
+    """Runs in folders that are named by a hash, named after the settings that differ instead."""
+    hashed = [one.run is not None and _HASH.fullmatch(one.run.path.name) is not None for one in items]
+    if not any(hashed):
+        return items
+    differing = differing_settings(items)
+    if not 0 < len(differing) <= _MOST_SETTINGS:
+        return items
+    words = dict(zip(differing, short_settings(list(differing)), strict=True))
+    names = []
+    for place, one in enumerate(items):
+        values = {name: values[place] or "" for name, values in differing.items()}
+        is_short = hashed[place] and all(len(value) <= _LONGEST_SETTING for value in values.values())
+        name = ", ".join(f"{words[name]} {value}" for name, value in values.items())
+        names.append(printable(name) if is_short else one.name)
+    return tuple(replace(one, name=name) for one, name in zip(items, numbered(names), strict=True))
 
 
 def _check_one_model(items: Sequence[Compared]) -> None:
@@ -257,19 +378,19 @@ def _check_one_model(items: Sequence[Compared]) -> None:
                 raise ValueError(f"{first.name!r} and {other.name!r} are of different models: {shapes}")
         if hashed is None:
             hashed = other if _weight_hash(other) else None
-        elif _weight_hash(other) not in (None, _weight_hash(hashed)):
-            hashes = f"weight hash {_weight_hash(hashed)} of the one, {_weight_hash(other)} of the other"
-            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {hashes}")
+        elif (its := _weight_hash(other)) and (how := how_models_differ(_weight_hash(hashed) or "", its)):
+            raise ValueError(f"{hashed.name!r} and {other.name!r} are of different models: {how}")
 
 
 def _weight_hash(one: Compared) -> str | None:
     return one.subnetwork.weight_hash or (one.run.settings.model.weight_hash if one.run else None)
 
 
-def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
+def _pairs(items: Sequence[Compared], against: str | None) -> tuple[Pair, ...]:
+    chosen = combinations(items, 2) if against is None else _with_one(items, against)
     found = [
         (a, b, overlap(a.subnetwork, b.subnetwork, by="component"))
-        for a, b in combinations(items, 2)
+        for a, b in chosen
         if a.subnetwork.kept and b.subnetwork.kept
     ]
     families: list[list[tuple[int, str]]] = [[], []]  # overlaps of all weights, of undetermined components
@@ -283,6 +404,12 @@ def _pairs(items: Sequence[Compared]) -> tuple[Pair, ...]:
         for (place, name), log_p in zip(family, adjusted, strict=True):
             logs[place][name] = log_p / math.log(10)
     return tuple(Pair(*one, log10_p) for one, log10_p in zip(found, logs, strict=True))
+
+
+def _with_one(items: Sequence[Compared], name: str) -> Iterator[tuple[Compared, Compared]]:
+    """The pairs of the subnetwork of this name with each of the others."""
+    one = next(item for item in items if item.name == name)
+    return ((one, other) for other in items if other is not one)
 
 
 # --- what was measured ---
@@ -317,12 +444,65 @@ def not_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[i
     return front
 
 
+def leaders(items: Sequence[Compared], quantity: str) -> list[str]:
+    """Names of those that may be the best at a quantity: their intervals overlap the interval of the best.
+
+    Higher is better for r, lower for other quantities. Empty if an interval is unknown, so that nothing can be ranked.
+    KL goes by the intervals of the cross-entropy, from which it differs by a constant on the same text.
+    """
+    sign, bounded = (-1 if quantity == R else 1), (CROSS_ENTROPY if quantity == KL else quantity)
+    known = [one for one in items if one.measured(quantity) is not None]
+    ends = {one.name: _ordered(one.interval(bounded), sign) for one in known}
+    if not known or None in ends.values():
+        return []
+    best = min(known, key=lambda one: sign * (one.measured(quantity) or 0.0))
+    worst_of_best = ends[best.name][1]  # pyright: ignore[reportOptionalSubscript]
+    return [name for name, pair in ends.items() if pair is not None and pair[0] <= worst_of_best]
+
+
+def clearly_dominated(items: Sequence[Compared], quantity: str, task: str) -> list[int]:
+    """Indices of those that another of the same task beats beyond doubt, with at most as many weights.
+
+    Beyond doubt: the intervals do not overlap. `not_dominated` goes by the values alone.
+    """
+    sign, bounded = (-1 if quantity == R else 1), (CROSS_ENTROPY if quantity == KL else quantity)
+    known = [
+        (one.subnetwork.fraction, ends, place)
+        for place, one in enumerate(items)
+        if one.task == task and (ends := _ordered(one.interval(bounded), sign)) is not None
+    ]
+    beaten, least = [], math.inf  # the smallest worse end among those with fewer weights
+    for _, (better, worse), place in sorted(known):
+        if better > least:
+            beaten.append(place)
+        least = min(least, worse)
+    return sorted(beaten)
+
+
+def _ordered(ends: tuple[float | None, float | None], sign: int) -> tuple[float, float] | None:
+    """The better and the worse end of an interval, both times `sign`; None if there is none."""
+    low, high = ends
+    if low is None or high is None:
+        return None
+    return (low, high) if sign > 0 else (-high, -low)
+
+
 # --- settings ---
+
+_SEED = "recipe.seed"
+
+
+def short_settings(settings: Sequence[str]) -> list[str]:
+    """The last part of each setting's name, where it is unique."""
+    last = [name.rsplit(".", 1)[-1] for name in settings]
+    chosen = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
+    return [name.replace("_", " ").replace(".", " ") for name in chosen]
 
 
 def differing_settings(items: Sequence[Compared]) -> dict[str, list[str | None]]:
     """The settings that differ between runs: name -> one value each, None where the run is unknown."""
-    known = [_settings(one, items) for one in items]
+    named = {one.subnetwork.checksum: one.name for one in items} if any(one.within for one in items) else {}
+    known = [_settings(one, named) for one in items]
     names = list(dict.fromkeys(name for settings in known if settings for name in settings))
     columns = {name: [settings.get(name, "not set") if settings else None for settings in known] for name in names}
     columns = {name: values for name, values in columns.items() if len(set(values) - {None}) > 1}
@@ -330,10 +510,9 @@ def differing_settings(items: Sequence[Compared]) -> dict[str, list[str | None]]
     return {name: values for name, values in columns.items() if not (hidden and name.startswith(hidden))}
 
 
-def _settings(one: Compared, items: Sequence[Compared]) -> dict[str, str] | None:
+def _settings(one: Compared, named: Mapping[str, str]) -> dict[str, str] | None:
     if one.run is None:
         return None
     settings = {"target": one.run.target_words[0]} | dict(flat(one.run.settings.to_json()))
-    named = {other.subnetwork.checksum: other.name for other in items}
     within = settings.get("within")
     return settings | ({"within": named.get(within, within)} if within else {})

@@ -43,12 +43,15 @@ from bigram_circuits.measures.quantities import (
     TOP1_AGREEMENT,
     Quantity,
 )
-from bigram_circuits.measures.results import Effects, load_result
+from bigram_circuits.measures.results import Effects, load_result_and_origin
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.runs import Run, run_id
+from bigram_circuits.storage.origin import Origin
+from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
@@ -151,6 +154,8 @@ class Falsification:
     """Overlap of each pair of seeds' subnetworks, overall and by component, with the exact null."""
     spread: Effects
     """Every number across seeds, the original included: mean, standard deviation, minimum, maximum."""
+    of: Origin | None = None
+    """The subnetwork and the text that were tried, and the run if there is one."""
 
     @property
     def refuted(self) -> tuple[str, ...]:
@@ -179,7 +184,7 @@ class Falsification:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the results to a folder as JSON files."""
         for name in _PARTS:
-            getattr(self, name).save(Path(folder) / f"{name}.json")
+            getattr(self, name).save(Path(folder) / f"{name}.json", self.of)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
@@ -196,21 +201,29 @@ class _Judged:
 _PARTS = ("controls", "seeds", "spread")
 
 
-def load_falsification(folder: str | os.PathLike[str]) -> Falsification | None:
+def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -> Falsification | None:
     """Read what `Falsification.save` wrote; None if the folder holds none.
 
+    Args:
+        folder: The folder.
+        run: The run that it must be of; None: any.
+
     Raises:
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, a symbolic link, or of another run.
     """
-    if not all((Path(folder) / f"{name}.json").is_file() for name in _PARTS):
+    paths = {name: Path(folder) / f"{name}.json" for name in _PARTS}
+    if not all(path.is_file() for path in paths.values()):
         return None
-    parts = {name: load_result(Path(folder) / f"{name}.json") for name in _PARTS}
-    effects = {name: part for name, part in parts.items() if isinstance(part, Effects)}
-    if len(effects) < len(parts):
+    read = {name: load_result_and_origin(path, follow=False) for name, path in paths.items()}
+    if run is not None:
+        for name, (_, of) in read.items():
+            run.check_origin(paths[name], of, "`find --falsify` writes it again once it is removed")
+    effects = {name: part for name, (part, _) in read.items() if isinstance(part, Effects)}
+    if len(effects) < len(read):
         raise ValueError(f"{str(folder)!r} holds results of another kind, not those of `falsify`")
     controls = effects["controls"]
     names = tuple(_FORMER_NAMES.get(name, name) for name in controls.names)
-    return Falsification(**effects | {"controls": replace(controls, names=names)})
+    return Falsification(**effects | {"controls": replace(controls, names=names)}, of=read["controls"][1])
 
 
 @uses_model
@@ -248,16 +261,18 @@ def falsify(
     found.check_fits(model)
     target = as_target(target, model.cfg.d_vocab)
     folder = None if run_dir is None else Path(run_dir)
+    if folder is not None:
+        check_no_link(folder)
 
     def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
         to = None if folder is None else _run_folder(folder, name)
+        if to is not None:
+            check_no_link(to)
         subnetwork = find_subnetwork(of, wanted, corpus, recipe, run_dir=to).subnetwork
         return subnetwork, evaluate(of, subnetwork, wanted, corpus.held_out, controls=False)
 
     measured = {_FOUND: evaluate(model, found, target, corpus.held_out, controls=False)}
     random_blocks = with_random_blocks(model, seed=config.seed)
-    if folder is not None:
-        random_blocks.cfg.model_name = _name_in_run(random_blocks.cfg.model_name, _run_folder(folder, _RANDOM_BLOCKS))
     measured[_RANDOM_BLOCKS] = learn(_RANDOM_BLOCKS, random_blocks, target, config)[1]
     del random_blocks
     nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
@@ -268,7 +283,8 @@ def falsify(
         again[name], measured[name] = learn(name, model, target, replace(config, seed=seed))
     constants = dict.fromkeys(measured, kl_of_best_constant(target, corpus.held_out))
     constants[_NONSENSE] = kl_of_best_constant(nonsense, corpus.held_out)
-    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured))
+    of = Origin(run_id(folder.parent) if folder else None, found.checksum, corpus.fingerprint, corpus.source)
+    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured), of)
     if folder is not None:
         result.save(folder)
     return result
@@ -278,12 +294,6 @@ def _run_folder(folder: Path, name: str) -> Path:
     """The folder of an attempt's run: under its former name if an earlier version wrote it."""
     former = [folder / old.replace(" ", "-") for old, now in _FORMER_NAMES.items() if now == name]
     return next((path for path in former if path.is_dir()), folder / name.replace(" ", "-"))
-
-
-def _name_in_run(model_name: str, run_folder: Path) -> str:
-    """The name of the model with re-initialised blocks, as the version that wrote its run spelled it."""
-    is_former = run_folder.name != _RANDOM_BLOCKS.replace(" ", "-")
-    return model_name.replace(_RANDOM_BLOCKS, "its blocks initialised anew") if is_former else model_name
 
 
 def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:

@@ -26,6 +26,7 @@ from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import checked_json, damaged, read_checked_json, remove_leftovers, write_text
 from bigram_circuits.storage.locks import lock_folder
+from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.storage.typed import Record
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus
@@ -67,7 +68,12 @@ class SubnetworkPath:
     def to_json(self) -> dict[str, Any]:
         """The contents of `path.json`."""
         points = tuple(
-            _Point(**vars(one), sparsity_weight=found.config.sparsity_weight, faithfulness=faithful)
+            _Point(
+                **vars(one),
+                sparsity_weight=found.config.sparsity_weight,
+                faithfulness=faithful,
+                subnetwork=found.subnetwork.checksum,
+            )
             for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True)
         )
         return _File(points, self.cpr, self.cmd, self.empty, self.full).to_json()
@@ -98,6 +104,8 @@ class _Point(Faithfulness):
 
     sparsity_weight: float | int
     faithfulness: float = math.nan
+    subnetwork: str | None = None
+    """Checksum of its masks; version 0.1.0 did not record it."""
 
     @property
     def folder(self) -> str:
@@ -178,6 +186,8 @@ def _along(
     within = None
     for weight in weights:
         folder = None if run_dir is None else run_dir / _folder_of(weight)
+        if folder is not None:
+            check_no_link(folder)
         recipe = replace(config, sparsity_weight=weight)
         found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, **how))
         within = found[-1].subnetwork
@@ -207,7 +217,24 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """
     if not is_path(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no path: it has no {_FILE}")
-    return [with_path_evaluation(load_run(Path(folder) / point.folder)) for point in _read(Path(folder)).points]
+    runs = []
+    for point in _read(Path(folder)).points:
+        check_no_link(Path(folder) / point.folder)
+        run = load_run(Path(folder) / point.folder, history=False)
+        if not _is_of(point, run):
+            raise ValueError(
+                f"{str(run.path)!r} holds another run than the one that {_FILE} measured; `find` with the same "
+                "--sparsity-weights writes it again"
+            )
+        runs.append(with_path_evaluation(run))
+    return runs
+
+
+def _is_of(point: _Point, run: Run) -> bool:
+    """Whether a point of a path is of the subnetwork of a run."""
+    return point.kept == run.subnetwork.kept and (
+        point.subnetwork == run.subnetwork.checksum or (point.subnetwork is None and run.is_former)
+    )
 
 
 def with_path_evaluation(run: Run) -> Run:
@@ -217,7 +244,7 @@ def with_path_evaluation(run: Run) -> Run:
         return run
     ends = _read(folder)
     for point in ends.points:
-        if run.path.absolute().name == point.folder and point.kept == run.subnetwork.kept:
+        if run.path.absolute().name == point.folder and _is_of(point, run):
             return replace(run, evaluation=point.evaluation(ends))
     return run
 

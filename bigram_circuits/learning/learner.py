@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.masking.gates import Gates, group_gates
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import WeightSite, weight_hash, weight_sites
+from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
 from bigram_circuits.subnetwork import Subnetwork

@@ -29,9 +29,9 @@ from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import weight_hash
 from bigram_circuits.progress import note, progress
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
@@ -44,6 +44,7 @@ from bigram_circuits.runs import (
     StepRecord,
     TargetIdentity,
 )
+from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
@@ -112,7 +113,7 @@ def find_subnetwork(
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
             example because the disk is full. The files already written are intact, and the run can be resumed.
-        KeyboardInterrupt: On Ctrl-C or SIGTERM, after writing a checkpoint if there is a `run_dir`.
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
@@ -292,16 +293,23 @@ def run_settings(
             weight_hash=weight_hash(model),
             dtype=str(model.cfg.dtype),
         ),
-        corpus=CorpusIdentity(corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length),
+        corpus=identity_of(corpus),
         target=TargetIdentity(target.kind, target.fingerprint),
         recipe=config,
         within=within.checksum if within else None,
     )
 
 
+def identity_of(corpus: Corpus) -> CorpusIdentity:
+    """What identifies a text."""
+    return CorpusIdentity(
+        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
+    )
+
+
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """The result of a run that is already finished."""
-    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model)
+    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
     return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
 
 
@@ -329,9 +337,9 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Within the block, a first Ctrl-C or SIGTERM only sets the event, so that every step is completed.
+    """Within the block, a first Ctrl-C, SIGTERM or SIGHUP only sets the event, so that every step is completed.
 
-    A second one raises at once.
+    A second one raises at once. A SIGHUP that is ignored (`nohup`) stays ignored.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -343,9 +351,5 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_handled(request, signal.SIGINT):
         yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+GREY = "#7A7A7A"
+"""Readable on white and on the dark grey of notebooks alike: text of figures, and lines of the full model."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -26,7 +29,7 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
         one.name: one
         for one in (
             Condition("subnetwork", "subnetwork", "the model with only the subnetwork's weights", "#0072B2"),
-            Condition("full", "full model", "the full model", "#222222"),
+            Condition("full", "full model", "the full model", GREY),
             Condition(
                 "empty",
                 "empty subnetwork",
@@ -36,7 +39,7 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
             Condition("complement", "complement", "the full model without the subnetwork's weights", "#D55E00"),
             Condition(
                 "magnitude",
-                "magnitude",
+                "largest weights",
                 "the largest weights, as many in every matrix as the subnetwork keeps",
                 "#009E73",
             ),
@@ -48,7 +51,7 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
             ),
             Condition(
                 "full - random",
-                "full - random",
+                "full model without matched random weights",
                 "the full model without such random weights: mean over seeds",
                 "#999999",
             ),
@@ -65,8 +68,11 @@ DRAWN = ("random", "full - random")
 
 
 def label_of(name: str) -> str:
-    """Return a condition's name in the report; a name that is not a condition is returned unchanged."""
-    return CONDITIONS[name].label if name in CONDITIONS else name
+    """Return a condition's name in the report, also at the start of a name (`random 0`); others are unchanged."""
+    for known in sorted(CONDITIONS, key=len, reverse=True):
+        if name == known or name.startswith(f"{known} "):
+            return CONDITIONS[known].label + name[len(known) :]
+    return name
 
 
 def colour_of(name: str) -> str | None:

@@ -15,11 +15,6 @@ def escape(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def plain(value: Any) -> str:
-    """Escape a value for plotly, so that it is shown literally instead of being read as markup."""
-    return html.escape(str(value), quote=False)
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
     """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`."""
     classes = [' class="n"' if _is_numeric(rows, at) else "" for at in range(len(columns))]

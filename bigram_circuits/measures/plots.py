@@ -1,15 +1,20 @@
-"""Plotly figures for each kind of result, in one style and palette."""
+"""Plotly figures for each kind of result, in one style and palette.
+
+Plotly reads every string that it draws as markup of its own (`<a href>`, `<b>`, `&lt;`), so every string that comes
+from data goes through `plain` before it enters a figure. Backgrounds are transparent and the text is grey, so that
+figures can be read in the light and in the dark theme of a notebook.
+"""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from bigram_circuits.measures.conditions import CONDITIONS, colour_of
-from bigram_circuits.measures.html import plain
+from bigram_circuits.measures.conditions import CONDITIONS, GREY, colour_of, label_of
 
 SERIES = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
@@ -25,6 +30,32 @@ SHADES = "Viridis"
 """Colour scale for non-negative values."""
 SIGNED_SHADES = "RdBu_r"
 """Colour scale for values that can be negative."""
+LIGHT_SHADES = ((0.0, "#f2f7fb"), (1.0, "#5aa9dd"))
+"""Colour scale of cells with words in them: black text is readable on all of it."""
+SIGNED_LIGHT_SHADES = ((0.0, "#6fb1dc"), (0.5, "#f7f7f7"), (1.0, "#ef9a72"))
+"""The same for values that can be negative."""
+IN_CELL = "#111111"
+"""Colour of words in cells."""
+GRID = "rgba(128,128,128,0.22)"
+"""Colour of grid lines."""
+ZERO_LINE = "rgba(128,128,128,0.5)"
+"""Colour of the lines at 0."""
+TRANSPARENT = "rgba(0,0,0,0)"
+"""Colour of backgrounds."""
+_AXIS = {
+    "gridcolor": GRID,
+    "zerolinecolor": ZERO_LINE,
+    "linecolor": GRID,
+    "automargin": True,
+    "title": {"standoff": 15},
+}
+STYLE = {
+    "layout": {
+        "paper_bgcolor": TRANSPARENT, "plot_bgcolor": TRANSPARENT, "font": {"color": GREY}, "hovermode": "closest",
+        "xaxis": _AXIS, "yaxis": _AXIS, "coloraxis": {"colorbar": {"outlinewidth": 0, "ticks": ""}},
+    }
+}  # fmt: skip
+"""Plotly template of every figure; plotly's own would make pages a third larger."""
 _BESIDE_CONDITIONS = SERIES[2:-1]  # the other colours belong to conditions
 _MARKED = 40  # longer lines are drawn without markers
 _WIDE = 12  # columns; wider maps are stacked vertically
@@ -35,27 +66,39 @@ _UPWARDS = ("layer",)  # row axes drawn bottom-up; others are read top-down, as 
 Numbers = Float[np.ndarray, "..."]
 
 
+def plain(value: Any) -> str:
+    """Escape a value for plotly, so that it is shown literally instead of being read as markup."""
+    return html.escape(str(value), quote=False)
+
+
 def lines(axis: str, points: Sequence[Any], series: Mapping[str, Sequence[Numbers]], unit: str, title: str) -> Any:
     """A line for every condition, from (values, low, high), with its intervals as a band; `unit` names the heights."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    at = axis_points(points)
     for index, (condition, (values, low, high)) in enumerate(series.items()):
         colour = colour_of(condition) or _BESIDE_CONDITIONS[index % len(_BESIDE_CONDITIONS)]
+        name = plain(label_of(condition))
         if not np.isnan(low).all():
             band = {"mode": "lines", "fill": "toself", "fillcolor": colour, "opacity": 0.15, "line": {"width": 0}}
             figure.add_scatter(
-                x=[*points, *reversed(points)], y=np.concatenate([high, low[::-1]]), **band,
-                hoverinfo="skip", legendgroup=condition, showlegend=False,
+                x=[*at, *reversed(at)], y=np.concatenate([high, low[::-1]]), **band,
+                hoverinfo="skip", legendgroup=name, showlegend=False,
             )  # fmt: skip
         line = {"color": colour, "width": 2, "dash": "dot" if condition.startswith("random") else "solid"}
         figure.add_scatter(
-            x=list(points), y=values, name=condition, legendgroup=condition, line=line,
+            x=at, y=values, name=name, legendgroup=name, line=line,
             mode="lines+markers" if len(points) <= _MARKED else "lines",
         )  # fmt: skip
-    figure.update_xaxes(title=axis.replace("_", " "))
-    figure.update_yaxes(title=unit)
+    figure.update_xaxes(title=plain(axis.replace("_", " ")))
+    figure.update_yaxes(title=plain(unit))
     return _titled(figure, title)
+
+
+def axis_points(points: Sequence[Any]) -> list[Any]:
+    """Points of an axis for plotly: numbers as they are, names escaped."""
+    return [point if isinstance(point, int | float) else plain(point) for point in points]
 
 
 def heat_maps(
@@ -77,7 +120,7 @@ def heat_maps(
     above = n_columns > _WIDE and (n_rows < n_columns or n_panels > 2)
     figure = make_subplots(
         rows=n_panels if above else 1, cols=1 if above else n_panels, shared_xaxes=above, shared_yaxes=not above,
-        subplot_titles=[plain(name) for name in panels], vertical_spacing=0.25 / n_panels,
+        subplot_titles=[plain(label_of(name)) for name in panels], vertical_spacing=0.25 / n_panels,
     )  # fmt: skip
     for index, values in enumerate(panels.values()):
         place = {"row": index + 1, "col": 1} if above else {"row": 1, "col": index + 1}
@@ -87,11 +130,11 @@ def heat_maps(
         )  # fmt: skip
     for axes, (_, names) in ((figure.update_xaxes, columns), (figure.update_yaxes, rows)):
         axes(tickmode="array", tickvals=list(range(len(names))), ticktext=[plain(name) for name in names])
-    figure.update_xaxes(title=columns[0], row=n_panels if above else None)
-    figure.update_yaxes(title=rows[0], col=1)
+    figure.update_xaxes(title=plain(columns[0]), row=n_panels if above else None)
+    figure.update_yaxes(title=plain(rows[0]), col=1)
     if rows[0] not in _UPWARDS:
         figure.update_yaxes(autorange="reversed")
-    figure.update_layout(coloraxis=_scale(panels, unit))
+    figure.update_layout(coloraxis=_scale(panels, unit, has_words=text is not None))
     if above:
         figure.update_layout(height=120 + n_panels * (60 + 26 * n_rows))
     elif n_rows > _TALL:
@@ -108,21 +151,24 @@ def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: st
     errors: dict[str, Any] = {}
     if not np.isnan(low).all():
         errors["error_y"] = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low}
-    figure.add_bar(x=list(names), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors)
-    figure.update_xaxes(title=subject, type="category")
-    figure.update_yaxes(title=unit)
+    figure.add_bar(
+        x=axis_points(list(map(label_of, names))), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors
+    )
+    figure.update_xaxes(title=plain(subject), type="category")
+    figure.update_yaxes(title=plain(unit))
     return _titled(figure, title)
 
 
 def _titled(figure: Any, title: str) -> Any:
-    return figure.update_layout(template="plotly_white", title=plain(title), legend={"orientation": "h", "y": -0.2})
+    return figure.update_layout(template=STYLE, title=plain(title), legend={"orientation": "h", "y": -0.2})
 
 
-def _scale(panels: Mapping[str, Numbers], unit: str) -> dict[str, Any]:
+def _scale(panels: Mapping[str, Numbers], unit: str, *, has_words: bool) -> dict[str, Any]:
     """The colour scale of all panels: centred on 0 if some numbers are well below it."""
     shown = np.stack(list(panels.values()))
     signed = np.nanmin(shown, initial=0) < -0.01 * np.nanmax(np.abs(shown), initial=0)
-    scale = {"colorscale": SIGNED_SHADES if signed else SHADES, "colorbar": {"title": unit}}
+    shades = (SIGNED_LIGHT_SHADES if signed else LIGHT_SHADES) if has_words else SIGNED_SHADES if signed else SHADES
+    scale = {"colorscale": shades, "colorbar": {"title": plain(unit)}}
     return scale | ({"cmid": 0} if signed else {})
 
 
@@ -132,7 +178,7 @@ def _words(text: Sequence[Sequence[str]]) -> dict[str, Any]:
     return {
         "text": [[cell[0] for cell in row] for row in cells],
         "texttemplate": "%{text}",
-        "textfont": {"size": 11},
+        "textfont": {"size": 11, "color": IN_CELL},
         "customdata": [["<br>".join(cell) for cell in row] for row in cells],
         "hovertemplate": "%{customdata}<br>%{z:.3f}<extra></extra>",
     }

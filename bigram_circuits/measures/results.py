@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +24,9 @@ from jaxtyping import Float
 from bigram_circuits.measures import html, plots, statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.storage.files import write_text
+from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import read_record, sealed, shown
+from bigram_circuits.storage.typed import from_json
 
 _FORMAT = "bigram_circuits.result/1"
 _NUMBERS = ("values", "low", "high")
@@ -75,9 +78,10 @@ class Result(ABC):
         values = {one.name: _to_json(getattr(self, one.name)) for one in fields(self)}
         return {"format": _FORMAT, "kind": type(self).__name__, **values}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result as a JSON file with a checksum."""
-        write_text(Path(path), json.dumps(sealed(self.to_json())) + "\n")
+    def save(self, path: str | os.PathLike[str], of: Origin | None = None) -> None:
+        """Write the result as a JSON file with a checksum, which says what it is of if that is given."""
+        record = self.to_json() | ({} if of is None else {"of": of.to_json()})
+        write_text(Path(path), json.dumps(sealed(record)) + "\n")
 
     @abstractmethod
     def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
@@ -335,12 +339,23 @@ def load_result(path: str | os.PathLike[str]) -> Result:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a result, has another format version, or is damaged.
     """
+    return load_result_and_origin(path)[0]
+
+
+def load_result_and_origin(path: str | os.PathLike[str], *, follow: bool = True) -> tuple[Result, Origin | None]:
+    """Load a result, and what it says it is of; `follow` says whether the file may be a symbolic link.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a result, has another format version, or is damaged.
+    """
     complaint = "is not a result that can be read"
-    record = read_record(path, complaint)
+    record = read_record(path, complaint, follow=follow)
     try:
         if record.get("format") != _FORMAT:
             raise ValueError(f"its format is {shown(record.get('format'))}, but {_FORMAT!r} is needed")
-        return result_from_json(record)
+        of = from_json(Origin | None, record.pop("of", None), "of")
+        return result_from_json(record), of
     except ValueError as error:
         raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
 
@@ -371,8 +386,8 @@ def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} have shape {numbers.shape} but should have {shape}")
     if values.get("text") is not None and not _is_grid(values["text"], shape[1:]):
         raise ValueError(f"its text should be words in lists of {shape[1:]}")
-    if not isinstance(values["notes"], dict):
-        raise ValueError(f"its notes should have names, not be {shown(values['notes'])}")
+    if not isinstance(values["notes"], dict) or not _are_plain(values["notes"]):
+        raise ValueError(f"its notes should be texts and finite numbers with names, not {shown(values['notes'])}")
     if not values["quantities"]:
         raise ValueError("it has no quantities")
 
@@ -401,7 +416,7 @@ def _from_json(name: str, value: Any) -> Any:
     if name in ("title", "axis", "row_axis", "column_axis", "subject"):
         return _text(name, value)
     if name == "points":
-        return tuple(one if type(one) in (int, float) else _text(name, one) for one in _list(name, value))
+        return tuple(one if _is_finite(one) else _text(name, one) for one in _list(name, value))
     return tuple(_text(name, one) for one in _list(name, value))
 
 
@@ -419,6 +434,18 @@ def _are_numbers(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_are_numbers, value))
     return value is None or type(value) in (int, float)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < sys.float_info.max
+
+
+def _are_plain(value: Any) -> bool:
+    """Whether a value consists of texts, finite numbers, booleans and nulls, in lists and by name."""
+    if isinstance(value, dict | list):
+        return all(map(_are_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | bool) or _is_finite(value)
 
 
 def _is_grid(value: Any, shape: tuple[int, ...]) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+_MOST_NAMED = 8  # in a sentence
 
 
 def span(low: float | None, high: float | None) -> str:
@@ -39,3 +41,10 @@ def flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
 
 def _plain(value: Any) -> str:
     return "not set" if value is None else str(value)
+
+
+def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
+    """Names in a sentence; of a long list, the first ones and how many more there are."""
+    if len(names) > most + 1:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)

@@ -122,7 +122,10 @@ def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np
     least, largest = int(tokens.min()), int(tokens.max())
     if least < 0 or largest >= model.cfg.d_vocab:
         wrong = least if least < 0 else largest
-        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}")
+        more = ""
+        if model.tokenizer is not None and wrong in range(len(model.tokenizer)):
+            more = f", {model.tokenizer.convert_ids_to_tokens(wrong)!r}, for which it has no embedding"
+        raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}{more}")
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens.shape[1] > context:
         raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than this model's context of {context}")

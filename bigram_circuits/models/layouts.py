@@ -154,7 +154,7 @@ def _trace(model: Model) -> dict[str, Place]:
     small, starts = _numbered_model(model)
     covered: dict[str, Tensor] = {}
     places = {}
-    for site in weight_sites(hooked(small, like=model)):
+    for site in weight_sites(hooked(small, like=model, check=False)):
         place = _place(model, site.name, site.weight, starts)
         if place.parameter not in covered:
             covered[place.parameter] = torch.zeros(len(starts[place.parameter]), dtype=torch.bool)

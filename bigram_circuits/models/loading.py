@@ -1,9 +1,14 @@
-"""Load a model as a hooked `TransformerBridge`, from the hub or a folder, with checks before large files are read."""
+"""Load a model as a hooked `TransformerBridge`, from the hub or a folder.
+
+Sizes and links are checked before large files are read; then, that the files hold every weight; then, that the hooked
+model computes what the plain Hugging Face model does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -12,23 +17,24 @@ from typing import Any
 
 import torch
 
+from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.precision import round_rotations
 from bigram_circuits.models.state import usual_torch
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
+from bigram_circuits.text.tokenizers import Template, remember_template, template_of
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 _PYTHIA = re.compile(
     r"(EleutherAI/)?pythia(-\d+(\.\d+)?[mb](-deduped)?)?(-v0|(-data|-weight)?-seed\d|-(hidden|attn|all)dropout)?"
 )
 _STANFORD = re.compile(r"stanford-crfm(/[a-z]+-gpt2-(small|medium)-x\d+)?")
-_SHARDS = "model.safetensors.index.json"
 _SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    _SHARDS,
 )
 _LARGEST_SETTINGS = 1 << 26  # bytes of a JSON settings file
 _WEIGHTS_IN_A_BYTE = 4  # at most, with 2-bit weights
@@ -49,53 +55,82 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    check: bool = True,
 ) -> Model:
     """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, with unprocessed weights.
 
     Args:
         name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
-            written by `save_pretrained` with a model and a tokenizer.
+            written by `save_pretrained` with a model and a tokenizer. A folder of that name takes precedence over the
+            hub; a `Path` is always a folder.
         revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
         device: Device to load the model onto; CUDA if available, else the CPU.
         dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 by default.
+        check: Compare a forward pass on a few tokens with the plain Hugging Face model's, and refuse a hooked model
+            that computes something else; False takes it as it is.
 
     Raises:
         FileNotFoundError: If `name` is a path that does not exist, or a folder without a model or a tokenizer.
         OSError: If the hub cannot be reached, or has no such model or revision.
-        ValueError: If an argument is invalid, TransformerLens does not support the architecture, or the tokenizer has
-            more tokens than the model's vocabulary.
+        ValueError: If an argument is invalid, TransformerLens does not support the architecture, a weight is not in the
+            files, or, with `check`, the hooked model does not compute what the plain one does.
     """
-    folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
+    known_as = full_name(name)
+    source = _source(known_as)
     precision = _precision(dtype)
-    if is_local(folder):
-        _check_folder(folder)
+    if is_local(source):
+        _check_folder(source, str(name))
         with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
-            _check_matrices(folder)
+            _check_matrices(source)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
     else:
-        _check_hub(folder, revision)
+        _check_hub(source, revision)
     from transformer_lens.model_bridge import TransformerBridge
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
-        model: Any = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
-    if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
-        raise ValueError(
-            f"the tokenizer of {str(name)!r} has {len(model.tokenizer)} tokens, more than the model's vocabulary of "
-            f"{model.cfg.d_vocab}: they do not belong together"
+        agreement = Agreement(device, check)
+        model: Any = TransformerBridge.boot_transformers(
+            source, device=device, dtype=precision, revision=revision, model_class=agreement
         )
-    model.cfg.model_name = str(name)
+        if model.tokenizer is not None:
+            remember_template(model.tokenizer, _template_before_hooking(model.tokenizer, source, revision))
+        round_rotations(model)
+        agreement.confirm(model.eval())
+    model.cfg.model_name = known_as
     model.cfg.revision = revision  # so that the same weights can be loaded again
-    return model.eval()
+    return model
+
+
+def full_name(name: str | Path) -> str:
+    """The name that finds a model from every working directory: `reference`, a hub id, or an absolute path."""
+    if isinstance(name, str) and (name == "reference" or not is_local(name)):
+        return name
+    return os.path.abspath(Path(name).expanduser())
+
+
+def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) -> Template:
+    """The template of a tokenizer as it was published: hooking a model makes its tokenizer add a BOS, or an EOS."""
+    from transformers import AutoTokenizer
+
+    source = str(tokenizer.name_or_path or folder)  # some architectures take their tokenizer from elsewhere
+    of_model = revision if source == folder else None
+    return template_of(AutoTokenizer.from_pretrained(source, revision=of_model, trust_remote_code=False))
 
 
 @usual_torch()
-def hooked(huggingface_model: Any, *, like: Model) -> Model:
-    """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`."""
+def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
+    """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
+
+    Raises:
+        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
+        agreement = Agreement("cpu", check)
+        agreement.run_plain(huggingface_model)
         bridge: Any = TransformerBridge.boot_transformers(
             str(like.cfg.model_name),
             hf_model=huggingface_model,
@@ -103,27 +138,36 @@ def hooked(huggingface_model: Any, *, like: Model) -> Model:
             device="cpu",
             dtype=next(huggingface_model.parameters()).dtype,
         )
+        round_rotations(bridge)
+        agreement.confirm(bridge.eval())
     return bridge
 
 
 def model_source(model: Model) -> tuple[str, str | None]:
     """Return the folder or hub id that a model was loaded from, and its revision."""
-    name = str(model.cfg.model_name)
-    return (str(REFERENCE_FOLDER) if name == "reference" else name), getattr(model.cfg, "revision", None)
+    return _source(str(model.cfg.model_name)), getattr(model.cfg, "revision", None)
+
+
+def _source(name: str) -> str:
+    return str(REFERENCE_FOLDER) if name == "reference" else name
 
 
 @usual_torch()
 def fresh_huggingface(model: Model) -> tuple[Any, Any]:
-    """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU.
+
+    Raises:
+        OSError: If the files no longer exist.
+        ValueError: If a weight is not in the files.
+    """
+    from transformers import AutoTokenizer
 
     source, revision = model_source(model)
     if is_local(source):
-        _check_folder(source)
+        _check_folder(source, source)
     with quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
-        plain = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False
-        )
+        kind = type(model.original_model)
+        plain = checked_weights(kind, source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False)
         return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
@@ -161,24 +205,53 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
 
 def is_local(name: str) -> bool:
     """Whether a model name is a local path, or looks like one."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _check_folder(name: str) -> None:
-    folder = Path(name)
+def _check_folder(source: str, name: str) -> None:
+    """Raise an error, which calls the folder by `name`, unless `source` holds a model of possible sizes."""
+    folder = Path(source)
+    if folder.is_file():
+        raise FileNotFoundError(f"{name!r} is a file, not a model folder")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {name!r}")
+        where = "" if name == source else f" (that is, {source!r})"
+        raise FileNotFoundError(f"there is no model folder {name!r}{where}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"the folder {name!r} holds an adapter (adapter_config.json): merge it into its base model "
+            f"(merge_and_unload), save that with save_pretrained, and load the result"
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
-    records = {file: _settings(folder / file) for file in _SETTINGS_FILES if (folder / file).is_file()}
-    shards = records.get(_SHARDS, {}).get("weight_map", {})
-    if not isinstance(shards, dict) or any(
-        not isinstance(file, str) or Path(file).name != file for file in shards.values()
-    ):
-        raise ValueError(f"{str(folder / _SHARDS)!r} names weights outside of its folder")
+    _check_links(folder)
+    indices = sorted(file.name for file in folder.glob("*.index.json"))
+    files = (*_SETTINGS_FILES, *indices)
+    records = {file: _settings(folder / file) for file in files if (folder / file).is_file()}
+    for index in indices:
+        shards = records[index].get("weight_map", {})
+        if not isinstance(shards, dict) or any(
+            not isinstance(file, str) or Path(file).name != file for file in shards.values()
+        ):
+            raise ValueError(f"{str(folder / index)!r} names weights outside of its folder")
     _check_sizes(folder, records["config.json"])
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError if a file of a model folder is a link to a file elsewhere.
+
+    The hub's cache is made of such links, from `snapshots/COMMIT/` to `blobs/` of the same repository.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    for file in folder.iterdir():
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
+            raise ValueError(
+                f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of the model's folder: copy the file "
+                f"there, or load the folder that it is in"
+            )
 
 
 def _settings(path: Path) -> dict[str, Any]:

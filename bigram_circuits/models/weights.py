@@ -8,23 +8,20 @@ bridge has split are no longer used and are not sites.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.models.state import check_model
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
@@ -144,50 +141,6 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
     return sites
 
 
-_HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-"""Models within a `hashed_once` block, with their hash once it has been computed."""
-
-
-@contextmanager
-def hashed_once(model: Model) -> Iterator[None]:
-    """Within the `with` block, compute this model's `weight_hash` at most once, since hashing reads every weight.
-
-    Use it for the duration of one public call, during which nobody edits the weights. Elsewhere every call recomputes
-    the hash, because an edit through `.data` cannot be detected. May be nested for the same model.
-    """
-    if model in _HASHED_ONCE:
-        yield
-        return
-    _HASHED_ONCE[model] = None
-    try:
-        yield
-    finally:
-        del _HASHED_ONCE[model]
-
-
-@uses_model
-def weight_hash(model: Model) -> str:
-    """Hash all maskable weights, to tell models and checkpoints apart.
-
-    Weights are rounded to bfloat16 first, so a checkpoint has the same hash in float32 and in bfloat16.
-    """
-    if model not in _HASHED_ONCE:
-        return _hash_of_sites(model)
-    known = _HASHED_ONCE[model]
-    if known is None:
-        known = _HASHED_ONCE[model] = _hash_of_sites(model)
-    return known
-
-
-def _hash_of_sites(model: Model) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for site in weight_sites(model):
-        digest.update(f"{site.name} {site.shape}".encode())
-        rounded = site.weight.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(rounded.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _block_sites(model: Model, layer: int, block: Any) -> list[WeightSite]:
     sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
     for component in COMPONENTS:
@@ -301,21 +254,32 @@ def _check_nothing_is_left_out(
     mine = {site.matrix: site.size for site in sites if site.name.startswith(where + ".")}
     together = (("W_Q", "W_K", "W_V"), ("W_in", "W_gate"))
     fused = [sum(mine[name] for name in names) for names in together if mine.keys() >= set(names)]
-    for owner, module in part.named_modules():
+    for owner, _, name, weight in _other_matrices(part, known):
+        if not but and weight.ndim == 2 and weight.numel() in fused:
+            fused.remove(weight.numel())  # at most one fused matrix of each kind
+            known.add(id(weight))
+            continue
+        path = re.sub(r"_?original_component\.?", "", f"{owner}.{name}").replace("..", ".")
+        raise ValueError(
+            f"this model cannot be masked: {where} has the weight {path} {_by(weight.shape)}, which is not one of "
+            f"the query, key, value, output and MLP matrices"
+        )
+
+
+def _other_matrices(part: nn.Module, known: set[int]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Weight matrices within a module, but those of norms and embeddings and the known: owner's path, owner, name."""
+    for path, module in part.named_modules():
         if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
             continue
         for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim < 2 or id(weight) in known:
-                continue
-            if not but and weight.ndim == 2 and weight.numel() in fused:
-                fused.remove(weight.numel())  # at most one fused matrix of each kind
-                known.add(id(weight))
-                continue
-            path = re.sub(r"_?original_component\.?", "", f"{owner}.{name}").replace("..", ".")
-            raise ValueError(
-                f"this model cannot be masked: {where} has the weight {path} {_by(weight.shape)}, which is not one of "
-                f"the query, key, value, output and MLP matrices"
-            )
+            if weight.ndim >= 2 and id(weight) not in known:
+                yield path, module, name, weight
+
+
+def fused_modules(model: Model, sites: Iterable[WeightSite]) -> list[nn.Module]:
+    """The modules of matrices that the bridge has split (query-key-value, gate and up); they are listed, but unused."""
+    known = {id(site.original) for site in sites}
+    return [module for block in model.blocks for _, module, _, _ in _other_matrices(block, known)]
 
 
 def _by(sizes: Iterable[int]) -> str:

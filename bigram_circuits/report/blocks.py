@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
+class Block:
+    """Anything a section can hold."""
+
+    def check(self) -> None:
+        """Raise an error if the block cannot be drawn."""
+
+
 @dataclass(frozen=True)
-class Chart:
+class Chart(Block):
     """A plotly figure with its title and, in a sentence, what it shows."""
 
     title: str
@@ -17,9 +26,18 @@ class Chart:
     min_width: int = 0
     """In pixels; on a narrower screen the chart scrolls in its own box."""
 
+    def drawn(self) -> Any:
+        """The figure as JSON values, without infinities, which JSON does not have."""
+        return _finite(json.loads(self.figure.to_json()))
+
+    def check(self) -> None:
+        """Raise ValueError if the figure has no height."""
+        if not self.figure.layout.height:
+            raise ValueError(f"the chart {self.title!r} has no height")
+
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(Block):
     """A table."""
 
     caption: str
@@ -28,9 +46,15 @@ class Numbers:
     is_open: bool = False
     """Whether it is shown at once or only on request."""
 
+    def check(self) -> None:
+        """Raise ValueError if a row has another number of cells than there are columns."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"a row of {self.caption!r} has {len(row)} cells, not {len(self.columns)}")
+
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Block):
     """A passage of text, once for each reader, with every token coloured by a number."""
 
     title: str
@@ -47,7 +71,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Block):
     """Attention patterns of several heads: thumbnails, and one of them large."""
 
     title: str
@@ -59,15 +83,11 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     """A command to copy, with what it does."""
 
     says: str
     text: str
-
-
-Block = Chart | Numbers | Reading | Attention | Code
-"""Anything a section can hold."""
 
 
 @dataclass(frozen=True)
@@ -101,5 +121,18 @@ class Opening:
     title: str
     asked: str
     answer: str
+    verdict: str = ""
+    """What follows from the answer."""
+    made: str = ""
+    """When, and with what."""
     marks: Sequence[tuple[str, str]] = ()
     """A few numbers, shown large: what each is, and its value."""
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigram_circuits.measures.plots import SERIES, SHADES, SIGNED_SHADES, SYMBOLS
+from bigram_circuits.experiments.comparison import numbered
+from bigram_circuits.measures.plots import (
+    IN_CELL,
+    LIGHT_SHADES,
+    SERIES,
+    SIGNED_LIGHT_SHADES,
+    SYMBOLS,
+    axis_points,
+    plain,
+)
 from bigram_circuits.report.figures import INK, MUTED, dressed, error_bars
 
 _NAME = 30  # characters, of a name in a legend or beside a map
@@ -79,18 +87,18 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
                 look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
                 what = _legend("matched random weights", seen) | {"name": "matched random weights"}
                 figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
-        for place, (name, fraction, value) in enumerate(zip(names, fractions, panel.values, strict=True)):
+        for place, (name, fraction, value) in enumerate(zip(short_names(names), fractions, panel.values, strict=True)):
             if fraction > 0 and value is not None:
                 look = {"size": 11, "color": _series(place), "symbol": _symbol(place)}
                 low, high = panel.low[place], panel.high[place]
                 bars = {}
                 if low is not None and high is not None:
                     bars = error_bars([scale(value)], [scale(low)], [scale(high)], "y")
-                what = _legend(str(place), seen) | {"name": _named(name)}
+                what = _legend(str(place), seen) | {"name": name}
                 figure.add_scatter(**_dot(fraction, value, scale), marker=look, **what, **bars, **at)
-        figure.update_yaxes(title=panel.title, zeroline=False, **ticks, **at)
+        figure.update_yaxes(title=plain(panel.title), zeroline=False, **ticks, **at)
     ticks = _log_ticks([fraction for fraction in fractions if fraction > 0])
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:g}%" for tick in ticks], zeroline=False)
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:.6g}%" for tick in ticks], zeroline=False)
     figure.update_xaxes(title="share of weights kept (log scale)", row=len(panels), col=1)
     return dressed(figure, 90 + 270 * len(panels) + _legend_height([*names, "full model", "Pareto front", "random"]))
 
@@ -101,21 +109,22 @@ def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | Non
 
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.08)
     seen: set[str] = set()
+    names = list(dict.fromkeys(line.name for drawn in panels.values() for line in drawn))
+    short = dict(zip(names, short_names(names), strict=True))
     for row, (title, drawn) in enumerate(panels.items(), start=1):
         for line in drawn:
             marker, style = {}, {"color": INK, "dash": "dash", "width": 1.5}
             if line.place is not None:
                 marker, style = {"symbol": _symbol(line.place), "size": 8}, {"color": _series(line.place), "width": 2}
             figure.add_scatter(
-                x=list(line.x), y=list(line.y), mode="lines+markers" if marker else "lines", line=style, marker=marker,
-                name=_named(line.name), **_legend(str(line.place), seen), row=row, col=1,
+                x=axis_points(line.x), y=list(line.y), mode="lines+markers" if marker else "lines", line=style,
+                marker=marker, name=short[line.name], **_legend(str(line.place), seen), row=row, col=1,
             )  # fmt: skip
         range_mode = "tozero" if tickformat else "normal"
-        figure.update_yaxes(title=title, tickformat=tickformat, rangemode=range_mode, row=row, col=1)
+        figure.update_yaxes(title=plain(title), tickformat=tickformat, rangemode=range_mode, row=row, col=1)
     figure.update_xaxes(type="category")
-    figure.update_xaxes(title=axis, row=len(panels), col=1)
-    names = dict.fromkeys(line.name for drawn in panels.values() for line in drawn)
-    return dressed(figure, 60 + 220 * max(len(panels), 1) + _legend_height(list(names)))
+    figure.update_xaxes(title=plain(axis), row=len(panels), col=1)
+    return dressed(figure, 60 + 220 * max(len(panels), 1) + _legend_height(names))
 
 
 def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any:
@@ -125,8 +134,8 @@ def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any
     beside = len(names) <= _BESIDE
     rows, columns = (1, len(panels)) if beside else (len(panels), 1)
     figure = make_subplots(
-        rows=rows, cols=columns, shared_yaxes=beside, subplot_titles=list(panels), horizontal_spacing=0.04,
-        vertical_spacing=0.12,
+        rows=rows, cols=columns, shared_yaxes=beside, subplot_titles=[plain(title) for title in panels],
+        horizontal_spacing=0.04, vertical_spacing=0.12,
     )  # fmt: skip
     places = list(range(len(names)))
     for place, values in enumerate(panels.values()):
@@ -135,13 +144,18 @@ def pair_maps(names: Sequence[str], panels: Mapping[str, Any], unit: str) -> Any
         figure.add_heatmap(
             z=[[None if math.isnan(value) else float(value) for value in row] for row in values], x=places, y=places,
             coloraxis="coloraxis", text=text, texttemplate="%{text}", hovertemplate="%{text}<extra></extra>",
+            textfont={"color": IN_CELL},
             xgap=1, ygap=1, **at,
         )  # fmt: skip
-    labels = {"tickmode": "array", "tickvals": places, "ticktext": [_named(name, 20) for name in names]}
+    labels = {"tickmode": "array", "tickvals": places, "ticktext": short_names(names, 20)}
     figure.update_xaxes(**labels, tickangle=-35 if len(names) > 3 else 0, constrain="domain")
     figure.update_yaxes(**labels, autorange="reversed")
     figure.update_layout(
-        coloraxis={"colorscale": SHADES, "cmin": 0, "colorbar": {"title": unit, "tickformat": "~%"} | _SHORT_BAR}
+        coloraxis={
+            "colorscale": LIGHT_SHADES,
+            "cmin": 0,
+            "colorbar": {"title": plain(unit), "tickformat": "~%"} | _SHORT_BAR,
+        }
     )
     height = 46 * len(names) + 60
     return _plain_map(dressed(figure, 90 + (height if beside else height * len(panels))))
@@ -155,7 +169,8 @@ def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
     known = [[ratio if ratio > 0 else math.nan for ratio in row] for row in ratios]
     figure.add_heatmap(
         z=[[None if math.isnan(ratio) else math.log2(ratio) for ratio in row] for row in known],
-        x=list(columns), y=list(range(len(rows))), coloraxis="coloraxis", xgap=1, ygap=1,
+        x=[plain(column) for column in columns], y=list(range(len(rows))), coloraxis="coloraxis", xgap=1, ygap=1,
+        textfont={"color": IN_CELL},
         text=[["" if math.isnan(ratio) else times(ratio) for ratio in row] for row in known],
         texttemplate="%{text}", hovertemplate="%{x}: %{text}<extra></extra>",
     )  # fmt: skip
@@ -164,10 +179,10 @@ def ratio_map(rows: Sequence[str], columns: Sequence[str], ratios: Any) -> Any:
     powers = [step * count for count in range(-int(most // step), int(most // step) + 1)]
     labels = [times(2**power) if power >= 0 else f"1/{times(2**-power)}" for power in powers]
     bar = {"title": "times chance", "tickvals": powers, "ticktext": labels} | _SHORT_BAR
-    figure.update_layout(coloraxis={"colorscale": SIGNED_SHADES, "cmin": -most, "cmax": most, "colorbar": bar})
+    figure.update_layout(coloraxis={"colorscale": SIGNED_LIGHT_SHADES, "cmin": -most, "cmax": most, "colorbar": bar})
     figure.update_xaxes(type="category", side="top")
     figure.update_yaxes(
-        tickmode="array", tickvals=list(range(len(rows))), ticktext=[_named(row, 44) for row in rows],
+        tickmode="array", tickvals=list(range(len(rows))), ticktext=short_names(rows, 44),
         autorange="reversed",
     )  # fmt: skip
     return _plain_map(dressed(figure, max(260, 110 + 30 * len(rows))))
@@ -207,11 +222,11 @@ def _symbol(place: int) -> str:
     return SYMBOLS[(place + place // len(SYMBOLS)) % len(SYMBOLS)]
 
 
-def _named(name: str, most: int = _NAME) -> str:
-    """A name, escaped for plotly; a long one is cut in the middle."""
+def short_names(names: Sequence[str], most: int = _NAME) -> list[str]:
+    """Distinct names for plotly, escaped; a long one is cut in the middle."""
     end = 2 * most // 3
-    short = name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}"
-    return html.escape(short, quote=False)
+    cut = [name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}" for name in names]
+    return [plain(name) for name in numbered(cut)]
 
 
 def _legend(key: str, seen: set[str]) -> dict[str, Any]:
@@ -231,21 +246,39 @@ def _scale(panel: Points) -> tuple[Any, dict[str, Any]]:
     """The function from a value to its position, and the axis settings that go with it."""
     known = [value for value in (*panel.values, *panel.random, *panel.whole) if value is not None]
     if panel.is_r:
-        ticks = {"tickvals": [math.atanh(tick) for tick in _R_TICKS], "ticktext": [f"{tick:g}" for tick in _R_TICKS]}
+        shown = [tick for tick in _R_TICKS if known and min(known) <= tick <= max(known)]
+        shown = shown if len(shown) > 1 else [tick for tick in _even_ticks(known) if abs(tick) < 1]
+        ticks = {"tickvals": [math.atanh(tick) for tick in shown], "ticktext": [f"{tick:.6g}" for tick in shown]}
         return (lambda r: math.atanh(min(max(r, -_R_MOST), _R_MOST))), ticks
     if known and min(known) > 0:
         ticks = _log_ticks(known)
-        return (lambda x: x), {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+        return (lambda x: x), {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.6g}" for tick in ticks]}
     return (lambda x: x), {"rangemode": "tozero"}
 
 
 def _log_ticks(values: Sequence[float | int]) -> list[float | int]:
-    """Ticks at 1, 2, 5, 10 ... around the values; only powers of ten over a wide range."""
+    """Ticks at 1, 2, 5, 10 ... among the values; powers of ten over a wide range, even steps over a narrow one."""
     if not values:
         return []
-    first, last = math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1
-    factors = (1, 2, 5) if last - first <= 5 else (1,)
-    return [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors]
+    inside = [tick for tick in ticks if min(values) <= tick <= max(values)]
+    return inside if len(inside) > 1 else _even_ticks(values)
+
+
+def _even_ticks(values: Sequence[float | int]) -> list[float | int]:
+    """Round numbers in even steps, two or more among or around the values."""
+    if not values:
+        return []
+    low, high = float(min(values)), float(max(values))
+    if low == high:
+        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
+    width = high - low
+    power = 10.0 ** math.floor(math.log10(width / 2))
+    step = next(factor * power for factor in (5, 2, 1) if factor * power <= width / 2)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{step * count:.9g}") for count in range(first, last + 1)]
 
 
 def _widened(fractions: Sequence[float | int]) -> list[float | int]:

@@ -6,33 +6,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigram_circuits.experiments.comparison import (
+    CROSS_ENTROPY,
     KL,
     Compared,
     Comparison,
     R,
-    differing_settings,
+    Spread,
+    clearly_dominated,
     measured_tasks,
     not_dominated,
+    short_settings,
 )
-from bigram_circuits.measures.words import span
+from bigram_circuits.measures.words import listed, span
+from bigram_circuits.names import short_hash, short_name
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
-from bigram_circuits.report.compared_words import section
-from bigram_circuits.report.words import listed
+from bigram_circuits.report.compared_words import MOST_DRAWN, section
 
 
 @section("what", "What is compared")
 def what(comparison: Comparison) -> Content:
     """Settings that differ, sizes, measurements, verdicts and origins."""
     items = comparison.items
-    differing = differing_settings(items)
+    differing = comparison.differing
     says = [_differences(items, differing)]
-    names = _column_names(list(differing))
+    many = len(items) > MOST_DRAWN
+    names = short_settings(list(differing))
     rows = [[one.name, *(values[place] for values in differing.values())] for place, one in enumerate(items) if one.run]
     blocks: list[Block] = []
+    if comparison.is_repetition:
+        says.append(
+            "What differs between them is the scatter of the method, and they are not ranked. Mean and spread over "
+            "seeds are in the first table."
+        )
+        blocks.append(_spread(comparison))
     if rows and differing:
-        blocks.append(Numbers("Settings that differ", ["", *names], rows, is_open=True))
-    blocks.append(_measured(items))
+        blocks.append(Numbers("Settings that differ", ["", *names], rows, is_open=not many))
+    blocks.append(_measured(items, is_open=not many))
     unmeasured = [one.name for one in items if not one.is_evaluated]
     if unmeasured:
         says.append(f"Not evaluated, so without r, KL and losses: {listed(unmeasured)}.")
@@ -44,7 +54,7 @@ def what(comparison: Comparison) -> Content:
         )
     verdicts = [[one.name, one.verdict.removeprefix("Verdict: ")] for one in items if one.verdict]
     if verdicts:
-        blocks.append(Numbers("Verdict of each against its controls", ["", "verdict"], verdicts, is_open=True))
+        blocks.append(Numbers("Verdict of each against its controls", ["", "verdict"], verdicts, is_open=not many))
     unjudged = [one.name for one in items if one.is_evaluated and not one.verdict]
     if unjudged:
         says.append(f"Evaluated without controls, so without a verdict: {listed(unjudged)}.")
@@ -62,11 +72,11 @@ def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str
         return counted
     if not differing:
         return f"{counted} The runs have the same settings."
-    names = listed(_column_names(list(differing)), most=20)
+    names = listed(short_settings(list(differing)), most=20)
     return f"{counted} The runs differ in {names}; all their other settings agree."
 
 
-def _measured(items: Sequence[Compared]) -> Numbers:
+def _measured(items: Sequence[Compared], *, is_open: bool) -> Numbers:
     columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
                "of cross-entropy", "of loss"]  # fmt: skip
     measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
@@ -77,20 +87,27 @@ def _measured(items: Sequence[Compared]) -> Numbers:
     ]  # fmt: skip
     shown = [at for at in range(len(columns)) if at < 3 or any(row[at] not in (None, "") for row in rows)]
     table = [[row[at] for at in shown] for row in rows]
-    return Numbers("Sizes and measurements", [columns[at] for at in shown], table, is_open=True)
+    return Numbers("Sizes and measurements", [columns[at] for at in shown], table, is_open=is_open)
+
+
+def _spread(comparison: Comparison) -> Numbers:
+    """Mean, standard deviation and range over seeds of what was measured."""
+    rows = [
+        [words, one.mean, one.deviation, one.low, one.high]
+        for key, words in ((R, "r"), (KL, "KL"), (CROSS_ENTROPY, "cross-entropy"), ("mean_surprisal", "loss"))
+        if (one := comparison.spread(key)) is not None
+    ]
+    size = Spread.of([one.subnetwork.fraction for one in comparison.items])
+    rows.append(["fraction", size.mean, size.deviation, size.low, size.high])
+    columns = ["", "mean", "standard deviation", "smallest", "largest"]
+    return Numbers(f"Over {len(comparison.items)} seeds", columns, rows, is_open=True)
 
 
 def _origin(one: Compared) -> list[str]:
     subnetwork = one.subnetwork
     where = str(one.run.path) if one.run else "not a run"
-    return [one.name, where, subnetwork.lineage, str(subnetwork.model_name), str(subnetwork.weight_hash)]
-
-
-def _column_names(settings: Sequence[str]) -> list[str]:
-    """The last part of each setting's name, where it is unique."""
-    last = [name.rsplit(".", 1)[-1] for name in settings]
-    chosen = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]
-    return [name.replace("_", " ").replace(".", " ") for name in chosen]
+    made_for = short_name(subnetwork.model_name or "unknown"), short_hash(subnetwork.weight_hash)
+    return [one.name, where, subnetwork.lineage, *made_for]
 
 
 @section("pareto", "Faithfulness against size")
@@ -101,11 +118,11 @@ def pareto(comparison: Comparison) -> Content:
     if not drawn:
         return Content(["None of them was evaluated, so there is nothing to plot."])
     panels = [
-        _points(drawn, R, "r with the target"),
-        _points(drawn, KL, "KL from the target (nats)"),
+        _points(drawn, R, "r with the target", has_front=not comparison.is_repetition),
+        _points(drawn, KL, "KL from the target (nats)", has_front=not comparison.is_repetition),
     ]
     panels = [panel for panel in panels if any(value is not None for value in panel.values)]
-    says = [_front_words(drawn, panel) for panel in panels]
+    says = [_front_words(drawn, panel) for panel in panels if panel.fronts]
     if len(measured_tasks(drawn, R)) > 1:
         says.insert(0, "Targets or texts differ: values for different ones cannot be compared, and lines join only "
                        "those with the same target and text.")  # fmt: skip
@@ -114,10 +131,12 @@ def pareto(comparison: Comparison) -> Content:
         says.append(f"Not plotted, because nothing was measured or kept: {listed(missing)}.")
     if not panels:
         return Content([*says, "r and KL are undefined for all of them."])
-    what = [
-        "Better is up and to the left for r, down and to the left for KL. The line is the Pareto front: no other "
-        "subnetwork keeps as few weights and does as well as one on it."
-    ]
+    what = ["Better is up and to the left for r, down and to the left for KL."]
+    if any(panel.fronts for panel in panels):
+        what.append(
+            "The line is the Pareto front of the measured values: no other subnetwork keeps as few weights and does "
+            "as well as one on it. Differences within the intervals (error bars) may be noise."
+        )
     lacking = [one.name for one in drawn if one.measured(R, "random") is None]
     if len(lacking) < len(drawn):
         what.append("Hollow marks: random weights, as many in every matrix (mean over seeds).")
@@ -139,7 +158,7 @@ def pareto(comparison: Comparison) -> Content:
 _CONDITIONS = ("subnetwork", "random", "full")
 
 
-def _points(items: Sequence[Compared], quantity: str, title: str) -> compared_figures.Points:
+def _points(items: Sequence[Compared], quantity: str, title: str, *, has_front: bool) -> compared_figures.Points:
     ends = [one.interval(quantity) for one in items]
     whole = [one.measured(quantity, "full") for one in items]
     return compared_figures.Points(
@@ -149,17 +168,26 @@ def _points(items: Sequence[Compared], quantity: str, title: str) -> compared_fi
         high=[high for _, high in ends],
         random=[one.measured(quantity, "random") for one in items],
         whole=sorted({round(level, 3) for level in whole if level is not None}),
-        fronts=[not_dominated(items, quantity, task) for task in measured_tasks(items, quantity)],
+        fronts=[not_dominated(items, quantity, task) for task in measured_tasks(items, quantity)] if has_front else [],
         is_r=quantity == R,
     )
 
 
 def _front_words(items: Sequence[Compared], panel: compared_figures.Points) -> str:
-    word = "r" if panel.is_r else "KL"
-    best = [items[place].name for front in panel.fronts for place in front]
-    others = [
-        one.name for one, value in zip(items, panel.values, strict=True) if value is not None and one.name not in best
-    ]
-    if not others:
+    """Those on the front, those that are dominated beyond doubt, and those of which the intervals do not tell."""
+    word, quantity = ("r", R) if panel.is_r else ("KL", KL)
+    known = {place for place, value in enumerate(panel.values) if value is not None}
+    beaten = {place for task in measured_tasks(items, quantity) for place in clearly_dominated(items, quantity, task)}
+    best = {place for front in panel.fronts for place in front} - beaten
+    names = {
+        f"On the Pareto front for {word}": best,
+        "Dominated, with intervals that do not overlap": beaten,
+        "Not told apart from the front by the intervals": known - best - beaten,
+    }
+    if not known - best:
         return f"All are on the Pareto front for {word}."
-    return f"On the Pareto front for {word}: {listed(best)}. Dominated: {listed(others)}."
+    return " ".join(
+        f"{what}: {listed([items[place].name for place in sorted(places)])}."
+        for what, places in names.items()
+        if places
+    )

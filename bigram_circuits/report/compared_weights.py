@@ -9,13 +9,23 @@ import numpy as np
 
 from bigram_circuits.experiments.comparison import SMALLEST, Compared, Comparison, Pair
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.measures.words import listed, percent, rounded
 from bigram_circuits.names import PartName
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
-from bigram_circuits.report.compared_words import few, found_pairs, pair_with, pair_words, section, value_range
+from bigram_circuits.report.compared_words import (
+    MOST_DRAWN,
+    drawn,
+    few,
+    found_pairs,
+    left_out,
+    pair_with,
+    pair_words,
+    section,
+    value_range,
+)
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart
-from bigram_circuits.report.words import component_name, component_words, listed
+from bigram_circuits.report.words import component_name, component_words
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
 _SURPRISING = 0.05  # a p-value below it
@@ -35,21 +45,29 @@ def overlaps(comparison: Comparison) -> Content:
         says.insert(0, f"Nested by construction, so their overlap is not a finding: {listed(given)}.")
     if found_pairs(pairs):
         says.insert(0, _overlap_words(found_pairs(pairs)))
+    if comparison.against is not None:
+        says.insert(0, f"Of {len(items)} subnetworks, each is compared with one alone, {comparison.against}.")
     corrected = f", with Holm's correction over the {len(pairs)} pairs" if len(pairs) > 1 else ""
     says.append(
         "Chance: one of the two is drawn at random with the same number of weights in every matrix, so a shared "
         "preference for some matrices does not count as evidence. p is exact (a sum of hypergeometric counts) and "
         f"one-sided{corrected}."
     )
+    columns = ["", *_PAIR_COLUMNS]
+    rows = [[pair_words(pair), *_pair_row(pair, "all")] for pair in pairs]
+    table = Numbers("Overlap of each pair", columns, rows, is_open=len(rows) <= _MOST_ROWS)
+    if comparison.against is not None or len(items) > MOST_DRAWN:
+        says.append(
+            f"Left out: the map of all pairs, and overlaps by component if there are more than {_MOST_ROWS} pairs "
+            "(compare(...).pairs has them)."
+        )
+        return Content(says, [table, *(_by_component(pairs) if len(pairs) <= _MOST_ROWS else [])])
     names = [one.name for one in items]
     maps = compared_figures.pair_maps(
         names, {"observed": comparison.shares, "expected by chance": comparison.chances}, "share"
     )
     chart = Chart("Share of the row's weights that the column keeps too", _largest(pairs), maps, 640)
-    columns = ["", *_PAIR_COLUMNS]
-    rows = [[pair_words(pair), *_pair_row(pair, "all")] for pair in pairs]
-    blocks: list[Block] = [chart, Numbers("Overlap of each pair", columns, rows, is_open=True)]
-    return Content(says, [*blocks, *_by_component(pairs)])
+    return Content(says, [chart, table, *_by_component(pairs)])
 
 
 _PAIR_COLUMNS = (
@@ -129,7 +147,7 @@ def _by_component(pairs: Sequence[Pair]) -> list[Block]:
 @section("places", "Where the kept weights are")
 def places(comparison: Comparison) -> Content:
     """Kept weights by layer and component."""
-    items = comparison.items
+    items = drawn(comparison)
     counts = {one.name: one.subnetwork.by_component() for one in items}
     parts = sorted({part for _, part in counts[items[0].name]})
     layers = sorted({layer for layer, _ in counts[items[0].name]})
@@ -151,7 +169,7 @@ def places(comparison: Comparison) -> Content:
     )
     columns = ["", "component", "kept", "of", "share of all kept", "fraction"]
     table = Numbers("Numbers: kept weights by component", columns, rows)
-    return Content([_place_words(items)], [chart, table])
+    return Content([_place_words(comparison.items), left_out(comparison)], [chart, table])
 
 
 def _place_words(items: Sequence[Compared]) -> str:
@@ -174,17 +192,17 @@ def _place_words(items: Sequence[Compared]) -> str:
 @section("layers", "Layer by layer")
 def layers(comparison: Comparison) -> Content:
     """Lenses, cosines and rotations of the model with only a subnetwork's weights, by layer."""
-    items = comparison.items
+    items = drawn(comparison)
     having = [one for one in items if any(isinstance(one.analyses.get(chart.result), Curves) for chart in LAYER_CHARTS)]
     lacking = [one.name for one in items if one not in having]
     how = " (bigram-circuits analyze RUN measures it)" if any(one.run for one in items if one not in having) else ""
     missing = f"Not measured layer by layer{how}: {listed(lacking)}." if lacking else ""
     if not having:
-        return Content([missing])
+        return Content([left_out(comparison), missing])
     blocks: list[Block] = []
     for chart in LAYER_CHARTS:
         blocks += _by_layer(items, having, chart)
-    says = [missing, "The model with only the subnetwork's weights, after every layer."]
+    says = [left_out(comparison), missing, "The model with only the subnetwork's weights, after every layer."]
     return Content(says, blocks)
 
 

@@ -5,12 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from bigram_circuits.experiments.comparison import Pair
+import numpy as np
+
+from bigram_circuits.experiments.comparison import Compared, Comparison, Pair
 from bigram_circuits.report.sections import Sections
 
 COMPARISON_SECTIONS = Sections()
 """The sections of the comparison page; `report.comparison` imports the modules that register them."""
 section = COMPARISON_SECTIONS.add
+
+
+MOST_DRAWN = 24
+"""Subnetworks that a chart by layer or by pair can show; of more, some are drawn."""
+
+
+def drawn(comparison: Comparison) -> Sequence[Compared]:
+    """Those that the charts with a line for each show: all, or some that are evenly spaced in the order given."""
+    items = comparison.items
+    if len(items) <= MOST_DRAWN:
+        return items
+    return [items[place] for place in sorted({round(at) for at in np.linspace(0, len(items) - 1, MOST_DRAWN)})]
+
+
+def left_out(comparison: Comparison) -> str:
+    """How many the charts with a line for each leave out; empty if they show all."""
+    few, n = len(drawn(comparison)), len(comparison.items)
+    return "" if few == n else f"Only {few} of the {n} are shown here, evenly spaced in the order given."
 
 
 def found_pairs(pairs: Sequence[Pair]) -> list[Pair]:

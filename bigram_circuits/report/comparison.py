@@ -16,11 +16,14 @@ from bigram_circuits.experiments.comparison import (
     Comparison,
     R,
     Source,
+    Spread,
     compare,
     known_values,
+    leaders,
     measured_tasks,
 )
-from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.measures.words import listed, percent, rounded
+from bigram_circuits.names import short_name
 from bigram_circuits.report import compared_measures, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening
 from bigram_circuits.report.compared_words import COMPARISON_SECTIONS, few, found_pairs, pair_words, value_range
@@ -66,9 +69,11 @@ def _opening(comparison: Comparison) -> Opening:
     items = comparison.items
     fractions = [one.subnetwork.fraction for one in items]
     sizes = f"They keep {value_range(fractions, percent)} of {items[0].subnetwork.total:,} maskable weights."
-    answer = " ".join(one for one in (sizes, _best(items), _shared(comparison)) if one)
+    answer = " ".join(one for one in (sizes, _best(comparison), _shared(comparison)) if one)
     title = f"{len(items)} subnetworks of {_model(items)}, compared"
     asked = "Which subnetwork reproduces its target best with the fewest weights, and do they share the same weights?"
+    if comparison.is_repetition:
+        asked = "How much does the result depend on the seed?"
     marks = [("subnetworks", str(len(items))), ("of weights kept", value_range(fractions, percent))]
     known = known_values(items, R)
     if known:
@@ -77,35 +82,60 @@ def _opening(comparison: Comparison) -> Opening:
     if found:
         ratios = [pair.ratio() for pair in found]
         marks.append(("overlap, in times chance", value_range(ratios, few)))
-    return Opening(title, asked, answer, marks)
+    return Opening(title, asked, answer, marks=marks)
 
 
 def _model(items: Sequence[Compared]) -> str:
     runs = [one.run for one in items if one.run]
     if runs:
         return runs[0].model_words
-    return next((one.subnetwork.model_name for one in items if one.subnetwork.model_name), "a model")
+    return short_name(next((one.subnetwork.model_name for one in items if one.subnetwork.model_name), "a model"))
 
 
-def _best(items: Sequence[Compared]) -> str:
-    """The subnetworks with the highest r and the lowest KL, unless targets or texts differ."""
+def _best(comparison: Comparison) -> str:
+    """The subnetworks with the highest r and the lowest KL, as far as intervals tell; over seeds, mean and spread."""
+    items = comparison.items
     if len(measured_tasks(items, R)) > 1:
         return "They were evaluated with different targets or texts, so their r and KL cannot be ranked."
-    parts = []
-    for quantity, words, choose in ((R, "highest r", max), (KL, "lowest KL", min)):
-        known = known_values(items, quantity)
-        if known:
-            name = choose(known, key=lambda one: known[one])
-            share = next(one.subnetwork.fraction for one in items if one.name == name)
-            unit = " nats" if quantity == KL else ""
-            parts.append(f"{words}: {name} ({rounded(known[name])}{unit}, {percent(share)} kept)")
-    return sentence("; ".join(parts)) if parts else "None of them was evaluated."
+    if comparison.is_repetition:
+        spreads = [(words, comparison.spread(key)) for key, words in ((R, "r"), (KL, "KL"))]
+        parts = [f"{words} is {rounded(one.mean)} (sd {rounded(one.deviation)})" for words, one in spreads if one]
+        return f"They differ only in the seed: on average, {listed(parts)}." if parts else "None of them was evaluated."
+    parts = [_first(items, *one) for one in ((R, "r", "highest"), (KL, "KL", "lowest"))]
+    return sentence("; ".join(part for part in parts if part)) or "None of them was evaluated."
+
+
+def _first(items: Sequence[Compared], quantity: str, word: str, rank: str) -> str:
+    """Who is first in a quantity, if the intervals tell."""
+    known = known_values(items, quantity)
+    if not known:
+        return ""
+    first = leaders(items, quantity)
+    unit = " nats" if quantity == KL else ""
+    if len(first) == 1:
+        share = next(one.subnetwork.fraction for one in items if one.name == first[0])
+        return f"{rank} {word}: {first[0]} ({rounded(known[first[0]])}{unit}, {percent(share)} kept)"
+    span = f"{value_range(list(known.values()), rounded)}{unit}"
+    if not first:
+        return f"{word}: {span}, not ranked, since some have no interval" if len(known) > 1 else f"{word}: {span}"
+    if len(first) == len(known):
+        return f"{word}: {span}, with intervals that overlap that of the {rank}"
+    own = value_range([known[name] for name in first], rounded)
+    return f"{rank} {word}: {listed(first)} ({own}{unit}), which their intervals do not tell apart"
 
 
 def _shared(comparison: Comparison) -> str:
-    if not found_pairs(comparison.pairs):
+    found = found_pairs(comparison.pairs)
+    if not found:
         return ""
-    pairs = sorted(found_pairs(comparison.pairs), key=lambda pair: _or_lowest(pair.ratio()))
+    if comparison.is_repetition and len(found) > 1:
+        jaccard = Spread.of([pair.get("jaccard") for pair in found])
+        times = Spread.of([pair.ratio() for pair in found])
+        return (
+            f"Two of them share {percent(jaccard.mean)} of the weights that either keeps (mean of {len(found)} pairs, "
+            f"{percent(jaccard.low)} to {percent(jaccard.high)}): {few(times.mean)} times as many as by chance."
+        )
+    pairs = sorted(found, key=lambda pair: _or_lowest(pair.ratio()))
     least, most = pairs[0], pairs[-1]
     if least is most:
         return f"{pair_words(most)} share {few(most.ratio())} times as many weights as expected by chance."

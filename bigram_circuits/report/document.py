@@ -6,7 +6,7 @@ for every kind of block, named after its class. Jinja2 escapes everything that c
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-_SURPRISED = "#d55e00"
+_SURPRISED = "#f5a352"  # black on it, and what the dark theme makes of both, can be read
 
 
 def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
     """The HTML of a page."""
     template = _environment().get_template("page.html")
-    return template.render(opening=opening, sections=sections, footer=footer, drawn=_Drawn())
+    text = template.render(opening=opening, sections=sections, footer=footer, drawn=_Drawn())
+    return text.encode("utf-8", "replace").decode("utf-8")  # a path may hold bytes that are not UTF-8
 
 
 @cache
@@ -44,7 +45,7 @@ def _environment() -> Environment:
     )
     environment.filters["template"] = _template
     environment.globals |= {"table": _table, "source": _source}
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
 
 
@@ -78,14 +79,14 @@ class _Drawn:
 
     def chart(self, chart: Chart) -> int:
         """Register a chart; returns its index among the figures."""
-        self.figures.append(json.loads(chart.figure.to_json()))
+        self.figures.append(chart.drawn())
         return len(self.figures) - 1
 
     def reading(self, reading: Reading, reader: int) -> int:
         """Register a passage as one reader sees it; returns its index among the views."""
         properties = {
             "tokens": [html.escape(token) for token in reading.tokens],  # CircuitsVis takes a token for markup
-            "values": [min(value, reading.most) if value == value else 0.0 for value in reading.values[reader]],
+            "values": [min(max(one, 0.0), reading.most) if one == one else 0.0 for one in reading.values[reader]],
             "minValue": 0, "maxValue": reading.most, "positiveColor": _SURPRISED,
         }  # fmt: skip
         return self._view("ColoredTokens", properties, reading.pointed)
@@ -93,7 +94,8 @@ class _Drawn:
     def attention(self, attention: Attention) -> int:
         """Register attention patterns; returns their index among the views."""
         properties = {
-            "attention": attention.patterns, "tokens": list(attention.tokens),
+            "attention": [[[_share(x) for x in row] for row in head] for head in attention.patterns],
+            "tokens": list(attention.tokens),
             "attentionHeadNames": list(attention.heads), "minValue": 0, "maxValue": 1, "maskUpperTri": True,
         }  # fmt: skip
         return self._view("AttentionHeads", properties)
@@ -107,6 +109,11 @@ class _Drawn:
         from plotly.offline import get_plotlyjs
 
         return [*([get_plotlyjs()] if self.figures else []), *([_circuitsvis()] if self.views else [])]
+
+
+def _share(value: float) -> float:
+    """A share of attention; 0 where it is undefined."""
+    return value if math.isfinite(value) else 0.0
 
 
 def _circuitsvis() -> str:

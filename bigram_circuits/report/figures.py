@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.measures.conditions import CONDITIONS, colour_of
-from bigram_circuits.measures.plots import SHADES
+from bigram_circuits.measures.conditions import CONDITIONS, colour_of, label_of
+from bigram_circuits.measures.plots import IN_CELL, LIGHT_SHADES, STYLE, axis_points, plain
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.runs import StepRecord
 
@@ -22,7 +22,6 @@ INK = CONDITIONS["full"].colour
 """Replaced by the colour of the page's text; results draw the full model in it."""
 MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
-GRID = "rgba(128,128,128,0.22)"
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
 _WORD = 6  # characters, of a word in a cell
@@ -31,14 +30,14 @@ _WORD = 6  # characters, of a word in a cell
 def dressed(figure: Any, height: int | None = None) -> Any:
     """Apply the page's style: transparent, no title (the page has it), the legend above, light grid lines."""
     figure.update_layout(
-        template="plotly_white", title=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        template=STYLE, title=None,
         font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
         margin={"l": 8, "r": 8, "t": 36, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": None},
         height=height or figure.layout.height or _HEIGHT, bargap=0.3,
     )  # fmt: skip
     for axes in (figure.update_xaxes, figure.update_yaxes):
-        axes(gridcolor=GRID, zerolinecolor="rgba(128,128,128,0.5)", linecolor=GRID, automargin=True, title_font_size=13)
+        axes(title_font_size=13)
     figure.update_annotations(font={"size": 13, "color": MUTED})
     if figure.layout.coloraxis.colorscale:
         figure.update_layout(
@@ -87,8 +86,8 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
     for name, value, low, high in known:
         bars = {} if math.isnan(low) else error_bars([value], [low], [high], "x")
         figure.add_scatter(
-            x=[value], y=[name], mode="markers", marker={"size": 11, "color": colour_of(name) or MUTED},
-            showlegend=False, name=name, **bars,
+            x=[value], y=[plain(label_of(name))], mode="markers", showlegend=False, name=plain(label_of(name)),
+            marker={"size": 11, "color": colour_of(name) or MUTED}, **bars,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title="r with the target's surprisals")
@@ -104,13 +103,13 @@ def heat_map(
 
     figure = go.Figure()
     figure.add_heatmap(
-        z=values, x=list(columns), y=list(rows), coloraxis="coloraxis",
+        z=values, x=axis_points(columns), y=axis_points(rows), coloraxis="coloraxis", textfont={"color": IN_CELL},
         text=[[f"{x:.2%}" for x in row] for row in values], texttemplate="%{text}",
-        hovertemplate=f"{row_axis} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
+        hovertemplate=f"{plain(row_axis)} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": SHADES, "colorbar": {"title": unit, "tickformat": "~%"}})
+    figure.update_layout(coloraxis={"colorscale": LIGHT_SHADES, "colorbar": {"title": plain(unit), "tickformat": "~%"}})
     figure.update_xaxes(type="category", side="top")
-    figure.update_yaxes(type="category", title=row_axis)
+    figure.update_yaxes(type="category", title=plain(row_axis))
     return dressed(figure, 110 + 34 * len(rows))
 
 
@@ -131,11 +130,11 @@ def bars(
         )
         colour = colour_of(name) or CONDITIONS["subnetwork"].colour
         figure.add_bar(
-            y=[html.escape(one, quote=False) for one in names], x=list(values), name=name, orientation="h",
+            y=axis_points(names), x=list(values), name=plain(label_of(name)), orientation="h",
             marker={"color": colour}, showlegend=len(series) > 1, **error,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    figure.update_xaxes(title=unit)
+    figure.update_xaxes(title=plain(unit))
     dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
     return figure.update_layout(margin_t=36 if len(series) > 1 else 8)
 
@@ -157,7 +156,7 @@ def without_first_row(figure: Any) -> None:
 
 
 def _short(word: str) -> str:
-    return html.escape(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…", quote=False)
+    return plain(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…")
 
 
 def with_baseline(curves: Curves, quantity: str) -> Any:
@@ -165,10 +164,10 @@ def with_baseline(curves: Curves, quantity: str) -> Any:
     figure = curves.plot(quantity)
     shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
     for condition in curves.conditions:
+        name, values = plain(label_of(condition)), curves.get(f"{quantity}_baseline", condition)
         figure.add_scatter(
-            x=list(curves.points), y=curves.get(f"{quantity}_baseline", condition), mode="lines", showlegend=False,
-            name=f"{condition}, other positions", legendgroup=condition, opacity=0.7,
-            line={"color": shown.get(condition, MUTED), "width": 1.5, "dash": "dash"},
+            x=axis_points(curves.points), y=values, mode="lines", showlegend=False, name=f"{name}, other positions",
+            legendgroup=name, opacity=0.7, line={"color": shown.get(name, MUTED), "width": 1.5, "dash": "dash"},
         )  # fmt: skip
     return dressed(figure)
 

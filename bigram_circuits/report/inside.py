@@ -8,13 +8,13 @@ import numpy as np
 
 from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.results import Curves, Effects, Maps
-from bigram_circuits.measures.words import percent, rounded
+from bigram_circuits.measures.words import listed, percent, rounded
 from bigram_circuits.names import PartName, head_label
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart, Results, result_blocks, result_table
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import component_words, listed, sentence, spoken_tokens
+from bigram_circuits.report.words import component_words, sentence, spoken_tokens
 from bigram_circuits.runs import Run
 
 _MOST_BARS = 20
@@ -40,7 +40,8 @@ def _by_component(run: Run, results: Results) -> list[Block]:
     densest = max(counts, key=lambda at: counts[at].fraction)
     density = percent(counts[densest].fraction)
     says = f"The densest component is {PartName(densest[1], densest[0]).label}: {density} of its weights are kept."
-    chart = figures.heat_map(share, [str(layer) for layer in layers], parts, "layer", "share")
+    columns = [component_words(part) for part in parts]
+    chart = figures.heat_map(share, [str(layer) for layer in layers], columns, "layer", "share")
     rows = [[PartName(part, layer).label, n.kept, n.total, n.fraction] for (layer, part), n in counts.items()]
     blocks: list[Block] = [Chart("Share of all kept weights, by layer and component", says, chart)]
     blocks.append(Numbers("Numbers: kept weights by component", ["component", "kept", "of", "fraction"], rows))
@@ -197,8 +198,13 @@ def layers(run: Run, results: Results) -> Content:
         "One line per condition: the full model, the subnetwork, its complement (the full model without it), and "
         "matched random weights."
     )
+    lens = results.curves("logit_lens")
     steps = ("layer by layer", "covariance")
-    words = [says, *results.reasons(*steps)] if blocks else results.absent("what happens layer by layer", *steps)
+    words = (
+        [_rise_words(lens) if lens else "", says, *results.reasons(*steps)]
+        if blocks
+        else results.absent("what happens layer by layer", *steps)
+    )
     return Content(words, blocks)
 
 
@@ -219,18 +225,45 @@ def _by_layer(curves: Curves, chart: LayerChart) -> Chart:
 
 
 def _course(curves: Curves, quantity: str, what: str) -> str:
-    """The first and the last value, and the layer that changes it most."""
+    """The first and the last value, by condition, and the layer that changes it most."""
     parts = []
     for condition in (name for name in ("subnetwork", "full") if name in curves.conditions):
         values = curves.get(quantity, condition)
         steps = np.abs(np.diff(values))
         if np.isnan(steps).all():
             continue
-        place = curves.points[int(np.nanargmax(steps)) + 1]
         known = values[~np.isnan(values)]
-        most = f" (mostly at layer {place})" if steps.size > 1 and np.nanmax(steps) > 0.01 else ""
+        where = _layer_words(curves, int(np.nanargmax(steps)) + 1)
+        most = f" (mostly at {where})" if steps.size > 1 and np.nanmax(steps) > _LITTLE else ""
         parts.append(f"from {rounded(known[0], 2)} to {rounded(known[-1], 2)} in the {label_of(condition)}{most}")
     return f"From the first layer to the last, {what} goes {' and '.join(parts)}." if parts else ""
+
+
+def _layer_words(curves: Curves, place: int) -> str:
+    """A layer by its number, and whether it is the first or the last."""
+    which = {1: ", the first", len(curves.points) - 1: ", the last"}.get(place, "") if len(curves.points) > 2 else ""
+    return f"layer {curves.points[place]}{which}"
+
+
+def _rise_words(lens: Curves) -> str:
+    """Where the logit lens' r with the target rises most, by condition: computed, not assumed to be the first layer."""
+    if "surprisal_correlation" not in [one.name for one in lens.quantities]:
+        return ""
+    parts = []
+    for condition in (name for name in ("full", "subnetwork") if name in lens.conditions):
+        values = lens.get("surprisal_correlation", condition)
+        steps = np.diff(values)
+        if np.isnan(steps).all():
+            continue
+        place = int(np.nanargmax(steps))
+        rise = f"from {rounded(values[place], 2)} to {rounded(values[place + 1], 2)}"
+        where = f"most at {_layer_words(lens, place + 1)}, {rise}" if steps[place] > _LITTLE else "at no layer"
+        parts.append(f"in the {label_of(condition)} {where}")
+    return f"The r of the logit lens with the target's surprisals rises {'; '.join(parts)}." if parts else ""
+
+
+_LITTLE = 0.01
+"""A smaller change from one layer to the next is not told."""
 
 
 def _alike_words(alike: Maps) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bigram_circuits.evaluation import ZERO_RULE, SoftHardGap
+from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
-from bigram_circuits.measures.conditions import CONDITIONS
-from bigram_circuits.measures.words import flat, percent, rounded, span
+from bigram_circuits.measures.conditions import CONDITIONS, label_of
+from bigram_circuits.measures.words import flat, listed, percent, rounded, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
@@ -29,18 +29,19 @@ def controls(run: Run, results: Results) -> Content:
     if evaluation.positions and evaluation.used is not None:
         used, n = evaluation.used, evaluation.positions
         says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")
+    says += _loss_words(evaluation)
     blocks: list[Block] = []
     if len(rows) > 1:
         words = f"{_closest(rows)} {_INTERVALS}".strip()
         dots = [(row.name, row.r, *row.ends) for row in rows]
         blocks.append(Chart("r with the target: subnetwork and controls", words, figures.controls(dots)))
     blocks += [_control_table(rows), Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows))]
-    advantage = [[name, *ends] for name, ends in evaluation.advantage.items()]
+    advantage = [[label_of(name), *ends] for name, ends in evaluation.advantage.items()]
     if advantage:
         caption = "r of the subnetwork minus r of each control: 95% paired bootstrap intervals"
         blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
     seeds = [
-        [f"{name} {seed}", *(getattr(numbers, key) for key in _COLUMNS)]
+        [label_of(f"{name} {seed}"), *(getattr(numbers, key) for key in _COLUMNS)]
         for name, group in of_seeds(evaluation).items()
         for seed, numbers in enumerate(group)
     ]
@@ -73,13 +74,13 @@ def _control_table(rows: Sequence[Row]) -> Numbers:
     table = []
     for row in rows:
         r, *others = (getattr(row.numbers, key) for key in _COLUMNS)
-        table.append([row.name, r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
+        table.append([label_of(row.name), r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
     return Numbers("Subnetwork and controls", columns, table, is_open=True)
 
 
 def _glossary(rows: Sequence[Row]) -> list[list[str]]:
     names = {row.name for row in rows}
-    return [[name, meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
+    return [[label_of(name), meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
 
 
 def _closest(rows: Sequence[Row]) -> str:
@@ -88,13 +89,32 @@ def _closest(rows: Sequence[Row]) -> str:
     if math.isnan(own.r) or not known:
         return ""
     best = max(known, key=lambda row: row.r)
-    return f"The subnetwork has r = {rounded(own.r)}; the best of the others is {best.name}, with {rounded(best.r)}."
+    other = f"{label_of(best.name)}, with {rounded(best.r)}"
+    return f"The subnetwork has r = {rounded(own.r)}; the best of the others is {other}."
+
+
+def _loss_words(evaluation: Evaluation) -> list[str]:
+    """The model's loss with all weights, without the subnetwork, and without as many random weights, with intervals."""
+    rows = {name: numbers.mean_surprisal for name, numbers in evaluation.rows()}
+    parts = []
+    for name, words in _LOSSES.items():
+        if name in rows:
+            ends = span(*evaluation.interval(name, "mean_surprisal"))
+            parts.append(f"{rounded(rows[name], 2)} nats{f' (95% interval {ends})' if ends else ''} {words}")
+    return [f"The model's loss is {listed(parts)}."] if len(parts) > 1 else []
+
+
+_LOSSES = {
+    "full": "with all weights",
+    "complement": "without the subnetwork",
+    "full - random": "without as many random weights (mean over seeds)",
+}
 
 
 @section("refuted", "Attempts to refute it")
 def refuted(run: Run, results: Results) -> Content:
     """The same recipe where it should fail, and with other seeds: what `falsify` found."""
-    tried = load_falsification(run.path / "falsify")
+    tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
     shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
@@ -141,7 +161,15 @@ def training(run: Run, results: Results) -> Content:
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    return Content([says, *went_back, *_gap_words(outcome.soft_hard)], [chart, table])
+    return Content([says, _recipe_words(run), *went_back, *_gap_words(outcome.soft_hard)], [chart, table])
+
+
+def _recipe_words(run: Run) -> str:
+    """Every setting of the recipe that is set, as a sentence."""
+    settings = [
+        f"{spaced(name)} {spaced(value)}" for name, value in flat(run.settings.recipe.to_json()) if value != "not set"
+    ]
+    return f"Settings: {', '.join(settings)}."
 
 
 def _gap_words(gap: SoftHardGap | None) -> list[str]:
@@ -166,8 +194,9 @@ def again(run: Run, results: Results) -> Content:
     command = command_line(run)
     if command:
         blocks.append(Code("This command reproduces it:", command))
-    blocks.append(Numbers("Settings and hashes", ["setting", "value"], lines))
-    blocks.append(Numbers("Versions", ["package", "version"], [[*pair] for pair in run.versions.items()]))
+    versions = [["begun", run.created or "not recorded"], *([*pair] for pair in run.versions.items())]
+    blocks.append(Numbers("Settings and hashes", ["setting", "value"], lines, is_open=True))
+    blocks.append(Numbers("Date and versions", ["package", "version"], versions, is_open=True))
     if listing:
         blocks.append(Numbers("Results in analysis/", ["name", "result"], listing))
     blocks.append(Numbers("Files", ["file", "bytes"], sizes))

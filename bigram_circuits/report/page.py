@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from bigram_circuits.experiments.falsification import load_falsification
-from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.measures.words import listed, percent, rounded, span
 from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
-from bigram_circuits.report.facts import control_rows
+from bigram_circuits.report.facts import Row, control_rows
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
-from bigram_circuits.runs import Run, load_run
+from bigram_circuits.report.words import reader_of
+from bigram_circuits.runs import CorpusIdentity, Run, load_run
 from bigram_circuits.storage.files import write_text
 
 
@@ -53,30 +56,79 @@ def sections(run: Run) -> list[Section]:
 
 
 def opening(run: Run) -> Opening:
-    """The title, what was asked, and the answer in a sentence."""
+    """The title, what was done and what came of it in a sentence, the verdict, and how it was made."""
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
-    asked = (
-        f"Which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
-        f"{text} and evaluated on its held-out part."
-    )
-    kept = f"{percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of {run.subnetwork.total:,})"
+    asked = f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
+    analysed = other_text(run.analysed_on, run, "analysed")
+    if other := other_text(run.evaluated_on, run, "evaluated"):
+        asked += f"{text}.{_starts(run)}{other}{analysed}"
+    else:
+        asked += f"{text} and evaluated on its held-out part.{_starts(run)}{analysed}"
     title = f"The {target[0]} subnetwork of {model}"
-    if run.evaluation is None:
-        answer = f"The subnetwork keeps {kept}. Its faithfulness is unknown: the run was not evaluated."
-        return Opening(title, asked, answer)
-    rows = {row.name: row for row in control_rows(run.evaluation)}
-    own = rows["subnetwork"]
-    pair = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
-    tried = load_falsification(run.path / "falsify")
-    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
-    answer = (
-        f"With only {kept}, the model reaches r = {rounded(own.r)} with the target's surprisals{pair}. "
-        f"{run.evaluation.verdict}{refuted}"
+    kept = (
+        f"We keep {percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of "
+        f"{run.subnetwork.total:,}) and zero the rest"
     )
+    if run.evaluation is None:
+        answer = f"{kept}. What remains was not evaluated, so its faithfulness is unknown."
+        return Opening(title, asked, answer, made=_made(run))
+    rows = {row.name: row for row in control_rows(run.evaluation)}
+    tried = load_falsification(run.path / "falsify", run)
+    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
-    return Opening(title, asked, answer, marks)
+    answer = f"{kept}; {_what_remains(run, rows)}"
+    return Opening(title, asked, answer, f"{run.evaluation.verdict}{refuted}", _made(run), marks)
+
+
+def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:
+    """How far the subnetwork is surprised by the same tokens as the target, and random weights are."""
+    own, reader = rows["subnetwork"], reader_of(run)
+    if math.isnan(own.r):
+        return f"the correlation of what remains with the surprisals of {reader} is undefined."
+    how = next(words for least, words in _SAME if own.r >= least)
+    interval = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
+    chance = f"; as many random weights: {rounded(rows['random'].r)}" if "random" in rows else ""
+    return f"what remains is {how} as {reader}: r = {rounded(own.r)}{interval}{chance}."
+
+
+_SAME = (
+    (0.9, "surprised by the same tokens"),
+    (0.7, "surprised by roughly the same tokens"),
+    (0.3, "surprised only by partly the same tokens"),
+    (-math.inf, "not surprised by the same tokens"),
+)
+"""Least r, and how alike the surprisals are then."""
+
+
+def _made(run: Run) -> str:
+    """When the run began, and with which versions."""
+    names = {
+        "bigram_circuits": "bigram_circuits",
+        "torch": "PyTorch",
+        "transformer_lens": "TransformerLens",
+        "python": "Python",
+    }
+    packages = listed([f"{words} {run.versions[name]}" for name, words in names.items() if name in run.versions])
+    when = f"Begun on {run.created.replace('T', ' at ').replace('Z', ' UTC')}" if run.created else "Made"
+    return f"{when}{f' with {packages}' if packages else ''}." if run.created or packages else ""
+
+
+def other_text(text: CorpusIdentity | None, run: Run, done: str) -> str:
+    """A sentence that a run was evaluated or analysed on another text than its own; empty if it was not."""
+    if text is None or text.fingerprint == run.settings.corpus.fingerprint:
+        return ""
+    return (
+        f" It was {done} on the held-out part of ANOTHER TEXT, {text.source} (fingerprint {text.fingerprint}, "
+        f"not {run.settings.corpus.fingerprint}), from whose training part the target was made again."
+    )
+
+
+def _starts(run: Run) -> str:
+    """What sequences and documents begin with, as a sentence."""
+    starts = run.settings.corpus.starts
+    return f" Its tokens have {starts}." if starts else ""
 
 
 _MARKS = {

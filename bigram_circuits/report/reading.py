@@ -115,7 +115,7 @@ def _reader(run: Run, condition: str) -> str:
 
 def _full_colour(values: Sequence[np.ndarray]) -> float:
     """The 95th percentile of the surprisals, in nats, and at least 1."""
-    known = np.concatenate([one[~np.isnan(one)] for one in values]) if values else np.zeros(0)
+    known = np.concatenate([one[np.isfinite(one)] for one in values]) if values else np.zeros(0)
     return max(1.0, float(np.quantile(known, 0.95))) if known.size else 1.0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Numbers
@@ -116,8 +117,12 @@ def result_blocks(
 def result_table(result: Result, title: str) -> Numbers:
     """A table with all numbers of a result."""
     frame = result.to_dataframe()
+    named = [name == "condition" for name in frame.columns]
     rows = [
-        [value.item() if isinstance(value, np.generic) else value for value in row]
+        [
+            label_of(value) if is_name else value.item() if isinstance(value, np.generic) else value
+            for is_name, value in zip(named, row, strict=True)
+        ]
         for row in frame.itertuples(index=False, name=None)
     ]
     return Numbers(f"Numbers: {title}", [spaced(str(name)) for name in frame.columns], rows)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from bigram_circuits.report.blocks import Content, Section
 
+LEFT_OUT = "Left out, because this section cannot be made from what the files hold"
+_LONGEST = 300  # characters, of a reason
+
 
 @dataclass(frozen=True)
 class SectionKind:
@@ -26,8 +29,18 @@ class SectionKind:
     """The function that writes it."""
 
     def __call__(self, *subject: object) -> Section:
-        """The section about a run with its results, or about a comparison."""
-        content = self.tell(*subject)
+        """The section about a run with its results, or about a comparison.
+
+        Results come from files, and valid ones may still be odd: without a layer, without a number, with infinities. A
+        section that cannot be written from them says so, and the rest of the page stands.
+        """
+        try:
+            content = self.tell(*subject)
+            for block in content.blocks:
+                block.check()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+            return Section(self.key, self.heading, [f"{LEFT_OUT} ({reason})."])
         return Section(self.key, self.heading, content.says, content.blocks)
 
 

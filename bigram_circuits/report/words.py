@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_MOST_NAMED = 8  # in a sentence
+from bigram_circuits.runs import Run
+
 _COMPONENTS = {"attn": "attention", "mlp": "MLP"}
 
 
@@ -30,13 +31,6 @@ def predictions(cell: str) -> str:
     return ", ".join(f"{spoken(pair[0])} {pair[-1]}" for pair in pairs)
 
 
-def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
-    """Names in a sentence; of a long list, the first ones and how many more there are."""
-    if len(names) > most + 1:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
-
-
 def component_words(part: str) -> str:
     """The kind of a component, `attn` or `mlp`, in words."""
     return _COMPONENTS.get(part, part)
@@ -50,3 +44,10 @@ def component_name(name: str) -> str:
 def sentence(words: str) -> str:
     """Words with a capital letter and a full stop; empty if there are no words."""
     return f"{words[:1].upper()}{words[1:]}." if words else ""
+
+
+def reader_of(run: Run) -> str:
+    """Whose surprisals the target gives, as a phrase: `the bigram table`."""
+    label, meaning = run.target_words
+    by_kind = {"NGramTable": f"the {label} table", "ModelTarget": "the full model"}
+    return by_kind.get(run.settings.target.kind or "", meaning)

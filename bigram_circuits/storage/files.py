@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,49 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from bigram_circuits.storage.records import read_record, sealed
+from bigram_circuits.storage.records import check_no_link, read_record, sealed
 
 _LEFTOVER = re.compile(r"\..+\.(json|jsonl|safetensors|html)\.[a-z0-9_]{8}")  # temporary names given by `whole_file`
+_GUARDS: dict[Path, Callable[[], None]] = {}  # of folders, by their resolved paths
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Within the `with` block, `check` is called before every write below a (resolved) folder, and may raise."""
+    _GUARDS[folder] = check
+    try:
+        yield
+    finally:
+        del _GUARDS[folder]
+
+
+def check_guards(path: str | os.PathLike[str]) -> None:
+    """Call the checks of all guarded folders that a path lies in; to be called just before something is written."""
+    if _GUARDS:
+        place = Path(path).absolute()
+        place = place.parent.resolve() / place.name
+        for folder, check in [*_GUARDS.items()]:
+            if folder == place or folder in place.parents:
+                check()
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, guard: bool = True) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, renamed to `path` on success and removed on an exception.
 
-    File and folder are synced to disk before the `with` block returns, so a later power loss does no harm.
+    File and folder are synced to disk before the `with` block returns, so a later power loss does no harm. A symbolic
+    link at `path` is replaced; what it leads to is left alone.
+
+    Args:
+        path: The file.
+        guard: Whether to ask the guards of the folders that it lies in (`guarded`).
 
     Raises:
         OSError: If the file cannot be written; the message names the final path.
     """
     path = Path(path)
+    if guard:
+        check_guards(path)
     with cannot_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -41,6 +69,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
             os.chmod(temporary, default_mode(0o666))
+            if guard:
+                check_guards(path)
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
@@ -81,7 +111,7 @@ def is_leftover(path: Path) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove such temporary files from a folder, if it exists. Call this only while no other process writes there."""
-    if folder.is_dir():
+    if folder.is_dir() and not folder.is_symlink():
         for path in folder.iterdir():
             if is_leftover(path):
                 path.unlink(missing_ok=True)
@@ -96,10 +126,11 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Itera
         replace: Whether to replace an existing folder; if False, `path` must not exist or be an empty folder.
 
     Raises:
-        ValueError: If `replace` is False and `path` is anything but an empty folder.
+        ValueError: If `replace` is False and `path` is anything but an empty folder, or the folder is a symbolic link.
         OSError: If the folder cannot be written.
     """
     path = Path(path)
+    check_guards(path)
     if not replace:
         check_new_folder(path)
     recover_folder(path)
@@ -108,6 +139,7 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Itera
         with cannot_write(path):
             fresh.mkdir(parents=True)
         yield fresh
+        check_guards(path)
         if path.exists() and replace:
             path.rename(old)
         elif path.exists():
@@ -128,8 +160,14 @@ def check_new_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish or undo a `whole_folder` whose process was killed."""
+    """Finish or undo a `whole_folder` whose process was killed.
+
+    Raises:
+        ValueError: If the folder, or what was left beside it, is a symbolic link.
+    """
     fresh, old = _beside(path)
+    for folder in (path, fresh, old):
+        check_no_link(folder)
     if old.exists() and not path.exists():  # killed between the two renames: the new folder is complete
         (fresh if fresh.exists() else old).rename(path)
     for folder in (fresh, old):
@@ -146,21 +184,22 @@ def checked_json(record: Mapping[str, Any]) -> str:
     return json.dumps(sealed(record), indent=2) + "\n"
 
 
-def read_checked_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Read a JSON record and verify its checksum, if it has one (files of early versions do not).
+def read_checked_json(path: Path, remedy: str = "", *, follow: bool = False) -> dict[str, Any]:
+    """Read a JSON record and verify its checksum.
 
     Args:
         path: The file.
         remedy: What to do if the file is damaged; appended to the error message.
+        follow: Whether the file may be a symbolic link.
 
     Returns:
         The record without its checksum.
 
     Raises:
-        ValueError: If the file is not a JSON object, or its contents do not match the checksum.
+        ValueError: If the file is not a JSON object, has no checksum, or its contents do not match the checksum.
     """
     try:
-        return read_record(path, "is damaged")
+        return read_record(path, "is damaged", follow=follow)
     except ValueError as error:
         raise ValueError(f"{error}{remedy and f'; {remedy}'}") from error
 
@@ -186,9 +225,9 @@ def release_pages(array: np.ndarray) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    with whole_file(path) as temporary:
+def write_text(path: str | os.PathLike[str], text: str, *, guard: bool = True) -> None:
+    """Write a UTF-8 text file atomically; `guard` as for `whole_file`."""
+    with whole_file(path, guard=guard) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -1,13 +1,14 @@
 """JSON records and tensor files with checksums, read with strict limits.
 
 A file may come from anywhere, and may be damaged or malicious. So sizes are checked against the size of the file before
-anything is allocated, every value is checked before it is used, names in a file are never used as paths, and every
-problem is a one-line `ValueError`. A checksum is a 16-byte BLAKE2b hash, in hexadecimal. It detects damage; it is not a
-signature, because whoever writes a file can also write its checksum.
+anything is allocated, every value is checked before it is used, names in a file are never used as paths, only regular
+files are opened, and every problem is a one-line `ValueError`. A checksum is a 16-byte BLAKE2b hash, in hexadecimal. It
+detects damage; it is not a signature, because whoever writes a file can also write its checksum.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -15,9 +16,10 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -61,22 +63,55 @@ def is_text(value: str) -> bool:
         return False
 
 
-def regular_size(path: str | os.PathLike[str]) -> int:
+def regular_size(path: str | os.PathLike[str], *, follow: bool = True) -> int:
     """Return the size of a regular file in bytes.
+
+    Args:
+        path: The file.
+        follow: Whether it may be a symbolic link.
 
     Raises:
         FileNotFoundError: If the path does not exist.
-        ValueError: If the path is not a regular file but a folder, a pipe or a device.
+        ValueError: If the path is not a regular file but a folder, a pipe or a device, or a link not to be followed.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(path, follow_symlinks=follow)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no file {str(path)!r}") from error
     except ValueError as error:  # a zero byte in a path
         raise ValueError(f"{str(path)!r} cannot be the name of a file") from error
+    if stat.S_ISLNK(status.st_mode):
+        raise _link(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{str(path)!r} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'}")
     return status.st_size
+
+
+def check_no_link(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a path is a symbolic link; what it would lead through is not looked at."""
+    if os.path.islink(path):
+        raise _link(path)
+
+
+def _link(path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(f"{str(path)!r} is a symbolic link, which is not followed: replace it by what it leads to")
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], *, follow: bool = True) -> Iterator[BinaryIO]:
+    """Open a regular file for reading within the `with` block; arguments and errors are those of `regular_size`."""
+    regular_size(path, follow=follow)  # a device may act when it is opened
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
+    try:
+        handle = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise _link(path) from error
+        raise
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError(f"{str(path)!r} is not a regular file")
+        yield file
 
 
 # --- JSON records ---
@@ -123,41 +158,59 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(record: Any) -> dict[str, Any]:
-    """Verify a record's checksum, if it has one, and return the record without it.
+    """Verify a record's checksum, and return the record without it.
 
     Raises:
-        ValueError: If it is not a JSON object, or its checksum does not match its contents.
+        ValueError: If it is not a JSON object, has no checksum, or its checksum does not match its contents.
     """
     if not isinstance(record, dict):
         raise ValueError(f"it holds a {type(record).__name__}, not a record with names")
     rest = {name: value for name, value in record.items() if name != "checksum"}
-    if "checksum" in record and record["checksum"] != _of_json(rest):
+    if "checksum" not in record:
+        raise ValueError("it has no checksum")
+    if record["checksum"] != _of_json(rest):
         raise ValueError("it is damaged: its checksum does not match its contents")
     return rest
 
 
-def read_record(path: str | os.PathLike[str], complaint: str) -> dict[str, Any]:
-    """Read the record in a JSON file, and verify its checksum if it has one.
+def read_record(path: str | os.PathLike[str], complaint: str, *, follow: bool = True) -> dict[str, Any]:
+    """Read the record in a JSON file, and verify its checksum.
 
     Args:
         path: The file.
         complaint: Follows the path in the error message, for example `is not a result that can be read`.
+        follow: Whether the file may be a symbolic link.
+
+    Returns:
+        The record without its checksum.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it does not hold a valid record, or is too large.
     """
-    size = regular_size(path)
+    size = regular_size(path, follow=follow)
     try:
         if size > _LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST_JSON:,} that are read")
-        text = Path(path).read_bytes()
-        record = unsealed(parse_json(text))
-        if _SURROGATE.search(text) and not is_text(json.dumps(record, ensure_ascii=False)):
-            raise ValueError("it contains an unpaired surrogate")
-        return record
+        with opened(path, follow=follow) as file:
+            return unsealed(parse_record(file.read(_LARGEST_JSON + 1)))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
+
+
+def checksum_of(path: str | os.PathLike[str], *, follow: bool = True) -> str:
+    """Return the checksum in a JSON file that was read and verified before."""
+    with opened(path, follow=follow) as file:
+        return str(parse_json(file.read(_LARGEST_JSON + 1))["checksum"])
+
+
+def parse_record(text: str | bytes) -> Any:
+    """Parse JSON text all of whose strings must be encodable as UTF-8. Raises ValueError like `parse_json`."""
+    record = parse_json(text)
+    escaped = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if _SURROGATE.search(escaped) and not is_text(json.dumps(record, ensure_ascii=False)):
+        raise ValueError("it contains an unpaired surrogate")
+    return record
 
 
 def _of_json(record: Any) -> str:
@@ -202,7 +255,7 @@ def header_checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str
 
 
 def check_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], allowed: set[str]) -> None:
-    """Check the metadata of a tensor file: only allowed keys, and a matching header checksum, if it has one.
+    """Check the metadata of a tensor file: only allowed keys, and a matching header checksum.
 
     Raises:
         ValueError: If a check fails; the message reads on after `is damaged:`.
@@ -210,24 +263,54 @@ def check_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], 
     unknown = set(metadata) - allowed - {CONTENT, HEADER}
     if unknown:
         raise ValueError(f"its header has the unknown key {shown(min(unknown))}")
-    if HEADER in metadata and metadata[HEADER] != header_checksum(arrays, metadata):
-        raise ValueError("the checksum of its header does not match the header")
-    if CONTENT in metadata and HEADER not in metadata:
+    if HEADER not in metadata:
         raise ValueError("the checksum of its header is missing")
+    if metadata[HEADER] != header_checksum(arrays, metadata):
+        raise ValueError("the checksum of its header does not match the header")
 
 
 def check_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Check the content checksum of a tensor file, if it has one.
+    """Check the content checksum of a tensor file.
 
     Raises:
-        ValueError: If it does not match; the message reads on after `is damaged:`.
+        ValueError: If it is missing or does not match; the message reads on after `is damaged:`.
     """
-    if CONTENT in metadata and metadata[CONTENT] != content_checksum(arrays):
+    if CONTENT not in metadata:
+        raise ValueError("the checksum of its contents is missing")
+    if metadata[CONTENT] != content_checksum(arrays):
         raise ValueError("its checksum does not match its contents")
 
 
+def write_tensors(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes are a function of its contents: names, metadata and tensors are sorted.
+
+    Raises:
+        ValueError: If a tensor has a dtype that `read_tensors` does not read.
+    """
+    kinds = {dtype: name for name, dtype in _DTYPES.items()}
+    unknown = [name for name, array in arrays.items() if array.dtype not in kinds]
+    if unknown:
+        raise ValueError(
+            f"the tensor {shown(unknown[0])} has dtype {arrays[unknown[0]].dtype}, not one of {', '.join(_DTYPES)}"
+        )
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # so that all tensors are aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for name in order:
+        array = arrays[name]
+        end = begin + array.nbytes
+        header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+
+
 def read_tensors(
-    path: str | os.PathLike[str], complaint: str, *, mapped: bool = False
+    path: str | os.PathLike[str], complaint: str, *, mapped: bool = False, follow: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file.
 
@@ -235,12 +318,13 @@ def read_tensors(
         path: The file.
         complaint: Follows the path in the error message, for example `is not a subnetwork file`.
         mapped: Whether to memory-map the tensors instead of reading them.
+        follow: Whether the file may be a symbolic link.
 
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a safetensors file, or its tensors do not exactly fill the file after the header.
     """
-    size = regular_size(path)
+    size = regular_size(path, follow=follow)
     try:
         start = _check_header_text(path, size)
         with safe_open(path, framework="np") as file:  # checks that offsets are consistent and fill the file
@@ -268,7 +352,7 @@ def _check_header_text(path: str | os.PathLike[str], size: int) -> int:
     Returns:
         The offset at which the tensors begin.
     """
-    with Path(path).open("rb") as file:
+    with opened(path) as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > min(size, _LARGEST_HEADER):
             raise ValueError(

@@ -10,9 +10,10 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
-from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.models.weights import full_weights
 from bigram_circuits.progress import steps
 from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order, token_array

@@ -7,9 +7,10 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, in_use, memo
-from bigram_circuits.models.weights import full_weights, weight_hash
+from bigram_circuits.models.weights import full_weights
 from bigram_circuits.targets.base import Target, TargetKind
 
 

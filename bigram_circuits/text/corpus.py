@@ -1,7 +1,8 @@
 """Turn text into fixed-length token arrays, split by document into a training and a held-out part.
 
-The source is read once. Documents are tokenised in batches, each is preceded by the tokenizer's end-of-text token, and
-the token stream of each part is cut into sequences of `context_length` tokens (a shorter remainder is dropped).
+The source is read once. Documents are tokenised in batches. Each begins with what the tokenizer itself puts before a
+text, or else with its end-of-text token, and the token stream of each part is cut into sequences of `context_length`
+tokens (a shorter remainder is dropped).
 A document is held out if the hash of its text falls below the held-out share. The split therefore needs no list of
 documents, and identical documents always land in the same part. Text may be larger than memory: arrays beyond
 `_IN_MEMORY_TOKENS` are written to an unnamed temporary file and memory-mapped from there.
@@ -13,20 +14,23 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
 from bigram_circuits.progress import progress
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.storage.records import is_text, shown
-from bigram_circuits.text.sources import open_source
+from bigram_circuits.text.formats import Reading
+from bigram_circuits.text.sources import Source, open_source
+from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, template_of
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
 _BATCH_CHARACTERS = 1 << 20  # characters tokenised at once
@@ -50,21 +54,43 @@ class Corpus:
     """Hash of both arrays: equal exactly when tokens, split and context length are equal."""
     tokenizer_hash: str
     """Hash of the tokenizer's vocabulary, which identifies the tokenizer whatever its name."""
+    starts: str = ""
+    """What sequences and documents begin with, as a phrase; empty for tokens that came from elsewhere."""
+    reading: Reading | None = None
+    """The files that were read and those that were skipped; None if the text was not in files."""
 
     @classmethod
     def from_tokens(
         cls,
-        train: Integer[np.ndarray, "train_sequence position"],
-        held_out: Integer[np.ndarray, "held_out_sequence position"],
+        train: Any,
+        held_out: Any,
         source: str = "tokens",
+        *,
+        mask: tuple[Any, Any] | None = None,
+        context_length: int | None = None,
     ) -> Corpus:
         """Build a corpus from token ids that come from elsewhere, for example the prompts of a task.
 
+        Args:
+            train: Token ids [sequence, position], or what a tokenizer returns for a list of texts.
+            held_out: As `train`.
+            source: What they are, as a phrase.
+            mask: Attention masks of both, 1 where there is text and 0 where there is padding. What a tokenizer returns
+                brings its own. If there is padding, the texts of a part are joined to one stream, which is cut into
+                sequences, as documents are; otherwise every row stays a sequence.
+            context_length: Number of tokens in a sequence where there was padding; by default the longest text's.
+
         Raises:
-            ValueError: If they are not integers of shape [sequence, position], from 0 to 2**31 - 1.
+            ValueError: If they are not integers of shape [sequence, position], from 0 to 2**31 - 1, or a mask does not
+                fit.
         """
-        parts = [_as_ids(part) for part in (train, held_out)]
-        counts = (len(parts[0]), len(parts[1]))
+        found = list(map(_ids_and_mask, (train, held_out), mask or (None, None)))
+        parts, counts = [ids for ids, _ in found], (len(found[0][0]), len(found[1][0]))
+        if any(one is not None and not one.all() for _, one in found):
+            masks = [np.ones(ids.shape, dtype=bool) if one is None else one for ids, one in found]
+            length = context_length or max((int(one.sum(1).max()) for one in masks if len(one)), default=0)
+            parts = [_cut(ids[one], length) for ids, one in zip(parts, masks, strict=True)]
+        _warn_of_padding([part for part, (_, one) in zip(parts, found, strict=True) if one is None])
         return cls(parts[0], parts[1], source, counts, _fingerprint(*parts), tokenizer_hash="none")
 
     @property
@@ -73,9 +99,10 @@ class Corpus:
         return self.train.shape[1]
 
     def __repr__(self) -> str:
+        starts = f"; {self.starts}" if self.starts else ""
         return (
             f"Corpus({self.source!r}: {self.train.size:,} training and {self.held_out.size:,} held-out tokens from "
-            f"{self.documents[0]:,} and {self.documents[1]:,} documents, sequences of {self.context_length})"
+            f"{self.documents[0]:,} and {self.documents[1]:,} documents, sequences of {self.context_length}{starts})"
         )
 
 
@@ -88,29 +115,37 @@ def load_corpus(
     seed: int = 0,
     max_tokens: int | None = None,
     text_column: str = "text",
+    bos: str | None = None,
 ) -> Corpus:
     """Read text, tokenise it, and split it by document.
 
     Args:
-        source: `"reference"` (the documentation of the running interpreter); a text file, a JSONL or Parquet file,
-            or a folder of them; a list of paths (`pathlib.Path`) or of documents (`str`); a Hugging Face dataset
-            (the object, or its name as `"name"` or `"name:configuration"`, whose `train` split is streamed).
+        source: `"reference"` (the documentation of the running interpreter); a file of text, JSON lines, JSON, CSV,
+            Parquet or Arrow, also compressed, or a folder of them; a list of paths (`pathlib.Path`) or of documents
+            (`str`); a data frame or a column of one; a Hugging Face dataset (the object, or its name as `"name"` or
+            `"name:configuration"`, whose `train` split is streamed).
         tokenizer: A Hugging Face tokenizer, for example `model.tokenizer`.
         context_length: Number of tokens in a sequence; 128 by default.
         held_out: Share of the documents to hold out, from 0 (none) to below 1.
         seed: Seed that selects the held-out documents. For the reference corpus it is ignored: the held-out documents
             are always those that the reference model was not trained on (a share of 0.05).
         max_tokens: Stop reading after this many tokens.
-        text_column: The field that holds the text in JSONL, Parquet and datasets.
+        text_column: The field that holds the text in JSON, tables and datasets.
+        bos: Where to put the BOS, the token that a text begins with: `"sequence"` (at the start of every sequence and
+            of every document), `"document"` (of every document), or `"none"` (documents are separated by the
+            end-of-text token). By default `"sequence"` if the tokenizer itself puts a BOS before a text, as those of
+            Llama and Gemma do: every sequence is an input to the model. Otherwise `"none"`. (`"earlier"` makes the
+            corpora of versions before 0.2.)
 
     Returns:
         A `Corpus`. A plain text file is cut into documents (passages of whole lines, about 2,000 characters, ending
-        at a blank line where possible); in the other formats each record is a document.
+        at a blank line where possible), and so is a record of more than 1,048,576 characters; any other record is a
+        document. Each document is tokenised as the tokenizer does on its own.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If an argument is out of range, the text is not UTF-8, a field is missing, or there is not
-            enough text for one sequence in each part.
+        ValueError: If an argument is out of range, a file holds no text or in an unknown encoding, a field is missing,
+            a BOS is asked for where there is none, or there is not enough text for one sequence in each part.
     """
     context_length = _DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
     if context_length < 2:
@@ -121,20 +156,120 @@ def load_corpus(
         raise ValueError(f"max_tokens must allow one sequence in each part ({2 * context_length}), not {max_tokens}")
     if tokenizer is None:
         raise ValueError("tokenizer is None, but text needs one: pass the tokenizer of the model, model.tokenizer")
-    description, documents, n_bytes = open_source(source, text_column)
+    layout = _layout(tokenizer, bos, context_length)
+    opened = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
-    tokenized = _tokenize(documents, tokenizer, salt, max_tokens, n_bytes)
-    train, rest, counts = _split(tokenized, held_out, context_length, description)
-    return Corpus(train, rest, description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer))
+    limit = max_tokens and max_tokens - len(layout.every) * (max_tokens // context_length)
+    tokenized = _tokenize(opened, tokenizer, layout, salt, limit)
+    train, rest, counts = _split(tokenized, held_out, context_length, layout.every, opened.description)
+    return Corpus(
+        train, rest, opened.description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer),
+        layout.words(tokenizer), opened.reading,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What sequences and documents begin and end with."""
+
+    every: tuple[int, ...]
+    """Ids at the start of every sequence."""
+    before: tuple[int, ...]
+    """Ids before every document."""
+    after: tuple[int, ...] = ()
+    """Ids after every document."""
+
+    def words(self, tokenizer: Any) -> str:
+        """What was done, as a phrase."""
+        every, before, after = ("".join(shown_tokens(tokenizer, ids)) for ids in (self.every, self.before, self.after))
+        if not self.before:
+            return "nothing between documents"
+        ends = f", {after} at its end" if after else ""
+        if self.every:
+            return f"{every} at the start of every sequence and document{ends}"
+        return f"{before} at the start of every document{ends}"
+
+
+def _layout(tokenizer: Any, bos: str | None, context_length: int) -> _Layout:
+    """Where a tokenizer's special tokens go."""
+    if bos is not None and bos not in BOS:
+        raise ValueError(f"bos must be one of {', '.join(BOS)}, not {bos!r}")
+    if bos == "earlier":
+        return _Layout((), Template((), (), tokenizer.bos_token_id, tokenizer.eos_token_id).separator)
+    template = template_of(tokenizer)
+    bos = bos or ("sequence" if template.before else "none")
+    if bos == "none":
+        return _Layout((), template.separator)
+    before = template.before or (() if template.bos is None else (template.bos,))
+    if not before:
+        raise ValueError(f"bos is {bos!r}, but this tokenizer has no BOS token: leave it out, or give bos='none'")
+    if context_length < len(before) + 2:
+        raise ValueError(f"context_length must be at least {len(before) + 2}, with the BOS, not {context_length}")
+    return _Layout(before if bos == "sequence" else (), before, template.after)
+
+
+def _ids_and_mask(
+    tokens: Any, mask: Any
+) -> tuple[Integer[np.ndarray, "sequence position"], Bool[np.ndarray, "sequence position"] | None]:
+    """Check token ids and the mask, if there is one, that says which of them are text."""
+    if isinstance(tokens, Mapping):  # what a tokenizer returns
+        if "input_ids" not in tokens:
+            raise ValueError(f"tokens have the fields {sorted(map(str, tokens))}, but 'input_ids' is needed")
+        mask = tokens.get("attention_mask") if mask is None else mask
+        tokens = tokens["input_ids"]
+    ids = _as_ids(tokens)
+    if mask is None:
+        return ids, None
+    array = _as_array(mask, "a mask")
+    if array.shape != ids.shape or array.dtype.kind not in "biu" or not ((array == 0) | (array == 1)).all():
+        raise ValueError(
+            f"a mask is {array.dtype} {array.shape} but should be 0 or 1 for each of the tokens {ids.shape}"
+        )
+    return ids, array.astype(bool)
+
+
+def _as_array(values: Any, what: str) -> np.ndarray:
+    if isinstance(values, Tensor):
+        return values.numpy(force=True)
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # a list of lists
+        raise ValueError(
+            f"{what} should be an array, but its rows have different lengths: pad them, and give the mask"
+        ) from error
 
 
 def _as_ids(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
-    array = np.asarray(tokens)
+    array = _as_array(tokens, "tokens")
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise ValueError(f"tokens are {array.dtype} {array.shape} but should be integer ids [sequence, position]")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
         raise ValueError(f"token ids run from {array.min()} to {array.max()} but should be 0 to {2**31 - 1}")
     return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _cut(stream: Integer[np.ndarray, " token"], length: int) -> Integer[np.ndarray, "sequence position"]:
+    """Cut a stream into sequences; a shorter remainder is dropped."""
+    count = len(stream) // length if length else 0
+    return np.ascontiguousarray(stream[: count * length].reshape(count, length))
+
+
+def _warn_of_padding(parts: Sequence[Integer[np.ndarray, "_ _"]]) -> None:
+    """Warn if most sequences begin or end with copies of the same token, which is then probably padding."""
+    for part in parts:
+        if len(part) < 2 or part.shape[1] < 3:
+            continue
+        for edge, inside in (((-1, -2), "end"), ((0, 1), "begin")):
+            first, second = part[:, edge[0]], part[:, edge[1]]
+            token = int(np.bincount(first).argmax()) if first.size else 0
+            padded = int(((first == token) & (second == token)).sum())
+            if 2 * padded > len(part):
+                warnings.warn(
+                    f"{padded:,} of {len(part):,} sequences {inside} with two or more tokens {token}: if they are "
+                    "padding, give the attention mask (Corpus.from_tokens(..., mask=)), or they count as text",
+                    stacklevel=3,
+                )
+                return
 
 
 def batch_of(
@@ -175,6 +310,13 @@ def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
         ValueError: If the ids are not integers of shape [sequence, position], at least one sequence of two tokens.
     """
     array = tokens.held_out if isinstance(tokens, Corpus) else tokens
+    if isinstance(array, Mapping) and "input_ids" in array:  # what a tokenizer returns
+        array, mask = _ids_and_mask(array, None)
+        if mask is not None and not mask.all():
+            raise ValueError(
+                f"{int((~mask).sum()):,} of these tokens are padding, which would count as text: make a corpus of "
+                "them, Corpus.from_tokens(train, held_out)"
+            )
     if isinstance(array, Tensor):
         array = array.double().numpy(force=True) if array.is_floating_point() else array.numpy(force=True)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
@@ -208,18 +350,17 @@ def document_position(key: str, salt: str = "reference") -> float:
 
 
 def _tokenize(
-    documents: Iterable[tuple[str, str]], tokenizer: Any, salt: str, max_tokens: int | None, n_bytes: int | None
+    source: Source, tokenizer: Any, layout: _Layout, salt: str, max_tokens: int | None
 ) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
-    """Yield, for each document, its `document_position` and its token ids, starting with a separator."""
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    start = [] if separator is None else [separator]
+    """Yield, for each document, its `document_position` and its token ids, with those around it."""
+    before, after = list(layout.before), list(layout.after)
     total = 0
-    with progress(total=n_bytes, unit="B", unit_scale=True, desc="tokenising") as bar:
-        for batch in _batches_of_text(documents):
+    with progress(total=source.n_bytes, unit="B", unit_scale=True, desc="tokenising") as bar:
+        for batch in _batches_of_text(source.documents):
             texts = [text for _, text in batch]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for (key, text), ids in zip(batch, encoded["input_ids"], strict=True):
-                tokens = np.array(start + ids, dtype=np.int32)
+                tokens = np.array(before + ids + after, dtype=np.int32)
                 if max_tokens is not None:
                     tokens = tokens[: max_tokens - total]
                 total += len(tokens)
@@ -247,14 +388,18 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
 
 
 def _split(
-    documents: Iterator[tuple[float, Integer[np.ndarray, " token"]]], held_out: float, context_length: int, source: str
+    documents: Iterator[tuple[float, Integer[np.ndarray, " token"]]],
+    held_out: float,
+    context_length: int,
+    every: tuple[int, ...],
+    source: str,
 ) -> tuple[Integer[np.ndarray, "a position"], Integer[np.ndarray, "b position"], tuple[int, int]]:
     """Split documents by their hash; return the sequences of both parts and their document counts."""
     first = list(itertools.islice(documents, _SMALL_CORPUS_DOCUMENTS))
     threshold = held_out
     if held_out > 0 and len(first) < _SMALL_CORPUS_DOCUMENTS:
         threshold = max(threshold, _threshold_for_one_sequence(first, context_length))
-    parts = (_TokenFile(context_length), _TokenFile(context_length))  # training, held out
+    parts = (_TokenFile(context_length, every), _TokenFile(context_length, every))  # training, held out
     for position, tokens in itertools.chain(first, documents):
         parts[position < threshold].append(tokens)
     for part, name in zip(parts, ("training", "held-out"), strict=True):
@@ -281,8 +426,9 @@ def _threshold_for_one_sequence(documents: list[tuple[float, Integer[np.ndarray,
 class _TokenFile:
     """A growing array of tokens that moves to disk once it is large; `sequences()` finishes it."""
 
-    def __init__(self, context_length: int) -> None:
+    def __init__(self, context_length: int, every: tuple[int, ...] = ()) -> None:
         self.context_length = context_length
+        self._every = np.array(every, dtype=np.int32)  # at the start of every sequence
         self.n_tokens = 0
         self.n_documents = 0
         self._blocks: list[Integer[np.ndarray, " token"]] = []
@@ -290,12 +436,23 @@ class _TokenFile:
         self._file: Any = None
 
     def append(self, tokens: Integer[np.ndarray, " token"]) -> None:
+        """Add a document."""
+        if len(self._every):
+            tokens = self._with_starts(tokens)
         self._blocks.append(tokens)
         self._waiting += len(tokens)
         self.n_tokens += len(tokens)
         self.n_documents += 1
         if self._waiting >= _IN_MEMORY_TOKENS:
             self._write()
+
+    def _with_starts(self, tokens: Integer[np.ndarray, " token"]) -> Integer[np.ndarray, " more_tokens"]:
+        """A document, with what every sequence begins with wherever a sequence begins inside it."""
+        room = self.context_length - self.n_tokens % self.context_length  # a document itself begins with it
+        rest = tokens[room:]
+        step = self.context_length - len(self._every)
+        pieces = [piece for start in range(0, len(rest), step) for piece in (self._every, rest[start : start + step])]
+        return np.concatenate([tokens[:room], *pieces])
 
     def _write(self) -> None:
         if self._file is None:

@@ -21,15 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bigram_circuits.storage.files import release_pages, whole_file
-from bigram_circuits.storage.records import check_content, check_header, read_tensors, seal_tensors, shown
+from bigram_circuits.storage.records import (
+    check_content,
+    check_header,
+    read_tensors,
+    seal_tensors,
+    shown,
+    write_tensors,
+)
 
 _GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once, to fit in the CPU cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
 _FORMAT = "bigram_circuits.text.ngrams/1"
+_CHECKED_AT_ONCE = 1 << 22  # entries checked at once when a table is loaded
+_SUM_MAY_MISS = 1e-4  # a row of float32 probabilities sums to 1 up to this
+_ENTROPY_MAY_MISS = 1e-3  # nats
 _VERIFIED_BYTES = 1 << 28  # tables up to this size are fully verified on loading, which takes half a second
 
 Tokens = Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
@@ -87,19 +96,45 @@ def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
 
 
 def _check_rows(level: Mapping[str, np.ndarray], index: int, d_vocab: int) -> None:
-    """Raise ValueError unless every row of a level is a valid sparse distribution."""
-    contexts, probs = level["contexts"], level["probs"]
+    """Raise ValueError unless every row of a level is a valid sparse distribution with its entropy and top token."""
+    contexts, offsets = level["contexts"], level["offsets"]
     if contexts[0] < 0 or contexts[-1] >= d_vocab**index or (contexts[1:] <= contexts[:-1]).any():
         raise ValueError(f"the contexts of level_{index} are not in order or outside the vocabulary")
-    if (level["offsets"][1:] <= level["offsets"][:-1]).any():
+    if (offsets[1:] <= offsets[:-1]).any():
         raise ValueError(f"the rows of level_{index} are not in order")
     for name in ("tokens", "top"):
         if level[name].min() < 0 or level[name].max() >= d_vocab:
             raise ValueError(f"level_{index}.{name} has ids outside the vocabulary of {d_vocab}")
-    if not (probs.min() > 0 and probs.max() <= 1) or not (level["entropy"].min() >= 0):
-        raise ValueError(f"level_{index} holds values that are not probabilities or entropies")
+    first = 0
+    while first < len(contexts):  # as many whole rows at a time as fit, and at least one
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _CHECKED_AT_ONCE, side="right")) - 1)
+        _check_some_rows(level, index, first, last)
+        first = last
     for array in level.values():
         release_pages(array)
+
+
+def _check_some_rows(level: Mapping[str, np.ndarray], index: int, first: int, last: int) -> None:
+    """Check the rows `first` to `last` (excluded) of a level."""
+    begin, end = int(level["offsets"][first]), int(level["offsets"][last])
+    starts = level["offsets"][first:last] - begin
+    tokens, probs = level["tokens"][begin:end], level["probs"][begin:end].astype(np.float64)
+    rises = tokens[1:] > tokens[:-1]
+    rises[starts[1:] - 1] = True  # from one row to the next
+    if not rises.all():
+        raise ValueError(f"the tokens of a row of level_{index} are not in order")
+    if not (probs.min() > 0 and probs.max() <= 1):
+        raise ValueError(f"level_{index} holds values that are not probabilities")
+    if not (np.abs(np.add.reduceat(probs, starts) - 1) < _SUM_MAY_MISS).all():
+        raise ValueError(f"the probabilities of a row of level_{index} do not sum to 1")
+    entropy = np.add.reduceat(-probs * np.log(probs), starts)
+    if not (np.abs(entropy - level["entropy"][first:last]) < _ENTROPY_MAY_MISS).all():
+        raise ValueError(f"an entropy of level_{index} is not that of its row")
+    likeliest = np.maximum.reduceat(probs, starts)
+    lengths = np.diff(np.append(starts, end - begin))
+    is_top = (probs == np.repeat(likeliest, lengths)) & (tokens == np.repeat(level["top"][first:last], lengths))
+    if not np.logical_or.reduceat(is_top, starts).all():
+        raise ValueError(f"a top token of level_{index} is not the most likely one of its row")
 
 
 def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
@@ -216,15 +251,14 @@ class NGramTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as one safetensors file, with checksums."""
-        tensors = {
-            f"level_{index}.{name}": getattr(level, name).cpu()
+        arrays = {
+            f"level_{index}.{name}": getattr(level, name).cpu().numpy()
             for index, level in enumerate(self.levels)
             for name in Level.__annotations__
         }
         metadata = {"format": _FORMAT, "order": str(self.order), "d_vocab": str(self.d_vocab)}
         with whole_file(path) as temporary:
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, seal_tensors(arrays, metadata))
+            write_tensors(temporary, arrays, seal_tensors(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> NGramTable:

@@ -6,7 +6,7 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
-from bigram_circuits.analysis.prompts import prompt_tokens
+from bigram_circuits.analysis.prompts import prompt_tokens, token_word
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.models.activations import record
 from tests.architectures import CONFIGS
@@ -115,7 +115,7 @@ def test_models_of_another_build_are_refused_in_one_line(tmp_path, name):
 
 def test_the_answer_is_the_full_models_own_prediction(tiny_model):
     result = logit_attribution(tiny_model, PROMPT)
-    assert result.columns == (tiny_model.tokenizer.decode([int(logits_at(tiny_model).argmax())]),)
+    assert result.columns == (token_word(tiny_model, int(logits_at(tiny_model).argmax())),)
     assert result.conditions == ("full",)
 
 

@@ -13,6 +13,7 @@ from bigram_circuits.analysis.location import (
     neuron_counts,
     whole_neurons,
 )
+from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.masking.apply import masked
 
 
@@ -97,7 +98,7 @@ def test_max_activating_tokens_are_means_by_current_token(any_model, random_toke
     means = {t: activations[tokens == t].mean() for t in range(20) if (tokens == t).sum() >= 4}
     best = sorted(means, key=lambda token: -means[token])[:4]
     assert result.text is not None
-    assert result.text[1][0] == tuple(any_model.tokenizer.decode([token]) for token in best)
+    assert result.text[1][0] == tuple(token_words(any_model, best))
     assert result.get("mean_activation", "subnetwork")[0] == pytest.approx([means[token] for token in best], abs=1e-5)
     assert result.get("count")[0].min() >= 4
     above = (means[best[0]] - activations.mean()) / activations.std()

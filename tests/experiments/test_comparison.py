@@ -5,18 +5,21 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.experiments.comparison import compare, differing_settings, not_dominated
+from bigram_circuits.experiments.comparison import MOST_PAIRED, compare, differing_settings, leaders, not_dominated
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.recipe import SparsifyConfig
+from bigram_circuits.report import compared_figures
 from bigram_circuits.report.comparison import page, write_comparison
+from bigram_circuits.runs import RunFolder
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import (
     HOSTILE,
@@ -37,19 +40,20 @@ def drawn(share, seed, *, of="model/x", hashed="ab12", shapes=SHAPES):
     return Subnetwork(masks, model_name=of, weight_hash=hashed, lineage=f"drawn {seed}")
 
 
-def made(folder, subnetwork, *, r=None, random=True, analysed=0, **options):
-    """A run with this subnetwork; evaluated if `r` is given, analysed on so many tokens."""
+def made(folder, subnetwork, *, r=None, random=True, analysed=0, width=0.01, **options):
+    """A run with this subnetwork; evaluated if `r` is given, known to within `width`; analysed on so many tokens."""
     metrics = None
     if r is not None:
-        own = numbers(r) | {"kl": 1 - r, "kept": subnetwork.kept, "fraction": subnetwork.fraction}
+        own = numbers(r) | {"kl": 1 - r, "cross_entropy": 3 - r, "kept": subnetwork.kept}
+        own |= {"fraction": subnetwork.fraction}
+        ends = {key: [own[key] - width, own[key] + width] for key in ("surprisal_correlation", "cross_entropy")}
         metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "advantage": {}})
+        metrics |= {"intervals": {"subnetwork": ends} if width else {}}
     names = ("surprisal_correlation", "recall_at_1", "current_embedding", "target_unembedding", "output_angle")
     found = (
         {name: curves(*names, tokens=analysed) for name in ("logit_lens", "affine_lens", "cosine")} if analysed else {}
     )
-    run = make_run(folder, metrics=metrics, found=found, **options)
-    subnetwork.save(run.path / "subnetwork.safetensors")
-    return bc.load_run(run.path)
+    return make_run(folder, metrics=metrics, found=found, subnetwork=subnetwork, **options)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, el
     assert comparison.items[0].measured("kl", "random") in there
     text = " ".join(elements.text)
     assert f"({rounded(0.95)}, {percent(comparison.items[0].subnetwork.fraction)} kept)" in text
-    assert "0.901 to 0.923" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "0.940 to 0.960" in text.replace("\N{NO-BREAK SPACE}", " ")
     assert "4 subnetworks of model/x, compared" in text
 
 
@@ -187,7 +191,163 @@ def test_the_front_holds_those_that_nothing_dominates(tmp_path):
             )
         ]
         assert front == slow
-    assert "On the Pareto front for r: a, b and d. Dominated: c and e." in text_of(page(compare(named)))
+    text = text_of(page(compare(named)))
+    assert "On the Pareto front for r: a, b and d. Dominated, with intervals that do not overlap: c." in text
+    assert "Not told apart from the front by the intervals: e." in text
+    noisy = {
+        name: made(tmp_path / "noisy" / name, one.subnetwork, r=shares[name][1], width=0.1)
+        for name, one in named.items()
+    }
+    text = text_of(page(compare(noisy)))
+    assert "On the Pareto front for r: a, b and d. Not told apart from the front by the intervals: c and e." in text
+
+
+# --- scatter is not a ranking ---
+
+
+def test_only_intervals_that_do_not_overlap_are_ranked(tmp_path):
+    recipes = {name: SparsifyConfig(sparsity_weight=weight) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    values = {"a": 0.95, "b": 0.945, "c": 0.9}
+
+    def opening(width, names):
+        runs = {
+            name: made(tmp_path / str(width) / name, drawn(0.3, 0), r=values[name], width=width, recipe=recipes[name])
+            for name in names
+        }
+        comparison = compare(runs)
+        return comparison, re.search(r'<p class="answer">(.*?)</p>', page(comparison), re.S).group(1)
+
+    comparison, answer = opening(0.001, "abc")
+    assert leaders(comparison.items, "surprisal_correlation") == leaders(comparison.items, "kl") == ["a"]
+    assert "Highest r: a (0.950, " in answer
+    assert "lowest KL: a (0.050 nats" in answer
+    comparison, answer = opening(0.01, "abc")
+    assert leaders(comparison.items, "surprisal_correlation") == ["a", "b"]
+    assert "Highest r: a and b (0.945 to 0.950), which their intervals do not tell apart" in answer
+    _, answer = opening(0.1, "abc")
+    assert "R: 0.900 to 0.950, with intervals that overlap that of the highest" in answer
+    assert "highest r" not in answer.lower()
+    comparison, answer = opening(0, "abc")
+    assert leaders(comparison.items, "kl") == []
+    assert "R: 0.900 to 0.950, not ranked, since some have no interval" in answer
+
+
+def test_runs_that_differ_only_in_the_seed_have_a_mean_and_a_spread(tmp_path):
+    rs = (0.96, 0.962, 0.961)
+    runs = [
+        made(tmp_path / f"model-{seed:08x}", drawn(0.3, seed), r=r, recipe=SparsifyConfig(seed=seed))
+        for seed, r in enumerate(rs)
+    ]
+    comparison = compare(runs)
+    assert [one.name for one in comparison.items] == ["seed 0", "seed 1", "seed 2"]
+    assert comparison.is_repetition
+    spread = comparison.spread("surprisal_correlation")
+    assert (spread.mean, spread.low, spread.high) == (pytest.approx(0.961), 0.96, 0.962)
+    assert spread.deviation == pytest.approx(0.001)
+    text = text_of(page(comparison))
+    assert "They differ only in the seed: on average, r is 0.961 (sd 0.001) and KL is 0.039 (sd 0.001)." in text
+    assert "They differ only in the seed; mean: r 0.961 (sd 0.001)" in str(comparison)
+    for word in ("ighest r", "owest KL", "Dominated", "Pareto", "overlap most"):
+        assert word not in text
+    other = made(tmp_path / "x", drawn(0.3, 9), recipe=SparsifyConfig(sparsity_weight=3.0))
+    assert not compare([*runs, other]).is_repetition
+
+
+def test_a_folder_named_by_a_hash_is_called_by_what_differs(tmp_path):
+    weights = (1.0, 10.0, 10.0)
+    names = ("m-0123abcd", "m-4567cdef", "mine")
+    runs = [
+        made(tmp_path / name, drawn(0.3, place), recipe=SparsifyConfig(sparsity_weight=weight))
+        for place, (name, weight) in enumerate(zip(names, weights, strict=True))
+    ]
+    assert [one.name for one in compare(runs).items] == ["sparsity weight 1.0", "sparsity weight 10.0", "mine"]
+    assert [one.name for one in compare({"a": runs[0], "b": runs[1]}).items] == ["a", "b"]
+    again = made(tmp_path / "again" / "m-4567cdef", drawn(0.3, 3), recipe=SparsifyConfig(sparsity_weight=10.0))
+    names = [one.name for one in compare([runs[0], runs[1], again]).items]
+    assert names == ["sparsity weight 1.0", "sparsity weight 10.0", "sparsity weight 10.0 (2)"]
+    same = [made(tmp_path / f"m-{place:08}", drawn(0.3, place)) for place in range(2)]
+    assert [one.name for one in compare(same).items] == ["m-00000000", "m-00000001"]  # nothing differs
+
+
+def test_names_are_of_one_line_and_distinct(tmp_path):
+    one, two = drawn(0.3, 0).named("a\x1b[31m\nb\x00"), drawn(0.3, 1).named("a [31m b")
+    comparison = compare([one, two])
+    assert [item.name for item in comparison.items] == ["a [31m b", "a [31m b (2)"]
+    assert "\x1b" not in str(comparison)
+    long = [drawn(0.3, seed).named("x" * 500 + str(seed)) for seed in range(2)]
+    assert len(set(compared_figures.short_names([item.name for item in compare(long).items]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.0177, 0.0183), [0.0176, 0.0178, 0.018, 0.0182, 0.0184]),
+        ((0.01, 0.3), [0.01, 0.02, 0.05, 0.1, 0.2]),
+        ((1e-6, 0.5), [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]),
+        ((0.02, 0.02), [0.018, 0.019, 0.02, 0.021, 0.022]),
+    ],
+)
+def test_an_axis_has_ticks_whatever_its_range(values, ticks):
+    found = compared_figures._log_ticks(values)
+    assert len(found) > 1
+    assert found == pytest.approx(ticks)
+
+
+def test_the_axes_of_the_curve_have_ticks_within_their_range(tmp_path):
+    runs = [made(tmp_path / str(seed), drawn(0.3, seed), r=0.96 + seed / 1000) for seed in range(3)]
+    told = page(compare(runs))
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', told, re.S).group(1))
+    layout = figures[0]["layout"]
+    for axis in ("xaxis", "xaxis2", "yaxis", "yaxis2"):
+        assert len(layout[axis]["tickvals"]) > 1
+        assert len(set(layout[axis]["ticktext"])) == len(layout[axis]["ticktext"])
+
+
+# --- tables to go on with ---
+
+
+def test_a_comparison_is_a_table_and_a_csv_file(runs, tmp_path, monkeypatch, capsys):
+    comparison = compare({"one": runs[0], "alone": drawn(0.2, 3), "two": runs[1]})
+    frame = comparison.to_dataframe()
+    assert list(frame["name"]) == ["one", "alone", "two"]
+    assert list(frame["surprisal_correlation"])[::2] == [0.95, 0.9]
+    assert np.isnan(frame["surprisal_correlation"][1])
+    assert list(frame["surprisal_correlation_low"])[::2] == [0.94, 0.89]
+    assert list(frame["recipe.seed"])[::2] == ["0", "7"]
+    assert list(frame["kept"]) == [one.subnetwork.kept for one in comparison.items]
+    again = pandas.read_csv(comparison.to_csv(tmp_path / "table.csv"))
+    assert list(again["kl"])[::2] == pytest.approx([0.05, 0.1])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", str(runs[0].path), str(runs[1].path), "--csv", "mine.csv"]) == 0
+    assert "mine.csv" in capsys.readouterr().out
+    assert len(pandas.read_csv("mine.csv")) == 2
+
+
+# --- many ---
+
+
+def test_many_are_compared_with_one_and_the_page_says_what_it_leaves_out(tmp_path):
+    many = [drawn(0.2, seed) for seed in range(MOST_PAIRED + 8)]
+    comparison = compare(many)
+    assert comparison.against == "drawn 0"
+    assert [pair.first.name for pair in comparison.pairs] == ["drawn 0"] * (len(many) - 1)
+    text = text_of(page(comparison))
+    assert "Of 40 subnetworks, each is compared with one alone, drawn 0." in text
+    assert "Left out: the map of all pairs" in text
+    assert "Only 24 of the 40 are shown here" in text
+    assert max(map(len, str(comparison).splitlines())) < 100
+    chosen = compare(many[:4], against="drawn 2")
+    assert {(pair.first.name, pair.second.name) for pair in chosen.pairs} == {
+        ("drawn 2", f"drawn {seed}") for seed in (0, 1, 3)
+    }
+    with pytest.raises(ValueError, match="none of them is named 'x': they are drawn 0"):
+        compare(many[:4], against="x")
+
+
+def test_a_comparison_reads_no_training_records(tmp_path, monkeypatch):
+    paths = [made(tmp_path / name, drawn(0.3, 0)).path for name in "ab"]
+    monkeypatch.setattr(RunFolder, "history", lambda self: pytest.fail("read the training records"))
+    assert len(compare(paths).items) == 2
 
 
 def test_other_targets_are_not_ranked(tmp_path, runs):
@@ -311,7 +471,7 @@ def test_other_models_are_refused_by_name(runs):
     reshaped = drawn(0.3, 0, shapes=SHAPES | {"blocks.1.mlp.W_in": (8, 41)})
     with pytest.raises(ValueError, match=r"'a' and 'c' .*blocks\.1\.mlp\.W_in has shape \(8, 40\) in the one"):
         compare({"a": runs[0], "b": drawn(0.3, 0, hashed=None), "c": reshaped})
-    with pytest.raises(ValueError, match=r"'b' and 'c' .*weight hash ab12 of the one, ffff of the other"):
+    with pytest.raises(ValueError, match=r"'b' and 'c' .*hash 'ab12', not 'ffff'"):
         compare({"a": drawn(0.3, 0, hashed=None), "b": drawn(0.3, 1), "c": drawn(0.3, 2, hashed="ffff")})
 
 

@@ -11,8 +11,8 @@ def refused_after(monkeypatch, model, change):
     """The error when the traced model's weights do not hold the numbers of one regular part of a parameter."""
     hook = layouts.hooked
 
-    def hooked(small, *, like):
-        bridge = hook(small, like=like)
+    def hooked(small, **options):
+        bridge = hook(small, **options)
         with torch.no_grad():
             change({site.name.rsplit(".", 1)[1]: site.original for site in bc.weight_sites(bridge)})
         return bridge

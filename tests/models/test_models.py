@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig
@@ -31,7 +32,10 @@ def test_dtype_is_float32_or_what_was_asked_for(tiny_folders):
 
 def test_the_weight_hash_tells_weights_apart_but_not_precisions(tiny_folders, tmp_path):
     model = bc.load_model(tiny_folders["gpt_neox"])
-    assert bc.weight_hash(model) == bc.weight_hash(bc.load_model(tiny_folders["gpt_neox"], dtype="bfloat16"))
+    for dtype in ("bfloat16", "float16", "float64"):
+        other = bc.weight_hash(bc.load_model(tiny_folders["gpt_neox"], dtype=dtype))
+        assert bc.same_model(bc.weight_hash(model), other)
+        assert bc.same_model(other, bc.weight_hash(model))
     original = bc.weight_hash(model)
     with torch.no_grad():
         bc.weight_sites(model)[5].original[3, 4] += 0.1
@@ -118,13 +122,27 @@ def test_a_damaged_model_file(tiny_folders, tmp_path):
     one_line(error)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+def test_a_tokenizer_may_have_more_tokens_than_the_model_but_a_text_may_not_use_them(tmp_path):
     config = GPTNeoXConfig(
         vocab_size=100, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
-    with pytest.raises(ValueError, match="has 257 tokens, more than the model's vocabulary of 100") as error:
-        bc.load_model(save_tiny(tmp_path / "small", config))
-    one_line(error)
+    model = bc.load_model(save_tiny(tmp_path / "small", config), device="cpu")
+    assert len(model.tokenizer) == 257
+    most = np.full((4, 8), 99)
+    table = bc.count_ngrams(most, 2, d_vocab=100)
+    corpus = bc.Corpus.from_tokens(most, most)
+    found = bc.find_subnetwork(model, table, corpus, bc.SparsifyConfig(max_steps=1)).subnetwork
+    wrong = np.where(np.arange(8) == 5, 100, most)
+    said = r"token ids must be 0 to 99 for this model, but there is 100, .*, for which it has no embedding"
+    for enters in (
+        lambda: bc.find_subnetwork(model, table, bc.Corpus.from_tokens(wrong, most)),
+        lambda: bc.evaluate(model, found, table, wrong),
+        lambda: bc.logit_lens(model, wrong),
+        lambda: bc.InducedTarget(model, wrong),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            enters()
+        one_line(error)
 
 
 def test_a_revision_of_a_folder(tiny_folders):

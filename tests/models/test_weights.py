@@ -4,15 +4,15 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import ablate, fit_affine_lens, sufficiency
-from bigram_circuits.models import weights
-from bigram_circuits.models.weights import hashed_once
+from bigram_circuits.models import identity
+from bigram_circuits.models.identity import hashed_once
 
 
 @pytest.fixture
 def hashed(monkeypatch):
     """The models that were hashed, one entry for every time."""
-    models, real = [], weights._hash_of_sites
-    monkeypatch.setattr(weights, "_hash_of_sites", lambda model: models.append(model) or real(model))
+    models, real = [], identity._hash_of
+    monkeypatch.setattr(identity, "_hash_of", lambda model: models.append(model) or real(model))
     return models
 
 
@@ -32,9 +32,11 @@ def test_an_edit_is_seen_after_the_block(tiny_folders, hashed):
     model = bc.load_model(tiny_folders["gpt2"], device="cpu")
     with hashed_once(model):
         before = bc.weight_hash(model)
-    bc.weight_sites(model)[0].original.data[0, 0] += 1
+    weight = bc.weight_sites(model)[0].original.data
+    value = weight[0, 0].item()
+    weight[0, 0] += 1
     assert bc.weight_hash(model) != before
-    bc.weight_sites(model)[0].original.data[0, 0] -= 1
+    weight[0, 0] = value
     assert bc.weight_hash(model) == before
 
 

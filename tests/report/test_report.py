@@ -98,8 +98,18 @@ def test_every_result_is_named_and_every_chart_is_told_in_words(run, elements):
 
 def test_the_answer_stands_at_the_top(told):
     answer = re.search(r'<p class="answer">(.*?)</p>', told, re.S).group(1)
-    for words in ("14.3%", "2 of 14", "r = 0.912", "0.901", "0.923", "Verdict: r beats that of: full model"):
+    for words in (
+        "We keep 14.3% of the weights (2 of 14) and zero the rest",
+        "what remains is surprised by the same tokens as the bigram table: r = 0.912",
+        "0.901",
+        "0.923",
+        "as many random weights: 0.115",
+    ):
         assert words in answer
+    verdict = re.search(r'<p class="verdict">(.*?)</p>', told, re.S).group(1)
+    assert verdict.startswith("Verdict: fairly sparse (14.3% of the weights); largely sufficient: r = 0.912")
+    assert "above that of the full model and random weights (95% paired intervals)" in verdict
+    assert re.search(r"Begun on 20\d\d-\d\d-\d\d at .* UTC with bigram_circuits \d", told)
 
 
 def test_numbers_are_shown_with_few_digits():

@@ -78,11 +78,52 @@ def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
         except ValueError as error:
             noticed += str(path) in str(error)
             continue
-        read = {name: value for name, value in read.items() if name in record or '"checksum"' in path.read_text()}
-        assert repr(read) == repr(record)  # white space, or another name of the checksum
+        assert repr(read) == repr(record)  # white space
     assert noticed > 50
-    write_text(path, json.dumps(record))
-    assert repr(read_checked_json(path)) == repr(record)
+    for text in (json.dumps(record), checked_json(record).replace('"checksum"', '"checksun"')):
+        write_text(path, text)
+        with pytest.raises(ValueError, match="is damaged: it has no checksum"):
+            read_checked_json(path)
+
+
+def test_nothing_is_written_removed_or_read_through_a_symbolic_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("file", ".file.json.abcd1234"):
+        (elsewhere / name).write_text("mine")
+    (tmp_path / "file").symlink_to(elsewhere / "file")
+    (tmp_path / "new").symlink_to(elsewhere / "new")
+    for name in ("file", "new"):
+        write_text(tmp_path / name, "ours")  # takes the place of the link
+        assert not (tmp_path / name).is_symlink()
+    (tmp_path / "folder").symlink_to(elsewhere)
+    files.remove_leftovers(tmp_path / "folder")
+    with pytest.raises(ValueError, match="folder' is a symbolic link"), whole_folder(tmp_path / "folder"):
+        pass
+    (tmp_path / "link.json").symlink_to(elsewhere / "record.json")
+    write_text(elsewhere / "record.json", checked_json({"a": 1}))
+    with pytest.raises(ValueError, match=r"link.json' is a symbolic link, which is not followed: replace it by"):
+        read_checked_json(tmp_path / "link.json")
+    assert read_checked_json(tmp_path / "link.json", follow=True) == {"a": 1}
+    assert names_in(elsewhere) == [".file.json.abcd1234", "file", "record.json"]
+    assert (elsewhere / "file").read_text() == "mine"
+
+
+def test_a_guard_is_asked_before_anything_below_its_folder_is_written(tmp_path):
+    def refuse():
+        raise OSError("no longer mine")
+
+    (tmp_path / "run").mkdir()
+    write_text(tmp_path / "run" / "a", "before")
+    with files.guarded((tmp_path / "run").resolve(), refuse):
+        for name in ("run/a", "run/b/c", "run/../run/d"):
+            with pytest.raises(OSError, match="no longer mine"):
+                write_text(tmp_path / name, "after")
+        with pytest.raises(OSError, match="no longer mine"), whole_folder(tmp_path / "run" / "analysis"):
+            pass
+        write_text(tmp_path / "beside", "")
+    assert names_in(tmp_path / "run") == ["a"]
+    assert (tmp_path / "run" / "a").read_text() == "before"
 
 
 def test_the_writers_own_word_for_a_full_disk_is_understood(tmp_path):

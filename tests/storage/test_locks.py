@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import re
+import shutil
 import threading
 
 import pytest
 
-from bigram_circuits.storage.locks import LOCK, FolderInUseError, lock_folder
+from bigram_circuits.storage.files import write_text
+from bigram_circuits.storage.locks import LOCK, FolderInUseError, holder, lock_folder
 from tests.folders import held_folder, names_in, start_holder
 
 
@@ -126,6 +128,94 @@ def test_without_flock_the_lock_of_another_machine_stays_until_it_is_removed(tmp
     (tmp_path / ".lock.soft").unlink()
     with lock_folder(tmp_path):
         pass
+
+
+# --- a holder that is no longer alone ---
+
+
+def write(folder):
+    write_text(folder / "file.txt", "ours")
+
+
+def test_a_holder_that_was_taken_over_writes_nothing_more(tmp_path):
+    other = {"host": "elsewhere", "process": 7, "started": "2025-01-01T00:00:00Z", "command": "find"}
+    with lock_folder(tmp_path):
+        write(tmp_path)
+        (tmp_path / LOCK).write_text(json.dumps(other))
+        with pytest.raises(
+            FolderInUseError, match=r"was taken over by process 7 on 'elsewhere' .*: this process stops"
+        ):
+            write_text(tmp_path / "deep" / "file.txt", "late")
+    assert names_in(tmp_path) == ["file.txt", LOCK]  # not ours to remove
+    assert json.loads((tmp_path / LOCK).read_text()) == other
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_a_holder_whose_description_is_removed_signs_again(tmp_path, monkeypatch, soft, damage):
+    if soft:
+        monkeypatch.setattr("fcntl.flock", refusing_flock(errno.ENOLCK))
+    with lock_folder(tmp_path):
+        (tmp_path / LOCK).unlink()
+        if damage == "damaged":
+            (tmp_path / LOCK).write_text("[" * 100_000)
+        write(tmp_path)
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+    assert names_in(tmp_path) == ["file.txt"]
+
+
+def test_two_processes_with_the_lock_removed_between_them_do_not_both_write(tmp_path):
+    with lock_folder(tmp_path):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / LOCK).unlink()
+        with held_folder(tmp_path) as process, pytest.raises(FolderInUseError, match=f"over by process {process.pid}"):
+            write(tmp_path)
+    assert not (tmp_path / "file.txt").exists()
+
+
+def test_a_folder_that_is_removed_under_its_holder_stays_removed(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match="run' was removed while this process was writing it"), lock_folder(folder):  # noqa: PT012
+        shutil.rmtree(folder)
+        write(folder)
+    assert not folder.exists()
+    with lock_folder(folder):
+        write(folder)
+    assert names_in(folder) == ["file.txt"]
+
+
+# --- what may lie where the lock should ---
+
+
+@pytest.mark.parametrize("name", [LOCK, ".lock", ".lock.soft"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path, name, dangling):
+    folder, target = tmp_path / "run", tmp_path / "target"
+    folder.mkdir()
+    if not dangling:
+        target.write_text("mine")
+    (folder / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{name}' is a symbolic link"):
+        lock_folder(folder).__enter__()
+    assert target.exists() is not dangling
+    assert dangling or target.read_text() == "mine"
+
+
+def test_what_is_in_a_lock_cannot_command_the_terminal_or_stop_the_reader(tmp_path, capfd):
+    evil = {"host": "\x1b[2J", "process": "\x1b]0;title\x07", "started": ["\u202e"], "command": "a\nb\x1b[31m" * 999}
+    for text in (json.dumps(evil), "[" * 60_000, '{"a":' * 10_000, "\ud800", "9" * 60_000, "NaN", "[]", '{"host": {}}'):
+        (tmp_path / LOCK).write_bytes(text.encode("utf-8", "surrogatepass"))
+        words = holder(tmp_path)
+        assert words.isprintable()
+        assert len(words) < 10_000
+        with lock_folder(tmp_path):
+            pass
+        assert all(line.isprintable() for line in capfd.readouterr().err.splitlines())
+    os.mkfifo(tmp_path / LOCK)
+    assert "another process" in holder(tmp_path)
+    with lock_folder(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_folder_that_cannot_be_locked_says_why(tmp_path):

@@ -69,7 +69,8 @@ WRONG_SOURCES = {
         ["DatasetDict", "'train'"],
     ),
     "folder without text": (
-        lambda folder: written(folder / "a.csv", b"a,b").parent, ValueError, ["holds no text", ".jsonl", ".txt"]
+        lambda folder: written(folder / "a.bin", b"\x00\x01" * 99).parent, ValueError,
+        ["holds no text", ".jsonl", ".txt", "a.bin (binary"],
     ),
     "empty list": (lambda folder: [], ValueError, ["0 documents", "0 tokens"]),
     "empty file": (lambda folder: written(folder / "a.txt", b""), ValueError, ["a.txt", "0 tokens"]),

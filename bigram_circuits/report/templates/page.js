@@ -8,8 +8,8 @@
     });
   }
   function draw(box, isDark, width) {
-    var colours = isDark ? {'#222222': '#e6e8eb', '#808080': '#9aa3ad', '#0072B2': '#3d9fdc', '#D55E00': '#f07f2e'}
-                         : {'#808080': '#5f6670'};
+    var colours = isDark ? {'#7A7A7A': '#e6e8eb', '#808080': '#9aa3ad', '#0072B2': '#3d9fdc', '#D55E00': '#f07f2e'}
+                         : {'#7A7A7A': '#222222', '#808080': '#5f6670'};
     var figure = themed(figures[Number(box.dataset.figure)], colours);
     if (width) { figure.layout.width = width; }
     Plotly.react(box, figure.data, figure.layout, {displayModeBar: false, responsive: true, displaylogo: false});
