@@ -26,6 +26,7 @@ from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_e
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
+from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
@@ -100,7 +101,8 @@ def find_subnetwork(
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
         within: Search only inside this subnetwork: weights outside it are dropped from the start.
-        rebuild: Names of model, text and target, recorded in `run_dir` for the command line.
+        rebuild: Names of model, text and target, recorded in `run_dir` for the command line; by default those that
+            `load_model` and `load_corpus` were given, if all three have one.
         callbacks: Objects with `on_step(record)` and `on_end(found)`, called after every step and at the end. For a run
             that is resumed or already finished, only steps done in this call are reported.
         check_memory: What to do if the memory forecast does not fit: `"warn"`, `"strict"` (raise) or `"off"` (make no
@@ -125,7 +127,7 @@ def find_subnetwork(
     folder = None
     if run_dir is not None:
         settings = run_settings(model, target, corpus, config, within)
-        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild)
+        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild or names_of(model, target, corpus))
         if folder.is_finished:
             return _read_found(folder, model, config)
     with nullcontext() if folder is None else folder.lock():

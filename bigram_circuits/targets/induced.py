@@ -115,4 +115,5 @@ TARGET = TargetKind(
     make=lambda model, corpus, order: InducedTarget(model, corpus.train),
     label=lambda order: "induced bigram",
     meaning=lambda order: "the bigram that the model itself induces",
+    kind="InducedTarget",
 )
