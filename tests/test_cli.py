@@ -15,6 +15,7 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from bigram_circuits.storage.files import checked_json
 from tests.folders import names_in
 
 COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
@@ -328,8 +329,8 @@ def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
     config = json.loads(Path("mine/config.json").read_text())
     config["rebuild"]["model"] = str(tiny_folders["gpt2"])
     del config["checksum"]
-    Path("mine/config.json").write_text(json.dumps(config))
-    refused("evaluate", "mine", code=1, said="was made for")
+    Path("mine/config.json").write_text(checked_json(config))
+    refused("evaluate", "mine", code=1, said="was made with")
 
 
 def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tokenizer, tmp_path):
@@ -347,7 +348,7 @@ def test_a_run_made_in_python_of_named_things_is_one_of_the_command_line(
     """Model and text were loaded by name: all of them are recorded, and checked when they are loaded again."""
     Path("text.txt").write_text("\n\n".join(f"passage {n}: some text of it, and more " * 60 for n in range(24)))
     model = bc.load_model(os.path.relpath(tiny_folders["gpt_neox"]), device="cpu")
-    corpus = bc.load_corpus("text.txt", tokenizer=model.tokenizer, context_length=16, held_out=0.2, max_tokens=2_000)
+    corpus = bc.load_corpus("text.txt", tokenizer=model.tokenizer, context_length=16, held_out=0.2, max_tokens=20_000)
     config, target = bc.SparsifyConfig(max_steps=2), bc.count_ngrams(corpus.train, order=3, d_vocab=257)
     found = bc.find_subnetwork(model, target, corpus, config, run_dir="mine", check_memory="off")
     own = bc.evaluate(model, found, target, corpus.held_out, seeds=1)
