@@ -75,10 +75,17 @@ def check_tokenizer(model: Model) -> None:
 
 
 def token_id(model: Model, token: str | int) -> int:
-    """The id of a token given as text or id; raises ValueError if the text is not one token or there is no such id."""
+    """The id of a token given by its id, as a text that is one token, or else as it is shown (`<0x0A>`).
+
+    Raises:
+        ValueError: If the text is not one token, or there is no such id.
+    """
     if isinstance(token, str):
         check_tokenizer(model)
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+        shown = shown_tokens(model.tokenizer, range(min(len(model.tokenizer), model.cfg.d_vocab)))
+        if len(ids) != 1 and token in shown:
+            return shown.index(token)
         if len(ids) != 1:
             raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
         return ids[0]
