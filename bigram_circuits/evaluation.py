@@ -30,9 +30,10 @@ from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target, entropy, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
 
@@ -235,9 +236,10 @@ def _seeds(group: Any, name: str) -> tuple[Faithfulness, ...]:
     )
 
 
+@uses_model
 def evaluate(
     model: Model,
-    subnetwork: Subnetwork,
+    subnetwork: SubnetworkLike,
     target: Any,
     tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
     *,
@@ -248,7 +250,7 @@ def evaluate(
 
     Args:
         model: From `load_model`, with the weights that the subnetwork was made for.
-        subnetwork: What to keep.
+        subnetwork: What to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork` or a `Run`.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
         tokens: Held-out token ids [sequence, position].
         controls: Also measure the full model, the empty subnetwork, the complement, matched random subnetworks,
@@ -264,6 +266,7 @@ def evaluate(
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     target = as_target(target, model.cfg.d_vocab)
+    subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
     with hashed_once(model):
         conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
@@ -327,9 +330,10 @@ class SoftHardGap(Record):
         )
 
 
+@uses_model
 @torch.no_grad()
 def soft_hard_gap(
-    model: Model, gates: Gates, subnetwork: Subnetwork, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
+    model: Model, gates: Gates, subnetwork: SubnetworkLike, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
 ) -> SoftHardGap:
     """Compare a model with soft gates and the same model with the mask made from them, on the same batch.
 
@@ -341,6 +345,7 @@ def soft_hard_gap(
         tokens: Token ids [batch, pos], usually the batch of the last step.
         step: The last step.
     """
+    check_tokens(model, tokens)
     gates.refresh(step)
     with gated(model, gates):
         soft = target.cross_entropy(model(tokens), tokens).mean().item()

@@ -37,6 +37,7 @@ from torch import Tensor
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.loading import load_model, quiet_transformers
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 from bigram_circuits.subnetwork import Subnetwork
@@ -77,6 +78,7 @@ class Planted:
         return both / found.kept if found.kept else math.nan, both / self.circuit.kept
 
 
+@usual_torch()
 def plant_bigram(
     architecture: str = "gpt2",
     *,

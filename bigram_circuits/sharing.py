@@ -18,16 +18,18 @@ from bigram_circuits.models.identity import config_hash, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
 from bigram_circuits.storage.records import seal_tensors
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
 
 
-def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.PathLike[str]) -> Path:
+@uses_model
+def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | os.PathLike[str]) -> Path:
     """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
     Maskable weights are taken from `model` as it is now; all other parameters and the tokenizer are reloaded from where
@@ -41,6 +43,7 @@ def export_huggingface(model: Model, subnetwork: Subnetwork, folder: str | os.Pa
             configuration than the model, or other embeddings, norms or biases.
         OSError: If the folder cannot be written, or the model's files no longer exist.
     """
+    subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
     with whole_folder(folder, replace=False) as temporary:
         layout = huggingface_layout(model)
@@ -68,7 +71,8 @@ def _check_files(model: Model, plain: Any) -> None:
             raise ValueError(f"{where}: {name} differs; load the model again, or save it and load that")
 
 
-def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[str]) -> Path:
+@uses_model
+def export_masks(model: Model, subnetwork: SubnetworkLike, path: str | os.PathLike[str]) -> Path:
     """Export boolean masks by Hugging Face parameter name; `import_published` reads them.
 
     Args:
@@ -83,7 +87,7 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
-    masks = subnetwork.to_huggingface(model)
+    masks = as_subnetwork(subnetwork).to_huggingface(model)
     name = str(model.cfg.model_name)
     made_for = {} if is_local(name) else {MODEL_KEY: name}  # a local path means nothing to others
     with whole_file(path) as temporary:
@@ -99,7 +103,12 @@ def export_masks(model: Model, subnetwork: Subnetwork, path: str | os.PathLike[s
 
 
 def push_subnetwork(
-    subnetwork: Subnetwork, repo_id: str, *, private: bool = False, description: str = "", message: str | None = None
+    subnetwork: SubnetworkLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    description: str = "",
+    message: str | None = None,
 ) -> str:
     """Upload a subnetwork to the hub, with a model card; creates the repository if it does not exist.
 
@@ -119,6 +128,7 @@ def push_subnetwork(
     """
     import huggingface_hub
 
+    subnetwork = as_subnetwork(subnetwork)
     with tempfile.TemporaryDirectory() as folder, hub_errors("repository", repo_id):
         subnetwork.save(Path(folder) / _HUB_FILE)
         (Path(folder) / "README.md").write_text(model_card(subnetwork, repo_id, description), encoding="utf-8")

@@ -11,9 +11,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from bigram_circuits.measures import html
 from bigram_circuits.models.identity import check_is, same_model, weight_hash
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName, short_name
 from bigram_circuits.storage.files import whole_file
@@ -55,6 +56,10 @@ class Count(NamedTuple):
     def fraction(self) -> float:
         """Kept / total."""
         return self.kept / self.total
+
+
+Parts: TypeAlias = Mapping[int, Iterable[int]] | Iterable[tuple[int, int]]
+"""Heads or neurons: (layer, index) pairs, or layer -> indices."""
 
 
 class Subnetwork(Mapping[str, Tensor]):
@@ -113,6 +118,17 @@ class Subnetwork(Mapping[str, Tensor]):
         """Build a subnetwork of the same model with other masks."""
         return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash, lineage)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Support pickle: a copy in another process is as immutable as this one."""
+        rest = (self._model_name, self._weight_hash, self._lineage)
+        return type(self)._from_packed, (dict(self._shapes), dict(self._packed), *rest)
+
+    def __copy__(self) -> Subnetwork:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Subnetwork:
+        return self
+
     # --- constructors from a model ---
 
     @classmethod
@@ -127,22 +143,24 @@ class Subnetwork(Mapping[str, Tensor]):
 
     @classmethod
     def _constant(cls, model: Model, value: bool, lineage: str) -> Subnetwork:
-        masks = {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
+        masks = {site.name: torch.full(site.shape, value, device="cpu") for site in weight_sites(model)}
         return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     @classmethod
-    def magnitude(cls, model: Model, like: Subnetwork) -> Subnetwork:
+    def magnitude(cls, model: Model, like: SubnetworkLike) -> Subnetwork:
         """Keep the weights of largest absolute value, in every weight matrix as many as `like` keeps there.
 
         Ties at the threshold are resolved in canonical order.
         """
-        like.check_fits(model)
-        masks = {}
-        for site in weight_sites(model):
-            size = site.weight.float().abs().flatten().cpu().numpy()
-            masks[site.name] = torch.from_numpy(_largest(size, like._counts[site.name])).view(site.shape)
-        lineage = f"magnitude like {_operand(like.lineage)}"
-        return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
+        like = as_subnetwork(like)
+        with in_use(model, "Subnetwork.magnitude"):
+            like.check_fits(model)
+            masks = {}
+            for site in weight_sites(model):
+                size = site.weight.float().abs().flatten().cpu().numpy()
+                masks[site.name] = torch.from_numpy(_largest(size, like._counts[site.name])).view(site.shape)
+            lineage = f"magnitude like {_operand(like.lineage)}"
+            return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     def random_like(self, seed: int = 0) -> Subnetwork:
         """Draw a matched random subnetwork: uniform, with exactly as many weights in every matrix as this one."""
@@ -217,7 +235,7 @@ class Subnetwork(Mapping[str, Tensor]):
     def _combine(
         self, other: Subnetwork, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Subnetwork:
-        if not isinstance(other, Subnetwork):
+        if not isinstance(other := getattr(other, "subnetwork", other), Subnetwork):
             return NotImplemented
         _check_same_shapes(self._shapes, other._shapes, "the other subnetwork")
         packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
@@ -319,29 +337,76 @@ class Subnetwork(Mapping[str, Tensor]):
 
     # --- edits: each returns a new subnetwork ---
 
-    def keep_head(self, layer: int, head: int) -> Subnetwork:
-        """Return a copy that keeps all weights of an attention head, including W_K and W_V if its group shares them."""
+    def only(
+        self,
+        *,
+        layers: int | Iterable[int] = (),
+        heads: Parts = (),
+        neurons: Parts = (),
+    ) -> Subnetwork:
+        """Return the part of this subnetwork that lies in the given parts of the model; it keeps nothing else.
+
+        Args:
+            layers: Indices of blocks.
+            heads: Attention heads as (layer, head) pairs, or as layer -> heads; including W_K and W_V if a group of
+                heads shares them.
+            neurons: MLP neurons as (layer, neuron) pairs, or as layer -> neurons: columns of W_in and W_gate, rows of
+                W_out.
+
+        Raises:
+            ValueError: If no part is given, or one does not exist.
+        """
+        nothing = self._derived({name: np.zeros_like(bits) for name, bits in self._packed.items()}, "")
+        inside, names = nothing, []
+        for layer in [layers] if isinstance(layers, int) else layers:
+            inside = inside.add_layer(layer)
+            names.append(PartName("layer", layer).short)
+        for layer, group in _by_layer(heads).items():
+            for head in group:
+                inside = inside.add_head(layer, head)
+                names.append(PartName("head", layer, (head,)).short)
+        for layer, group in _by_layer(neurons).items():
+            inside = inside.add_neurons(layer, group)
+            names.append(PartName("neurons", layer, tuple(group)).short)
+        if not names:
+            raise ValueError("only() needs the parts to keep: layers=, heads= or neurons=")
+        return self & inside.named(" | ".join(names))
+
+    def add_head(self, layer: int, head: int) -> Subnetwork:
+        """Return a copy with all weights of an attention head, including W_K and W_V if its group shares them."""
         return self._edit_head(layer, head, True)
 
     def drop_head(self, layer: int, head: int) -> Subnetwork:
         """Return a copy without the weights of an attention head; with grouped queries, the shared W_K and W_V stay."""
         return self._edit_head(layer, head, False)
 
-    def keep_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
-        """Return a copy that keeps all weights of MLP neurons: columns of W_in and W_gate, rows of W_out."""
+    def add_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
+        """Return a copy with all weights of MLP neurons: columns of W_in and W_gate, rows of W_out."""
         return self._edit_neurons(layer, indices, True)
 
     def drop_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
         """Return a copy without the weights of MLP neurons."""
         return self._edit_neurons(layer, indices, False)
 
-    def keep_layer(self, layer: int) -> Subnetwork:
-        """Return a copy that keeps all maskable weights of a block."""
+    def add_layer(self, layer: int) -> Subnetwork:
+        """Return a copy with all maskable weights of a block."""
         return self._edit_layer(layer, True)
 
     def drop_layer(self, layer: int) -> Subnetwork:
         """Return a copy without the maskable weights of a block."""
         return self._edit_layer(layer, False)
+
+    def keep_head(self, layer: int, head: int) -> Subnetwork:
+        """Return what `add_head` returns, of which this is the former name; see `only` to keep nothing else."""
+        return self.add_head(layer, head)
+
+    def keep_neurons(self, layer: int, indices: Sequence[int]) -> Subnetwork:
+        """Return what `add_neurons` returns, of which this is the former name; see `only` to keep nothing else."""
+        return self.add_neurons(layer, indices)
+
+    def keep_layer(self, layer: int) -> Subnetwork:
+        """Return what `add_layer` returns, of which this is the former name; see `only` to keep nothing else."""
+        return self.add_layer(layer)
 
     def _edit_head(self, layer: int, head: int, value: bool) -> Subnetwork:
         n_heads = self._n_heads(layer)
@@ -367,11 +432,11 @@ class Subnetwork(Mapping[str, Tensor]):
             if matrix in MLP_MATRICES:
                 changed[name] = self[name]
                 view = changed[name] if matrix == "W_out" else changed[name].T
-                view[torch.as_tensor(list(indices), dtype=torch.long)] = value
+                view[torch.as_tensor(list(indices), dtype=torch.long, device="cpu")] = value
         return self._with(changed, PartName("neurons", layer, tuple(indices)), value)
 
     def _edit_layer(self, layer: int, value: bool) -> Subnetwork:
-        changed = {name: torch.full(self._shapes[name], value) for name in self._of_layer(layer)}
+        changed = {name: torch.full(self._shapes[name], value, device="cpu") for name in self._of_layer(layer)}
         return self._with(changed, PartName("layer", layer), value)
 
     def _of_layer(self, layer: int) -> list[str]:
@@ -495,6 +560,48 @@ class Subnetwork(Mapping[str, Tensor]):
                 f"but keeps {loaded.kept} of {loaded.total}"
             )
         return loaded
+
+
+if TYPE_CHECKING:
+
+    class HasSubnetwork(Protocol):
+        """An object that holds a subnetwork, for example a `FoundSubnetwork` or a `Run`."""
+
+        @property
+        def subnetwork(self) -> Subnetwork:
+            """The subnetwork."""
+            ...
+
+    SubnetworkLike: TypeAlias = Subnetwork | HasSubnetwork
+    """What public functions take as a subnetwork: one, or something that holds one."""
+else:
+    SubnetworkLike = Any
+
+
+def as_subnetwork(given: Any) -> Subnetwork:
+    """Return a subnetwork, or the one that a `FoundSubnetwork` or `Run` holds; all enter public functions through here.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    found = given if isinstance(given, Subnetwork) else getattr(given, "subnetwork", None)
+    if not isinstance(found, Subnetwork):
+        raise ValueError(
+            f"a {type(given).__name__} is no subnetwork: pass a Subnetwork, for example from Subnetwork.load, or what "
+            f"find_subnetwork or load_run returned"
+        )
+    return found
+
+
+def _by_layer(parts: Parts) -> dict[int, list[int]]:
+    """Indices by layer."""
+    found: dict[int, list[int]] = {}
+    pairs: Any = parts
+    if isinstance(parts, Mapping):
+        pairs = [(layer, index) for layer, indices in parts.items() for index in indices]
+    for layer, index in pairs:
+        found.setdefault(layer, []).append(index)
+    return found
 
 
 def _shapes_of(text: str) -> dict[str, tuple[int, ...]]:

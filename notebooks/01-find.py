@@ -27,7 +27,7 @@ print(f"{corpus.train.size:,} tokens to learn from, {corpus.held_out.size:,} hel
 
 # %%
 words = ["The", " of", " is", "import", "("]
-analysis.next_tokens(model, words, target=target).only("target", "full").plot()
+analysis.next_tokens(model, target=target, prompts=words).only("target", "full").plot()
 
 # %% [markdown]
 # Given a single token, the full model (right) predicts much the same as the table (left). In a text it has more
@@ -58,7 +58,7 @@ print(f"{first_mlp.kept / found.subnetwork.kept:.0%} of the kept weights are in 
 # The table, the subnetwork, and a random one with as many weights in every matrix:
 
 # %%
-analysis.next_tokens(model, words, found.subnetwork, target=target).only("target", "subnetwork", "random").plot()
+analysis.next_tokens(model, found, target, words).only("target", "subnetwork", "random").plot()
 
 # %% [markdown]
 # And on held-out documents, against as many weights chosen in other ways. *r* is the correlation between the

@@ -24,7 +24,7 @@ bigram
 # the surprisals of these predictions and those of the bigram table.
 
 # %%
-curves = analysis.layer_by_layer(model, corpus, bigram, target, tokens=6_000, fit_tokens=12_000)
+curves = analysis.layer_by_layer(model, bigram, target, corpus, tokens=6_000, fit_tokens=12_000)
 curves["logit_lens"].plot("surprisal_correlation")
 
 # %% [markdown]
@@ -36,7 +36,7 @@ curves["logit_lens"].plot("surprisal_correlation")
 # of the token that comes next in the prompt.
 
 # %%
-analysis.logit_lens(model, "Return the value of the", bigram).only("full", "subnetwork").plot("probability")
+analysis.logit_lens(model, bigram, text="Return the value of the").only("full", "subnetwork").plot("probability")
 
 # %% [markdown]
 # The affine (tuned) lens first sends each layer's residual stream through an affine map that was fitted to predict the
@@ -83,7 +83,7 @@ curves["rotations"].plot("output_angle")
 # third panel compares the full model (rows) with the subnetwork (columns).
 
 # %%
-bc.covariance_similarity(model, corpus, bigram, max_tokens=4_096).plot()
+bc.covariance_similarity(model, bigram, corpus, max_tokens=4_096).plot()
 
 # %% [markdown]
 # In the full model every block changes the geometry. The later layers of the subnetwork are alike: little is added

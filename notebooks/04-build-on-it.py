@@ -60,7 +60,7 @@ print(f"loss of the subnetwork with both: {pairs.get('loss')[together]:.2f} nats
 # %%
 heads = [tuple(int(number) for number in head.removeprefix("L").split("H")) for head in (best, partner)]
 short = analysis.repeated_random_tokens(model, prompts=1, period=9)
-analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
+analysis.attention_patterns(model, prompt=short.tokens[0], heads=heads).plot()
 
 # %% [markdown]
 # Each row is a position, and its bright cell is where the head attends from there. The head in the earlier layer
@@ -75,7 +75,7 @@ analysis.attention_patterns(model, short.tokens[0], heads=heads).plot()
 # %%
 both = bigram
 for layer, head in heads:
-    both = both.keep_head(layer, head)
+    both = both.add_head(layer, head)
 both.save("runs/bigram-and-induction.safetensors")
 both
 

@@ -105,7 +105,7 @@ bc.evaluate(model, found.subnetwork, target, corpus.held_out)
 
 # %%
 prompts = ["the cat near the dogs", "the cats near the dog"]
-analysis.next_tokens(model, prompts, found.subnetwork, top_k=6).only("full", "subnetwork").plot()
+analysis.next_tokens(model, found, prompts=prompts, top_k=6).only("full", "subnetwork").plot()
 
 # %% [markdown]
 # The full model (left) looks back at the subject: its verbs agree with *cat*, then with *cats*. The subnetwork uses the

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.components import (
     Coordinates,
     Part,
@@ -42,9 +43,10 @@ from bigram_circuits.analysis.tasks import Task, as_task, checked_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
-from bigram_circuits.models.activations import NotShownError, check_model, record
+from bigram_circuits.models.activations import NotShownError, record
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import as_target
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
@@ -52,14 +54,16 @@ WAYS = ("zero", "mean", "resample", "weights")
 """The values of `by`."""
 
 
+@usual_order
+@uses_model
 def ablate(
     model: Model,
     what: Any,
-    tokens: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    target: Any = None,
+    tokens: Any = None,
     *,
     by: str | None = None,
-    target: Any = None,
     seeds: int = 3,
     seed: int = 0,
 ) -> Effects:
@@ -68,11 +72,11 @@ def ablate(
     Args:
         model: From `load_model`.
         what: The parts, in the language of `components`: a string, a `Subnetwork`, or a list of these.
-        tokens: Text to measure on (an array, or a corpus: its held-out part), or a `Task`.
         subnetwork: Also ablate within the model reduced to this subnetwork; those quantities end in `_in_subnetwork`.
+        target: If given, also measure the change of the correlation of surprisals with this target's.
+        tokens: Text to measure on (an array, or a corpus: its held-out part), or a `Task`.
         by: `zero`, `mean`, `resample` or `weights`; by default `zero` for components and `weights` for subnetworks,
             which can only be ablated by weights.
-        target: If given, also measure the change of the correlation of surprisals with this target's.
         seeds: Number of matched random ablations to average over; 0 for none.
         seed: Seed of the resampling.
 
@@ -89,7 +93,7 @@ def ablate(
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     task = checked_task(model, tokens)
     return _ablate(
         model, parse(what, model, subnetwork), task, subnetwork, by=by, target=target, seeds=seeds, seed=seed
@@ -311,9 +315,10 @@ def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str
 # --- removing the complement at random ---
 
 
+@uses_model
 def stochastic_ablation(
     model: Model,
-    subnetwork: Subnetwork,
+    subnetwork: SubnetworkLike,
     target: Any,
     tokens: Any,
     *,
@@ -351,8 +356,7 @@ def stochastic_ablation(
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
     target = as_target(target, model.cfg.d_vocab)  # None is not allowed here,
-    if not isinstance(subnetwork, Subnetwork):  # nor here
-        raise ValueError("a NoneType is no subnetwork: pass a Subnetwork")
+    subnetwork = as_subnetwork(subnetwork)  # nor here
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
 

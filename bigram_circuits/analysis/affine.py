@@ -24,6 +24,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm.auto import trange
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
     Conditions,
@@ -33,9 +34,10 @@ from bigram_circuits.analysis.conditions import (
     observe,
     reduced_to,
 )
-from bigram_circuits.models.activations import check_model, readout, residual_streams, rows_at_once
+from bigram_circuits.models.activations import readout, residual_streams, rows_at_once
 from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     check_content,
@@ -46,7 +48,7 @@ from bigram_circuits.storage.records import (
     shown,
     write_tensors,
 )
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
 _FORMAT = "bigram_circuits.affine_maps/1"
@@ -181,7 +183,7 @@ class AffineFitter:
         n, x, e = self._n, self._x, self._e
         x_mean, e_mean = self._shift[0][:, 0] + x / n, self._shift[1] + e / n
         found: list[list[Tensor]] = [[], [], [], []]  # in the order of AffineMaps' fields
-        penalty = alpha * torch.eye(x.shape[1]).to(x)
+        penalty = alpha * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         for layer in range(len(x)):
             xx = self._xx[layer] - torch.outer(x[layer], x[layer]) / n + penalty
             xy = self._xy[layer] - torch.outer(x[layer], x[-1]) / n
@@ -205,10 +207,12 @@ class AffineFitter:
         )
 
 
+@usual_order
+@uses_model
 def fit_affine_lens(
     model: Model,
-    tokens: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    tokens: Any = None,
     *,
     alpha: float = 1.0,
     max_tokens: int = 1 << 17,
@@ -218,8 +222,8 @@ def fit_affine_lens(
 
     Args:
         model: From `load_model`.
-        tokens: Token ids [sequence, position] to fit on, or a `Corpus` (its training part).
         subnetwork: If given, also fit maps for the subnetwork, its complement, and a matched random one.
+        tokens: Token ids [sequence, position] to fit on, or a `Corpus` (its training part).
         alpha: Ridge penalty, at least 0.
         max_tokens: Use at most this many tokens, evenly spread over the text.
         seed: Seed of the matched random subnetwork.
@@ -233,7 +237,7 @@ def fit_affine_lens(
     check_model(model)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be a penalty of at least 0, not {alpha}")
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     text = checked_text(model, tokens.train if isinstance(tokens, Corpus) else tokens)
     return fit_maps(model, spread(text, max_tokens), conditions(subnetwork, seed=seed), alpha)
 
@@ -255,11 +259,13 @@ def _fit(
     return fitter.freeze(model, kept, alpha)
 
 
+@usual_order
+@uses_model
 def refine_affine_lens(
     model: Model,
     maps: AffineMaps,
-    tokens: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    tokens: Any = None,
     *,
     steps: int = 200,
     batch_size: int = 8,
@@ -273,8 +279,8 @@ def refine_affine_lens(
     Args:
         model: From `load_model`.
         maps: From `fit_affine_lens`, for the same condition.
-        tokens: Token ids [sequence, position] to train on, or a `Corpus` (its training part).
         subnetwork: The condition: the weights that are kept; None for the full model.
+        tokens: Token ids [sequence, position] to train on, or a `Corpus` (its training part).
         steps: Number of Adam steps.
         batch_size: Sequences per step.
         learning_rate: Initial learning rate.
@@ -283,7 +289,7 @@ def refine_affine_lens(
     Raises:
         ValueError: If the maps were not fitted on this model, or a number is too small.
     """
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     if steps < 0 or batch_size < 1 or not learning_rate > 0:
         raise ValueError(
             f"refining needs steps of 0 or more, a batch_size of at least 1 and a learning_rate above 0, not {steps}, "

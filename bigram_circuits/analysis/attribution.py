@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
@@ -33,17 +34,20 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import SubnetworkLike
 
 _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
 
 
+@usual_order
+@uses_model
 def logit_attribution(
     model: Model,
-    prompt: Prompt,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    prompt: Prompt = "",
     *,
     answer: str | int | None = None,
     wrong: str | int | None = None,
@@ -55,8 +59,8 @@ def logit_attribution(
 
     Args:
         model: From `load_model`, on its raw weights (not in compatibility mode).
-        prompt: One text, or token ids [pos] or [1, pos]. A text begins with the BOS that the tokenizer puts there.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        prompt: One text, or token ids [pos] or [1, pos]. A text begins with the BOS that the tokenizer puts there.
         answer: The token whose logit is decomposed, as text or id; by default the full model's prediction.
         wrong: A token to compare with: adds columns for its logit and for the difference.
         by: `component` (every attention and MLP), or `head` (every attention head instead of every attention).
@@ -73,10 +77,8 @@ def logit_attribution(
     """
     if by not in ("component", "head"):
         raise ValueError(f"by must be one of component, head, not {by!r}")
-    if getattr(model, "compatibility_mode", False):
-        raise NotShownError("masks apply to raw weights: load the model again, without compatibility mode")
     tokens = prompt_tokens(model, prompt)
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     place = _position(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
@@ -118,10 +120,12 @@ def logit_attribution(
     )
 
 
+@usual_order
+@uses_model
 def attention_patterns(
     model: Model,
-    prompt: Prompt,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    prompt: Prompt = "",
     *,
     heads: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
@@ -130,8 +134,8 @@ def attention_patterns(
 
     Args:
         model: From `load_model`.
-        prompt: One text, or token ids [pos] or [1, pos].
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        prompt: One text, or token ids [pos] or [1, pos].
         heads: (layer, head) pairs; by default all heads of the model.
         seed: Seed of the matched random subnetwork.
 
@@ -142,7 +146,7 @@ def attention_patterns(
         ValueError: If a head does not exist, or the model does not show its attention patterns.
     """
     tokens = prompt_tokens(model, prompt)
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     chosen = [(layer, head) for layer in range(n_layers) for head in range(n_heads)] if heads is None else list(heads)
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in chosen):
@@ -194,7 +198,7 @@ def _contributions(
     directions = model.W_U[:, ids].float()
     terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
     norm_bias = getattr(model.ln_final.original_component, "bias", None)
-    constant = torch.zeros(len(ids), device=directions.device)
+    constant = torch.zeros(len(ids), dtype=torch.float32, device=directions.device)
     constant = constant if norm_bias is None else norm_bias.float() @ directions
     terms["bias"] = constant + model.b_U[ids].float()
     raw = model.unembed(model.ln_final(final[None, None].to(model.W_U.dtype)))[0, 0].float()
@@ -295,7 +299,7 @@ _HEADS_SHOWN = 6
 
 @in_suite("attribution")
 def _(subject: Subject) -> Maps:
-    return logit_attribution(subject.model, subject.prompt, subject.subnetwork, seed=subject.seed)
+    return logit_attribution(subject.model, subject.subnetwork, subject.prompt, seed=subject.seed)
 
 
 @in_suite("attention")
@@ -305,4 +309,4 @@ def _(subject: Subject) -> Maps:
     if not counts:
         raise NotShownError("no weight of any head is kept")
     heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
-    return attention_patterns(subject.model, subject.prompt, subject.subnetwork, heads=heads, seed=subject.seed)
+    return attention_patterns(subject.model, subject.subnetwork, subject.prompt, heads=heads, seed=subject.seed)

@@ -72,6 +72,7 @@ def parse(what: Any, model: Model, subnetwork: Subnetwork | None = None) -> tupl
             model or is named but not given, or two parts have the same name.
     """
     sizes = _sizes(model)
+    what = getattr(what, "subnetwork", what)  # of a FoundSubnetwork or a Run
     if isinstance(what, Subnetwork) or not isinstance(what, Mapping):
         items: Iterable[Any] = [what] if isinstance(what, str | Subnetwork) else what
         if not isinstance(items, Sequence):
@@ -122,7 +123,7 @@ def _sizes(model: Model) -> _Sizes:
 
 
 def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None) -> list[Part]:
-    if isinstance(item, Subnetwork):
+    if isinstance(item := getattr(item, "subnetwork", item), Subnetwork):
         item.check_fits(model)
         return [Part(item.lineage, (), (item,))]
     if not isinstance(item, str):
@@ -175,9 +176,9 @@ def _weights(name: PartName, empty: Subnetwork, *, shared: bool) -> Subnetwork:
     """The weights of a part; `shared`: including the W_K and W_V that a head shares with its group."""
     if name.kind == "head":
         index = name.indices[0]
-        return empty.keep_head(name.layer, index) if shared else ~(~empty).drop_head(name.layer, index)
+        return empty.add_head(name.layer, index) if shared else ~(~empty).drop_head(name.layer, index)
     if name.kind == "neurons":
-        return empty.keep_neurons(name.layer, name.indices)
+        return empty.add_neurons(name.layer, name.indices)
     return Subnetwork(
         {weight: torch.full(shape, WeightName.parse(weight).part == name) for weight, shape in empty.shapes.items()},
         model_name=empty.model_name,

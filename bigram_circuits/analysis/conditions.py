@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
-from bigram_circuits.models.activations import batch_size_for, check_model, check_tokens, residual_streams
+from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model
+from bigram_circuits.subnetwork import Subnetwork, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order, token_array
 
@@ -29,21 +30,23 @@ Conditions = Mapping[str, Subnetwork | None]
 """Condition name -> the weights that are kept, or None for all of them."""
 
 
-def check_arguments(model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0) -> Target | None:
+def check_arguments(
+    model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0
+) -> tuple[Subnetwork | None, Target | None]:
     """Check the arguments of a public analysis once; private functions take them as they are.
 
     Returns:
-        The target as a `Target`; None if there is none.
+        The subnetwork as a `Subnetwork` and the target as a `Target`; None where there is none.
 
     Raises:
         ValueError: If the model is not a hooked model, subnetwork or target do not fit it, or the seed is below 0.
     """
     check_model(model)
     check_seed(seed)
-    check_subnetwork(subnetwork)
-    if subnetwork is not None:
-        subnetwork.check_fits(model)
-    return None if target is None else as_target(target, model.cfg.d_vocab)
+    kept = check_subnetwork(subnetwork)
+    if kept is not None:
+        kept.check_fits(model)
+    return kept, None if target is None else as_target(target, model.cfg.d_vocab)
 
 
 def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence position"]:
@@ -61,12 +64,9 @@ def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Sub
     return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
 
 
-def check_subnetwork(subnetwork: Any) -> None:
-    """Raise ValueError unless it is a subnetwork or None."""
-    if subnetwork is not None and not isinstance(subnetwork, Subnetwork):
-        raise ValueError(
-            f"a {type(subnetwork).__name__} is no subnetwork: pass a Subnetwork, for example from Subnetwork.load"
-        )
+def check_subnetwork(subnetwork: Any) -> Subnetwork | None:
+    """Return it as a `Subnetwork`, or None if it is None; raises ValueError if it is neither."""
+    return None if subnetwork is None else as_subnetwork(subnetwork)
 
 
 def check_seed(seed: Any) -> None:

@@ -30,6 +30,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_lens
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
     check_arguments,
@@ -43,9 +44,10 @@ from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_t
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
-from bigram_circuits.models.activations import NotShownError, check_model, check_tokens, residual_streams
+from bigram_circuits.models.activations import NotShownError, check_tokens, residual_streams
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import spread, token_array
 
@@ -73,17 +75,19 @@ _CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 fo
 # --- cosine ---
 
 
+@usual_order
+@uses_model
 def cosine_to_unembedding(
-    model: Model, text: Any, subnetwork: Subnetwork | None = None, *, target: Any = None, seed: int = 0
+    model: Model, subnetwork: SubnetworkLike | None = None, target: Any = None, text: Any = None, *, seed: int = 0
 ) -> Curves | Maps:
     """Cosine between the residual stream and (un)embedding vectors, by layer; for a prompt, by layer and position.
 
     Args:
         model: From `load_model`.
-        text: A `Corpus` (its held-out part) or token ids [sequence, position]; or a prompt (`str`, token ids
-            [position]), which gives a matrix [layer, position] for each direction.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: A target with `top1(tokens)`, for example an `NGramTable`: also the direction of its prediction.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position]; or a prompt (`str`, token ids
+            [position]), which gives a matrix [layer, position] for each direction.
         seed: Seed of the matched random subnetwork.
 
     Returns:
@@ -95,7 +99,7 @@ def cosine_to_unembedding(
         ValueError: If the text is empty or has another shape, the target has another vocabulary, or the model's
             embeddings do not have the width of its residual stream.
     """
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
     named = conditions(subnetwork, seed=seed)
     if is_prompt(text):
@@ -208,10 +212,12 @@ def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*laye
     return torch.linalg.eigvals(matrix.detach().cpu().double()).angle().abs().rad2deg()
 
 
+@usual_order
+@uses_model
 def layer_rotations(
     model: Model,
+    subnetwork: SubnetworkLike | None = None,
     text: Any = None,
-    subnetwork: Subnetwork | None = None,
     *,
     maps: Mapping[str, AffineMaps] | None = None,
     alpha: float = 1.0,
@@ -221,8 +227,8 @@ def layer_rotations(
 
     Args:
         model: From `load_model`.
-        text: The text to fit maps on: a `Corpus` (its training part), or token ids [sequence, position].
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        text: The text to fit maps on: a `Corpus` (its training part), or token ids [sequence, position].
         maps: Maps by condition, fitted before, instead of a text.
         alpha: Ridge penalty of the maps.
         seed: Seed of the matched random subnetwork.
@@ -239,7 +245,7 @@ def layer_rotations(
     if maps is None:
         if text is None:
             raise ValueError("rotations need a text to fit affine maps on, or maps=")
-        maps = fit_affine_lens(model, text, subnetwork, alpha=alpha, seed=seed)
+        maps = fit_affine_lens(model, subnetwork, text, alpha=alpha, seed=seed)
     elif not maps:
         raise ValueError("maps= holds no affine maps")
     else:
@@ -279,7 +285,7 @@ def unbiased_hsic(
 ) -> Float[Tensor, "a b"]:
     """The unbiased estimate of HSIC between each pair of Gram matrices (Song et al. 2012, equation 5)."""
     n = grams.shape[-1]
-    ours, theirs = (one * (1 - torch.eye(n).to(one)) for one in (grams, others))
+    ours, theirs = (one * (1 - torch.eye(n, dtype=one.dtype, device=one.device)) for one in (grams, others))
     product = torch.einsum("aij,bij->ab", ours, theirs)
     rows, other_rows = ours.sum(2), theirs.sum(2)
     means = torch.outer(rows.sum(1), other_rows.sum(1)) / ((n - 1) * (n - 2))
@@ -301,10 +307,12 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
     return float(_ratio(unbiased_hsic(both, both))[0, 1])
 
 
+@usual_order
+@uses_model
 def covariance_similarity(
     model: Model,
-    text: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    text: Any = None,
     *,
     max_tokens: int = 1 << 13,
     tokens_at_once: int = 512,
@@ -313,8 +321,8 @@ def covariance_similarity(
 
     Args:
         model: From `load_model`.
-        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         subnetwork: If given, also measured: the subnetwork, and the full model against it.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         max_tokens: Use at most this many tokens, evenly spread over the text.
         tokens_at_once: Tokens per estimate; more give less noise, at a cost that grows with the square for each layer.
 
@@ -326,7 +334,7 @@ def covariance_similarity(
         ValueError: If there are fewer than 4 tokens in all or per estimate, or the model cannot read a token or a
             sequence of this length.
     """
-    check_arguments(model, subnetwork)
+    subnetwork, _ = check_arguments(model, subnetwork)
     if tokens_at_once < 4:
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)

@@ -9,6 +9,7 @@ from jaxtyping import Integer
 
 from bigram_circuits.analysis import lens
 from bigram_circuits.analysis.affine import RecallSums, fit_maps
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import Conditions, check_arguments, checked_text, conditions, observe
 from bigram_circuits.analysis.geometry import (
     CosineSums,
@@ -21,15 +22,18 @@ from bigram_circuits.analysis.geometry import (
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.results import Curves, Maps
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, spread
 
 
+@usual_order
+@uses_model
 def layer_by_layer(
     model: Model,
-    corpus: Corpus,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
     target: Any = None,
+    corpus: Corpus | None = None,
     *,
     tokens: int | None = None,
     fit_tokens: int = 1 << 17,
@@ -39,9 +43,9 @@ def layer_by_layer(
 
     Args:
         model: From `load_model`.
-        corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If given, also r with this target's surprisals, and the cosine with its prediction.
+        corpus: Affine maps are fitted on the training part; everything is measured on the held-out part.
         tokens: Maximum number of held-out tokens to measure on; by default all.
         fit_tokens: Maximum number of training tokens to fit the affine maps on.
         seed: Seed of the matched random subnetwork.
@@ -50,7 +54,9 @@ def layer_by_layer(
         `logit_lens`, `affine_lens`, `cosine`, `rotations`, and with at least 4 tokens `covariance`: the results of
         `logit_lens`, `affine_lens`, `cosine_to_unembedding`, `layer_rotations` and `covariance_similarity`.
     """
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
+    if not isinstance(corpus, Corpus):
+        raise ValueError(f"layers are measured on a Corpus, from load_corpus, not on a {type(corpus).__name__}")
     fit_on, held_out = spread(checked_text(model, corpus.train), fit_tokens), checked_text(model, corpus)
     held_out = held_out if tokens is None else spread(held_out, tokens)
     return _layer_by_layer(model, fit_on, held_out, conditions(subnetwork, seed=seed), target, seed)
@@ -101,4 +107,4 @@ def _(subject: Subject) -> dict[str, Curves | Maps]:
 @in_suite("covariance")
 def _(subject: Subject) -> Maps:
     """A model that does not support all of the above may still support this."""
-    return covariance_similarity(subject.model, subject.corpus.held_out, subject.subnetwork)
+    return covariance_similarity(subject.model, subject.subnetwork, subject.corpus.held_out)

@@ -25,6 +25,7 @@ from bigram_circuits.analysis.affine import (
     fit_affine_lens,
     refine_affine_lens,
 )
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
     Conditions,
@@ -42,7 +43,6 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import (
     NotShownError,
-    check_model,
     check_tokens,
     lens_log_probs,
     readout,
@@ -50,7 +50,8 @@ from bigram_circuits.models.activations import (
     rows_at_once,
 )
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, token_array
 
 _LOGITS_IN_CACHE = 1 << 18  # read repeatedly, so they should fit a cache: 1 MiB
@@ -81,12 +82,14 @@ PROMPT_QUANTITIES = (
 # --- the logit lens ---
 
 
+@usual_order
+@uses_model
 def logit_lens(
     model: Model,
-    text: Any,
-    subnetwork: Subnetwork | None = None,
-    *,
+    subnetwork: SubnetworkLike | None = None,
     target: Any = None,
+    text: Any = None,
+    *,
     maps: Mapping[str, AffineMaps] | None = None,
     top_k: int = _TOP_K,
     seed: int = 0,
@@ -95,10 +98,10 @@ def logit_lens(
 
     Args:
         model: From `load_model`.
-        text: A prompt (`str`, or token ids [position]), for every layer and position. Or a `Corpus` (its held-out part)
-            or token ids [sequence, position], for means by layer.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: For a corpus: also r of the lens with this target's surprisals by layer, for example an `NGramTable`.
+        text: A prompt (`str`, or token ids [position]), for every layer and position. Or a `Corpus` (its held-out part)
+            or token ids [sequence, position], for means by layer.
         maps: Affine maps by condition, from `fit_affine_lens`: the tuned lens instead of the logit lens.
         top_k: For a prompt: number of most likely tokens listed in the text of each cell, one per line.
         seed: Seed of the matched random subnetwork.
@@ -115,7 +118,7 @@ def logit_lens(
     check_readout(model)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     check_maps(model, maps, named)
     if is_prompt(text):
@@ -293,12 +296,14 @@ def check_readout(model: Model) -> None:
 # --- the affine lens ---
 
 
+@usual_order
+@uses_model
 def affine_lens(
     model: Model,
-    text: Any,
-    subnetwork: Subnetwork | None = None,
-    *,
+    subnetwork: SubnetworkLike | None = None,
     target: Any = None,
+    text: Any = None,
+    *,
     maps: Mapping[str, AffineMaps] | None = None,
     alpha: float = 1.0,
     refine_steps: int = 0,
@@ -308,10 +313,10 @@ def affine_lens(
 
     Args:
         model: From `load_model`.
-        text: A `Corpus`: maps are fitted on its training part and measured on its held-out part. Or token ids
-            [sequence, position]: maps are fitted on the first three quarters of the sequences, measured on the rest.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one, with own maps.
         target: If given, also r of the lens with this target's surprisals by layer.
+        text: A `Corpus`: maps are fitted on its training part and measured on its held-out part. Or token ids
+            [sequence, position]: maps are fitted on the first three quarters of the sequences, measured on the rest.
         maps: Maps fitted before; then none are fitted, and all token ids are measured on.
         alpha: Ridge penalty of the maps.
         refine_steps: Steps of KL training after the ridge fit.
@@ -325,7 +330,7 @@ def affine_lens(
         ValueError: If there is too little text, or maps are not the model's.
     """
     check_readout(model)
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     named = conditions(subnetwork, seed=seed)
     if refine_steps < 0:
         raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
@@ -334,10 +339,10 @@ def affine_lens(
     check_maps(model, maps, named)
     fitted = maps
     if fitted is None:
-        fitted = fit_affine_lens(model, fit_on, subnetwork, alpha=alpha, seed=seed)
+        fitted = fit_affine_lens(model, subnetwork, fit_on, alpha=alpha, seed=seed)
         if refine_steps:
             fitted = {
-                name: refine_affine_lens(model, fitted[name], fit_on, one, steps=refine_steps)
+                name: refine_affine_lens(model, fitted[name], one, fit_on, steps=refine_steps)
                 for name, one in named.items()
             }
     lenses = {name: LensSums(model, target, fitted[name]) for name in named}

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Integer
 from tqdm.auto import tqdm
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Conditions,
     check_arguments,
@@ -37,6 +38,7 @@ from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.models.activations import NotShownError, batch_size_for, record
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import (
     ATTENTION_MATRICES,
@@ -47,7 +49,7 @@ from bigram_circuits.names import (
     in_block,
     neuron_label,
 )
-from bigram_circuits.subnetwork import Count, Subnetwork
+from bigram_circuits.subnetwork import Count, Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.text.corpus import in_order
 
 _MIN_COUNT = 5  # occurrences of a token in a text
@@ -55,14 +57,16 @@ _DENSITY = Quantity("density", "share", "Share of the weights there that are kep
 _SHARE = Quantity("share_of_kept", "share", "Share of all kept weights that are there.")
 
 
-def by_layer(subnetwork: Subnetwork) -> Maps:
+def by_layer(subnetwork: SubnetworkLike) -> Maps:
     """Density and share of the kept weights, by layer and component (attention, MLP)."""
+    subnetwork = as_subnetwork(subnetwork)
     counts = subnetwork.by_component()
     return _counts_map(subnetwork, counts, "component", COMPONENTS, "Kept weights by layer and component")
 
 
-def by_matrix(subnetwork: Subnetwork) -> Maps:
+def by_matrix(subnetwork: SubnetworkLike) -> Maps:
     """Density and share of the kept weights, by layer and weight matrix."""
+    subnetwork = as_subnetwork(subnetwork)
     counts = {}
     for name, count in subnetwork.by_weight().items():
         weight = WeightName.parse(name)
@@ -72,7 +76,7 @@ def by_matrix(subnetwork: Subnetwork) -> Maps:
     return _counts_map(subnetwork, counts, "matrix", matrices, "Kept weights by layer and matrix")
 
 
-def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
+def by_head(subnetwork: SubnetworkLike, *, seed: int = 0) -> Maps:
     """Density and share of the kept weights, by layer and attention head, with a matched random subnetwork.
 
     With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts.
@@ -81,6 +85,7 @@ def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
         ValueError: If the subnetwork has no attention, or the seed is below 0.
     """
     check_seed(seed)
+    subnetwork = as_subnetwork(subnetwork)
     both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
     maps = []
     for one in both.values():
@@ -98,8 +103,9 @@ def by_head(subnetwork: Subnetwork, *, seed: int = 0) -> Maps:
     )  # fmt: skip
 
 
-def by_neuron(subnetwork: Subnetwork) -> Maps:
+def by_neuron(subnetwork: SubnetworkLike) -> Maps:
     """Density and share of the kept MLP weights, by layer and neuron: its columns of W_in and W_gate, row of W_out."""
+    subnetwork = as_subnetwork(subnetwork)
     counts = neuron_counts(subnetwork)
     kept = sum(int(of.sum()) for of in counts.values())
     wide = max(len(of[0]) for of in counts.values())
@@ -121,7 +127,7 @@ def by_neuron(subnetwork: Subnetwork) -> Maps:
 
 
 def concentration(
-    subnetwork: Subnetwork, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
+    subnetwork: SubnetworkLike, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
 ) -> Curves:
     """How concentrated the kept MLP weights are in few neurons: a Lorenz curve, with a matched random subnetwork's.
 
@@ -139,6 +145,7 @@ def concentration(
         ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
     """
     check_seed(seed)
+    subnetwork = as_subnetwork(subnetwork)
     if points < 2:
         raise ValueError(f"a curve needs at least 2 points, not {points}")
     x = np.linspace(0, 1, points)
@@ -171,7 +178,9 @@ def concentration(
     )
 
 
-def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0) -> Effects:
+def whole_neurons(
+    subnetwork: SubnetworkLike, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0
+) -> Effects:
     """The MLP neurons that are kept entirely or nearly so: the densest ones, densest first.
 
     Args:
@@ -188,6 +197,7 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
         ValueError: If the threshold is not a share, or `most` is below 1.
     """
     check_seed(seed)
+    subnetwork = as_subnetwork(subnetwork)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a share from 0 to 1, not {threshold}")
     if most < 1:
@@ -218,11 +228,13 @@ def whole_neurons(subnetwork: Subnetwork, *, threshold: float | int = 0.5, most:
     )
 
 
+@usual_order
+@uses_model
 def max_activating_tokens(
     model: Model,
     neurons: Sequence[tuple[int, int]],
-    tokens: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    tokens: Any = None,
     *,
     k: int = 10,
     min_count: int = _MIN_COUNT,
@@ -233,8 +245,8 @@ def max_activating_tokens(
     Args:
         model: From `load_model`.
         neurons: (layer, neuron) pairs.
-        tokens: Token ids [sequence, position], or a `Corpus` (its held-out part).
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
+        tokens: Token ids [sequence, position], or a `Corpus` (its held-out part).
         k: Number of tokens to list for each neuron.
         min_count: Tokens with fewer occurrences in the text are left out.
         seed: Seed of the matched random subnetwork.
@@ -247,7 +259,7 @@ def max_activating_tokens(
     Raises:
         ValueError: If there is no such neuron, no text, or no token occurs often enough.
     """
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, tokens)
     d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.matrix == "W_out"}
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):

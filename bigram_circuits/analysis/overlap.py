@@ -40,7 +40,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects, Maps
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.names import ATTENTION_MATRICES, WeightName, head_label, key_value_label
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,
 _MARGIN = 40  # plus this, because the tail of a small count is longer than a normal one
@@ -106,7 +106,7 @@ class Cell:
         return Cell(self.total, self.total - self.a, self.b, self.b - self.both)
 
 
-def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: str = "greater") -> Effects:
+def overlap(a: SubnetworkLike, b: SubnetworkLike, *, by: str = "matrix", alternative: str = "greater") -> Effects:
     """Test the overlap of two subnetworks against the exact null of independent draws.
 
     Args:
@@ -129,6 +129,7 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
     for name, value, choices in (("by", by, _STRATA), ("alternative", alternative, _ALTERNATIVES)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    a, b = as_subnetwork(a), as_subnetwork(b)
     matrices = _matrix_cells(a, b)
     if by == "head":
         strata = _head_cells(a, b)
@@ -167,7 +168,7 @@ def overlap(a: Subnetwork, b: Subnetwork, *, by: str = "matrix", alternative: st
     )
 
 
-def overlaps(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> Maps:
+def overlaps(subnetworks: Mapping[str, SubnetworkLike] | Sequence[SubnetworkLike]) -> Maps:
     """Overlap of each pair of subnetworks of one model, for example those found with different seeds.
 
     Args:
@@ -261,13 +262,13 @@ def _slices(a: Subnetwork, b: Subnetwork, name: str) -> Iterator[Cell]:
         yield Cell(ours.shape[1], kept_a, kept_b, both)
 
 
-def _named(subnetworks: Mapping[str, Subnetwork] | Sequence[Subnetwork]) -> dict[str, Subnetwork]:
+def _named(subnetworks: Mapping[str, SubnetworkLike] | Sequence[SubnetworkLike]) -> dict[str, Subnetwork]:
     if isinstance(subnetworks, Subnetwork):
         raise ValueError("comparing subnetworks needs at least two, not 1")
     if isinstance(subnetworks, Mapping):
-        named = dict(subnetworks)
+        named = {name: as_subnetwork(one) for name, one in subnetworks.items()}
     else:
-        items = list(subnetworks)
+        items = [as_subnetwork(one) for one in subnetworks]
         lineages = [one.lineage for one in items]
         distinct = len(set(lineages)) == len(items)
         named = dict(zip(lineages if distinct else map(str, range(len(items))), items, strict=True))

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from bigram_circuits.models.activations import check_model, check_tokens
+from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model
 from bigram_circuits.text.tokenizers import shown_tokens, template_of
 
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]

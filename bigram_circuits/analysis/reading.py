@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
     Conditions,
@@ -27,7 +28,8 @@ from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.targets.base import as_target, entropy
 from bigram_circuits.text.corpus import spread
 
@@ -44,12 +46,14 @@ _BY_TOKEN = (
 _Words = tuple[tuple[str, ...], ...]
 
 
+@usual_order
+@uses_model
 def passages(
     model: Model,
-    text: Any,
-    subnetwork: Subnetwork | None = None,
-    *,
+    subnetwork: SubnetworkLike | None = None,
     target: Any = None,
+    text: Any = None,
+    *,
     count: int = _PASSAGES,
     length: int = _LENGTH,
     top_k: int = _TOP_K,
@@ -59,9 +63,9 @@ def passages(
 
     Args:
         model: From `load_model`.
-        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         count: Number of passages, spread over the text.
         length: Tokens in each, from the beginning of a sequence.
         top_k: Number of most likely tokens to list.
@@ -76,7 +80,7 @@ def passages(
     """
     if min(count, length, top_k) < 1:
         raise ValueError(f"count, length and top_k must be at least 1, not {count}, {length} and {top_k}")
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     array = checked_text(model, text)
     chosen = spread(array, count * array.shape[1])[:, :length]
     return _passages(model, chosen, conditions(subnetwork, seed=seed), target, top_k, seed)
@@ -115,12 +119,14 @@ def _passages(
     )
 
 
+@usual_order
+@uses_model
 def next_tokens(
     model: Model,
-    prompts: Sequence[str],
-    subnetwork: Subnetwork | None = None,
-    *,
+    subnetwork: SubnetworkLike | None = None,
     target: Any = None,
+    prompts: Sequence[str] = (),
+    *,
     top_k: int = 4,
     seed: int = 0,
 ) -> Maps:
@@ -128,9 +134,9 @@ def next_tokens(
 
     Args:
         model: From `load_model`.
-        prompts: Texts, for example single words.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: If it has `log_probs(tokens)`, as an `NGramTable` has, it is shown beside them as `target`.
+        prompts: Texts, for example single words.
         top_k: Number of tokens to list.
         seed: Seed of the matched random subnetwork.
 
@@ -144,7 +150,7 @@ def next_tokens(
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
-    target = check_arguments(model, subnetwork, target=target, seed=seed)
+    subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     rows = [prompt_tokens(model, prompt) for prompt in prompts]
     found: dict[str, Float[Tensor, "prompt d_vocab"]] = {}
     with torch.no_grad():
@@ -194,12 +200,14 @@ def _shown(
 # --- by current token ---
 
 
+@usual_order
+@uses_model
 def faithfulness_by_token(
     model: Model,
-    text: Any,
-    subnetwork: Subnetwork | None = None,
+    subnetwork: SubnetworkLike | None = None,
+    target: Any = None,
+    text: Any = None,
     *,
-    target: Any,
     most: int = _MOST,
     min_count: int = _MIN_COUNT,
     top_k: int = _TOP_K,
@@ -211,10 +219,10 @@ def faithfulness_by_token(
 
     Args:
         model: From `load_model`.
-        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         target: The target to be reproduced; it must have an entropy. If it has `log_probs(tokens)`, as an `NGramTable`
             has, its predictions are also shown, as `target`.
+        text: A `Corpus` (its held-out part) or token ids [sequence, position].
         most: Maximum number of best tokens, and of worst tokens.
         min_count: Tokens with fewer occurrences in the text are left out.
         top_k: Number of most likely next tokens to list.
@@ -230,7 +238,7 @@ def faithfulness_by_token(
     """
     if min(most, min_count, top_k) < 1:
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
-    check_arguments(model, subnetwork, seed=seed)
+    subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, text)
     target = as_target(target, model.cfg.d_vocab)  # None is not allowed here
     by_name = conditions(subnetwork, seed=seed)
@@ -296,8 +304,8 @@ class _SumsByToken:
         self.row[torch.from_numpy(chosen).to(device)] = torch.arange(len(chosen), device=device)
         self.counts, self.kl = (torch.zeros(len(chosen) + 1, dtype=torch.float64) for _ in range(2))
         size = (len(chosen), d_vocab)
-        self.of_model = torch.zeros(size, device=device) if probabilities else None
-        self.of_target = torch.zeros(size, device=device) if probabilities else None
+        self.of_model = torch.zeros(size, dtype=torch.float32, device=device) if probabilities else None
+        self.of_target = torch.zeros(size, dtype=torch.float32, device=device) if probabilities else None
 
     def add(self, batch: Batch) -> None:
         """Add a batch."""

@@ -28,12 +28,14 @@ from bigram_circuits.analysis.tasks import COLUMNS, ability, checked_task, repea
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
-from bigram_circuits.models.activations import NotShownError, check_model
+from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 
-def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds: int = 5) -> Effects:
+@uses_model
+def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, seeds: int = 5) -> Effects:
     """Measure how much a subnetwork's loss on a task falls with each of several additions.
 
     Args:
@@ -56,8 +58,7 @@ def sufficiency(model: Model, base: Subnetwork, added: Any, task: Any, *, seeds:
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
     check_model(model)
-    if not isinstance(base, Subnetwork):
-        raise ValueError(f"a {type(base).__name__} is no subnetwork: pass a Subnetwork as the base")
+    base = as_subnetwork(base)
     base.check_fits(model)
     scored = checked_task(model, task)
     empty = Subnetwork.empty(model)

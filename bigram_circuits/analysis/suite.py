@@ -18,10 +18,11 @@ from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import as_target
 from bigram_circuits.text.corpus import Corpus
 
@@ -68,9 +69,10 @@ class Analyses:
         return html.summary(f"{len(rows)} analyses", says, table, html.small(left_out))
 
 
+@uses_model
 def analyze(
     model: Model,
-    subnetwork: Subnetwork,
+    subnetwork: SubnetworkLike,
     target: Any,
     corpus: Corpus,
     *,
@@ -105,6 +107,7 @@ def analyze(
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
             that the model does not support (`NotShownError`) are left out with the reason; other errors are raised.
     """
+    subnetwork = as_subnetwork(subnetwork)
     check_arguments(model, subnetwork, seed=seed)
     target = as_target(target, model.cfg.d_vocab)
     for part in (corpus.train, corpus.held_out):

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.measures import statistics
-from bigram_circuits.models.activations import NotShownError, batch_size_for, check_model, check_tokens
+from bigram_circuits.models.activations import NotShownError, batch_size_for, check_tokens
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.text.corpus import token_array
 from bigram_circuits.text.tokenizers import template_of
 
@@ -183,6 +184,7 @@ def checked_task(model: Model, tokens: Any) -> Task:
     return task
 
 
+@uses_model
 def ability(model: Model, task: Task) -> Ability:
     """Compare a model on a task with guessing; raises ValueError if a surprisal is not finite."""
     check_model(model)

@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.models.activations import check_model
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
@@ -106,15 +107,18 @@ def trajectory(
     return _curves(title, names, rows, {"model": model})
 
 
-def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = None, *, seed: int = 0) -> Measure:
+@usual_order
+def faithfulness_to(
+    subnetwork: SubnetworkLike | None = None, target: Any = None, tokens: Any = None, *, seed: int = 0
+) -> Measure:
     """A measure for `trajectory`: faithfulness to a target under every condition, on the same text.
 
     Args:
+        subnetwork: If given, also measured at every checkpoint: the subnetwork, its complement, and a matched random
+            one.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`; or a function from a model to
             such a target.
         tokens: Held-out token ids [sequence, position], or a corpus.
-        subnetwork: If given, also measured at every checkpoint: the subnetwork, its complement, and a matched random
-            one.
         seed: Seed of the matched random subnetwork.
 
     Raises:
@@ -122,14 +126,14 @@ def faithfulness_to(target: Any, tokens: Any, subnetwork: Subnetwork | None = No
     """
     array = token_array(tokens)
     check_seed(seed)
-    check_subnetwork(subnetwork)
+    kept = check_subnetwork(subnetwork)
     _check_target(target)
 
     def measure(model: Model) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
         with hashed_once(model):
-            every = {name: one or Subnetwork.full(model) for name, one in conditions(subnetwork, seed=seed).items()}
+            every = {name: one or Subnetwork.full(model) for name, one in conditions(kept, seed=seed).items()}
             return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
     return measure

@@ -26,10 +26,10 @@ from bigram_circuits.measures.words import flat, listed, percent, rounded
 from bigram_circuits.models.identity import how_models_differ
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 
-Source: TypeAlias = Run | Subnetwork | str | os.PathLike[str]
-"""A run or a subnetwork; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
+Source: TypeAlias = Run | SubnetworkLike | str | os.PathLike[str]
+"""A run, a subnetwork or what holds one; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are reported as this one; their logarithm is exact."""
 R, KL, CROSS_ENTROPY = "surprisal_correlation", "kl", "cross_entropy"
@@ -264,12 +264,11 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
         ValueError: If there are fewer than two, a file cannot be read, they are of different models, or none is
             named `against`.
     """
-    if isinstance(runs, Subnetwork | Run | str | os.PathLike):
-        runs = [runs]
-    by_name = isinstance(runs, Mapping)
+    several: Any = [runs] if isinstance(runs, Subnetwork | str | os.PathLike) or hasattr(runs, "subnetwork") else runs
+    by_name = isinstance(several, Mapping)
     labelled = [
         (label, subnetwork, run)
-        for name, source in (runs.items() if by_name else ((None, source) for source in runs))
+        for name, source in (several.items() if by_name else ((None, source) for source in several))
         for label, subnetwork, run in _opened(source, name)
     ]
     if len(labelled) < 2:
@@ -298,6 +297,8 @@ def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork,
     elif isinstance(source, Run):
         run = with_path_evaluation(source)
         yield (name,) if name else _parts(run.path), run.subnetwork, run
+    elif isinstance(held := getattr(source, "subnetwork", None), Subnetwork):
+        yield (name or held.lineage,), held, None
     elif not isinstance(source, str | os.PathLike):
         raise ValueError(f"cannot compare a {type(source).__name__}: give runs, subnetworks, folders or files")
     elif Path(source).is_file():

@@ -48,10 +48,11 @@ from bigram_circuits.measures.statistics import holm
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, in_order
 
@@ -117,6 +118,7 @@ class RenamedTarget(Target):
         return self.name_of.argsort().to(device)
 
 
+@uses_model
 def with_random_blocks(model: Model, seed: int = 0) -> Model:
     """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
 
@@ -224,13 +226,14 @@ def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -
     return Falsification(**effects | {"controls": replace(controls, names=names)}, of=read["controls"][1])
 
 
+@uses_model
 def falsify(
     model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
-    found: Subnetwork,
+    found: SubnetworkLike,
     seeds: int = 3,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Falsification:
@@ -254,6 +257,7 @@ def falsify(
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
     config = config or SparsifyConfig()
+    found = as_subnetwork(found)
     found.check_fits(model)
     target = as_target(target, model.cfg.d_vocab)
     folder = None if run_dir is None else Path(run_dir)

@@ -21,6 +21,7 @@ from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.training import find_subnetwork
 from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import checked_json, damaged, read_checked_json, remove_leftovers, write_text
@@ -132,6 +133,7 @@ def _folder_of(weight: float | int) -> str:
     return f"weight-{weight:g}"
 
 
+@uses_model
 def sparsity_path(
     model: Model,
     target: Any,

@@ -23,11 +23,12 @@ from jaxtyping import Integer
 from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.masking.gates import group_gates
-from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus
 
@@ -146,13 +147,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+@uses_model
 def forecast_memory(
     model: Model,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
-    within: Subnetwork | None = None,
+    within: SubnetworkLike | None = None,
     mode: str | None = None,
 ) -> MemoryForecast:
     """Predict the peak memory of `find_subnetwork` from forward passes over one sequence and over two.
@@ -173,6 +175,8 @@ def forecast_memory(
         raise ValueError(f"check_memory must be one of {', '.join(CHECKS_OF_MEMORY)}, not {mode!r}")
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    within = None if within is None else as_subnetwork(within)
+    check_tokens(model, corpus.train)
     counted = _count_gates(weight_sites(model), config)
     if mode == "off":
         return counted

@@ -34,6 +34,7 @@ from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -46,7 +47,7 @@ from bigram_circuits.runs import (
     TargetIdentity,
 )
 from bigram_circuits.storage.terminal import signals_handled
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus, batch_of
 
@@ -77,6 +78,7 @@ class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state 
         self.what, self.step, self.good, self.seconds = what, step, good, seconds
 
 
+@uses_model
 def find_subnetwork(
     model: Model,
     target: Any,
@@ -85,7 +87,7 @@ def find_subnetwork(
     *,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    within: Subnetwork | None = None,
+    within: SubnetworkLike | None = None,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -117,6 +119,7 @@ def find_subnetwork(
     """
     config = config or SparsifyConfig()
     target = as_target(target, model.cfg.d_vocab)
+    within = None if within is None else as_subnetwork(within)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")

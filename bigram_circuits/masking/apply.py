@@ -16,23 +16,34 @@ from torch.nn.utils import parametrize
 
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 
 
 @contextmanager
-def masked(model: Model, subnetwork: Subnetwork) -> Iterator[Any]:
+def masked(model: Model, subnetwork: SubnetworkLike) -> Iterator[Any]:
     """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
 
+    Within the block, only the calling thread can use this model in functions of this package; another thread waits up
+    to half a minute for the end of the block.
+
+    Args:
+        model: From `load_model`.
+        subnetwork: The weights to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork`.
+
     Raises:
-        ValueError: If the subnetwork's names or shapes do not match the model's, or the model is already masked.
+        ValueError: If the subnetwork's names or shapes do not match the model's, the model is already masked, or it is
+            in compatibility mode.
+        RuntimeError: If another thread keeps the model masked.
     """
+    subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
 
     def mask(site: WeightSite) -> nn.Module:
         return _Mask(site.to_stored(subnetwork[site.name]).contiguous().to(site.original.device))
 
-    with _parametrized(model, mask):
+    with in_use(model, "masked", block=True), _parametrized(model, mask):
         yield model
 
 
@@ -43,12 +54,22 @@ def gated(model: Model, gates: Gates) -> Iterator[Any]:
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores receive gradients: all model parameters
     are frozen within the block, and get back their `requires_grad` afterwards.
     """
+
+    def gate(site: WeightSite) -> nn.Module | None:
+        return _Gate(gates, site.name) if site.name in gates.names else None
+
+    with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate):
+        yield model
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """Within the `with` block, no parameter of a model receives a gradient."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:
         parameter.requires_grad_(False)
     try:
-        with _parametrized(model, lambda site: _Gate(gates, site.name) if site.name in gates.names else None):
-            yield model
+        yield
     finally:
         for parameter in required:
             parameter.requires_grad_(True)

@@ -353,8 +353,9 @@ def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, 
     """Return whether each gate governs a usable weight, that is, where the sum over usable weights has a gradient."""
     if group.unit == "weight":
         return usable.flatten()
-    gates = torch.zeros(group.count, device=usable.device, requires_grad=True)
-    (gradient,) = torch.autograd.grad((group.spread(gates) * usable).sum(), gates)
+    with torch.inference_mode(False), torch.enable_grad():
+        gates = torch.zeros(group.count, dtype=torch.float32, device=usable.device, requires_grad=True)
+        (gradient,) = torch.autograd.grad((group.spread(gates) * usable).sum(), gates)
     return gradient > 0
 
 

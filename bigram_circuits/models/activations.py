@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, usual_torch
 from bigram_circuits.names import in_block
 
 _TOKENS_AT_ONCE = 1 << 11  # tokens per forward pass ...
@@ -46,6 +47,7 @@ class ActivationPoint:
     """Other names of the same point, for example `blocks.0.hook_resid_post`."""
 
 
+@usual_torch()
 def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
     """List every hook point of a model in forward-pass order, with named axes.
 
@@ -112,12 +114,6 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
     """Choose a batch size for sequences of `length` tokens that bounds the logits (and, if kept, residual streams)."""
     per_token = max(model.cfg.d_vocab, (model.cfg.n_layers + 1) * model.cfg.d_model if streams else 0)
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
-
-
-def check_model(model: Model) -> None:
-    """Raise ValueError unless `model` is a hooked model."""
-    if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
-        raise ValueError(f"a {type(model).__name__} is not a model: pass one from load_model")
 
 
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import fused_modules, weight_sites
 from bigram_circuits.names import short_hash
 
@@ -62,6 +63,7 @@ def hashed_once(model: Model) -> Iterator[None]:
         del _HASHED_ONCE[model]
 
 
+@uses_model
 def weight_hash(model: Model) -> str:
     """Hash all weights and the configuration, to tell models and checkpoints apart; `same_model` compares two hashes.
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bigram_circuits.models.loading import hooked
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
@@ -113,6 +114,7 @@ class Layout:
         }
 
 
+@usual_torch()
 def huggingface_layout(model: Model) -> Layout:
     """Trace how a model's weights are laid out in its Hugging Face parameters; costs about as much as one block.
 

@@ -20,6 +20,7 @@ import torch
 from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.precision import round_rotations
+from bigram_circuits.models.state import usual_torch
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
 from bigram_circuits.text.tokenizers import Template, remember_template, template_of
 
@@ -47,6 +48,7 @@ _SIZE = re.compile(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+@usual_torch()
 def load_model(
     name: str | Path = "reference",
     *,
@@ -117,6 +119,7 @@ def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) 
     return template_of(AutoTokenizer.from_pretrained(source, revision=of_model, trust_remote_code=False))
 
 
+@usual_torch()
 def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
     """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
 
@@ -149,6 +152,7 @@ def _source(name: str) -> str:
     return str(REFERENCE_FOLDER) if name == "reference" else name
 
 
+@usual_torch()
 def fresh_huggingface(model: Model) -> tuple[Any, Any]:
     """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU.
 

@@ -132,7 +132,9 @@ def _foreign(target: Any) -> Target:
 def entropy(target: Target, tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:
     """Return the target's entropy at its n positions, in nats; nan if the target does not know it."""
     found = target.entropy(tokens)
-    return torch.full((len(tokens), n), torch.nan, device=tokens.device) if found is None else found
+    return (
+        torch.full((len(tokens), n), torch.nan, dtype=torch.float32, device=tokens.device) if found is None else found
+    )
 
 
 def top1_agreement(
@@ -141,8 +143,12 @@ def top1_agreement(
     """Return 1 where model and target agree on the most likely token, else 0; nan if the target does not know it."""
     theirs = target.top1(tokens)
     if theirs is None:
-        return torch.full((len(tokens), n), torch.nan, device=tokens.device)
+        return _unknown(tokens, n)
     return (logits.argmax(-1)[:, target.positions] == theirs).float()
+
+
+def _unknown(tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:
+    return torch.full((len(tokens), n), torch.nan, dtype=torch.float32, device=tokens.device)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import full_weights
 from bigram_circuits.targets.base import Target, TargetKind
-from bigram_circuits.text.corpus import in_order
+from bigram_circuits.text.corpus import in_order, token_array
 
 _LOGITS_AT_ONCE = 1 << 20  # logits are copied in chunks of 4 MiB
 _TOKENS_AT_ONCE = 1 << 11  # tokens per forward pass when fitting
@@ -27,6 +28,8 @@ class InducedTarget(Target):
     P(next | current) is the mean of softmax(logits) over all positions of a text whose token is `current`; a token
     that is not in the text (or not among the `max_contexts` most frequent) gets the mean over all positions. Comparing
     it with the text's bigram table separates the model's statistics from those of the corpus.
+
+    The table is made once: it does not follow later changes of the model's weights.
     """
 
     d_vocab: int
@@ -37,11 +40,17 @@ class InducedTarget(Target):
         """Run the full model once over `tokens`, usually `corpus.train`.
 
         Raises:
-            ValueError: If `tokens` is empty, or the table of contexts x vocabulary would take more than 2 GB.
+            ValueError: If `tokens` is empty or not token ids that the model can read, or the table of contexts x
+                vocabulary would take more than 2 GB.
         """
         if tokens.size == 0:
             raise ValueError("an induced bigram needs text: there are no tokens")
-        check_tokens(model, np.asarray(tokens))
+        tokens = token_array(tokens)
+        check_tokens(model, tokens)
+        with in_use(model, "InducedTarget"):
+            self._make(model, tokens, max_contexts)
+
+    def _make(self, model: Model, tokens: Integer[np.ndarray, "sequence position"], max_contexts: int | None) -> None:
         self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
         counts = np.bincount(np.asarray(tokens).ravel(), minlength=self.d_vocab)
         contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or self.d_vocab)]
@@ -52,7 +61,7 @@ class InducedTarget(Target):
                 f"more than 2: give max_contexts={int(2e9 / 4 / self.d_vocab)} or fewer"
             )
         device = model.cfg.device
-        self._row = torch.full((self.d_vocab,), len(contexts), device=device)
+        self._row = torch.full((self.d_vocab,), len(contexts), dtype=torch.long, device=device)
         self._row[torch.from_numpy(contexts).to(device)] = torch.arange(len(contexts), device=device)
         self._probs = self._fit(model, np.asarray(tokens), len(contexts))
         self.fingerprint = f"induced {weight_hash(model)} {len(contexts)} {int(counts.sum())}"
@@ -61,8 +70,8 @@ class InducedTarget(Target):
         self, model: Model, tokens: Integer[np.ndarray, "sequence position"], n: int
     ) -> Float[Tensor, "row d_vocab"]:
         """Average the model's predictions by row; the last row is the mean over all positions."""
-        totals = torch.zeros(n + 1, self.d_vocab, device=self._row.device)
-        counts = torch.zeros(n + 1, device=self._row.device)
+        totals = torch.zeros(n + 1, self.d_vocab, dtype=torch.float32, device=self._row.device)
+        counts = torch.zeros(n + 1, dtype=torch.float32, device=self._row.device)
         batch_size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
         batches = tqdm(in_order(tokens, batch_size), total=math.ceil(len(tokens) / batch_size), delay=2, leave=False)
         batches.set_description("averaging predictions", refresh=False)

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import check_model, in_use, memo
 from bigram_circuits.models.weights import full_weights
 from bigram_circuits.targets.base import Target, TargetKind
 
@@ -22,18 +24,32 @@ class ModelTarget(Target):
 
     def __init__(self, model: Model) -> None:
         """Take a model from `load_model`."""
+        check_model(model)
         self.model = model
         self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.fingerprint = f"model {weight_hash(model)}"
-        self._last: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The hash of the model's weights as they are now."""
+        return f"model {weight_hash(self.model)}"
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return log softmax of the full model's logits; the result for the last batch is cached."""
-        if self._last is None or not torch.equal(self._last[0], tokens):
-            with torch.inference_mode(False), torch.no_grad(), full_weights(self.model):
-                log_probs = self.model(tokens.clone()).float().log_softmax(-1)
-            self._last = (tokens, log_probs)
-        return self._last[1]
+        """Return log softmax of the full model's logits.
+
+        Within one call of a public function, such as `evaluate`, the result for the last batch is remembered.
+
+        Raises:
+            ValueError: If a token id is outside the model's vocabulary, or the sequences exceed its context length.
+        """
+        known = memo()
+        last: tuple[Tensor, Tensor] | None = None if known is None else known.get(self)
+        if last is None or not torch.equal(last[0], tokens):
+            check_tokens(self.model, tokens)
+            with in_use(self.model, "ModelTarget"), torch.no_grad(), full_weights(self.model):
+                last = tokens, self.model(tokens.clone()).float().log_softmax(-1)
+            if known is not None:
+                known[self] = last
+        return last[1]
 
     def cross_entropy(
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]

@@ -30,7 +30,7 @@ class NextTokenTarget(Target):
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
         """Return 0, since the actual next token has probability 1."""
-        return torch.zeros(tokens[:, 1:].shape, device=tokens.device)
+        return torch.zeros(tokens[:, 1:].shape, dtype=torch.float32, device=tokens.device)
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
         """Return 0, since all probability is on one token."""

@@ -145,8 +145,8 @@ def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
     context, token = rows.nonzero(as_tuple=True)
     lengths = (rows > 0).sum(1)
     return Level(
-        contexts=torch.arange(len(rows)),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+        contexts=torch.arange(len(rows), device=rows.device),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.long, device=rows.device), lengths.cumsum(0)]),
         tokens=token.int(),
         probs=rows[context, token].float(),
         entropy=torch.special.entr(rows).sum(1).float(),
@@ -215,7 +215,7 @@ class NGramTable:
         """Return log P(next | context ending at each position), dense: for inspection, not for training."""
         tokens = self._checked(tokens)
         position, token, prob = self._entries(self._rows(tokens))
-        dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, device=tokens.device)
+        dense = torch.full((tokens.numel(), self.d_vocab), -torch.inf, dtype=torch.float32, device=tokens.device)
         dense[position, token] = prob.log()
         return dense.view(*tokens.shape, self.d_vocab)
 
@@ -352,7 +352,7 @@ class NGramTable:
                 )
             )
         if not parts:  # no rows requested
-            return level, level, torch.zeros(0, device=level.device)
+            return level, level, torch.zeros(0, dtype=torch.float32, device=level.device)
         if len(parts) == 1:  # the usual case: no context in the batch needs backoff
             return parts[0]
         position, token, prob = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -381,7 +381,7 @@ class NGramTable:
     ) -> Any:
         """Look up P(following | row), by binary search for the token within each row, for all rows at once."""
         level, row = rows
-        result = torch.zeros(len(row), device=row.device)
+        result = torch.zeros(len(row), dtype=torch.float32, device=row.device)
         for number in range(self.order):
             here = (level == number).nonzero().squeeze(1)
             if len(here) == 0:
