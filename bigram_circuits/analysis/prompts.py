@@ -28,7 +28,7 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     """The token ids of one prompt, on the model's device.
 
     A text begins with what the tokenizer itself puts before one (the BOS of Llama and Gemma). If that is nothing, it
-    begins with the token that separates documents where the architecture's models expect one (GPT-2), as
+    begins with its BOS or end-of-text token where the architecture's models expect one (GPT-2), as
     `model.cfg.default_prepend_bos` says. A prompt that is written with the token already gets no second one.
 
     Raises:
@@ -50,8 +50,9 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
 
 def _encoded(model: Model, text: str) -> list[int]:
     template = template_of(model.tokenizer)
-    expected = template.separator if getattr(model.cfg, "default_prepend_bos", True) else ()
-    start = list(template.before or expected)
+    start = list(template.before)
+    if not start and getattr(model.cfg, "default_prepend_bos", True):
+        start = list(template.separator) if template.bos is None else [template.bos]
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if start and ids[: len(start)] == start else start + ids
 
