@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from bigram_circuits.recipe import Inputs
+from bigram_circuits.workflow import Subjects, reopen
+from tests.text.test_tokenizers import hooked, sentencepiece
 
 QUICK = {"max_steps": 8, "batch_size": 4, "random_seeds": 1, "analysis": False}
 
@@ -35,6 +38,42 @@ def test_a_study_by_names_is_the_command(tiny_folders, text, tmp_path, monkeypat
     assert any("the page to look at" in line for line in lines)
     assert run.rebuild == bc.load_run(run.path).rebuild
     assert run.rebuild.max_tokens == 9_000
+
+
+def test_how_the_text_was_read_is_part_of_the_run(tiny_folders, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    (texts / ".git").mkdir(parents=True)
+    rows = [json.dumps({"body": f"line {n} of a small text. " * 9}) for n in range(80)]
+    (texts / "a.ndjson").write_text("\n".join(rows))
+    model = str(tiny_folders["gpt_neox"])
+    options = ["--text-column", "body", "--held-out", "0.3", "--bos", "sequence", "--context-length", "32"]
+    quick = ["--max-steps", "2", "--batch-size", "4", "--random-seeds", "1", "--no-analysis"]
+    folder = tmp_path / "run"
+    assert cli.main(["find", model, "--corpus", str(texts), *options, *quick, "--out", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "1 file read (1 of JSON lines), 1 skipped: .git (hidden)" in said.err
+    assert "<|endoftext|> at the start of every sequence and document" in said.out
+    run, subjects = reopen(folder)
+    assert (run.rebuild.text_column, run.rebuild.held_out, run.rebuild.bos) == ("body", 0.3, "sequence")
+    assert subjects.corpus.fingerprint == run.settings.corpus.fingerprint
+    assert (subjects.corpus.train[:, 0] == 0).all()
+    assert 0.15 < subjects.corpus.documents[1] / 80 < 0.45
+    assert "at the start of every sequence and document" in (folder / "report.html").read_text()
+
+
+def test_a_run_from_before_there_was_a_choice_keeps_its_text(tmp_path):
+    """The text of a Llama-like model was separated by the end of text then, with no BOS anywhere."""
+    hooked(tmp_path / "llama", sentencepiece())
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{'a be cd ' * 300}{letter}\n\n" for letter in "abcdefgh"))
+    before = Inputs.from_json({"model": str(tmp_path / "llama"), "corpus": str(path), "context_length": 8})
+    corpus = Subjects.load(before).corpus
+    assert (
+        corpus.train[0].tolist() == [2, *sentencepiece()("a be cd a be cd", add_special_tokens=False)["input_ids"]][:8]
+    )
+    assert 1 not in corpus.train
+    now = Subjects.load(Inputs(str(tmp_path / "llama"), corpus=str(path), context_length=8)).corpus
+    assert (now.train[:, 0] == 1).all()
 
 
 def test_a_study_of_objects_needs_no_names(tiny_model, tmp_path):

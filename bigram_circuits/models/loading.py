@@ -117,11 +117,11 @@ def full_name(name: str | Path) -> str:
 
 def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) -> Template:
     """The template of a tokenizer as it was published: hooking a model makes its tokenizer add a BOS, or an EOS."""
-    from transformers import AutoTokenizer
+    from transformer_lens.utilities.hf_utils import autotokenizer_with_special_token_compat
 
     source = str(tokenizer.name_or_path or folder)  # some architectures take their tokenizer from elsewhere
-    of_model = revision if source == folder else None
-    return template_of(AutoTokenizer.from_pretrained(source, revision=of_model, trust_remote_code=False))
+    of_model = {"revision": revision} if revision is not None and source == folder else {}
+    return template_of(autotokenizer_with_special_token_compat(source, trust_remote_code=False, **of_model))
 
 
 @usual_torch()

@@ -294,14 +294,15 @@ def _warn_of_padding(parts: Sequence[Integer[np.ndarray, "_ _"]]) -> None:
     for part in parts:
         if len(part) < 2 or part.shape[1] < 3:
             continue
-        for edge, inside in (((-1, -2), "end"), ((0, 1), "begin")):
-            first, second = part[:, edge[0]], part[:, edge[1]]
-            token = int(np.bincount(first).argmax()) if first.size else 0
-            padded = int(((first == token) & (second == token)).sum())
-            if 2 * padded > len(part):
+        for inwards, edge in ((part[:, ::-1], "end"), (part, "begin")):
+            token = int(np.bincount(inwards[:, 0]).argmax())
+            is_token = inwards == token
+            copies = np.cumprod(is_token, axis=1).sum(1)  # at the edge; a text may end with one more
+            is_padded = (copies > 1) & (copies < part.shape[1]) & (is_token.sum(1) <= copies + 1)
+            if 2 * int(is_padded.sum()) > len(part):
                 warnings.warn(
-                    f"{padded:,} of {len(part):,} sequences {inside} with two or more tokens {token}: if they are "
-                    "padding, give the attention mask (Corpus.from_tokens(..., mask=)), or they count as text",
+                    f"{is_padded.sum():,} of {len(part):,} sequences {edge} with two or more tokens {token}: if they "
+                    "are padding, give the attention mask (Corpus.from_tokens(..., mask=)), or they count as text",
                     stacklevel=3,
                 )
                 return
