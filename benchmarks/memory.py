@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ CONFIGURATIONS = {  # model, batch, context, method, dtype, granularity, low mem
     "Pythia-70M shape, low memory": ("pythia-70m", 8, 128, CONTINUOUS, "float32", "weight", True),
     "GPT-2 small shape": ("gpt2", 4, 128, CONTINUOUS, "float32", "weight", False),
     "GPT-2 small shape, low memory": ("gpt2", 4, 128, CONTINUOUS, "float32", "weight", True),
+    "smoke": ("small", 1, 16, CONTINUOUS, "float32", "weight", False),
 }
 
 
@@ -65,8 +66,8 @@ def save_model(kind: str, folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def measure(name: str, folder: str) -> None:
-    """Print the predicted and the measured peak memory as JSON."""
+def measure(name: str, folder: str) -> dict[str, int]:
+    """Return the predicted and the measured peak memory, and that of the prediction itself, in bytes."""
     import numpy as np
 
     import bigram_circuits as bc
@@ -89,7 +90,7 @@ def measure(name: str, folder: str) -> None:
     )
     forecast, forecasting = peak_of(lambda: bc.forecast_memory(model, target, corpus, recipe))
     _, learning = peak_of(lambda: bc.find_subnetwork(model, target, corpus, recipe, check_memory="off"))
-    print(json.dumps({"forecast": forecast.peak, "forecasting": forecasting, "measured": learning}))
+    return {"forecast": forecast.peak, "forecasting": forecasting, "measured": learning}
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
@@ -100,23 +101,29 @@ def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
     return result, int(status["VmHWM"].split()[0]) * 1024
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CONFIGURATIONS)
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--save", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.measure:
-        measure(*arguments.measure)
+        print(json.dumps(measure(*arguments.measure)))
         return
     if arguments.save:
         save_model(arguments.save[0], Path(arguments.save[1]))
         return
     print(f"{'configuration':<42}{'forecast, GB':>14}{'measured, GB':>14}{'ratio':>8}{'forecasting, GB':>17}")
     for name, (kind, *_) in CONFIGURATIONS.items():
-        if arguments.only not in (None, name):
+        if (name == "smoke") != arguments.smoke or arguments.only not in (None, name):
             continue
         with tempfile.TemporaryDirectory() as folder:
+            if arguments.smoke:
+                save_model(kind, Path(folder))
+                found = measure(name, folder)
+                print(found)
+                continue
             if kind != "reference":
                 subprocess.run([sys.executable, __file__, "--save", kind, folder], check=True, capture_output=True)
             command = [sys.executable, __file__, "--measure", name, folder]

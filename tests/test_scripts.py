@@ -1,6 +1,8 @@
-"""Benchmarks, scripts and notebooks take nothing from the package that it does not have."""
+"""Benchmarks, scripts and notebooks take nothing from the package that it does not have, and benchmarks run."""
 
 import ast
+import subprocess
+import sys
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -44,3 +46,17 @@ def test_a_name_that_is_not_there_would_be_noticed():
         ("bigram_circuits", "find"),
     ]
     assert list(taken(ast.parse("run('from bigram_circuits.runs import Run')"))) == [("bigram_circuits.runs", "Run")]
+
+
+ELSEWHERE = {"analysis", "corpus_memory", "main_job", "survival"}
+"""They start the command several times. `.ci/run` runs them too; `test_cli.py` and `test_survival.py` do the same."""
+
+
+def test_benchmarks_run_to_their_end():
+    """In a process of their own, without the checks of types that tests add, at a size that only shows that."""
+    helpers = {"smoke", "quality_models", "start"}  # start is a part of cost
+    names = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - helpers - ELSEWHERE)
+    command = [sys.executable, str(ROOT / "benchmarks" / "smoke.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == names

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -274,44 +275,60 @@ def _peaks(
             gates.refresh(0)
             with _Record() as record:
                 target.cross_entropy(model(batch), batch).mean().backward()
-            records.append(np.array(record.changes, dtype=np.float64))
-    if len({len(changes) for changes in records}) > 1:  # other operations at other sizes
-        records = [changes.cumsum().max(keepdims=True) for changes in records]
+            records.append(record)
     first, wider, longer = records
-    by_length = (length / part) ** np.log2(longer / first).round().clip(0, 2)
-    by_rows = (np.log(wider / first) / np.log(1.5)).round().clip(0, 1)
+    sizes = np.array(first.sizes, dtype=np.float64)
+    by_length = (length / part) ** np.log2(_ratios(first, longer)).round().clip(0, 2)
+    by_rows = (np.log(_ratios(first, wider)) / np.log(1.5)).round().clip(0, 1)
     retained = _RETAINED_LOW if config.low_memory else _RETAINED
     peaks = []
     for rows in (1, 2, config.batch_size):
-        changes = first * by_length * (rows / 2) ** by_rows
+        taken = sizes * by_length * (rows / 2) ** by_rows
         if gates.scores.device.type == "cpu":
-            changes *= np.where(np.abs(changes) <= _HEAP, retained, 1)
-        peaks.append(float(changes.cumsum().max()))
+            taken *= np.where(taken <= _HEAP, retained, 1)
+        changes = [taken[tensor] if is_made else -taken[tensor] for tensor, is_made in first.events]
+        peaks.append(float(np.cumsum(changes).max()))
     return peaks[0], peaks[1], peaks[2]
 
 
 class _Record(TorchDispatchMode):
-    """Within the `with` block, records the bytes of every tensor as it is made (positive) and freed (negative)."""
+    """Within the `with` block, records every tensor that is made: its size, by what, and when it is made and freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.changes: list[int] = []
+        self.sizes: list[int] = []
+        self.makers: list[str] = []
+        self.events: list[tuple[int, bool]] = []
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         given = {storage.data_ptr() for storage in _storages((args, kwargs))}
         for storage in _storages(made):
-            key, size = storage.data_ptr(), storage.nbytes()
+            key = storage.data_ptr()
             if key not in given and key not in self._alive:  # otherwise a view of another tensor
                 self._alive.add(key)
-                self.changes.append(size)
-                weakref.finalize(storage, self._freed, key, size)
+                self.events.append((len(self.sizes), True))
+                weakref.finalize(storage, self._freed, key, len(self.sizes))
+                self.sizes.append(storage.nbytes())
+                self.makers.append(str(func))
         return made
 
-    def _freed(self, key: int, size: int) -> None:
+    def _freed(self, key: int, tensor: int) -> None:
         self._alive.discard(key)
-        self.changes.append(-size)
+        self.events.append((tensor, False))
+
+
+def _ratios(one: _Record, other: _Record) -> np.ndarray:
+    """Sizes of the same tensors in another record, over those in one; 1 for those that the other does not have.
+
+    Records differ where something is done in chunks, whose number depends on the size, but not the size of one.
+    """
+    ratios = np.ones(len(one.sizes))
+    for block in SequenceMatcher(None, one.makers, other.makers, autojunk=False).get_matching_blocks():
+        here, there = slice(block.a, block.a + block.size), slice(block.b, block.b + block.size)
+        ratios[here] = np.divide(other.sizes[there], one.sizes[here])
+    return ratios
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

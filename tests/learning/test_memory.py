@@ -52,7 +52,8 @@ def test_it_follows_every_tensor_to_sizes_that_it_does_not_try(any_model, monkey
     with bc.gated(any_model, gates), lean_forward(any_model), lean, memory._Record() as record:
         gates.refresh(0)
         TARGET.cross_entropy(any_model(torch.from_numpy(tokens)), torch.from_numpy(tokens)).mean().backward()
-    assert predicted == pytest.approx(np.cumsum(record.changes).max(), rel=0.05)
+    taken = np.cumsum([record.sizes[tensor] * (1 if made else -1) for tensor, made in record.events])
+    assert predicted == pytest.approx(taken.max(), rel=0.05)
 
 
 def test_it_holds_little_itself_at_a_long_context(tiny_model):
