@@ -24,9 +24,11 @@ from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.training import find_subnetwork, run_settings
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
-from bigram_circuits.recipe import Inputs, Request
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.recipe import Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
 from bigram_circuits.subnetwork import Subnetwork
@@ -106,7 +108,7 @@ def study(
     names = {"model": model, "corpus": corpus, "target": target}
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
     request = Request.of(**named, **options)
-    subjects = _subjects(request.inputs, names, set(named), device)
+    subjects = _subjects(request.inputs, request.config, names, set(named), device)
     say = tell or (lambda line: None)
     if request.options.sparsity_weights is not None:
         return _path(request, subjects, out, callbacks, say)
@@ -132,11 +134,18 @@ def study(
     return load_run(folder.path)
 
 
-def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: str | None) -> Subjects:
-    """Model, text and target: loaded if given by name, taken as they are if given as objects."""
+def _subjects(
+    inputs: Inputs, config: SparsifyConfig, given: dict[str, Any], named: set[str], device: str | None
+) -> Subjects:
+    """Model, text and target: loaded if given by name, taken as they are if given as objects.
+
+    Raises:
+        ValueError: If the recipe asks for layers or units that the model does not have, or they do not fit together.
+    """
     model = given["model"]
     if "model" in named:
         model = load_model(inputs.model, revision=inputs.revision, device=device, dtype=inputs.dtype)
+    group_gates(weight_sites(model), config.unit_of, config.layers)  # before the text, which may take long to read
     corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:

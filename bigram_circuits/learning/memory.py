@@ -140,16 +140,19 @@ class MemoryWarning(UserWarning):
     """Learning may not fit the device's memory."""
 
 
-LESS_MEMORY = "use --low-memory, a smaller --batch-size, a shorter --context-length, --dtype bfloat16, or --device cpu"
-"""What to change when memory runs out."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device ran out of memory."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def less_memory(error: BaseException) -> str:
+    """What to change after an error of `is_out_of_memory`: another device only if it was not the CPU's memory."""
+    smaller = "use --low-memory, a smaller --batch-size, a shorter --context-length"
+    is_gpu = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
+    return f"{smaller}, --dtype bfloat16, or --device cpu" if is_gpu else f"{smaller}, or --dtype bfloat16"
 
 
 def forecast_memory(

@@ -64,7 +64,7 @@ def load_model(
             more tokens than the model's vocabulary.
     """
     folder = str(REFERENCE_FOLDER if str(name) == "reference" else name)
-    precision = _precision(dtype)
+    precision, device = _precision(dtype), _device(device)
     if is_local(folder):
         _check_folder(folder)
         with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
@@ -75,7 +75,6 @@ def load_model(
         _check_hub(folder, revision)
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
         model: Any = TransformerBridge.boot_transformers(folder, device=device, dtype=precision, revision=revision)
     if model.tokenizer is not None and len(model.tokenizer) > model.cfg.d_vocab:
@@ -153,6 +152,21 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as float32 or bfloat16, not {dtype!r}")
     return found
+
+
+def _device(device: str | torch.device | None) -> str | torch.device:
+    """Check that a device is here; by default it is CUDA if available, else the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return "cuda" if gpus else "cpu"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"there is no device {device!r}: use cpu, cuda, or cuda:1 and the like") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        there = f"{gpus} of them (cuda:0 to cuda:{gpus - 1})" if gpus else "no CUDA device"
+        raise ValueError(f"the device {str(device)!r} is not here: PyTorch finds {there}; use cpu (--device cpu)")
+    return device
 
 
 def is_local(name: str) -> bool:
