@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,12 @@ def write_text(path: Path, megabytes: int) -> None:
                 file.write(" ".join(line) + ".\n")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[16, 64, 256])
-    for megabytes in parser.parse_args().megabytes:
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    for megabytes in [1] if arguments.smoke else arguments.megabytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.txt"
             write_text(path, megabytes)

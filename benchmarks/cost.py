@@ -8,7 +8,7 @@ for a given time (`quality.py`) takes hours and is not included. Nothing else sh
 import argparse
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import counting
@@ -18,22 +18,23 @@ import start
 import step
 import torch
 
-PARTS: dict[str, Callable[[], list[tuple[str, float, float, str]]]] = {
+PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
     "start": start.measure,
-    "step": lambda: step.measure(list(step.SHAPES)),
+    "step": step.measure,
     "counting": counting.measure,
     "evaluation": evaluation.measure,
     "growth": growth.measure,
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmarks, then print all rows as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table to a file")
-    arguments = parser.parse_args()
-    rows = [row for part in arguments.parts for row in PARTS[part]()]
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    rows = [row for part in arguments.parts for row in PARTS[part](smoke=arguments.smoke)]
     versions = ", ".join(f"{name} {__import__(name).__version__}" for name in ("torch", "transformers", "numpy"))
     lines = [f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}", ""]
     lines += [f"{torch.get_num_threads()} threads", "", "| what | measured | goal | |", "|---|---|---|---|"]

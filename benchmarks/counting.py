@@ -10,7 +10,7 @@ interleaved repetitions.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,19 +91,20 @@ def loading(millions: int, repeats: int) -> tuple[str, float, float, str]:
     return f"loading a table of {n:,} distinct bigrams", float(np.median(times)), millions / 100, "s"
 
 
-def measure(millions: int = 32, repeats: int = 5) -> list[tuple[str, float, float, str]]:
+def measure(millions: int = 32, repeats: int = 5, *, smoke: bool = False) -> list[tuple[str, float, float, str]]:
     """Return rows of (what, measured, goal, unit), measured on one core."""
+    millions, repeats, sizes = (1, 1, (1,)) if smoke else (millions, repeats, (20, 100))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = [*counting(millions, repeats), *(loading(size, repeats) for size in (20, 100))]
+    rows = [*counting(millions, repeats), *(loading(size, repeats) for size in sizes)]
     torch.set_num_threads(threads)
     return rows
 
 
-def loss(d_model: int, repeats: int) -> None:
-    table = count_ngrams(zipf_tokens(80_000), 2, d_vocab=D_VOCAB)
-    tokens = torch.from_numpy(zipf_tokens(32, seed=1))
-    residual = torch.randn(32, 128, d_model)
+def loss(d_model: int, repeats: int, counted: int = 80_000, rows: int = 32) -> None:
+    table = count_ngrams(zipf_tokens(counted), 2, d_vocab=D_VOCAB)
+    tokens = torch.from_numpy(zipf_tokens(rows, seed=1))
+    residual = torch.randn(rows, 128, d_model)
     unembedding = torch.randn(d_model, D_VOCAB) / d_model**0.5
     logits = (residual @ unembedding).requires_grad_()
     product = seconds(lambda: residual @ unembedding, repeats)
@@ -114,22 +115,26 @@ def loss(d_model: int, repeats: int) -> None:
         table.cross_entropy(logits, tokens).mean().backward()
 
     forward_backward = seconds(both, repeats)
-    print(f"loss of 32 x 128 tokens over {D_VOCAB:,}, d_model {d_model}, {table.n_entries:,} distinct bigrams")
+    print(f"loss of {rows} x 128 tokens over {D_VOCAB:,}, d_model {d_model}, {table.n_entries:,} distinct bigrams")
     print(f"  unembedding product           {product:.3f} s")
     print(f"  loss                          {forward:.3f} s; ratio {forward / product:.2f}")
     print(f"  loss and gradient of logits   {forward_backward:.3f} s; ratio {forward_backward / product:.2f}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the rows, then the cost of the loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, default=32, help="tokens to count")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    for what, measured, goal, unit in measure(arguments.millions, arguments.repeats):
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    for what, measured, goal, unit in measure(arguments.millions, arguments.repeats, smoke=arguments.smoke):
         print(f"{what}: {measured:.3f} {unit}, goal {goal:g} {unit}: {'met' if measured <= goal else 'MISSED'}")
-    loss(arguments.d_model, arguments.repeats)
+    if arguments.smoke:
+        loss(8, 1, counted=100, rows=1)
+    else:
+        loss(arguments.d_model, arguments.repeats)
 
 
 if __name__ == "__main__":

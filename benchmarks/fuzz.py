@@ -7,22 +7,26 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from tests.fuzzing import kinds, run_apart, shares
+from tests.fuzzing import kinds, run_apart, run_kind, shares
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", help="only those whose names contain one of these words")
     parser.add_argument("--show", type=int, default=5, help="failures to show of every kind")
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.cases, arguments.kinds = 40, ["subnetwork", "pickle", "result"]
     torch.set_num_threads(1)
     started, failed, totals = time.monotonic(), 0, [0, 0, 0, 0, 0]
     line = "{:<28}{:>8}{:>11}{:>11}{:>9}{:>10}{:>9}{:>10}"
@@ -32,7 +36,8 @@ def main() -> int:
         found = [kind for kind in found if not arguments.kinds or any(word in kind.name for word in arguments.kinds)]
         wanted = shares(found, arguments.cases)
         for kind in found:
-            report = run_apart(kind, wanted[kind.name], arguments.seed)
+            run = run_kind if arguments.smoke else run_apart
+            report = run(kind, wanted[kind.name], arguments.seed)
             numbers = [report.cases, report.identical, report.different, report.refused, len(report.failures)]
             totals = [total + number for total, number in zip(totals, numbers, strict=True)]
             times = f"{report.seconds:.1f}", f"{report.slowest:.2f}"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -78,12 +79,12 @@ def check(data: bytes, path: Path, read: Any, outcomes: Counter[str]) -> None:
             assert value == same, name
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--corpus", type=Path, help="folder that keeps what was found, to go on from")
     parser.add_argument("--smoke", action="store_true", help="only try the seeds")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     outcomes: Counter[str] = Counter()
     atheris = None if arguments.smoke else import_module("atheris")
     with nullcontext() if atheris is None else atheris.instrument_imports(include=[READER]):

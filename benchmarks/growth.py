@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ SIZES = {
     "vocab_size": ("vocabulary", (4096, 8192, 16_384, 32_768)),
     "tokens": ("tokens counted", (2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000)),
 }
+SMOKE_BASE = {"hidden_size": 16, "num_hidden_layers": 2, "batch": 2, "vocab_size": 257, "tokens": 4_000}
+SMOKE_SIZES = {"batch": ("sequences in a batch", (2, 4)), "tokens": ("tokens counted", (2_000, 4_000))}
 EXPONENTS = {"hidden_size": 2, "num_hidden_layers": 1, "batch": 1, "vocab_size": 1, "tokens": 1}
 """Largest exponents to expect: the number of weights grows with the square of the width; all else grows linearly."""
 
@@ -56,24 +59,27 @@ def measure_point(size: dict[str, int], what: str) -> dict[str, float]:
     return {"seconds": float(np.median(steps)), "gigabytes": peak_gigabytes() - before}
 
 
-def measure(plot: Path | None = None) -> list[tuple[str, float, float, str]]:
+def measure(plot: Path | None = None, *, smoke: bool = False) -> list[tuple[str, float, float, str]]:
     """Return rows of (what, exponent of the last doublings, goal, unit); print the table and draw the plot."""
     rows, curves = [], {}
     print(f"{'':<24}{'size':>12}{'seconds':>10}{'exponent':>10}{'GB':>8}{'exponent':>10}")
-    for what, (title, sizes) in SIZES.items():
+    for what, (title, sizes) in (SMOKE_SIZES if smoke else SIZES).items():
         points: list[dict[str, Any]] = []
         for size in sizes:
-            points.append(in_own_process_of(__file__, "--point", json.dumps(BASE | {what: size}), what))
+            if smoke:
+                points.append(measure_point(SMOKE_BASE | {what: size}, what))
+            else:
+                points.append(in_own_process_of(__file__, "--point", json.dumps(BASE | {what: size}), what))
             cells = []
             for name in ("seconds", "gigabytes"):
                 last = points[-2:]
-                grown = math.log2(last[-1][name] / last[0][name]) if len(last) == 2 else math.nan
+                grown = math.log2(last[-1][name] / last[0][name]) if len(last) == 2 and not smoke else math.nan
                 cells += [f"{points[-1][name]:.3f}", "" if math.isnan(grown) else f"{grown:.2f}"]
             print(f"{title:<24}{size:>12,}{cells[0]:>10}{cells[1]:>10}{cells[2]:>8}{cells[3]:>10}", flush=True)
         curves[title] = (sizes, points)
         doublings = math.log2(sizes[-1] / sizes[0])
         for name in ("seconds", "gigabytes"):
-            exponent = math.log2(points[-1][name] / points[0][name]) / doublings
+            exponent = math.nan if smoke else math.log2(points[-1][name] / points[0][name]) / doublings
             rows.append((f"{name} against {title}", exponent, EXPONENTS[what] + 0.2, "exponent"))
     if plot:
         draw(curves, plot)
@@ -99,16 +105,17 @@ def draw(curves: dict[str, tuple[tuple[int, ...], list[dict[str, Any]]]], path: 
     figure.write_html(path, include_plotlyjs=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
     if arguments.point:
         print(json.dumps(measure_point(json.loads(arguments.point[0]), arguments.point[1])))
         return
-    for what, measured, goal, unit in measure(arguments.plot):
+    for what, measured, goal, unit in measure(arguments.plot, smoke=arguments.smoke):
         print(f"{what}: {unit} {measured:.2f}, goal {goal:g}: {'met' if measured <= goal else 'MISSED'}")
 
 

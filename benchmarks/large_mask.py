@@ -6,9 +6,11 @@ byte tokenizer. For each step, its time and the process's peak memory so far, re
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.conftest import byte_tokenizer
 
 
-def save_model(folder: Path, layers: int) -> None:
+def save_model(folder: Path, layers: int, width: int = 2048, d_vocab: int = 128_256) -> None:
     config = LlamaConfig(
-        vocab_size=128_256, hidden_size=2048, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, intermediate_size=8192, max_position_embeddings=1024, tie_word_embeddings=True,
+        vocab_size=d_vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=width // 32, intermediate_size=4 * width, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.device("meta"):
@@ -42,19 +44,21 @@ def memory() -> tuple[float, float]:
     return int(status["RssAnon"].split()[0]) / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # this process only writes the model
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
     if arguments.write:
         save_model(arguments.write, arguments.layers)
         return
-    import subprocess
-
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--write", folder, "--layers", str(arguments.layers)]
-        subprocess.run(command, check=True)  # apart, so that its memory is not counted here
+        if arguments.smoke:
+            save_model(Path(folder), layers=1, width=64, d_vocab=257)
+        else:
+            command = [sys.executable, __file__, "--write", folder, "--layers", str(arguments.layers)]
+            subprocess.run(command, check=True)  # apart, so that its memory is not counted here
         model = bc.load_model(folder, device="cpu")
         sites = bc.weight_sites(model)
         total = sum(site.size for site in sites)

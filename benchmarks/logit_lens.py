@@ -4,9 +4,11 @@
 of interleaved repetitions; ratios are of adjacent runs.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,17 +50,27 @@ def compare(name: str, model, tokens: torch.Tensor, repetitions: int) -> None:
     print(f"{name}: forward and unembedding {plain:.3f} s, logit lens {full:.3f} s: {full / plain:.2f} times")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark on both models."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    smoke = parser.parse_args(argv).smoke
+    rows, repetitions = ((1, 1), (1, 1)) if smoke else ((32, 4), (9, 3))
     rng = np.random.default_rng(0)
     model = bc.load_model("reference", device="cpu")
-    compare("reference model, 32 x 128", model, torch.from_numpy(rng.integers(0, 1024, (32, 128))), 9)
+    compare("reference model, 32 x 128", model, torch.from_numpy(rng.integers(0, 1024, (rows[0], 128))), repetitions[0])
+    size = {"n_layer": 1, "n_embd": 24, "n_head": 2, "vocab_size": 1024} if smoke else {}
     with tempfile.TemporaryDirectory() as folder:
-        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **size)).save_pretrained(folder)
         for file in REFERENCE_FOLDER.glob("tokenizer*"):
             (type(file)(folder) / file.name).write_bytes(file.read_bytes())
         model = bc.load_model(folder, device="cpu")
-    compare("GPT-2 small's shape, 4 x 128", model, torch.from_numpy(rng.integers(0, 50257, (4, 128))), 3)
+    compare(
+        "GPT-2 small's shape, 4 x 128",
+        model,
+        torch.from_numpy(rng.integers(0, model.cfg.d_vocab, (rows[1], 128))),
+        repetitions[1],
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ matrix as the circuit has there: the largest, or random ones. Runs below 0.95 ar
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -51,7 +52,7 @@ def learn(planted, method: str, steps: int, seed: int, **size: float):
     return found.subnetwork, time.perf_counter() - started
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=["gpt2", "llama"], help="gpt2, neox, llama")
     parser.add_argument("--distractors", nargs="+", type=float, default=[0.1, 0.3])
@@ -62,7 +63,11 @@ def main() -> None:
     parser.add_argument("--d-vocab", type=int, default=16)
     parser.add_argument("--not-unique", action="store_true", help="leave detours open among the distractors")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.architectures, arguments.layers, arguments.distractors = ["gpt2"], [1], [0.1]
+        arguments.steps = 5
     torch.set_num_threads(1)  # matrices this small gain nothing from more
     print(HEAD, flush=True)
     below = []

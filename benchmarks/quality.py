@@ -15,17 +15,21 @@ import argparse
 import itertools
 import json
 import math
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import quality_models
 import torch
 from quality_models import MODELS, Subject, load
+from smoke import write_text
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bigram_circuits as bc
@@ -330,12 +334,41 @@ def report(arguments: argparse.Namespace) -> None:
         print(f"\nfigure: {arguments.plot}")
 
 
-def main() -> None:
+def smoke(arguments: argparse.Namespace, folder: Path) -> None:
+    """Train a model for a few steps on a short text, learn a mask with either recipe, and report on both."""
+    (folder / "tinyshakespeare").mkdir()
+    write_text(folder).rename(folder / "tinyshakespeare" / "input.txt")
+    arguments.models = arguments.data = folder
+    arguments.results, arguments.plot = folder / "results.jsonl", folder / "quality.html"
+    arguments.on, arguments.weights, arguments.budgets, arguments.sequences = ["gpt2"], [1.0, 10.0], [2], 4
+    steps, quality_models.STEPS = quality_models.STEPS, 3
+    recipes = dict(RECIPES)
+    try:
+        for name, recipe in recipes.items():
+            RECIPES[name] = lambda recipe=recipe, **size: replace(recipe(**size), max_steps=4)
+        run_all(arguments)
+        report(arguments)
+    finally:
+        quality_models.STEPS = steps
+        RECIPES.update(recipes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--models", type=Path, required=True, help="folder of the small models; made if not there")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        required="--smoke" not in (argv or sys.argv),
+        help="folder of the small models; made if not there",
+    )
     parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data", help="folder of the texts")
-    parser.add_argument("--results", type=Path, required=True, help="file to append to, and to report from")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        required="--smoke" not in (argv or sys.argv),
+        help="file to append to, and to report from",
+    )
     parser.add_argument("--plot", type=Path, help="write a figure to this HTML file")
     parser.add_argument("--on", nargs="+", default=list(MODELS), choices=[*MODELS, "reference"], help="models")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
@@ -348,8 +381,13 @@ def main() -> None:
         "--budgets", nargs="*", type=int, default=[100, 300, 1000, 3000], help="steps after which to measure early"
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # matrices this small gain nothing from more
+    if arguments.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            smoke(arguments, Path(folder))
+        return
     if not arguments.report:
         run_all(arguments)
     report(arguments)

@@ -2,7 +2,7 @@
 
 A dense step is forward, backward and fused AdamW for the weight matrices that would be masked, with the plain Hugging
 Face model on the same batch. A mask-learning step is one of `find_subnetwork` itself with everything included, timed
-from one call of the target to the next. Times are medians of alternating steps in one process; memory is the peak of a
+from one call of a callback to the next. Times are medians of alternating steps in one process; memory is the peak of a
 separate process (`VmHWM`, so on Linux only), with and without what it held before loading the model. Weights are
 random, which does not change the cost.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ import bigram_circuits as bc
 from bigram_circuits.models.loading import REFERENCE_FOLDER
 
 GOALS = {"time": 1.10, "memory": 1.25, "memory, low": 0.8}
-SHAPES = {"reference": 16, "gpt2": 4, "pythia-70m": 8}
+SHAPES = {"reference": 16, "gpt2": 4, "pythia-70m": 8, "smoke": 2}
 """Number of sequences in a batch, of 128 tokens each."""
-TITLES = {"reference": "reference, 16 x 128", "gpt2": "GPT-2 small, 4 x 128", "pythia-70m": "Pythia-70M, 8 x 128"}
+TITLES = {
+    "reference": "reference, 16 x 128", "gpt2": "GPT-2 small, 4 x 128", "pythia-70m": "Pythia-70M, 8 x 128",
+    "smoke": "tiny, 2 x 128",
+}  # fmt: skip
 LENGTH = 128
 WAYS = ("dense", "masked", "low memory")
 
 
 PYTHIA_70M = {"vocab_size": 50_304, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
+SMOKE = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2}
 
 
 def save_model(kind: str, folder: Path, **size: int) -> None:
@@ -47,7 +51,7 @@ def save_model(kind: str, folder: Path, **size: int) -> None:
         tokenizer = hf.AutoTokenizer.from_pretrained(REFERENCE_FOLDER)
     else:
         tokenizer = byte_tokenizer()
-        shape = PYTHIA_70M | size
+        shape = PYTHIA_70M | (SMOKE if kind == "smoke" else {}) | size
         neox = hf.GPTNeoXConfig(**shape, intermediate_size=4 * shape["hidden_size"], **ends)
         model = hf.GPT2LMHeadModel(hf.GPT2Config(**ends)) if kind == "gpt2" else hf.GPTNeoXForCausalLM(neox)
     model.save_pretrained(folder)
@@ -81,25 +85,23 @@ def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) ->
     return step
 
 
-class Paced:
-    """A target that records the time of each step, from one loss to the next, and calls a function in between."""
+class Pace:
+    """A callback that records the time of each step but the first, and calls a function in between."""
 
-    def __init__(self, target: bc.NGramTable, between: Callable[[], None]) -> None:
-        self.target, self.between, self.d_vocab = target, between, target.d_vocab
+    def __init__(self, between: Callable[[], None]) -> None:
+        self.between = between
         self.steps: list[float] = []
         self._last: float | None = None
 
-    def cross_entropy(self, logits: Any, tokens: Any) -> Any:
-        """Forward to the target."""
+    def on_step(self, record: Any) -> None:
+        """Take the time since the last call."""
         if self._last is not None:
             self.steps.append(time.perf_counter() - self._last)
         self.between()
         self._last = time.perf_counter()
-        return self.target.cross_entropy(logits, tokens)
 
-    def surprisal(self, tokens: Any) -> Any:
-        """Forward to the target."""
-        return self.target.surprisal(tokens)
+    def on_end(self, found: Any) -> None:
+        """Nothing is left to do."""
 
 
 def masked_steps(
@@ -114,13 +116,12 @@ def masked_steps(
     """Time individual mask-learning steps, in seconds, excluding a function called in between."""
     model = bc.load_model(folder, device=device, dtype=dtype)
     tokens = some_tokens(model.cfg.d_vocab, max(64, 2 * batch_size))
-    corpus, table = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
-    target = Paced(table, between)
-    bc.find_subnetwork(
-        model, target, corpus, bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 2, retries=0, **recipe)
-    )
-    assert len(target.steps) == number + 5, f"the target was asked {len(target.steps) + 1} times"
-    return target.steps[3:-2]  # without the forecast before, the first step, and soft against hard after
+    corpus, target = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
+    pace = Pace(between)
+    config = bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 1, retries=0, **recipe)
+    bc.find_subnetwork(model, target, corpus, config, callbacks=[pace], check_memory="off")
+    assert len(pace.steps) == number, f"{len(pace.steps) + 1} steps were taken"
+    return pace.steps
 
 
 def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, number: int) -> dict[str, list[float]]:
@@ -135,7 +136,7 @@ def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, 
         dense.append(time.perf_counter() - started)
 
     masked = masked_steps(folder, batch_size, device, dtype, number, between)
-    return {"dense": dense[4:-2], "masked": masked}
+    return {"dense": dense[1:], "masked": masked}
 
 
 def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -164,22 +165,32 @@ def in_own_process_of(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(kinds: list[str], steps: int = 15, device: str = "cpu", dtype: str = "float32") -> list[tuple]:
+def measure(
+    kinds: Sequence[str] = ("reference", "gpt2", "pythia-70m"), steps: int = 15, device: str = "cpu",
+    dtype: str = "float32", *, smoke: bool = False,
+) -> list[tuple]:  # fmt: skip
     """Return rows of (what, measured, goal, unit), and print each as it is measured."""
     rows: list[tuple] = []
+    kinds, steps = (["smoke"], 2) if smoke else (kinds, steps)
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             save_model(kind, Path(folder))
             run = [folder, str(SHAPES[kind]), device, dtype]
-            taken = in_own_process_of(__file__, "--time", str(steps), *run)
+            here = (folder, SHAPES[kind], device, getattr(torch, dtype))
+            taken = measure_time(*here, steps) if smoke else in_own_process_of(__file__, "--time", str(steps), *run)
             dense, masked = (float(np.median(taken[way])) for way in ("dense", "masked"))
             print(f"{TITLES[kind]}: dense step {dense:.3f} s, mask-learning step {masked:.3f} s", flush=True)
             rows.append((f"step time, {TITLES[kind]}", masked / dense, GOALS["time"], "x"))
-            held = {way: in_own_process_of(__file__, "--memory", way, *run) for way in WAYS}
+            held = {
+                way: measure_memory(way, *here) if smoke else in_own_process_of(__file__, "--memory", way, *run)
+                for way in WAYS
+            }
             for way in WAYS:
                 peak, before = held[way]["peak"], held[way]["before"]
                 print(f"  {way:<12} peak {peak:.2f} GB, {peak - before:.2f} GB of it since the imports", flush=True)
             own = {way: held[way]["peak"] - held[way]["before"] for way in WAYS}
+            if smoke:  # this process has held more before
+                own = dict.fromkeys(own, 1.0)
             rows.append((f"memory, {TITLES[kind]}", own["masked"] / own["dense"], GOALS["memory"], "x"))
             rows.append(
                 (f"memory with low_memory, {TITLES[kind]}", own["low memory"] / own["dense"], GOALS["memory, low"], "x")
@@ -187,21 +198,23 @@ def measure(kinds: list[str], steps: int = 15, device: str = "cpu", dtype: str =
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["reference", "gpt2", "pythia-70m"])
     parser.add_argument("--steps", type=int, default=15, help="of each kind")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--time", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
     if arguments.time or arguments.memory:
         first, folder, batch_size, device, dtype = arguments.time or arguments.memory
         run = (folder, int(batch_size), device, getattr(torch, dtype))
         print(json.dumps(measure_time(*run, int(first)) if arguments.time else measure_memory(first, *run)))
         return
-    for what, measured, goal, unit in measure(arguments.shapes, arguments.steps, arguments.device, arguments.dtype):
+    run = (arguments.shapes, arguments.steps, arguments.device, arguments.dtype)
+    for what, measured, goal, unit in measure(*run, smoke=arguments.smoke):
         met = "met" if measured <= goal else "NOT met"
         print(f"{what:<50}{measured:>7.2f} {unit}  goal {goal:.2f}  {met}")
 

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from smoke import find_options
 
 import bigram_circuits as bc
 from bigram_circuits.runs import RunFolder
@@ -86,7 +89,7 @@ def measure_cost(root: Path) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kill-seed", type=int, default=0)
@@ -94,8 +97,11 @@ def main() -> None:
         "--pause", type=float, default=1.0, help="seconds between checkpoints (in use: 20, and at most 2%% of the time)"
     )
     parser.add_argument("--no-cost", action="store_true", help="leave out the time that checkpoints take")
-    arguments, options = parser.parse_known_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments, options = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.smoke:  # the cost of checkpoints is that of a whole run on the reference model
+            arguments.kills, arguments.no_cost, options = 1, True, find_options(Path(folder) / "smoke")
         kill_often(options, arguments.kills, arguments.kill_seed, arguments.pause, Path(folder))
         if not arguments.no_cost:
             measure_cost(Path(folder))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
+import io
 import os
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bigram_circuits.recipe import PARTS, Inputs, Option, Request, SparsifyConfig, options_of, whole
 from bigram_circuits.storage.terminal import printable, signals_handled
@@ -33,24 +36,23 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 success, 1 failure or interruption, 2 wrong arguments."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         with _terminated_like_ctrl_c(), _warnings_in_a_line():
             return arguments.command(arguments)
     except KeyboardInterrupt as stop:
         return _say(str(stop) or "interrupted; files already written are kept; rerun the command to go on", 1)
+    except BrokenPipeError:
+        raise  # nobody reads on: see `run`
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if isinstance(error, MemoryError | RuntimeError):
-            from bigram_circuits.learning.memory import LESS_MEMORY, is_out_of_memory
+            from bigram_circuits.learning.memory import is_out_of_memory, less_memory
 
             if not is_out_of_memory(error):
                 raise
-            line = (
-                line
-                if LESS_MEMORY in line or "--batch-size" in line
-                else f"out of memory: {LESS_MEMORY} ({line[:200]})"
-            )
+            if "--batch-size" not in line:
+                line = f"out of memory: {less_memory(error)} ({line[:200]})"
         if arguments.traceback:
             raise
         return _say(f"error: {line}", 1)
@@ -108,10 +110,37 @@ _SEEDS = whole(0).read
 _COUNT = whole(1).read
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors suggest what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message with a suggestion, if there is one, and exit with code 2."""
+        wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            message += _suggestion(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
+        super().error(message)
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        flags = sorted(set(re.findall(r"(?<!\S)--[a-z][a-z-]+", arguments.parser.format_help())))
+        message = f"unrecognized arguments: {' '.join(unknown)}{_suggestion(word, flags)}"
+        arguments.parser.error(message)
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     from bigram_circuits import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bigram-circuits",
         description="Find and understand subnetworks of transformer language models.",
         epilog=_EPILOG,
@@ -125,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_find(commands, shared)
     _add_work_on_runs(commands, shared)
     _add_exchange(commands, shared)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -430,16 +461,29 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _silence() -> None:
-    """Discard further output: a closed pipe (`| head`) is not an error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Discard further output, also what is still buffered."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run() -> None:
     """Entry point of the command `bigram-circuits`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # in an encoding that lacks a character, a question mark stands for it
+            stream.reconfigure(errors="replace")
     try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
+        try:
+            code = main()
+        except SystemExit as stop:  # from the parser
+            code = stop.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # a closed pipe (`| head`) needs no message
+        _silence()
+        code = 1
+    except OSError as error:  # a full disk
+        _say(f"error: cannot write the output: {error.strerror}", 1)
         _silence()
         code = 1
     sys.exit(code)

@@ -76,7 +76,9 @@ def load_published(
     repository = f"{_ACCOUNT}/bigram-subnetworks-{_short(model_name)}"
     wanted = None if sparsity is None else _number(sparsity)
     with hub_errors("repository", repository, revision):
-        names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+        # one request: that for the list of files alone is repeated for minutes if there is no network
+        listed = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings or []
+        names = [file.rfilename for file in listed]
         released = {float(found[1]): name for name in names if (found := _FILE.fullmatch(name))}
         if not released:
             raise ValueError(f"the repository {repository!r} holds no masks (subnetwork_dict_<lambda>.pickle)")

@@ -149,6 +149,9 @@ def options_of(kind: type) -> dict[str, Option]:
     return {one.name: one.metadata[_OPTION] for one in fields(kind) if _OPTION in one.metadata}
 
 
+_YES_OR_NO = "True or False"
+
+
 def _is_whole(value: Any, least: int) -> bool:
     return type(value) is int and value >= least
 
@@ -158,11 +161,20 @@ def _check(instance: Any, limits: Mapping[str, tuple[Callable[[Any], bool], str]
     for name, (holds, wanted) in limits.items():
         value = getattr(instance, name)
         try:
-            is_right = holds(value)
+            is_right = holds(value) and (not isinstance(value, bool) or wanted == _YES_OR_NO)
         except TypeError:
             is_right = False
         if not is_right:
-            raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
+            hint = f" (a text: give {name}={value}, without quotes)" if _is_number(value) else ""
+            raise ValueError(f"{name} must be {wanted}, not {shown(value)}{hint}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a text that spells a number."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
@@ -253,7 +265,7 @@ class SparsifyConfig(Record):
             "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
             "recovery_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "retries": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
-            "low_memory": (lambda v: isinstance(v, bool), "True or False"),
+            "low_memory": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
         _check(self, limits)
@@ -263,6 +275,8 @@ class SparsifyConfig(Record):
         if isinstance(self.granularity, str):
             _check_choice("granularity", self.granularity, UNITS)
             return
+        if not isinstance(self.granularity, Mapping):
+            raise ValueError(f"granularity must be a unit, or a dict of units by component, not {self.granularity!r}")
         if not self.granularity:
             raise ValueError("granularity must name at least one component: attn or mlp")
         for component, unit in self.granularity.items():
@@ -345,6 +359,8 @@ class Inputs(Record):
             self,
             {
                 "order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
+                "context_length": (lambda v: v is None or _is_whole(v, 2), "a whole number of at least 2"),
+                "max_tokens": (lambda v: v is None or _is_whole(v, 1), "a whole number of at least 1"),
                 "held_out": (lambda v: 0 < v < 1, "a share of the documents, above 0 and below 1"),
                 "text_column": (lambda v: isinstance(v, str) and bool(v), "the name of a field"),
             },
@@ -408,7 +424,16 @@ class StudyOptions(Record):
     def __post_init__(self) -> None:
         _check_choice("recipe", self.recipe, RECIPES)
         _check_choice("check_memory", self.check_memory, CHECKS_OF_MEMORY)
-        _check(self, {"random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1")})
+        limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+            "analysis": (lambda v: isinstance(v, bool), _YES_OR_NO),
+            "falsify": (lambda v: isinstance(v, bool), _YES_OR_NO),
+            "sparsity_weights": (
+                lambda v: v is None or (not isinstance(v, str) and all(0 <= one < math.inf for one in v)),
+                "numbers of at least 0",
+            ),
+        }
+        _check(self, limits)
         if self.sparsity_weights is not None and len(set(self.sparsity_weights)) < 2:
             raise ValueError(
                 f"sparsity_weights must be at least two different numbers, not {list(self.sparsity_weights)}"

@@ -6,6 +6,7 @@ Folders are written atomically: built under a temporary name, then renamed.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from bigram_circuits.storage.records import seal_tensors, write_tensors
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
+_HUB_ID = re.compile(r"([A-Za-z0-9_.-]{1,96}/)?[A-Za-z0-9_.-]{1,96}")
 
 
 @uses_model
@@ -146,15 +148,28 @@ def pull_subnetwork(repo_id: str, model: Model, *, revision: str | None = None) 
     """
     import huggingface_hub
 
-    with hub_errors("repository", repo_id):
-        path = huggingface_hub.hf_hub_download(repo_id, _HUB_FILE, revision=revision)
+    with hub_errors("repository", repo_id, revision):
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, _HUB_FILE, revision=revision)
+    try:
+        with hub_errors("repository", repo_id, revision):
+            huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=10)  # a download would try for long
+            path = huggingface_hub.hf_hub_download(repo_id, _HUB_FILE, revision=revision)
+    except OSError:
+        if not isinstance(cached, str):
+            raise
+        path = cached  # without a network, the copy of an earlier download
     return Subnetwork.load(path, model)
 
 
 def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> str:
-    """Write a subnetwork's model card for the hub."""
-    name = subnetwork.model_name or "unknown"
-    on_hub = not is_local(name) and name not in ("reference", "unknown")
+    """Write a subnetwork's model card for the hub.
+
+    A model's name may come from someone else's file: one that could not be a hub id is left out, as a folder's is.
+    """
+    name = subnetwork.model_name or ""
+    on_hub = name != "reference" and not is_local(name) and _HUB_ID.fullmatch(name) is not None
+    title = name if on_hub or name == "reference" else "a model"
+    found_hash = subnetwork.weight_hash or ""
     header = ["library_name: bigram_circuits", "tags: [subnetwork, interpretability]"]
     header += [f"base_model: {name}"] if on_hub else []
     components = subnetwork.by_component()
@@ -167,7 +182,7 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "---",
             *header,
             "---",
-            f"# A subnetwork of {Path(name).name if not on_hub else name}",
+            f"# A subnetwork of {title}",
             "",
             f"{subnetwork.kept:,} of {subnetwork.total:,} attention and MLP weights "
             f"({100 * subnetwork.fraction:.3g}%); embeddings, normalisation and biases are all kept.",
@@ -176,8 +191,8 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "```python",
             "import bigram_circuits as bc",
             "",
-            f'model = bc.load_model("{name if on_hub or name == "reference" else "path/to/the/model"}")',
-            f'subnetwork = bc.pull_subnetwork("{repo_id}", model)',
+            f'model = bc.load_model("{"path/to/the/model" if title == "a model" else name}")',
+            f'subnetwork = bc.pull_subnetwork("{repo_id if _HUB_ID.fullmatch(repo_id) else "user/name"}", model)',
             "with bc.masked(model, subnetwork):",
             '    logits = model("The value of")',
             "```",
@@ -186,7 +201,7 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "|---|---|---|---|",
             *rows,
             "",
-            f"Hash of the weights it was made for: `{subnetwork.weight_hash or 'not recorded'}`.",
+            f"Hash of the weights it was made for: {f'`{found_hash}`' if found_hash.isalnum() else 'not recorded'}.",
             "",
         ]
     )

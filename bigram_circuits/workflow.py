@@ -26,13 +26,15 @@ from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.names import name_of_target, names_of
 from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.activations import check_length, shorter_than_context
 from bigram_circuits.models.identity import check_is, hashed_once, same_text
 from bigram_circuits.models.loading import full_name, load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import short_name
-from bigram_circuits.recipe import DTYPES, Inputs, Request
+from bigram_circuits.recipe import DTYPES, Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
 from bigram_circuits.subnetwork import Subnetwork
@@ -118,7 +120,7 @@ def study(
     if "corpus" in named and corpus != "reference" and Path(corpus).expanduser().exists():
         named["corpus"] = os.path.abspath(Path(corpus).expanduser())
     request = Request.of(**named, **options)
-    subjects = _subjects(request.inputs, names, set(named), device)
+    subjects = _subjects(request.inputs, request.config, names, set(named), device)
     say = tell or (lambda line: None)
     with in_use(subjects.model, "study"), hashed_once(subjects.model):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
@@ -158,11 +160,18 @@ def _study(
     return folder
 
 
-def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: str | None) -> Subjects:
-    """Model, text and target: loaded if given by name, taken as they are if given as objects."""
+def _subjects(
+    inputs: Inputs, config: SparsifyConfig, given: dict[str, Any], named: set[str], device: str | None
+) -> Subjects:
+    """Model, text and target: loaded if given by name, taken as they are if given as objects.
+
+    Raises:
+        ValueError: If the recipe asks for layers or units that the model does not have, or they do not fit together.
+    """
     model = given["model"]
     if "model" in named:
         model = load_named(inputs, device)
+    group_gates(weight_sites(model), config.unit_of, config.layers)  # before the text, which may take long to read
     corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
-from bigram_circuits import cli
+from bigram_circuits import cli, workflow
 from bigram_circuits.storage.files import checked_json
 from scripts.state_numbers import NUMBERS, measured
 from tests.folders import names_in
@@ -266,6 +268,11 @@ def test_wrong_arguments(refused):
     refused("find", "--steps", "0", code=2, said="'0' is not a whole number of at least 1")
     refused("find", "--order", "4", code=2, said="invalid choice: 4")
     refused("dance", code=2, said="invalid choice: 'dance'")
+    refused("analyse", "runs/mine", code=2, said="did you mean analyze?")
+    refused("find", "--target", "ngrams", code=2, said="did you mean ngram?")
+    refused("find", "--sparsityweight=5", code=2, said="--sparsityweight=5; did you mean --sparsity-weight?")
+    refused("evaluate", "runs/mine", "--random-seed2", "1", code=2, said="did you mean --random-seeds?")
+    refused("find", "--xyzzy", code=2, said="unrecognized arguments: --xyzzy\n")
     refused(code=2, said="required")
 
 
@@ -274,6 +281,64 @@ def test_things_that_are_not_there(refused, tiny_folders, tmp_path):
     refused("find", tiny_folders["gpt2"], "--corpus", "missing.txt", code=1, said="no file or folder 'missing.txt'")
     refused("evaluate", "nothing", code=1, said="holds no run")
     refused("hooks", tmp_path, code=1, said="has no config.json")
+
+
+def test_what_the_model_does_not_have_is_said_before_the_text_is_read(refused, tiny_folders, monkeypatch, text):
+    monkeypatch.setattr(workflow, "load_corpus", lambda *_, **__: pytest.fail("the text is read"))
+    model = tiny_folders["gpt2"]
+    refused("find", model, "--corpus", text, "--layers", "9", code=1, said="there is no layer 9: layers are 0 to 1")
+    refused("find", model, "--layers", "0,9", "--out", "mine", code=1, said="there is no layer 9")
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda", "the device 'cuda' is not here: PyTorch finds no CUDA device; use cpu (--device cpu)"),
+        ("cuda:3", "the device 'cuda:3' is not here"),
+        ("gpu", "there is no device 'gpu': use cpu, cuda, or cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_here(refused, tiny_folders, monkeypatch, device, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused("hooks", tiny_folders["gpt2"], "--device", device, code=1, said=said)
+
+
+def test_a_model_whose_weights_are_nan_is_not_told_to_try_float32(refused, tiny_folders, text, tmp_path, quick):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folders["gpt_neox"])
+    with torch.no_grad():
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    for file in tiny_folders["gpt_neox"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"its weights hold NaN or infinity .*layers\.1\.mlp.* are damaged") as error:
+        bc.study(tmp_path / "nan", text, context_length=16, max_tokens=2000, max_steps=2, analysis=False)
+    assert "float32" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}]
+)
+def test_output_in_a_legacy_encoding(environment):
+    script = "import sys; from bigram_circuits import cli; cli._checkpoints = lambda _: print('Größe ▁the → …') or 0; "
+    script += "sys.argv[1:] = ['checkpoints', 'ñ→']; cli.run()"
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"the" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [("2>&1 | head -n 1 >&2", 1, ""), (">&-", 0, ""), ("> /dev/full", 1, "No space left on device")],
+)
+def test_output_that_nobody_reads(redirection, code, said):
+    program = "from bigram_circuits import cli; cli._checkpoints = lambda _: [print(n) for n in range(100_000)] and 0; "
+    command = f'{sys.executable} -c "{program}cli.run()" checkpoints pythia'
+    script = f"{{ ( {command}; echo code $? >&3 ) {redirection}; }} 3>&1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert f"code {code}" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert said in done.stderr
 
 
 def test_no_network(run, no_network, tiny_folders):

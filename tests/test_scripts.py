@@ -1,8 +1,13 @@
-"""Benchmarks, scripts and notebooks take nothing from the package that it does not have."""
+"""Benchmarks, scripts and notebooks take nothing from the package that it does not have, and benchmarks run."""
 
 import ast
+import json
+import re
+import subprocess
+import sys
 from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,3 +49,41 @@ def test_a_name_that_is_not_there_would_be_noticed():
         ("bigram_circuits", "find"),
     ]
     assert list(taken(ast.parse("run('from bigram_circuits.runs import Run')"))) == [("bigram_circuits.runs", "Run")]
+
+
+ELSEWHERE = {"analysis", "corpus_memory", "main_job", "survival"}
+"""They start the command several times. `.ci/run` runs them too; `test_cli.py` and `test_survival.py` do the same."""
+
+
+def test_benchmarks_run_to_their_end():
+    """In a process of their own, without the checks of types that tests add, at a size that only shows that."""
+    helpers = {"smoke", "quality_models", "start"}  # start is a part of cost
+    names = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - helpers - ELSEWHERE)
+    command = [sys.executable, str(ROOT / "benchmarks" / "smoke.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == names
+
+
+def test_the_bill_of_materials_holds_what_is_installed(tmp_path):
+    script = ROOT / "scripts" / "bill_of_materials.py"
+    for out in ("a", "b"):
+        subprocess.run(
+            [sys.executable, str(script), "--out", str(tmp_path / out)], check=True, stdout=subprocess.DEVNULL
+        )
+    bill = json.loads((tmp_path / "a" / "sbom.cdx.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    versions = {one["name"]: one["version"] for one in bill["components"]}
+    for name in ("torch", "numpy", "transformer-lens", "pytest"):
+        assert versions[name] == version(name)
+    assert all(one["licenses"] and one["purl"] == one["bom-ref"] for one in bill["components"])
+    references = {one["bom-ref"] for one in bill["components"]} | {bill["metadata"]["component"]["bom-ref"]}
+    needed = {one["ref"]: set(one["dependsOn"]) for one in bill["dependencies"]}
+    assert needed.keys() == references
+    assert set().union(*needed.values()) <= references
+    assert f"pkg:pypi/torch@{version('torch')}" in needed[f"pkg:pypi/bigram-circuits@{version('bigram-circuits')}"]
+    licences = (tmp_path / "a" / "licences.txt").read_text()
+    assert len(licences.splitlines()) == len(references)
+    assert re.search(r"^numpy \S+: .*BSD", licences, re.MULTILINE)
+    for name in ("sbom.cdx.json", "licences.txt"):  # the same environment, the same bytes
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

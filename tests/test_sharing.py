@@ -125,6 +125,7 @@ def hub(monkeypatch, tmp_path):
     def download(repo_id, filename, *, revision=None):
         return str(root / repo_id / filename)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id, **_: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -183,6 +184,20 @@ def test_a_card_names_a_model_of_the_hub_but_not_a_folder(half):
     assert "base_model: EleutherAI/pythia-70m" in sharing.model_card(named, "someone/x")
     assert "base_model" not in sharing.model_card(half, "someone/x")
     assert str(half.model_name) not in sharing.model_card(half, "someone/x")  # a path says nothing to others
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'x"); import os; os.system("true") #', "x\n```\n# A heading", "x: {y: z}", "a/b\nlicense: mit", "`x`", "x\\",
+        "<script>", "a b", "", "\x1b[31m",
+    ],
+)  # fmt: skip
+def test_a_hostile_name_reaches_neither_the_code_nor_the_header_of_a_card(half, name):
+    named = bc.Subnetwork(dict(half), model_name=name, weight_hash=f"`{name}")
+    plain = bc.Subnetwork(dict(half), model_name="./folder")
+    assert sharing.model_card(named, "someone/x") == sharing.model_card(plain, "someone/x")
+    assert sharing.model_card(plain, name) == sharing.model_card(plain, "user/name")
 
 
 # --- checkpoints ---

@@ -1,17 +1,21 @@
 """Predict peak memory before learning starts.
 
-The memory of a step is measured, not guessed: forward passes over one sequence and over two show how many bytes each
-sequence saves for the backward pass (`torch.autograd.graph.saved_tensors_hooks`). The gates and the masked weights are
-added. The factors are fitted to the peaks of complete runs on the CPU (`python benchmarks/memory.py`); the factor for
-saved tensors is above 1 because the backward pass allocates its own and because freed memory is not always returned.
+The memory of a step is measured, not guessed, and at small sizes: forward and backward passes over two sequences, over
+three, and over two of twice the length, up to 64 tokens, record every tensor that is made and freed. The size of each
+is constant or linear in the batch, and constant, linear or quadratic in the length, which the three sizes tell; so the
+record of a whole batch of any length follows, and with it the peak. What a process takes beyond its tensors is a
+factor, fitted to the peaks of complete runs on the CPU (`python benchmarks/memory.py`): the C library does not return
+all memory that is freed.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import numpy as np
 import psutil
 import torch
 from jaxtyping import Integer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.masking.apply import gated
@@ -33,11 +39,11 @@ from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
-_OF_MASKED = 2.0  # times the size of the masked weights, or with low memory
-_MATRICES = 8  # times the size of the largest matrix: those of a block, and the gradient of one
-_OF_KEPT = 2.3  # times what a sequence saves for its backward pass
+_HEAP = 1 << 25  # bytes of the largest tensor whose memory the C library keeps when it is freed
+_RETAINED, _RETAINED_LOW = 2.0, 2.8  # times such tensors of a step, on the CPU; the latter with low memory
 _FIXED = 60_000_000  # bytes
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_LONGEST = 64  # tokens of the longest sequence that is tried
 
 
 @dataclass(frozen=True)
@@ -135,16 +141,19 @@ class MemoryWarning(UserWarning):
     """Learning may not fit the device's memory."""
 
 
-LESS_MEMORY = "use --low-memory, a smaller --batch-size, a shorter --context-length, --dtype bfloat16, or --device cpu"
-"""What to change when memory runs out."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device ran out of memory."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "unable to allocate")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def less_memory(error: BaseException) -> str:
+    """What to change after an error of `is_out_of_memory`: another device only if it was not the CPU's memory."""
+    smaller = "use --low-memory, a smaller --batch-size, a shorter --context-length"
+    is_gpu = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
+    return f"{smaller}, --dtype bfloat16, or --device cpu" if is_gpu else f"{smaller}, or --dtype bfloat16"
 
 
 @uses_model
@@ -157,7 +166,7 @@ def forecast_memory(
     within: SubnetworkLike | None = None,
     mode: str | None = None,
 ) -> MemoryForecast:
-    """Predict the peak memory of `find_subnetwork` from forward passes over one sequence and over two.
+    """Predict the peak memory of `find_subnetwork` from passes over a few short sequences.
 
     Args:
         model: As for `find_subnetwork`.
@@ -165,7 +174,7 @@ def forecast_memory(
         corpus: As for `find_subnetwork`.
         config: As for `find_subnetwork`.
         within: As for `find_subnetwork`.
-        mode: If given, also check the forecast: see `MemoryForecast.check`. `"off"` skips the forward passes.
+        mode: If given, also check the forecast: see `MemoryForecast.check`. `"off"` skips the passes.
 
     Raises:
         ValueError: If model, target and recipe do not fit together, or there is no such mode.
@@ -180,9 +189,15 @@ def forecast_memory(
     counted = _count_gates(weight_sites(model), config)
     if mode == "off":
         return counted
-    if counted.fits:  # otherwise the forward passes would not fit either
-        one, two = (_kept(model, target, corpus.train[[0] * rows], config, within) for rows in (1, 2))
-        counted = replace(counted, per_sequence=round(_OF_KEPT * max(two - one, 0)))
+    if counted.fits:  # otherwise the passes would not fit either
+        one, more, whole = _peaks(model, target, corpus.train, config, within)
+        rest = config.batch_size - 1
+        per_sequence = (whole - one) / rest if rest else more - one
+        counted = replace(
+            counted,
+            gates=counted.scores + round(max(one - per_sequence, 0)),
+            per_sequence=round(max(per_sequence, 0)),
+        )
     if mode is not None:
         counted.check(mode)
     return counted
@@ -192,15 +207,14 @@ def _count_gates(sites: Sequence[WeightSite], config: SparsifyConfig) -> MemoryF
     """A forecast for gates, optimizer and masked weights alone, with the memory in use and available."""
     groups = group_gates(sites, config.unit_of, config.layers)
     device = groups[0].site.original.device
-    sizes = [group.site.size * group.site.original.element_size() for group in groups]
-    masked = max(sizes) * _MATRICES if config.low_memory else sum(sizes)
+    masked = sum(group.site.size * group.site.original.element_size() for group in groups)
     n_gates = max(group.start + group.count for group in groups)
     scores = ((_PER_GATE_LOW if config.low_memory else _PER_GATE) + METHODS[config.method].scratch) * n_gates
     held, free = memory_of(device)
     return MemoryForecast(
         str(device),
         held,
-        scores + round(_OF_MASKED * masked),
+        scores + (0 if config.low_memory else masked),
         0,
         config.batch_size,
         free,
@@ -218,8 +232,19 @@ def all_memory_of(device: torch.device | str) -> int:
 
 
 def _container_limits() -> list[int]:
-    texts = [path.read_text().strip() for path in map(Path, _CGROUP_LIMITS) if path.is_file()]
-    return [int(text) for text in texts if text.isdigit()]
+    """The memory limits of this process's control groups and of those around them, in bytes."""
+    limits = []
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else ():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        name = "memory.limit_in_bytes" if controllers else "memory.max"  # versions 1 and 2
+        for root in (_CGROUPS / "memory",) if controllers else (_CGROUPS, _CGROUPS / "unified"):
+            own = root / group.lstrip("/")
+            around = [own, *own.parents[: len(own.parts) - len(root.parts)]]
+            texts = [(folder / name).read_text().strip() for folder in around if (folder / name).is_file()]
+            limits += [int(text) for text in texts if text.isdigit()]
+    return limits
 
 
 def memory_of(device: torch.device | str) -> tuple[int, int]:
@@ -233,30 +258,89 @@ def memory_of(device: torch.device | str) -> tuple[int, int]:
     return held, min([free, *(max(0, limit - held) for limit in _container_limits())])
 
 
-def _kept(
+# --- the tensors of a step ---
+
+
+def _peaks(
     model: Model,
     target: Target,
     tokens: Integer[np.ndarray, "row position"],
     config: SparsifyConfig,
     within: Subnetwork | None,
-) -> int:
-    """Bytes saved for the backward pass of some sequences."""
+) -> tuple[float, float, float]:
+    """Predict the peak memory of a step in bytes, for one sequence, for two, and for a batch of this recipe."""
+    length = tokens.shape[1]
+    part = min(length, _LONGEST) // 2
+    flat = tokens.reshape(-1)
+    piece = flat[np.linspace(0, flat.size - 1, part).astype(int)]  # repeated, so that data grow evenly too
     gates = make_gates(weight_sites(model), config, config.seed, within)[0]
-    kept: dict[int, int] = {}
+    gates.scores.grad = torch.zeros_like(gates.scores)  # counted with the scores
+    records = []
+    with gated(model, gates), lean_forward(model), recomputed(model) if config.low_memory else nullcontext():
+        for shape in ((2, 1), (3, 1), (2, 2)):  # of one sequence, PyTorch makes views instead of copies
+            batch = torch.from_numpy(np.tile(piece, shape)).long().to(gates.scores.device)
+            gates.refresh(0)
+            with _Record() as record:
+                target.cross_entropy(model(batch), batch).mean().backward()
+            records.append(record)
+    first, wider, longer = records
+    sizes = np.array(first.sizes, dtype=np.float64)
+    by_length = (length / part) ** np.log2(_ratios(first, longer)).round().clip(0, 2)
+    by_rows = (np.log(_ratios(first, wider)) / np.log(1.5)).round().clip(0, 1)
+    retained = _RETAINED_LOW if config.low_memory else _RETAINED
+    peaks = []
+    for rows in (1, 2, config.batch_size):
+        taken = sizes * by_length * (rows / 2) ** by_rows
+        if gates.scores.device.type == "cpu":
+            taken *= np.where(taken <= _HEAP, retained, 1)
+        changes = [taken[tensor] if is_made else -taken[tensor] for tensor, is_made in first.events]
+        peaks.append(float(np.cumsum(changes).max()))
+    return peaks[0], peaks[1], peaks[2]
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that saves its own output would otherwise never be freed
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with gated(model, gates), lean_forward(model), recomputed(model) if config.low_memory else nullcontext(), hooks:
-        batch = torch.from_numpy(np.ascontiguousarray(tokens)).long().to(gates.scores.device)
-        gates.refresh(0)
-        loss = target.cross_entropy(model(batch), batch).mean()
-        size = sum(kept.values())
-        del loss
-    return size
+class _Record(TorchDispatchMode):
+    """Within the `with` block, records every tensor that is made: its size, by what, and when it is made and freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.makers: list[str] = []
+        self.events: list[tuple[int, bool]] = []
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            key = storage.data_ptr()
+            if key not in given and key not in self._alive:  # otherwise a view of another tensor
+                self._alive.add(key)
+                self.events.append((len(self.sizes), True))
+                weakref.finalize(storage, self._freed, key, len(self.sizes))
+                self.sizes.append(storage.nbytes())
+                self.makers.append(str(func))
+        return made
+
+    def _freed(self, key: int, tensor: int) -> None:
+        self._alive.discard(key)
+        self.events.append((tensor, False))
+
+
+def _ratios(one: _Record, other: _Record) -> np.ndarray:
+    """Sizes of the same tensors in another record, over those in one; 1 for those that the other does not have.
+
+    Records differ where something is done in chunks, whose number depends on the size, but not the size of one.
+    """
+    ratios = np.ones(len(one.sizes))
+    for block in SequenceMatcher(None, one.makers, other.makers, autojunk=False).get_matching_blocks():
+        here, there = slice(block.a, block.a + block.size), slice(block.b, block.b + block.size)
+        ratios[here] = np.divide(other.sizes[there], one.sizes[here])
+    return ratios
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.untyped_storage().nbytes()]
 
 
 def _gigabytes(size: int) -> str:

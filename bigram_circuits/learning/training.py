@@ -25,7 +25,7 @@ from bigram_circuits.evaluation import soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
-from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
+from bigram_circuits.learning.memory import forecast_memory, is_out_of_memory, less_memory
 from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
@@ -261,14 +261,14 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
     what, before = str(trouble), start.rollbacks
     if trouble.step == 0:
         raise ValueError(
-            f"{what}: the model's logits or gradients are not finite even before learning; try float32 "
-            "(--dtype float32)"
+            f"{what}: the model's logits or gradients are not finite even before learning; {_why_not_finite(job.model)}"
         ) from None
     if len(before) >= _MOST_ROLLBACKS:
+        float32 = "" if _is_float32(job.model) else "float32 (--dtype float32), "
         raise ValueError(
             f"{what}, and exploded or was not finite at learning rates from {rate_after(job.config, 0):g} down to "
-            f"{rate_after(job.config, len(before)):g}: try float32 (--dtype float32), a much lower learning rate "
-            "(--lr), or another --seed"
+            f"{rate_after(job.config, len(before)):g}: try {float32}"
+            "a much lower learning rate (--lr), or another --seed"
         ) from None
     good = trouble.good
     if before and good.step <= before[-1].back_to:
@@ -281,6 +281,20 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
         earlier = [record for record in job.folder.history() if record.attempt < good.attempt]
         job.folder.rewind(state, [*earlier, *history[: good.step]])
     return state
+
+
+def _is_float32(model: Model) -> bool:
+    return str(model.cfg.dtype) == "torch.float32"
+
+
+def _why_not_finite(model: Model) -> str:
+    """Why a model's logits may not be finite, and what to do."""
+    for name, weight in model.original_model.named_parameters():
+        if not weight.isfinite().all():
+            return f"its weights hold NaN or infinity ({name.replace('._original_component', '')}): they are damaged"
+    if not _is_float32(model):
+        return "try float32 (--dtype float32)"
+    return "look at the logits of this model, and the loss of this target, on a few tokens"
 
 
 def run_settings(
@@ -329,7 +343,7 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
             raise
         kept = f"; {str(folder.path)!r} is intact, and the same command continues the run" if folder else ""
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MemoryError(f"out of memory while learning: {LESS_MEMORY}{kept} ({reason})") from error
+        raise MemoryError(f"out of memory while learning: {less_memory(error)}{kept} ({reason})") from error
     except OSError as error:
         if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

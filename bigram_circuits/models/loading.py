@@ -81,7 +81,7 @@ def load_model(
     """
     known_as = full_name(name)
     source = _source(known_as)
-    precision = _precision(dtype)
+    precision, device = _precision(dtype), _device(device)
     if is_local(source):
         _check_folder(source, str(name))
         with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
@@ -92,7 +92,6 @@ def load_model(
         _check_hub(source, revision)
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
         agreement = Agreement(device, check)
         model: Any = TransformerBridge.boot_transformers(
@@ -207,6 +206,21 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as float32 or bfloat16, not {dtype!r}")
     return found
+
+
+def _device(device: str | torch.device | None) -> str | torch.device:
+    """Check that a device is here; by default it is CUDA if available, else the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return "cuda" if gpus else "cpu"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"there is no device {device!r}: use cpu, cuda, or cuda:1 and the like") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        there = f"{gpus} of them (cuda:0 to cuda:{gpus - 1})" if gpus else "no CUDA device"
+        raise ValueError(f"the device {str(device)!r} is not here: PyTorch finds {there}; use cpu (--device cpu)")
+    return device
 
 
 def is_local(name: str) -> bool:

@@ -174,7 +174,10 @@ class _Machine:
 
     def put(self, width: int | None) -> None:
         value = self._pop()
-        self._memo[len(self._memo) if width is None else self._number(width)] = value
+        index = len(self._memo) if width is None else self._number(width)
+        if index > _MOST_OPERATIONS:
+            raise ValueError(f"the pickle stores an object under the number {index:,}, far more than masks need")
+        self._memo[index] = value
         self.push(value)
 
     def get(self, width: int) -> None:

@@ -181,6 +181,15 @@ def load_corpus(
         raise ValueError(f"max_tokens must allow one sequence in each part ({2 * context_length}), not {max_tokens}")
     if tokenizer is None:
         raise ValueError("tokenizer is None, but text needs one: pass the tokenizer of the model, model.tokenizer")
+    if isinstance(tokenizer, str | os.PathLike):
+        raise ValueError(
+            f"tokenizer is the name {str(tokenizer)!r}, but should be a tokenizer: model.tokenizer, or "
+            f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r})"
+        )
+    if not callable(tokenizer):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}, but should be a tokenizer, such as model.tokenizer"
+        )
     layout = _layout(tokenizer, bos, context_length)
     opened = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
