@@ -14,7 +14,7 @@ from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.report import comparison as comparison_page
 from bigram_circuits.report.page import SECTIONS, page
 from bigram_circuits.report.sections import LEFT_OUT
-from bigram_circuits.runs import StepRecord
+from bigram_circuits.runs import RunFolder, StepRecord
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import HOSTILE, Elements, make_run, measured, results, without_libraries
 
@@ -105,7 +105,7 @@ def test_odd_results_leave_out_their_sections_and_no_more(tmp_path, turn):
     run = make_run(tmp_path / "run", metrics=measured())
     for place, (name, result) in enumerate(results().items()):
         change = list(ODD.values())[(place + 4 * turn) % len(ODD)]
-        change(result).save(run.path / "analysis" / f"{name}.json")
+        change(result).save(run.path / "analysis" / f"{name}.json", RunFolder(run.path).origin(run.settings.corpus))
     try:
         texts = [page(run), *([comparison_page.page(compare([run, run]))] if turn == 0 else [])]
     except ValueError as error:  # a refusal on load, in one line that names the file
@@ -142,7 +142,8 @@ def test_a_section_that_fails_says_why_and_the_others_stand(tmp_path, monkeypatc
 
 
 def masks(kept, layers=1, parts=("attn.W_Q", "mlp.W_in")):
-    return {f"blocks.{layer}.{part}": torch.full((2, 6), kept) for layer in range(layers) for part in parts}
+    shapes = {"attn.W_Q": (2, 2, 3), "mlp.W_in": (2, 6)}
+    return {f"blocks.{layer}.{part}": torch.full(shapes[part], kept) for layer in range(layers) for part in parts}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def masks(kept, layers=1, parts=("attn.W_Q", "mlp.W_in")):
 def test_subnetworks_of_nothing_and_of_everything_get_pages(tmp_path, kept, parts):
     subnetwork = Subnetwork(masks(kept, parts=parts), model_name=LONG, lineage="\x1b[2J")
     own = measured()
-    own["subnetwork"] |= {"kept": subnetwork.kept, "fraction": subnetwork.fraction}
+    own["subnetwork"] |= {"kept": subnetwork.kept, "total": subnetwork.total, "fraction": subnetwork.fraction}
     runs = [
         make_run(
             tmp_path / name,
