@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -477,7 +478,7 @@ class RunFolder:
         started = time.monotonic()
         state = json.dumps(checkpoint.state(self.id).to_json())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        tensors[_PROGRESS] = torch.tensor(list(progress), dtype=torch.uint8)
+        tensors[_PROGRESS] = torch.from_numpy(np.frombuffer(bytearray(progress), np.uint8))
         with whole_file(self._checkpoint_path) as temporary:
             save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
         self._last_checkpoint = time.monotonic()
@@ -515,7 +516,7 @@ class RunFolder:
             if min(state.step, state.attempt, state.good_step or 0, state.step - (state.good_step or 0)) < 0:
                 raise ValueError("its steps cannot be")
             progress = tensors.pop(_PROGRESS, None)
-            before = self._progress_before(state.progress) if progress is None else bytes(progress.tolist())
+            before = self._progress_before(state.progress) if progress is None else progress.numpy().tobytes()
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
             return found, before
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -969,7 +970,8 @@ def _records(data: bytes) -> list[StepRecord]:
 def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
     """The first setting that differs, as a phrase; None if none does.
 
-    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    A model is told by its hash and a text by its fingerprint, not by the names that found them. Hashes are compared by
+    `how_models_differ`.
     """
     ours, theirs = wanted.model, there.model
     if ours.weight_hash and theirs.weight_hash:
@@ -977,6 +979,8 @@ def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
         if how is not None:
             return f"its model is another, {how}"
         there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if there.corpus.fingerprint:
+        there = replace(there, corpus=replace(there.corpus, source=wanted.corpus.source))
     if same_text(there.target.fingerprint, wanted.target.fingerprint):
         there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
     return None if there == wanted else _difference(there.to_json(), wanted.to_json())

@@ -15,6 +15,7 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from bigram_circuits.storage.files import checked_json
 from scripts.state_numbers import NUMBERS, measured
 from tests.folders import names_in
 
@@ -312,16 +313,50 @@ def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
     config = json.loads(Path("mine/config.json").read_text())
     config["rebuild"]["model"] = str(tiny_folders["gpt2"])
     del config["checksum"]
-    Path("mine/config.json").write_text(json.dumps(config))
-    refused("evaluate", "mine", code=1, said="was made for")
+    Path("mine/config.json").write_text(checked_json(config))
+    refused("evaluate", "mine", code=1, said="was made with")
 
 
 def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tokenizer, tmp_path):
     corpus = bc.load_corpus(["some text " * 40] * 2 + ["other text " * 40] * 2, tokenizer=tokenizer, context_length=16)
     target = bc.count_ngrams(corpus.train, d_vocab=257)
     bc.find_subnetwork(tiny_model, target, corpus, bc.SparsifyConfig(max_steps=2), run_dir=tmp_path / "mine")
-    refused("evaluate", "mine", code=1, said="was made in Python from objects")
-    refused("analyze", "mine", code=1, said="was made in Python from objects")
+    asks = "was made in Python from objects, which have no names: say with --model M and --corpus SOURCE where to read"
+    refused("evaluate", "mine", code=1, said=asks)
+    refused("analyze", "mine", code=1, said=asks)
+
+
+def test_a_run_made_in_python_of_named_things_is_one_of_the_command_line(
+    run, refused, tiny_folders, tmp_path, monkeypatch
+):
+    """Model and text were loaded by name: all of them are recorded, and checked when they are loaded again."""
+    Path("text.txt").write_text("\n\n".join(f"passage {n}: some text of it, and more " * 60 for n in range(24)))
+    model = bc.load_model(os.path.relpath(tiny_folders["gpt_neox"]), device="cpu")
+    corpus = bc.load_corpus("text.txt", tokenizer=model.tokenizer, context_length=16, held_out=0.2, max_tokens=20_000)
+    config, target = bc.SparsifyConfig(max_steps=2), bc.count_ngrams(corpus.train, order=3, d_vocab=257)
+    found = bc.find_subnetwork(model, target, corpus, config, run_dir="mine", check_memory="off")
+    own = bc.evaluate(model, found, target, corpus.held_out, seeds=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("evaluate", "../mine", "--random-seeds", "1")[0] == 0
+    again = bc.load_run("../mine")
+    assert repr(again.evaluation.subnetwork) == repr(own.subnetwork)
+    assert (again.rebuild.order, again.rebuild.context_length, again.rebuild.held_out) == (3, 16, 0.2)
+    assert run("report", "../mine")[0] == 0
+    # what cannot be made again from names is refused when it is tried
+    other = bc.count_ngrams(corpus.held_out, d_vocab=257)
+    bc.find_subnetwork(model, other, corpus, config, run_dir="other", check_memory="off")
+    refused("evaluate", "other", code=1, said="cannot be made again from its names")
+    nameless = bc.RenamedTarget(target, 257)
+    bc.find_subnetwork(model, nameless, corpus, config, run_dir="third", check_memory="off")
+    refused("evaluate", "third", code=1, said="with the target RenamedTarget, which has no name: go on in Python")
+
+
+def test_a_context_length_beyond_the_model_is_refused_before_tokenising(refused, tiny_folders, monkeypatch):
+    monkeypatch.setattr("bigram_circuits.workflow.load_corpus", lambda *_, **__: pytest.fail("it was tokenised"))
+    said = "sequences of 65 tokens are longer than this model's context of 64: give a --context-length of at most that"
+    refused("find", str(tiny_folders["gpt2"]), "--context-length", "65", "--out", "long", code=1, said=said)
+    assert not Path("long").exists()
 
 
 def test_ctrl_c_says_what_was_kept_and_the_same_command_continues(quick, tmp_path):

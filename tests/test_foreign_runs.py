@@ -30,12 +30,10 @@ def masks(kept):
     return Subnetwork({"blocks.0.mlp.W_in": torch.arange(14).view(2, 7) < kept}, model_name="model/x")
 
 
-def fresh(folder, kept=2, **options):
-    """A run that is evaluated, analysed and has a page; its numbers are those of a subnetwork that keeps 2 of 14."""
+def fresh(folder, **options):
+    """A run that was evaluated and analysed; its numbers are those of a subnetwork that keeps 2 of 14."""
     found = {"logit_lens": curves("surprisal_correlation", "kl")}
-    run = make_run(folder, metrics=measured(), found=found, subnetwork=masks(2).named(f"{kept}"), **options)
-    bc.write_report(run)
-    return run
+    return make_run(folder, metrics=measured(), found=found, subnetwork=masks(2), **options)
 
 
 def read(folder):

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import socket
 import struct
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -40,6 +41,8 @@ from bigram_circuits.text import ngrams
 from bigram_circuits.text.ngrams import NGramTable
 
 from . import fuzzing
+from .architectures import CONFIGS
+from .conftest import save_tiny
 
 PACKAGE = Path(bc.__file__).parent
 LOADERS = {
@@ -464,6 +467,9 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(model_folde
         ({"vocab_size": "many"}, "vocab_size should be a number, not 'many'"),
         ({"intermediate_size": 10**400}, "intermediate_size is"),
         ({"hidden_size": None}, "cannot load the model"),
+        ({"num_labels": 10**8}, r"num_labels is 100000000, but with these weights it is at most [\d,]+$"),
+        ({"text_config": {"num_labels": 10**8}}, "num_labels is 100000000"),
+        ({"max_position_embeddings": 10**8}, "a max_position_embeddings of 100,000,000 is more than a context can be"),
         (
             {"vocab_size": 60_000},
             "a vocab_size of 60,000 by a hidden_size of 24 is more than its weight files hold",
@@ -477,10 +483,57 @@ def test_absurd_sizes_of_a_model(model_folder, values, said):
     assert "\n" not in str(error.value)
 
 
-def test_weights_outside_of_a_models_folder(model_folder):
-    change(model_folder / "model.safetensors.index.json", weight_map={"x": "../../other.safetensors"})
-    with pytest.raises(ValueError, match="names weights outside of its folder"):
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "codegen", "mpt", "gpt_neo"])
+def test_tables_of_positions_are_not_larger_than_the_weights(tmp_path, name):
+    folder = save_tiny(tmp_path / name, CONFIGS[name]())
+    for size in (10**5, 10**8):
+        for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
+            if key in json.loads((folder / "config.json").read_text()):
+                change(folder / "config.json", **{key: size})
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"of 100,000(,000)? (by a hidden_size|is more than a context)"):
+            bc.load_model(folder, device="cpu")
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("file", ["../../other.safetensors", "../other.safetensors", "sub/x.safetensors", "/x", 3])
+def test_weights_outside_of_a_models_folder(model_folder, index, file):
+    change(model_folder / index, weight_map={"a": "model.safetensors", "x": file})  # beside a decoy
+    with pytest.raises(ValueError, match=rf"{index}' names weights outside of its folder"):
         bc.load_model(model_folder, device="cpu")
+
+
+def test_weights_that_the_config_names_outside_of_the_folder(model_folder, tmp_path):
+    shutil.move(model_folder / "model.safetensors", tmp_path / "other.safetensors")
+    (model_folder / "decoy.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    change(model_folder / "config.json", transformers_weights="../other.safetensors")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        bc.load_model(model_folder, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_a_models_folder_is_refused_and_one_within_or_of_the_hub_s_cache_is_not(
+    model_folder, tmp_path, file
+):
+    def link(to):
+        (model_folder / file).unlink(missing_ok=True)
+        (model_folder / file).symlink_to(to)
+
+    shutil.copy(model_folder / file, tmp_path / "outside")
+    shutil.copy(model_folder / file, model_folder / "inside")
+    link(tmp_path / "outside")
+    with pytest.raises(ValueError, match=rf"{file}' is a link to '.*/outside', outside of the model's folder: copy"):
+        bc.load_model(model_folder, device="cpu")
+    link("inside")
+    bc.load_model(model_folder, device="cpu")
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "c0ffee"
+    shutil.copytree(model_folder, snapshot)
+    blobs.mkdir()
+    (snapshot / file).unlink()
+    shutil.copy(tmp_path / "outside", blobs / "abc")
+    (snapshot / file).symlink_to(blobs / "abc")
+    bc.load_model(snapshot, device="cpu")
 
 
 def test_loading_from_this_machine_makes_no_connection(model_folder, all_kinds, monkeypatch):

@@ -18,6 +18,7 @@ OTHER = {  # for every option a value that is not its default
     "model": "some/folder",
     "revision": "step1000",
     "dtype": "bfloat16",
+    "unchecked": True,
     "corpus": "texts with spaces/",
     "context_length": 64,
     "max_tokens": 9_000,
@@ -136,7 +137,7 @@ def test_what_version_0_1_0_wrote_of_model_and_text_is_read():
         "target": "model",
         "order": 2,
     }
-    expected = Inputs("m", "step1", "bfloat16", "t.txt", 16, None, "model", 2, bos="earlier")
+    expected = Inputs("m", "step1", "bfloat16", corpus="t.txt", context_length=16, target="model", bos="earlier")
     assert Inputs.from_json(nested) == expected
 
 

@@ -60,7 +60,7 @@ def logit_attribution(
     Args:
         model: From `load_model`, on its raw weights (not in compatibility mode).
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
-        prompt: One text, or token ids [pos] or [1, pos]. Text is tokenized by `model.to_tokens`.
+        prompt: One text, or token ids [pos] or [1, pos]. A text begins with the BOS that the tokenizer puts there.
         answer: The token whose logit is decomposed, as text or id; by default the full model's prediction.
         wrong: A token to compare with: adds columns for its logit and for the difference.
         by: `component` (every attention and MLP), or `head` (every attention head instead of every attention).
@@ -89,8 +89,6 @@ def logit_attribution(
         if other == best:
             raise ValueError(f"answer and wrong are the same token, {token_word(model, best)!r}")
         other_word = token_word(model, other)
-        if other_word == word:  # for example bytes that are not a character on their own
-            word, other_word = f"{word} <{best}>", f"{other_word} <{other}>"
         named = {word: best, other_word: other}
     terms: dict[str, dict[str, Tensor]] = {}
     logits: dict[str, list[float]] = {}

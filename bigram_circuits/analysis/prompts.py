@@ -28,7 +28,7 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     """The token ids of one prompt, on the model's device.
 
     A text begins with what the tokenizer itself puts before one (the BOS of Llama and Gemma). If that is nothing, it
-    begins with the token that separates documents where the architecture's models expect one (GPT-2), as
+    begins with its BOS or end-of-text token where the architecture's models expect one (GPT-2), as
     `model.cfg.default_prepend_bos` says. A prompt that is written with the token already gets no second one.
 
     Raises:
@@ -50,8 +50,9 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
 
 def _encoded(model: Model, text: str) -> list[int]:
     template = template_of(model.tokenizer)
-    expected = template.separator if getattr(model.cfg, "default_prepend_bos", True) else ()
-    start = list(template.before or expected)
+    start = list(template.before)
+    if not start and getattr(model.cfg, "default_prepend_bos", True):
+        start = list(template.separator) if template.bos is None else [template.bos]
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if start and ids[: len(start)] == start else start + ids
 
@@ -76,10 +77,17 @@ def check_tokenizer(model: Model) -> None:
 
 
 def token_id(model: Model, token: str | int) -> int:
-    """The id of a token given as text or id; raises ValueError if the text is not one token or there is no such id."""
+    """The id of a token given by its id, as a text that is one token, or else as it is shown (`<0x0A>`).
+
+    Raises:
+        ValueError: If the text is not one token, or there is no such id.
+    """
     if isinstance(token, str):
         check_tokenizer(model)
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
+        shown = shown_tokens(model.tokenizer, range(min(len(model.tokenizer), model.cfg.d_vocab)))
+        if len(ids) != 1 and token in shown:
+            return shown.index(token)
         if len(ids) != 1:
             raise ValueError(f"{token!r} is {len(ids)} tokens, but one is needed: give the id of one of {ids}")
         return ids[0]

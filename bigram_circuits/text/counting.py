@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bigram_circuits.progress import progress
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.text.ngrams import Level, NGramTable
 
@@ -45,10 +45,11 @@ def count_ngrams(
     """
     counter = NGramCounter(order, d_vocab)
     array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
-    if array.ndim != 2:
-        raise ValueError(f"tokens have shape {array.shape} but should be [sequence, position]")
+    if not isinstance(array, np.ndarray) or array.ndim != 2:
+        what = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"type {type(array).__name__}"
+        raise ValueError(f"tokens have {what} but should be an array of ids [sequence, position]")
     rows = max(1, _TOKENS_AT_ONCE // max(1, array.shape[1]))
-    with tqdm(total=array.size, unit="token", unit_scale=True, desc="counting", delay=2, leave=False) as bar:
+    with progress(total=array.size, unit="token", unit_scale=True, desc="counting") as bar:
         for start in range(0, len(array), rows):
             chunk = array[start : start + rows]
             counter.add(chunk)

@@ -80,7 +80,7 @@ def _opened(source: Any, text_column: str) -> Source:
         return Source(f"a {kind} of {len(source):,} rows", _records(cells, text_column, f"the {kind}"))
     if isinstance(source, Iterable):
         name = getattr(getattr(source, "info", None), "dataset_name", None) or kind
-        return Source(f"dataset {name}", _records(source, text_column, "the dataset"))
+        return Source(f"dataset {name}", _records(_text_only(source, text_column), text_column, "the dataset"))
     raise ValueError(f"cannot read text from {kind}: {_NO_LIST}")
 
 
@@ -94,7 +94,7 @@ def _named(source: str | Path, text_column: str) -> Source:
         return _of_files(str(source), [path], text_column)
     if isinstance(source, Path) or path.is_absolute() or path.suffix.lower() in NAMED_SUFFIXES:
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
-    return Source(source, _records(_load_dataset(source), text_column, source))
+    return Source(source, _records(_text_only(_load_dataset(source), text_column), text_column, source))
 
 
 def _of_files(description: str, paths: Sequence[Path], text_column: str) -> Source:
@@ -103,6 +103,13 @@ def _of_files(description: str, paths: Sequence[Path], text_column: str) -> Sour
     size = sum(file.path.stat().st_size for file in reading.read) if plain else None
     texts = (text for file in reading.read for text in file.documents(text_column))
     return Source(description, ((text, text) for text in texts), size, reading)
+
+
+def _text_only(dataset: Iterable[Any], text_column: str) -> Iterable[Any]:
+    """A dataset without its other columns, if it has some: they may hold images and sounds, decoded on reading."""
+    if text_column in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "select_columns"):
+        return dataset.select_columns([text_column])  # pyright: ignore[reportAttributeAccessIssue]
+    return dataset
 
 
 def _is_numeric(source: Any) -> bool:

@@ -280,6 +280,13 @@ def test_tables_columns_and_lists_give_their_texts(source):
     assert texts_in(source) == TEXTS
 
 
+def test_other_columns_of_a_dataset_are_not_decoded():
+    features = datasets.Features({"text": datasets.Value("string"), "sound": datasets.Value("binary")})
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, "sound": [b"broken"] * len(TEXTS)}, features=features)
+    dataset.set_transform(lambda rows: rows if "sound" not in rows else pytest.fail("it was decoded"))
+    assert texts_in(dataset) == TEXTS
+
+
 def test_generators_give_their_texts():
     assert texts_in(text for text in TEXTS) == TEXTS
     assert texts_in(({"body": text} for text in TEXTS), "body") == TEXTS

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import bigram_circuits as bc
-from bigram_circuits.analysis.prompts import prompt_tokens, token_words
+from bigram_circuits.analysis.prompts import prompt_tokens, token_id, token_words
 from bigram_circuits.analysis.tasks import repeated_random_tokens
 from bigram_circuits.text.corpus import token_array
 from bigram_circuits.text.tokenizers import Template, shown_tokens, template_of
@@ -275,6 +275,15 @@ def test_a_prompt_begins_as_a_document_does(llama):
     assert prompt_tokens(llama, "a be").tolist() == [expected]
     assert prompt_tokens(llama, "<s>a be")[0].tolist().count(1) == 1  # written already: not twice
     assert (repeated_random_tokens(llama, prompts=2, period=4).tokens[:, 0] == 1).all()
+
+
+def test_a_token_is_found_by_text_or_as_it_is_shown(llama):
+    names = sentencepiece().get_vocab()
+    assert token_id(llama, "be") == token_id(llama, " be") == names["\u2581be"]
+    assert token_id(llama, "<0xE9>") == names["<0xE9>"]
+    assert token_id(llama, "<s>") == 1
+    with pytest.raises(ValueError, match="'be be' is 2 tokens"):
+        token_id(llama, "be be")
 
 
 def test_a_copied_tokenizer_keeps_its_template(bare):
