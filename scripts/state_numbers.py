@@ -130,7 +130,7 @@ def _effect(effects: Any, name: str) -> dict[str, float]:
 
 def _falsified(run: Run) -> dict[str, Any]:
     """What `falsify` measured; nothing if it was not run."""
-    tried = load_falsification(run.path / "falsify")
+    tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return {}
     columns = {"r": "surprisal_correlation", "fraction": "fraction", "told": "context_told"}
@@ -194,7 +194,11 @@ def main() -> None:
     numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     if not arguments.check:
         with tempfile.TemporaryDirectory() as folder:
-            run = bc.load_run(arguments.run) if arguments.run else bc.study(falsify=True, out=Path(folder) / "run")
+            run = (
+                bc.load_run(arguments.run)
+                if arguments.run
+                else bc.study(falsify=True, out=Path(folder) / "run", tell=print)
+            )
             numbers |= measured(run)
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
     for page in STATED:
