@@ -32,6 +32,7 @@ from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs, Request
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
+from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus, load_corpus
 
@@ -177,7 +178,7 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
         held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
     )  # fmt: skip
     if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
-        print(f"bigram-circuits: note: {corpus.source}: {corpus.reading}", file=sys.stderr)
+        print(printable(f"bigram-circuits: note: {corpus.source}: {corpus.reading}"), file=sys.stderr)
     return corpus
 
 
