@@ -51,7 +51,7 @@ def subnetwork(seed: int) -> Subnetwork:
 def make(folder: Path, seed: int) -> None:
     kept, points = subnetwork(seed), ("embed", *map(str, range(LAYERS)))
     own = measured()
-    own["subnetwork"] |= {"kept": kept.kept, "fraction": kept.fraction, "surprisal_correlation": 0.9 + seed % 50 / 1e3}
+    own["subnetwork"] |= {"surprisal_correlation": 0.9 + seed % 50 / 1e3}
     steps = [StepRecord(0, step, 5 - step / STEPS, 0.5, 1 - step / STEPS) for step in range(STEPS)]
     found = {
         "logit_lens": curves("surprisal_correlation", points=points),

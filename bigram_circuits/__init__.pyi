@@ -19,6 +19,7 @@ from .evaluation import (
     evaluate as evaluate,
     soft_hard_gap as soft_hard_gap,
 )
+from .experiments.comparison import compare as compare
 from .experiments.falsification import (
     Falsification as Falsification,
     RenamedTarget as RenamedTarget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import threading
@@ -345,8 +346,13 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:  # the run is only read
         _tell(write_report(arguments.run, arguments.out))
         return 0
-    with _run_to_write(arguments.run):
-        _tell(write_report(arguments.run))
+    try:
+        with _run_to_write(arguments.run):
+            _tell(write_report(arguments.run))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise OSError(error.errno, f"{error.strerror}: write the page to another place with --out FILE") from error
     return 0
 
 

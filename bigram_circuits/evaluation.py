@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
@@ -31,6 +30,7 @@ from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
@@ -271,7 +271,7 @@ def evaluate(
     with hashed_once(model):
         conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
-    with tqdm(total=len(conditions) * len(array), desc="evaluating", unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=len(conditions) * len(array), desc="evaluating", unit="sequence") as bar:
         for name, condition in conditions.items():
             bar.set_postfix_str(name, refresh=False)
             sums[name] = _sums(model, condition, target, array, bar)

@@ -40,7 +40,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
-from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.text.corpus import Corpus
 from bigram_circuits.text.ngrams import NGramTable
 
@@ -69,11 +69,12 @@ class Planted:
     probs: Float[Tensor, "d_vocab d_vocab"] = field(repr=False)
     """The same distribution, P(next | current), float64."""
 
-    def recovery(self, found: Subnetwork) -> tuple[float, float]:
+    def recovery(self, found: SubnetworkLike) -> tuple[float, float]:
         """Return (precision, recall): the share of `found` that is planted, and the share of planted weights found.
 
         Precision is nan if `found` is empty.
         """
+        found = as_subnetwork(found)
         both = (found & self.circuit).kept
         return both / found.kept if found.kept else math.nan, both / self.circuit.kept
 

@@ -17,7 +17,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from bigram_circuits.registry import FolderOf
-from bigram_circuits.storage.typed import Record
+from bigram_circuits.storage.typed import Record, shown
 from bigram_circuits.text.tokenizers import BOS
 
 METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
@@ -162,12 +162,12 @@ def _check(instance: Any, limits: Mapping[str, tuple[Callable[[Any], bool], str]
         except TypeError:
             is_right = False
         if not is_right:
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+            raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}")
 
 
 # --- how masks are learned ---
@@ -304,11 +304,6 @@ class Inputs(Record):
     """Revision of a hub model."""
     dtype: str = option("float32", "--dtype", TEXT, "precision of the model's weights", choices=lambda: DTYPES)
     """Precision of the model's weights."""
-    unchecked: bool = option(
-        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
-    )
-    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
-    `load_model`)."""
     corpus: str = option(
         "reference", "--corpus", Kind(str, "SOURCE"), "'reference', a file or folder of text, or a dataset"
     )
@@ -335,6 +330,11 @@ class Inputs(Record):
         "as version 0.1.0 did", choices=lambda: BOS, says="as the tokenizer does: at every start, or none",
     )  # fmt: skip
     """Where a BOS is put; None: at the start of every sequence and document if the tokenizer puts one before a text."""
+    unchecked: bool = option(
+        False, "--unchecked", None, "go on although the hooked model computes other logits than plain Hugging Face"
+    )
+    """Go on although the hooked model computes other logits than the plain Hugging Face model (`check=False` of
+    `load_model`)."""
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)

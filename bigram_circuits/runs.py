@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -477,7 +478,7 @@ class RunFolder:
         started = time.monotonic()
         state = json.dumps(checkpoint.state(self.id).to_json())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        tensors[_PROGRESS] = torch.tensor(list(progress), dtype=torch.uint8)
+        tensors[_PROGRESS] = torch.from_numpy(np.frombuffer(bytearray(progress), np.uint8))
         with whole_file(self._checkpoint_path) as temporary:
             save_file(tensors, temporary, {"state": state, "checksum": _checksum(state, tensors)})
         self._last_checkpoint = time.monotonic()
@@ -512,12 +513,14 @@ class RunFolder:
             state = _CheckpointState.from_json(parse_record(metadata["state"]))
             if state.run != self.id and not (state.run is None and _read_config(self.path).format == _FORMER):
                 raise ValueError("it is of another run")
+            if min(state.step, state.attempt, state.good_step or 0, state.step - (state.good_step or 0)) < 0:
+                raise ValueError("its steps cannot be")
             progress = tensors.pop(_PROGRESS, None)
-            before = self._progress_before(state.progress) if progress is None else bytes(progress.tolist())
+            before = self._progress_before(state.progress) if progress is None else progress.numpy().tobytes()
             found = Checkpoint(tensors, state.step, state.attempt, state.seconds, state.rollbacks, state.good_step)
             return found, before
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {printable(str(error))}") from error
+            raise ValueError(f"{str(path)!r} is damaged: {printable(' '.join(str(error).split()))[:300]}") from error
 
     def _progress_before(self, state: _ProgressState | None) -> bytes:
         """The lines before a checkpoint that does not hold them, from `progress.jsonl`."""
@@ -562,7 +565,7 @@ class RunFolder:
         other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if other:
             print(
-                f"note: this run was started with other versions ({'; '.join(other)}): "
+                f"note: this run was started with other versions ({printable('; '.join(other))}): "
                 "its result may differ in the last bits from that of an uninterrupted run",
                 file=sys.stderr,
             )
@@ -587,6 +590,18 @@ class RunFolder:
     def outcome(self) -> Outcome:
         """The outcome that `finish` wrote."""
         return self._read_outcome()[0]
+
+    def found(self) -> tuple[Subnetwork, Outcome]:
+        """The subnetwork and the outcome that `finish` wrote.
+
+        Raises:
+            ValueError: If a file is damaged, or settings, subnetwork and outcome are not of the same run.
+        """
+        subnetwork, (outcome, _, of) = self.subnetwork(), self._read_outcome()
+        is_former = _read_config(self.path).format == _FORMER
+        remedy = "put back the config.json, subnetwork.safetensors and training.json that were written together"
+        _check_origin(self.path / "training.json", of, self.id, subnetwork, is_former, remedy)
+        return subnetwork, outcome
 
     def _read_outcome(self) -> tuple[Outcome, _ProgressState | None, Origin | None]:
         path = self.path / "training.json"
@@ -675,13 +690,7 @@ class Run:
         Raises:
             ValueError: If it is of another run or does not say; with `remedy`, which says what to do.
         """
-        try:
-            if of is not None:
-                of.check(self.id, self.subnetwork.checksum)
-            if not self.is_former and (of is None or of.subnetwork is None):
-                raise ValueError("it does not say which run it is of")
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} does not belong to this run: {error}; {remedy}") from error
+        _check_origin(Path(path), of, self.id, self.subnetwork, self.is_former, remedy)
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -791,7 +800,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
             + (f"wait for {who}, or, if that has ended, " if who else "")
             + "run the same command again to continue it"
         )
-    outcome, _, of = files._read_outcome()  # pyright: ignore[reportPrivateUsage]
+    subnetwork, outcome = files.found()
     files.check_progress()
     measured = files._read_evaluation()  # pyright: ignore[reportPrivateUsage]
     run = Run(
@@ -799,7 +808,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         settings=config.settings,
         rebuild=config.rebuild,
         versions=config.versions,
-        subnetwork=files.subnetwork(),
+        subnetwork=subnetwork,
         outcome=outcome,
         evaluation=measured and measured[0],
         history=files.history() if history else [],
@@ -809,7 +818,6 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         made_here=config.is_ours,
         is_former=config.format == _FORMER,
     )
-    run.check_origin(path / "training.json", of, "put back the files that it was written with")
     if measured:
         remedy = f"`evaluate {path}` writes it again once it is removed"
         run.check_origin(path / "metrics.json", measured[1], remedy)
@@ -820,6 +828,19 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
                 f"{own.kept:,} of {own.total:,} weights; {remedy}"
             )
     return run
+
+
+def _check_origin(
+    path: Path, of: Origin | None, run: str | None, subnetwork: Subnetwork, is_former: bool, remedy: str
+) -> None:
+    """Raise ValueError unless a file says that it is of this run and subnetwork; one of 0.1.0 need not say it."""
+    try:
+        if of is not None:
+            of.check(run, subnetwork.checksum)
+        if not is_former and (of is None or of.subnetwork is None):
+            raise ValueError("it does not say which run it is of")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} does not belong to this run: {error}; {remedy}") from error
 
 
 def _text_of(of: Origin | None) -> CorpusIdentity | None:
@@ -949,7 +970,8 @@ def _records(data: bytes) -> list[StepRecord]:
 def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
     """The first setting that differs, as a phrase; None if none does.
 
-    A model is told by its hash, not by the name that found it, and hashes are compared by `how_models_differ`.
+    A model is told by its hash and a text by its fingerprint, not by the names that found them. Hashes are compared by
+    `how_models_differ`.
     """
     ours, theirs = wanted.model, there.model
     if ours.weight_hash and theirs.weight_hash:
@@ -957,6 +979,8 @@ def _how_runs_differ(there: RunSettings, wanted: RunSettings) -> str | None:
         if how is not None:
             return f"its model is another, {how}"
         there = replace(there, model=replace(ours, dtype=theirs.dtype))
+    if there.corpus.fingerprint:
+        there = replace(there, corpus=replace(there.corpus, source=wanted.corpus.source))
     if same_text(there.target.fingerprint, wanted.target.fingerprint):
         there = replace(there, target=replace(there.target, fingerprint=wanted.target.fingerprint))
     return None if there == wanted else _difference(there.to_json(), wanted.to_json())

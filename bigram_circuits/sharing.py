@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from bigram_circuits.models.identity import config_hash, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
@@ -22,7 +21,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
-from bigram_circuits.storage.records import seal_tensors
+from bigram_circuits.storage.records import seal_tensors, write_tensors
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
@@ -93,7 +92,7 @@ def export_masks(model: Model, subnetwork: SubnetworkLike, path: str | os.PathLi
     with whole_file(path) as temporary:
         if path.suffix == ".safetensors":
             arrays = {key: mask.numpy() for key, mask in masks.items()}
-            save_file(masks, temporary, seal_tensors(arrays, made_for))
+            write_tensors(temporary, arrays, seal_tensors(arrays, made_for))
         else:
             with temporary.open("wb") as file:
                 content: dict[str, Any] = {key: mask.numpy() for key, mask in masks.items()}

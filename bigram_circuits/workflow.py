@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -24,17 +24,21 @@ from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_p
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.memory import forecast_memory
+from bigram_circuits.learning.names import name_of_target, names_of
 from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
-from bigram_circuits.models.identity import check_is, hashed_once
+from bigram_circuits.models.activations import check_length, shorter_than_context
+from bigram_circuits.models.identity import check_is, hashed_once, same_text
 from bigram_circuits.models.loading import full_name, load_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.names import short_name
-from bigram_circuits.recipe import Inputs, Request
+from bigram_circuits.recipe import DTYPES, Inputs, Request
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.text.corpus import Corpus, load_corpus
+from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Subjects:
     target: Any
     """The target to be reproduced."""
     inputs: Inputs | None
-    """The names of all three; None if one of them was given as an object."""
+    """The names of all three; None if one of them has none."""
 
     @classmethod
     def load(cls, inputs: Inputs, device: str | None = None) -> Subjects:
@@ -95,8 +99,8 @@ def study(
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
-            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `random_seeds`, `analysis`, `falsify`,
-            `check_memory`.
+            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `random_seeds`, `analysis`,
+            `falsify`, `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
@@ -112,10 +116,12 @@ def study(
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
     if isinstance(model, str | Path):
         named["model"] = full_name(model)
+    if "corpus" in named and corpus != "reference" and Path(corpus).expanduser().exists():
+        named["corpus"] = os.path.abspath(Path(corpus).expanduser())
     request = Request.of(**named, **options)
     subjects = _subjects(request.inputs, names, set(named), device)
     say = tell or (lambda line: None)
-    with hashed_once(subjects.model):  # nobody edits its weights meanwhile
+    with in_use(subjects.model, "study"), hashed_once(subjects.model):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
             return _path(request, subjects, out, callbacks, say)
         folder = _study(request, subjects, out, fresh, callbacks, say)
@@ -162,7 +168,9 @@ def _subjects(inputs: Inputs, given: dict[str, Any], named: set[str], device: st
     target = given["target"]
     if "target" in named:
         target = inputs.kind_of_target.make(model, corpus, inputs.order)
-    return Subjects(model, corpus, target, inputs if named == given.keys() else None)
+    if named != given.keys():
+        return Subjects(model, corpus, target, names_of(model, as_target(target, model.cfg.d_vocab), corpus))
+    return Subjects(model, corpus, target, inputs)
 
 
 def load_named(inputs: Inputs, device: str | None = None) -> Model:
@@ -173,8 +181,12 @@ def load_named(inputs: Inputs, device: str | None = None) -> Model:
 
 
 def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
+    length = inputs.context_length
+    if length is None:
+        length = shorter_than_context(model, DEFAULT_CONTEXT_LENGTH)
+    check_length(model, length, "give a --context-length of at most that")
     corpus = load_corpus(
-        source, tokenizer=model.tokenizer, context_length=inputs.context_length, max_tokens=inputs.max_tokens,
+        source, tokenizer=model.tokenizer, context_length=length, max_tokens=inputs.max_tokens,
         held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
     )  # fmt: skip
     if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
@@ -186,7 +198,11 @@ def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
     """The default folder for these settings: the same command always continues the same run."""
     name = short_name(str(model.cfg.model_name)).rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-    settings = replace(settings, model=replace(settings.model, name=None, revision=None))  # the hash tells the model
+    settings = replace(  # hashes tell model and text, whatever names found them
+        settings,
+        model=replace(settings.model, name=None, revision=None),
+        corpus=replace(settings.corpus, source=None),
+    )
     text = json.dumps([settings.to_json(), *more], sort_keys=True)
     return Path("runs") / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
@@ -289,6 +305,7 @@ def reopen(
     subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus), device)
     if not another_text:
         check_text(run, subjects.corpus)
+        check_target(run, as_target(subjects.target, subjects.model.cfg.d_vocab))
     check_model(run, subjects.model)
     return run, subjects
 
@@ -302,9 +319,9 @@ def inputs_of(run: Run, *, model: str | None = None, corpus: str | None = None, 
     Raises:
         ValueError: If the run was made from objects, or a name must be given again; the message says how.
     """
-    if run.rebuild is None:
-        raise ValueError(f"the run in {str(run.path)!r} was made in Python from objects: continue with it in Python")
     given = {"model": model} if only_model else {"model": model, "corpus": corpus}
+    if run.rebuild is None:
+        return _named_now(run, given)
     recorded = {name: getattr(run.rebuild, name) for name in given}
     unsaid = [name for name, value in given.items() if value is None and recorded[name] != "reference"]
     if unsaid and not run.made_here:
@@ -315,6 +332,40 @@ def inputs_of(run: Run, *, model: str | None = None, corpus: str | None = None, 
         )
     inputs = replace(run.rebuild, **{name: value for name, value in given.items() if value is not None})
     return inputs if inputs.model == run.rebuild.model else replace(inputs, revision=None)
+
+
+def _named_now(run: Run, given: Mapping[str, str | None]) -> Inputs:
+    """The names of a run that was made in Python from objects: as far as they are given."""
+    settings, where = run.settings, f"the run in {str(run.path)!r} was made in Python from objects"
+    target = name_of_target(settings.target.kind)
+    if target is None and "corpus" in given:
+        raise ValueError(
+            f"{where}, with the target {settings.target.kind}, which has no name: go on in Python, for example with "
+            f"evaluate(model, load_run({str(run.path)!r}), target, corpus.held_out)"
+        )
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        asked = " and ".join(f"--{name} {'M' if name == 'model' else 'SOURCE'}" for name in missing)
+        raise ValueError(f"{where}, which have no names: say with {asked} where to read them from")
+    names: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    dtype = str(settings.model.dtype).removeprefix("torch.")
+    return Inputs(
+        **names,
+        dtype=dtype if dtype in DTYPES else Inputs.dtype,
+        context_length=settings.corpus.context_length,
+        target=target or Inputs.target,
+    )
+
+
+def check_target(run: Run, target: Target) -> None:
+    """Raise ValueError unless a target is that of the run."""
+    then = run.settings.target
+    if then.kind is not None and (then.kind != target.kind or not same_text(then.fingerprint, target.fingerprint)):
+        raise ValueError(
+            f"the target that the run in {str(run.path)!r} was made with cannot be made again from its names (it would "
+            f"be {target.kind} {target.fingerprint}, then {then.kind} {then.fingerprint}): go on in Python, for "
+            f"example with evaluate(model, load_run({str(run.path)!r}), target, corpus.held_out)"
+        )
 
 
 def check_text(run: Run, corpus: Corpus) -> None:

@@ -38,7 +38,7 @@ analysis.next_tokens(model, target=target, prompts=words).only("target", "full")
 # Every attention and MLP weight is multiplied by a gate between 0 and 1. The gates follow the gradient of the
 # cross-entropy with the table, plus a penalty on how many are open, and harden as they learn: in the end each is open
 # or closed. The model's weights do not change. (Here beta, the steepness of the gates, grows by 5% per step. The
-# default, 3%, takes longer, and finds fewer weights that do as well.)
+# default, 3%, takes longer, and finds fewer weights that do as well: the numbers below are not those of the README.)
 
 # %%
 recipe = bc.SparsifyConfig(beta_growth=1.05)

@@ -147,15 +147,16 @@ def make_run(
     within=None,
     subnetwork=None,
     steps=(),
+    target="ngram",
 ):
     settings = RunSettings(
         ModelIdentity(name, weight_hash="ab12"),
         CorpusIdentity("some texts", fingerprint="cd34"),
-        TargetIdentity("NGramTable"),
+        TargetIdentity({"ngram": "NGramTable", "model": "ModelTarget"}[target]),
         recipe or SparsifyConfig(),
         within,
     )
-    inputs = Inputs(model=name, corpus="some texts", context_length=64)
+    inputs = Inputs(model=name, corpus="some texts", context_length=64, target=target)
     run = RunFolder.open(folder, settings, rebuild=inputs if rebuild else None)
     first = StepRecord(attempt=0, step=0, cross_entropy=5.5, fraction=0.5, undecided=1.0)
     run.begin_progress(steps or [first, replace(first, step=1, cross_entropy=4.25, fraction=0.125)])
@@ -166,10 +167,19 @@ def make_run(
     subnetwork = subnetwork or Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
     run.finish(subnetwork, Outcome("decided", seconds=12.0))
     if metrics:
+        own = {"kept": subnetwork.kept, "total": subnetwork.total, "fraction": subnetwork.fraction}
+        metrics = metrics | {"subnetwork": metrics["subnetwork"] | own}
         run.write_evaluation(Evaluation.from_json(metrics), settings.corpus)
     for key, result in (found or {}).items():
-        result.save(folder / "analysis" / f"{key}.json", run.origin(settings.corpus))
+        save_result(folder, key, result)
     return load_run(folder)
+
+
+def save_result(folder, name, result):
+    """Write a result as one of a run's analyses; returns its file."""
+    run, path = load_run(folder), folder / "analysis" / f"{name}.json"
+    result.save(path, RunFolder(folder).origin(run.settings.corpus))
+    return path
 
 
 class Elements(HTMLParser):

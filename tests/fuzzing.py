@@ -38,6 +38,16 @@ from bigram_circuits.experiments.sparsity_path import load_path_runs
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
 from bigram_circuits.published import read_masks
+from bigram_circuits.recipe import SparsifyConfig
+from bigram_circuits.runs import (
+    Checkpoint,
+    CorpusIdentity,
+    ModelIdentity,
+    RunFolder,
+    RunSettings,
+    StepRecord,
+    TargetIdentity,
+)
 from bigram_circuits.storage.records import CONTENT, HEADER, header_checksum, sealed
 from bigram_circuits.storage.typed import to_json
 from bigram_circuits.subnetwork import Subnetwork
@@ -494,6 +504,27 @@ def some_run(folder: Path) -> None:
     make_run(folder, metrics={"subnetwork": numbers, "full": numbers, "verdict": "fine"})
 
 
+def some_checkpoint(folder: Path) -> None:
+    """A run that learns, with a checkpoint after two steps."""
+    settings = RunSettings(ModelIdentity("m"), CorpusIdentity("text"), TargetIdentity("NGramTable"), SparsifyConfig())
+    run = RunFolder.open(folder, settings)
+    for step in range(2):
+        run.log(StepRecord(0, step, cross_entropy=1.0, fraction=0.5, undecided=1.0))
+    scores = torch.linspace(-1, 1, 20)
+    tensors = {
+        "scores": scores,
+        "adam.exp_avg": scores / 2,
+        "adam.exp_avg_sq": scores**2,
+        "adam.step": torch.tensor(2.0),
+    }
+    run.write_checkpoint(Checkpoint(tensors, step=2, attempt=0, seconds=0.5))
+
+
+def checkpoint_content(checkpoint: Any) -> Any:
+    tensors = sorted((name, _plain(tensor.numpy())) for name, tensor in checkpoint.tensors.items())
+    return tensors, repr(replace(checkpoint, tensors={}))
+
+
 def some_path(folder: Path) -> bytes:
     kept, numbers, masks = 0, {}, ""
     for weight in (1, 5):
@@ -544,8 +575,13 @@ def kinds(folder: Path, *, with_models: bool = True) -> list[Kind]:
         run = place(f"run {file}")
         some_run(run)
         ways = TENSORS if file.endswith("tensors") else [lines_values] if file.endswith("l") else JSON
+        forgers = [tensors_forged] if ways is TENSORS else [json_forged] if ways is JSON else []
         found.append(Kind(f"run: {file}", file, [(run / file).read_bytes()], lambda at: run_content(bc.load_run(at)),
-                          ways, run, share=0.8))  # fmt: skip
+                          ways, run, share=0.8, forgers=forgers))  # fmt: skip
+    checkpoint, begun = "checkpoint/state.safetensors", place("begun")
+    some_checkpoint(begun)
+    found.append(Kind("checkpoint", checkpoint, [(begun / checkpoint).read_bytes()],
+                      lambda at: checkpoint_content(RunFolder(at).read_checkpoint()), TENSORS, begun))  # fmt: skip
     for suffix, examples in published_files(made).items():
         file = f"masks.{suffix}"
         ways = {"pickle": [operations] * 8, "npz": [members] * 2, "safetensors": TENSORS}[suffix]

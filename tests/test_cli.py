@@ -15,6 +15,8 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from bigram_circuits.storage.files import checked_json
+from scripts.state_numbers import NUMBERS, measured
 from tests.folders import names_in
 
 COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
@@ -100,39 +102,22 @@ def test_it_prints_what_the_files_hold(main_job):
     )
 
 
-def test_the_readme_states_what_it_measures(main_job):
-    metrics, readme = main_job[0].metrics, (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[: readme.index("| logit lens: r")]
-    rows = {
-        r"\*\*subnetwork\*\*": metrics["subnetwork"],
-        "full model": metrics["full"],
-        r"magnitude \(largest weights, as many\)": metrics["magnitude"],
-        "matched random weights": metrics["random"]["mean"],
-        r"complement \(full model without the subnetwork\)": metrics["complement"],
-        "full model without matched random weights": metrics["full_minus_random"]["mean"],
-    }
-    for name, measured in rows.items():
-        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
-        r, kl, loss, kept = (cell.strip(" *") for cell in row.strip("|").split("|"))
-        assert float(r) == pytest.approx(measured["surprisal_correlation"], abs=0.01)
-        assert float(kl) == pytest.approx(measured["kl"], rel=0.1)
-        assert float(loss) == pytest.approx(measured["mean_surprisal"], rel=0.03)
-        assert int(kept.split()[0].replace(",", "")) == pytest.approx(measured["kept"], rel=0.1)
-
-
-def test_the_readme_states_what_each_layer_predicts(main_job):
-    lens, readme = main_job[0].analyses["logit_lens"], (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[readme.index("| logit lens: r") :]
-    rows = {
-        "full model": "full",
-        "subnetwork": "subnetwork",
-        "complement": "complement",
-        "matched random weights": "random",
-    }
-    for name, condition in rows.items():
-        (row,) = re.findall(rf"^\| {name} \|(.*)$", table, re.MULTILINE)
-        stated = [float(cell.strip(" *")) for cell in row.strip("|").split("|")]
-        np.testing.assert_allclose(stated, lens.get("surprisal_correlation", condition), atol=0.03)
+def test_it_measures_the_numbers_that_the_readme_and_the_docs_state(main_job):
+    """docs/numbers.json, from which `scripts/state_numbers.py` writes the pages; tests/test_docs.py compares those."""
+    stated, found = json.loads(NUMBERS.read_text()), measured(main_job[0])
+    assert found["kept"] == pytest.approx(stated["kept"], rel=0.1)
+    assert found["steps"] == pytest.approx(stated["steps"], rel=0.1)
+    for name, row in found["r"].items():
+        assert row == pytest.approx(stated["r"][name], abs=0.01)
+        assert found["kl"][name] == pytest.approx(stated["kl"][name], rel=0.1)
+        assert found["loss"][name] == pytest.approx(stated["loss"][name], rel=0.03)
+    for name in ("full", "subnetwork", "complement", "random"):
+        np.testing.assert_allclose(found[f"lens_{name}"], stated[f"lens_{name}"], atol=0.03)
+    for key, tolerance in (("rise", 0.3), ("random_rise", 0.02), ("in_first_mlp", 0.05), ("in_attention", 0.03)):
+        assert found[key] == pytest.approx(stated[key], abs=tolerance)
+    for name in ("L2H2", "L3H3", "both"):
+        assert found["induction"][name]["fall"] == pytest.approx(stated["induction"][name]["fall"], abs=1.0)
+    assert found["largest"]["shared"] == pytest.approx(stated["largest"]["shared"], rel=0.15)
 
 
 def test_its_analyses_tell_the_story_of_the_paper(main_job):
@@ -328,16 +313,50 @@ def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
     config = json.loads(Path("mine/config.json").read_text())
     config["rebuild"]["model"] = str(tiny_folders["gpt2"])
     del config["checksum"]
-    Path("mine/config.json").write_text(json.dumps(config))
-    refused("evaluate", "mine", code=1, said="was made for")
+    Path("mine/config.json").write_text(checked_json(config))
+    refused("evaluate", "mine", code=1, said="was made with")
 
 
 def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tokenizer, tmp_path):
     corpus = bc.load_corpus(["some text " * 40] * 2 + ["other text " * 40] * 2, tokenizer=tokenizer, context_length=16)
     target = bc.count_ngrams(corpus.train, d_vocab=257)
     bc.find_subnetwork(tiny_model, target, corpus, bc.SparsifyConfig(max_steps=2), run_dir=tmp_path / "mine")
-    refused("evaluate", "mine", code=1, said="was made in Python from objects")
-    refused("analyze", "mine", code=1, said="was made in Python from objects")
+    asks = "was made in Python from objects, which have no names: say with --model M and --corpus SOURCE where to read"
+    refused("evaluate", "mine", code=1, said=asks)
+    refused("analyze", "mine", code=1, said=asks)
+
+
+def test_a_run_made_in_python_of_named_things_is_one_of_the_command_line(
+    run, refused, tiny_folders, tmp_path, monkeypatch
+):
+    """Model and text were loaded by name: all of them are recorded, and checked when they are loaded again."""
+    Path("text.txt").write_text("\n\n".join(f"passage {n}: some text of it, and more " * 60 for n in range(24)))
+    model = bc.load_model(os.path.relpath(tiny_folders["gpt_neox"]), device="cpu")
+    corpus = bc.load_corpus("text.txt", tokenizer=model.tokenizer, context_length=16, held_out=0.2, max_tokens=20_000)
+    config, target = bc.SparsifyConfig(max_steps=2), bc.count_ngrams(corpus.train, order=3, d_vocab=257)
+    found = bc.find_subnetwork(model, target, corpus, config, run_dir="mine", check_memory="off")
+    own = bc.evaluate(model, found, target, corpus.held_out, seeds=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("evaluate", "../mine", "--random-seeds", "1")[0] == 0
+    again = bc.load_run("../mine")
+    assert repr(again.evaluation.subnetwork) == repr(own.subnetwork)
+    assert (again.rebuild.order, again.rebuild.context_length, again.rebuild.held_out) == (3, 16, 0.2)
+    assert run("report", "../mine")[0] == 0
+    # what cannot be made again from names is refused when it is tried
+    other = bc.count_ngrams(corpus.held_out, d_vocab=257)
+    bc.find_subnetwork(model, other, corpus, config, run_dir="other", check_memory="off")
+    refused("evaluate", "other", code=1, said="cannot be made again from its names")
+    nameless = bc.RenamedTarget(target, 257)
+    bc.find_subnetwork(model, nameless, corpus, config, run_dir="third", check_memory="off")
+    refused("evaluate", "third", code=1, said="with the target RenamedTarget, which has no name: go on in Python")
+
+
+def test_a_context_length_beyond_the_model_is_refused_before_tokenising(refused, tiny_folders, monkeypatch):
+    monkeypatch.setattr("bigram_circuits.workflow.load_corpus", lambda *_, **__: pytest.fail("it was tokenised"))
+    said = "sequences of 65 tokens are longer than this model's context of 64: give a --context-length of at most that"
+    refused("find", str(tiny_folders["gpt2"]), "--context-length", "65", "--out", "long", code=1, said=said)
+    assert not Path("long").exists()
 
 
 def test_ctrl_c_says_what_was_kept_and_the_same_command_continues(quick, tmp_path):

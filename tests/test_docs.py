@@ -4,6 +4,7 @@ The documentation site is built as `make docs` does, any warning being an error,
 """
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import bigram_circuits as bc
 from bigram_circuits import analysis, cli
 from bigram_circuits.models.loading import REFERENCE_FOLDER
+from scripts.state_numbers import NUMBERS, STATED, stated
 
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"\d\.\d{3}")
@@ -151,6 +153,23 @@ def test_formulas_are_drawn_by_the_browser(site):
     page = (site / "method.html").read_text()
     assert page.count('display="block"') == len(re.findall(r"^\$\$$", (ROOT / "docs/method.md").read_text(), re.M)) / 2
     assert "merror" not in page
+
+
+@pytest.mark.parametrize("page", STATED)
+def test_pages_state_the_numbers_of_one_run(page):
+    """Other numbers than those in docs/numbers.json are an error; `python scripts/state_numbers.py` writes both."""
+    text = (ROOT / page).read_text()
+    assert stated(page, text, json.loads(NUMBERS.read_text())) == text
+
+
+def test_another_number_on_a_page_would_be_noticed():
+    numbers = json.loads(NUMBERS.read_text())
+    text = (ROOT / "README.md").read_text()
+    other = text.replace(f"{numbers['rise']:.2f} nats", "9.87 nats", 1)
+    assert other != text
+    assert stated("README.md", other, numbers) == text
+    with pytest.raises(ValueError, match="has 0 places like this one"):
+        stated("README.md", text.replace("Dropping them", "Without them"), numbers)
 
 
 def test_the_model_card_states_what_is_measured(tmp_path):

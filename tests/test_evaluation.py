@@ -1,11 +1,13 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import bigram_circuits as bc
+from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.models import activations
 
 
@@ -153,3 +155,46 @@ def test_logits_that_are_not_finite_are_an_error(tiny_folders, some, table, rand
     random_tokens[0, 0] = 5
     with pytest.raises(ValueError, match="not finite"):
         bc.evaluate(model, some, table, random_tokens)
+
+
+def graded(fraction, r, rise, random_rise, width=0.002):
+    """An evaluation with these numbers, and controls that it beats."""
+
+    def one(r, loss, kept):
+        return Faithfulness(r, 1.0, 0.5, loss, 0.5, int(np.nan_to_num(kept) * 1000), 1000, kept)
+
+    return bc.Evaluation(
+        one(r, 4.0, fraction), full=one(0.6, 3.0, 1.0), complement=one(0.4, 3.0 + rise, 1 - fraction),
+        random=(one(0.2, 9.0, fraction),), full_minus_random=(one(0.6, 3.0 + random_rise, 1 - fraction),),
+        intervals={"subnetwork": {"surprisal_correlation": (r - width, r + width)}},
+        advantage={"full": (0.1, 0.2), "random 0": (0.1, 0.2)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((0.0188, 0.962, 3.69, 0.02), ("sparse (1.88% of the weights); sufficient: r = 0.962 (95% interval 0.960 to",
+                                       "necessary: without it the model's loss rises by 3.69 nats, 184 times as much")),
+        ((0.33, 0.82, 6.0, 3.0), ("NOT sparse (33.0%", "only partly sufficient: r = 0.820",
+                                  "hardly necessary: ", "rises by 6.00 nats, only 2.0 times as much")),
+        ((0.15, 0.91, 2.0, 0.4), ("fairly sparse", "largely sufficient", "fairly necessary: ", "nats, 5.0 times as")),
+        ((0.02, 0.5, 0.05, 0.0), ("NOT sufficient", "NOT necessary: ", "rises by 0.05 nats, without as many")),
+        ((0.02, 0.5, -0.05, 0.1), ("NOT necessary: ", "falls by 0.05 nats")),
+        ((0.02, 0.5, math.nan, 0.1), ("whether the model needs it was not measured",)),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_graded(numbers, words):
+    verdict = graded(*numbers).verdict
+    assert verdict.startswith("Verdict: ")
+    for part in words:
+        assert part in verdict
+    if "NOT sparse" not in words[0]:
+        assert "NOT sparse" not in verdict
+
+
+def test_a_full_model_and_an_odd_one_have_verdicts():
+    assert "NOT sparse (100.0%" in graded(1.0, 0.6, 5.0, 5.0).verdict
+    odd = graded(math.nan, -7.0, math.inf, 1.0)
+    assert "of unknown sparsity" in odd.verdict
+    assert "was not measured" in replace(odd, full_minus_random=()).verdict

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import dataclasses
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import socket
 import struct
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -24,12 +26,23 @@ from bigram_circuits.analysis.affine import AffineMaps
 from bigram_circuits.experiments.sparsity_path import load_path_runs
 from bigram_circuits.measures.results import load_result
 from bigram_circuits.published import import_published, read_masks
-from bigram_circuits.storage.records import CONTENT, HEADER, parse_json, read_tensors, sealed, unsealed
+from bigram_circuits.storage.records import (
+    CONTENT,
+    HEADER,
+    parse_json,
+    read_tensors,
+    seal_tensors,
+    sealed,
+    unsealed,
+    write_tensors,
+)
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text import ngrams
 from bigram_circuits.text.ngrams import NGramTable
 
 from . import fuzzing
+from .architectures import CONFIGS
+from .conftest import save_tiny
 
 PACKAGE = Path(bc.__file__).parent
 LOADERS = {
@@ -49,6 +62,7 @@ def all_kinds(tmp_path_factory):
 CASES = {
     "subnetwork": 500, "n-gram table": 500, "affine maps": 300, "result": 500, "path": 60, "run: config.json": 60,
     "run: training.json": 60, "run: metrics.json": 60, "run: progress.jsonl": 60, "run: subnetwork.safetensors": 60,
+    "checkpoint": 60,
     "published pickle": 500, "published npz": 200, "published safetensors": 200, "corpus: corpus.txt": 30,
     "corpus: corpus.jsonl": 100, "corpus: corpus.parquet": 200, "corpus: tokens.npy": 20, "model: config.json": 12,
     "model: tokenizer.json": 12, "model: tokenizer_config.json": 12, "model: model.safetensors": 12,
@@ -119,20 +133,31 @@ def test_a_bit_anywhere_in_a_file_of_ours_is_noticed(artefacts, kind):
 
 
 @pytest.mark.parametrize("kind", list(LOADERS))
-def test_files_that_were_written_without_a_checksum_are_loaded(artefacts, kind):
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_file_of_ours_without_its_checksum_is_refused(artefacts, kind, how):
+    """Masks by parameter name are also written by others, without any checksum: only a part of one is refused."""
     path = artefacts[kind]
     whole = CONTENTS[kind](LOADERS[kind](path))
+    keys = {"result": ["checksum"], "subnetwork": [HEADER]}.get(kind, [HEADER, CONTENT])
     if kind == "result":
-        record = json.loads(path.read_text())
-        assert record.pop("checksum")
-        path.write_text(json.dumps(record))
+        metadata, tensors = json.loads(path.read_text()), {}
     else:
         with safe_open(path, framework="np") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        assert metadata.pop(HEADER)
-        assert kind == "subnetwork" or metadata.pop(CONTENT)
-        save_file(tensors, path, metadata)
-    assert CONTENTS[kind](LOADERS[kind](path)) == whole
+
+    def write(metadata):
+        path.write_text(json.dumps(metadata)) if kind == "result" else save_file(tensors, path, metadata)
+
+    for key in keys:
+        changed = {name: value for name, value in metadata.items() if name != key}
+        if how == "renamed":
+            changed[key[:-1] + "n"] = metadata[key]
+        write(changed)
+        with pytest.raises(ValueError, match=r"checksum|unknown|field"):
+            LOADERS[kind](path)
+    if how == "removed" and kind == "masks":
+        write({name: value for name, value in metadata.items() if name not in keys})
+        assert CONTENTS[kind](LOADERS[kind](path)) == whole
 
 
 def test_a_large_table_is_checked_at_its_header_and_read_through_when_asked(artefacts, monkeypatch):
@@ -168,6 +193,92 @@ def test_a_checksum_is_that_of_the_values_and_not_of_how_they_are_written():
     for changed in ({"b": [1, 2]}, {"a": {"x": 0, "y": float("inf")}}, {"c": 1}, {"checksum": None}):
         with pytest.raises(ValueError, match="it is damaged: its checksum"):
             unsealed({**record, **changed})
+
+
+# --- valid checksums of what cannot be ---
+
+
+def forge(table, **changed):
+    """A table with other tensors in its last level, sealed."""
+    levels = list(table.levels)
+    levels[-1] = dataclasses.replace(levels[-1], **changed)
+    return dataclasses.replace(table, levels=tuple(levels))
+
+
+def test_a_sealed_table_whose_rows_are_no_distributions_is_refused(tmp_path):
+    table = bc.count_ngrams(np.random.default_rng(0).integers(0, 20, (20, 12)), 2, d_vocab=20)
+    level = table.levels[-1]
+    row = slice(int(level.offsets[0]), int(level.offsets[1]))
+    assert row.stop - row.start > 2
+    swapped, half, same, top, entropy = (
+        one.clone() for one in (level.tokens, level.probs, level.tokens, level.top, level.entropy)
+    )
+    swapped[row.start : row.start + 2] = level.tokens[row.start : row.start + 2].flip(0)
+    half[row] /= 2
+    same[row.start + 1] = same[row.start]
+    top[0] = next(token for token in range(20) if token not in level.tokens[row])
+    entropy[0] += 0.5
+    for changed, said in (
+        ({"tokens": swapped}, "tokens of a row of level_1 are not in order"),
+        ({"tokens": same}, "tokens of a row of level_1 are not in order"),
+        ({"probs": half}, "probabilities of a row of level_1 do not sum to 1"),
+        ({"top": top}, "a top token of level_1 is not the most likely one"),
+        ({"entropy": entropy}, "an entropy of level_1 is not that of its row"),
+    ):
+        forge(table, **changed).save(tmp_path / "table")
+        with pytest.raises(ValueError, match=f"table' is damaged: .*{said}"):
+            NGramTable.load(tmp_path / "table")
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 22])
+def test_tables_are_checked_in_parts_of_any_size(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(ngrams, "_CHECKED_AT_ONCE", at_once)
+    for order in (1, 2, 3):
+        table = bc.count_ngrams(np.random.default_rng(order).integers(0, 20, (40, 30)), order, d_vocab=20)
+        table.save(tmp_path / "table")
+        assert NGramTable.load(tmp_path / "table").fingerprint == table.fingerprint
+        half = table.levels[-1].probs.clone()
+        half[-1] /= 2
+        forge(table, probs=half).save(tmp_path / "table")
+        with pytest.raises(ValueError, match=r"do not sum to 1|is not the most likely|is not that of its row"):
+            NGramTable.load(tmp_path / "table")
+
+
+@pytest.mark.parametrize("name", ["table", "maps", "masks", "result"])
+def test_the_same_contents_are_the_same_bytes(tmp_path, name):
+    tokens = np.random.default_rng(0).integers(0, 20, (20, 12))
+    made = {
+        "table": lambda path: bc.count_ngrams(tokens, 2, d_vocab=20).save(path),
+        "maps": lambda path: fuzzing.some_maps().save(path),
+        "masks": lambda path: write_tensors(
+            path, {f"h.{n}": tokens > n for n in range(9)}, seal_tensors({f"h.{n}": tokens > n for n in range(9)}, {})
+        ),
+        "result": lambda path: fuzzing.some_results()[1].save(path),
+    }  # fmt: skip
+    for copy in ("a", "b"):
+        made[name](tmp_path / copy)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"notes": {"loss": float("nan")}}, {"notes": {"loss": 10**400}}, {"notes": {"a": [float("inf")]}},
+        {"notes": []},
+        {"points": [10**400, 1, 2]}, {"points": [float("nan"), 1, 2]}, {"points": [True, 1, 2]},
+        {"points": [None, 1, 2]},
+        {"values": "x"}, {"values": [[1, "x"]]}, {"values": 10**400}, {"low": [[[1.0]]]}, {"title": 7}, {"axis": ["x"]},
+        {"conditions": "full"}, {"conditions": [1, 2]}, {"quantities": [{"name": 1, "unit": "", "meaning": ""}]},
+        {"of": 7}, {"of": {"run": 7}}, {"of": {"other": "x"}}, {"title": "\ud800"}, {"kind": ["Curves"]},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_sealed_result_of_other_types_is_refused(tmp_path, changed):
+    record = fuzzing.some_results()[0].to_json() | changed
+    (tmp_path / "result").write_text(json.dumps(sealed(record)))
+    with pytest.raises(ValueError, match="result' ") as told:
+        load_result(tmp_path / "result")
+    assert "\n" not in str(told.value)
 
 
 # --- the nastiest single files ---
@@ -303,10 +414,10 @@ def test_names_in_a_file_are_never_paths(tmp_path, tiny_model):
         assert set(read_masks(inside / f"x.{suffix}")[0]) == set(masks)
         with pytest.raises(ValueError, match="unknown"):
             import_published(inside / f"x.{suffix}", tiny_model)
-    Subnetwork({name: torch.from_numpy(mask) for name, mask in masks.items()}).save(inside / "subnetwork")
-    assert set(Subnetwork.load(inside / "subnetwork")) == set(masks)
+    with pytest.raises(ValueError, match="is not the name of a weight matrix"):
+        Subnetwork({name: torch.from_numpy(mask) for name, mask in masks.items()})
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "a", "b", "subnetwork", "x.npz", "x.pickle", "x.safetensors",
+        "a", "b", "x.npz", "x.pickle", "x.safetensors",
     ]  # fmt: skip
 
 
@@ -356,6 +467,9 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(model_folde
         ({"vocab_size": "many"}, "vocab_size should be a number, not 'many'"),
         ({"intermediate_size": 10**400}, "intermediate_size is"),
         ({"hidden_size": None}, "cannot load the model"),
+        ({"num_labels": 10**8}, r"num_labels is 100000000, but with these weights it is at most [\d,]+$"),
+        ({"text_config": {"num_labels": 10**8}}, "num_labels is 100000000"),
+        ({"max_position_embeddings": 10**8}, "a max_position_embeddings of 100,000,000 is more than a context can be"),
         (
             {"vocab_size": 60_000},
             "a vocab_size of 60,000 by a hidden_size of 24 is more than its weight files hold",
@@ -369,10 +483,57 @@ def test_absurd_sizes_of_a_model(model_folder, values, said):
     assert "\n" not in str(error.value)
 
 
-def test_weights_outside_of_a_models_folder(model_folder):
-    change(model_folder / "model.safetensors.index.json", weight_map={"x": "../../other.safetensors"})
-    with pytest.raises(ValueError, match="names weights outside of its folder"):
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "codegen", "mpt", "gpt_neo"])
+def test_tables_of_positions_are_not_larger_than_the_weights(tmp_path, name):
+    folder = save_tiny(tmp_path / name, CONFIGS[name]())
+    for size in (10**5, 10**8):
+        for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
+            if key in json.loads((folder / "config.json").read_text()):
+                change(folder / "config.json", **{key: size})
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"of 100,000(,000)? (by a hidden_size|is more than a context)"):
+            bc.load_model(folder, device="cpu")
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("file", ["../../other.safetensors", "../other.safetensors", "sub/x.safetensors", "/x", 3])
+def test_weights_outside_of_a_models_folder(model_folder, index, file):
+    change(model_folder / index, weight_map={"a": "model.safetensors", "x": file})  # beside a decoy
+    with pytest.raises(ValueError, match=rf"{index}' names weights outside of its folder"):
         bc.load_model(model_folder, device="cpu")
+
+
+def test_weights_that_the_config_names_outside_of_the_folder(model_folder, tmp_path):
+    shutil.move(model_folder / "model.safetensors", tmp_path / "other.safetensors")
+    (model_folder / "decoy.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes())
+    change(model_folder / "config.json", transformers_weights="../other.safetensors")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        bc.load_model(model_folder, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_a_models_folder_is_refused_and_one_within_or_of_the_hub_s_cache_is_not(
+    model_folder, tmp_path, file
+):
+    def link(to):
+        (model_folder / file).unlink(missing_ok=True)
+        (model_folder / file).symlink_to(to)
+
+    shutil.copy(model_folder / file, tmp_path / "outside")
+    shutil.copy(model_folder / file, model_folder / "inside")
+    link(tmp_path / "outside")
+    with pytest.raises(ValueError, match=rf"{file}' is a link to '.*/outside', outside of the model's folder: copy"):
+        bc.load_model(model_folder, device="cpu")
+    link("inside")
+    bc.load_model(model_folder, device="cpu")
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "c0ffee"
+    shutil.copytree(model_folder, snapshot)
+    blobs.mkdir()
+    (snapshot / file).unlink()
+    shutil.copy(tmp_path / "outside", blobs / "abc")
+    (snapshot / file).symlink_to(blobs / "abc")
+    bc.load_model(snapshot, device="cpu")
 
 
 def test_loading_from_this_machine_makes_no_connection(model_folder, all_kinds, monkeypatch):

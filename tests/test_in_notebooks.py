@@ -57,7 +57,7 @@ class Reader(HTMLParser):
 def subnetwork(layers=2, name=HOSTILE):
     masks = {}
     for layer in range(layers):
-        masks[f"blocks.{layer}.attn.W_Q"] = torch.zeros(2, 3, 4, dtype=torch.bool)
+        masks[f"blocks.{layer}.attn.W_Q"] = torch.zeros(2, 2, 6, dtype=torch.bool)
         masks[f"blocks.{layer}.mlp.W_in"] = torch.arange(10).view(2, 5) < 3
     return Subnetwork(masks, model_name=name, lineage=HOSTILE)
 
@@ -236,7 +236,6 @@ def test_analyses_show_names_and_what_was_left_out():
     assert f"Left out: induction: it has no {HOSTILE}" in reader.words
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_every_progress_bar_is_the_kind_that_fits_the_place(module):
-    text = module.read_text()
-    assert "import tqdm" not in re.sub(r"^from tqdm\.auto import .*", "", text, flags=re.MULTILINE)
+def test_every_progress_bar_is_made_in_one_place():
+    using = [path.stem for path in PACKAGE.rglob("*.py") if re.search(r"\btqdm\b", path.read_text())]
+    assert using == ["progress"]

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigram_circuits as bc
 from bigram_circuits import cli, sharing
+from bigram_circuits.models.identity import other_tensors
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.runs import CorpusIdentity, ModelIdentity, Outcome, RunFolder, RunSettings, TargetIdentity
 from tests.architectures import CONFIGS
@@ -128,6 +129,26 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return root
+
+
+def test_what_is_exported_from_the_files_must_be_what_the_model_has(model, half, tmp_path):
+    names = [name for name in other_tensors(model) if not name.endswith(("q.bias", "k.bias", "v.bias"))]
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        tensor = other_tensors(model)[name]
+        place = (0,) * tensor.ndim
+        with torch.no_grad():
+            value = tensor[place].item()
+            tensor[place] += 0.5
+        with pytest.raises(ValueError, match=f"changed since the model was loaded, or the model has: {name} differs"):
+            bc.export_huggingface(model, half, tmp_path / "masked")
+        with torch.no_grad():
+            tensor[place] = value
+    config = model.original_model.config
+    kept, config.max_position_embeddings = config.max_position_embeddings, 32
+    with pytest.raises(ValueError, match="the configurations differ"):
+        bc.export_huggingface(model, half, tmp_path / "masked")
+    config.max_position_embeddings = kept
+    assert not (tmp_path / "masked").exists()
 
 
 def test_a_pushed_subnetwork_can_be_pulled(hub, model, half):

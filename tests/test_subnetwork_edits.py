@@ -62,6 +62,40 @@ def test_kept_neurons_are_their_columns_in_and_rows_out():
     assert reordered.keep_head(1, 3) == empty.keep_head(1, 3)
 
 
+@given(seed=seeds)
+def test_only_keeps_what_is_there_and_nothing_else(seed):
+    some = random_one(seed).named("some")
+    assert some.only(layers=[1]) == some.only(layers=1) == some & empty.add_layer(1) == some.drop_layer(0)
+    assert some.only(heads=[(1, 3)]) == some & empty.add_head(1, 3)
+    assert some.only(neurons=[(0, 1), (0, 6)]) == some.only(neurons={0: [1, 6]}) == some & empty.add_neurons(0, [1, 6])
+    several = some.only(layers=[0], heads={1: range(2)}, neurons=[(1, 5)])
+    part = empty.add_layer(0).add_head(1, 0).add_head(1, 1).add_neurons(1, [5])
+    assert several == some & part
+    assert several - some == empty
+    assert some.only(layers=range(2)) == some
+
+
+def test_only_says_what_it_kept_and_what_is_wrong():
+    some = full.named("found").drop_head(0, 0)
+    assert some.only(layers=0, heads=[(1, 2)]).lineage == "(found - L0H0) & (L0 | L1H2)"
+    assert full.named("found").only(neurons={0: [3, 4]}).lineage == "found & L0N[3,4]"
+    for call, words in (
+        (lambda: some.only(), r"only\(\) needs the parts to keep: layers=, heads= or neurons="),
+        (lambda: some.only(layers=[2]), "no layer 2: layers are 0 to 1"),
+        (lambda: some.only(heads=[(0, 4)]), "no head 4 in layer 0"),
+        (lambda: some.only(neurons=[(1, 7)]), "no neuron 7 in layer 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_the_former_names_add_as_before():
+    some = random_one(0)
+    assert some.keep_layer(1) == some.add_layer(1)
+    assert some.keep_head(1, 2) == some.add_head(1, 2)
+    assert some.keep_neurons(0, [2]) == some.add_neurons(0, [2])
+
+
 @given(seed=seeds, layer=st.integers(0, 1), head=st.integers(0, 3), neurons=st.lists(st.integers(0, 6)))
 def test_edits_are_unions_and_differences_with_the_part(seed, layer, head, neurons):
     subnetwork = random_one(seed)

@@ -222,6 +222,29 @@ def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, 
     assert "learning starts over" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "name", "steps"])
+def test_a_sealed_checkpoint_of_other_gates_is_one_line(tiny_model, bigrams, corpus, stopped, wrong):
+    path = stopped / "checkpoint" / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, state = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["state"]  # noqa: SIM118
+    if wrong == "shape":
+        tensors["scores"] = tensors["scores"][1:].clone()
+    elif wrong == "dtype":
+        tensors["adam.exp_avg"] = tensors["adam.exp_avg"].int()
+    elif wrong == "name":
+        tensors["adam.more"] = tensors.pop("adam.exp_avg_sq")
+    else:
+        state = state.replace('"step": 12', '"step": -12')
+    save_file(tensors, path, {"state": state, "checksum": runs._checksum(state, tensors)})
+    if wrong == "steps":
+        with pytest.raises(ValueError, match="is damaged: its steps cannot be"):
+            RunFolder(stopped).read_checkpoint()
+        return
+    with pytest.raises(ValueError, match="the checkpoint does not hold the state of these") as told:
+        bc.find_subnetwork(tiny_model, Acting(bigrams), corpus, RECIPE, run_dir=stopped)
+    assert "\n" not in str(told.value)
+
+
 def test_other_versions_are_noted(stopped, goes_on, capfd, monkeypatch):
     now = runs.versions() | {"torch": "9.0"}
     monkeypatch.setattr(runs, "versions", lambda: now)

@@ -1,9 +1,12 @@
 """`study` does what `bigram-circuits find` does."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import bigram_circuits as bc
 from bigram_circuits import cli
@@ -99,3 +102,130 @@ def test_mistakes_are_said_before_anything_is_loaded(monkeypatch):
         bc.study(stpes=3)
     with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, not 0"):
         bc.study(max_steps=0)
+
+
+# --- the same names from elsewhere, and another model under the same name ---
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+def change_weight(folder, name, by=0.5):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][0] += by
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def run_here(tiny_folders, text, tmp_path, monkeypatch):
+    """A run of a model and a text in the working directory, by their relative names; and the model's folder."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(tiny_folders["gpt_neox"], tmp_path / "m")
+    command = [
+        "find",
+        "./m",
+        "--corpus",
+        "text.txt",
+        "--context-length",
+        "32",
+        "--max-tokens",
+        "9000",
+        "--device",
+        "cpu",
+    ]
+    command += ["--max-steps", "3", "--batch-size", "4", "--random-seeds", "1", "--no-analysis", "--out", "run"]
+    assert cli.main(command) == 0
+    return tmp_path / "run", model, command
+
+
+def test_a_run_of_relative_names_is_evaluated_continued_and_exported_from_anywhere(
+    run_here, elsewhere, monkeypatch, capsys
+):
+    folder, model, command = run_here
+    page = (folder / "report.html").read_text()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "m").mkdir()  # another folder of that name
+    assert cli.main(["evaluate", str(folder), "--random-seeds", "1", "--device", "cpu"]) == 0
+    assert cli.main(["export", str(folder), "--out", str(elsewhere / "masked"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    again = [*command[:-1], str(folder)]
+    again[1], again[3] = str(model), str(folder.parent / "text.txt")
+    assert cli.main(again) == 0
+    assert "found before" in capsys.readouterr().out
+    model.rename(elsewhere / "moved")  # the same weights are the same model
+    again[1] = "moved"
+    assert cli.main(again) == 0
+    assert "found before" in capsys.readouterr().out
+    run = bc.load_run(folder)
+    assert (run.rebuild.model, run.rebuild.corpus) == (str(model), str(folder.parent / "text.txt"))
+    assert run.model_words == "m"
+    assert "of m)" in repr(run.subnetwork)
+    assert f"<h1>{model}" not in page
+    assert page.count(str(model)) <= 3  # the command, and the settings
+
+
+def test_a_model_that_changed_is_refused_by_every_command(run_here, capsys):
+    folder, model, command = run_here
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    config = json.loads((model / "config.json").read_text())
+    weights, settings = "weights in float32 with", "a configuration with"
+    changes = {
+        "embedding": (lambda: change_weight(model, "gpt_neox.embed_in.weight"), weights),
+        "final norm": (lambda: change_weight(model, "gpt_neox.final_layer_norm.weight"), weights),
+        "matrix": (lambda: change_weight(model, "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"), weights),
+        "rotation": (lambda: configure(config["rope_parameters"] | {"rope_theta": 500.0}, "rope_parameters"), settings),
+        "activation": (lambda: configure("relu", "hidden_act"), settings),
+    }
+
+    def configure(value, key):
+        (model / "config.json").write_text(json.dumps(config | {key: value}))
+
+    commands = (
+        ["evaluate", str(folder), "--device", "cpu"],
+        ["analyze", str(folder), "--device", "cpu"],
+        ["export", str(folder), "--out", "masked", "--device", "cpu"],
+        command,
+    )
+    kept = shutil.copytree(model, model.parent / "kept")
+    for number, (change, said) in enumerate(changes.values()):
+        change()
+        for words in commands if number == 0 else commands[number % 4 :][:1]:
+            assert cli.main(words) == 1
+            assert said in capsys.readouterr().err
+        shutil.copytree(kept, model, dirs_exist_ok=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_killed_run_is_not_continued_with_other_embeddings(tiny_folders, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 257, (16, 16))
+    corpus, table = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, d_vocab=257)
+    model = bc.load_model(tiny_folders["llama"], device="cpu")
+
+    class Stop(bc.Callback):
+        def on_step(self, record):
+            if record.step == 2:
+                raise KeyboardInterrupt
+
+    config = bc.SparsifyConfig(max_steps=5, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        bc.find_subnetwork(model, table, corpus, config, run_dir=tmp_path / "run", callbacks=[Stop()])
+    with torch.no_grad():
+        model.W_E[3] += 0.1
+    with pytest.raises(ValueError, match=r"holds another run \(its model is another, weights in float32 with hash"):
+        bc.find_subnetwork(model, table, corpus, config, run_dir=tmp_path / "run")
+    again = bc.load_model(tiny_folders["llama"], device="cpu")
+    assert bc.find_subnetwork(again, table, corpus, config, run_dir=tmp_path / "run").subnetwork.total > 0
+
+
+def test_one_model_is_hashed_once_in_a_study(tiny_model, tmp_path, monkeypatch):
+    from bigram_circuits.models import identity
+
+    hashed, real = [], identity._hash_of
+    monkeypatch.setattr(identity, "_hash_of", lambda model: hashed.append(model) or real(model))
+    tokens = np.random.default_rng(0).integers(0, 257, (16, 16))
+    bc.study(tiny_model, bc.Corpus.from_tokens(tokens, tokens[:4]), target="model", out=tmp_path / "run", **QUICK)
+    assert len(hashed) <= 2  # the target is made before

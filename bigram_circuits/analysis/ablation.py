@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.components import (
@@ -46,6 +45,7 @@ from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import NotShownError, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import as_target
 
@@ -131,7 +131,7 @@ def _ablate(
                 jobs += _activation_jobs(part.name, base, kept, chosen[part.name], ways, means, task, seeds, seed)
             else:
                 jobs += _weight_jobs(part, base, kept, dropped[part.name], seeds)
-    with tqdm(total=len(jobs) * len(task), desc="ablating", unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=len(jobs) * len(task), desc="ablating", unit="sequence") as bar:
         for job in jobs:
             measurements.measure(job, bar)
     table = measurements.table()
@@ -374,7 +374,7 @@ def _thin_out(
     """`stochastic_ablation` on checked arguments."""
     numbers = np.full((2, 2, len(shares), draws), math.nan)
     seen: dict[str, tuple[float, float]] = {}
-    with tqdm(total=2 * len(shares) * draws * len(task), desc="removing", unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=2 * len(shares) * draws * len(task), desc="removing", unit="sequence") as bar:
         for draw in range(draws):
             for row, core in enumerate((subnetwork, subnetwork.random_like(seed=seed + draw))):
                 for point, share in enumerate(shares):

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm.auto import trange
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
@@ -38,6 +37,7 @@ from bigram_circuits.models.activations import readout, residual_streams, rows_a
 from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.progress import steps as counted
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     check_content,
@@ -302,7 +302,7 @@ def refine_affine_lens(
     bias = maps.output_bias.detach().clone().to(device).requires_grad_()
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     with reduced_to(model, subnetwork):
-        for step in trange(steps, desc="refining the lens", delay=2, leave=False):
+        for step in counted(range(steps), steps, desc="refining the lens", unit="step"):
             batch = batch_of(text, batch_size, step=step, seed=seed).to(device)
             with torch.no_grad():
                 streams, logits = residual_streams(model, batch)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
 from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
+from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order, token_array
@@ -115,7 +115,7 @@ def observe(
 ) -> None:
     """Stream a checked text through the model under each condition; `observers(condition)` returns the observers."""
     batch_size = batch_size_for(model, tokens.shape[1], streams=True)
-    with tqdm(total=len(subnetworks) * len(tokens), desc=what, unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=len(subnetworks) * len(tokens), desc=what, unit="sequence") as bar:
         for name, subnetwork in subnetworks.items():
             bar.set_postfix_str(name, refresh=False)
             watching = observers(name)

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
@@ -49,6 +48,7 @@ from bigram_circuits.names import (
     in_block,
     neuron_label,
 )
+from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Count, Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.text.corpus import in_order
 
@@ -296,7 +296,7 @@ def _max_activating(
         raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
     values = np.full((3, len(by_name), len(neurons), k), np.nan)
     words = [[[""] * k for _ in neurons] for _ in by_name]
-    with tqdm(total=len(by_name) * len(array), desc="activations", unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=len(by_name) * len(array), desc="activations", unit="sequence") as bar:
         for c, (name, condition) in enumerate(by_name.items()):
             bar.set_postfix_str(name, refresh=False)
             with torch.inference_mode(), reduced_to(model, condition):

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from scipy.special import log_ndtr
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
 from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
@@ -31,6 +30,7 @@ from bigram_circuits.measures.results import Effects
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 
@@ -69,7 +69,7 @@ def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, se
         for seed, random in enumerate(random_additions(base, weights, seeds)):
             jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
     measurements = PairedMeasurements(model, scored)
-    with tqdm(total=len(jobs) * len(scored), desc="adding", unit="sequence", delay=2, leave=False) as bar:
+    with progress(total=len(jobs) * len(scored), desc="adding", unit="sequence") as bar:
         for job in jobs:
             measurements.measure(job, bar)
     table = measurements.table()

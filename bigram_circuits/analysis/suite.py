@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.conditions import check_arguments, checked_text
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
@@ -19,6 +18,7 @@ from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.progress import progress
 from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
@@ -121,16 +121,17 @@ def _run(of: Origin, subject: Subject) -> Analyses:
     """Run every registered analysis on a subject."""
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
-    for name, step in (bar := tqdm(analyses().items(), desc="analysing", delay=2, leave=False)):
-        bar.set_postfix_str(name.replace("_", " "), refresh=False)
-        if name in results:  # an earlier step has already measured it
-            continue
-        try:
-            found = step(subject)
-        except NotShownError as error:
-            left_out[name] = str(error)
-            continue
-        results |= {name: found} if isinstance(found, Result) else found
+    every = analyses()
+    with progress(len(every), desc="analysing", unit="step") as bar:
+        for name, step in every.items():
+            bar.set_postfix_str(name.replace("_", " "), refresh=False)
+            try:
+                if name not in results:  # an earlier step may have measured it
+                    found = step(subject)
+                    results |= {name: found} if isinstance(found, Result) else found
+            except NotShownError as error:
+                left_out[name] = str(error)
+            bar.update()
     return Analyses(results, left_out, of)
 
 

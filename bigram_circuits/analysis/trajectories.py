@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
@@ -30,6 +29,7 @@ from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
@@ -204,7 +204,7 @@ def _each(
 ) -> Iterator[tuple[str, Any]]:
     """(name, model) of every checkpoint; each model is freed before the next is loaded."""
     first: dict[str, tuple[int, ...]] = {}
-    with tqdm(total=len(names), desc="checkpoints", unit="checkpoint", delay=2, leave=False) as bar:
+    with progress(total=len(names), desc="checkpoints", unit="checkpoint") as bar:
         for name, checkpoint in zip(names, checkpoints, strict=True):
             bar.set_postfix_str(name)
             source, revision = (checkpoint, None) if model is None else (model, str(checkpoint))

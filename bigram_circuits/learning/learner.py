@@ -8,7 +8,7 @@ interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +137,8 @@ class Learner:
         """Restore a state; returns the last good state it contains."""
         good = {name.removeprefix("good."): t for name, t in state.tensors.items() if name.startswith("good.")}
         own = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("good.")}
+        for tensors in filter(None, (own, good)):
+            self._check_fits(tensors)
         if own:
             scores = self.gates.scores
             with torch.no_grad():
@@ -146,6 +148,18 @@ class Learner:
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
+
+    def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless these are the scores and moments of these gates."""
+        scores = self.gates.scores
+        like = {"scores": scores, "adam.exp_avg": scores, "adam.exp_avg_sq": scores}
+        wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
+        found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
+        if found != wanted or tensors.get("adam.step", scores).numel() != 1:
+            raise ValueError(
+                f"the checkpoint does not hold the state of these {scores.numel():,} gates: remove the folder "
+                "'checkpoint' of the run to start over"
+            )
 
 
 def rate_after(config: SparsifyConfig, rollbacks: int) -> float:

@@ -15,26 +15,25 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from bigram_circuits.evaluation import soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import LESS_MEMORY, forecast_memory, is_out_of_memory
+from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.progress import note, progress
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
     Checkpoint,
@@ -102,7 +101,8 @@ def find_subnetwork(
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
         within: Search only inside this subnetwork: weights outside it are dropped from the start.
-        rebuild: Names of model, text and target, recorded in `run_dir` for the command line.
+        rebuild: Names of model, text and target, recorded in `run_dir` for the command line; by default those that
+            `load_model` and `load_corpus` were given, if all three have one.
         callbacks: Objects with `on_step(record)` and `on_end(found)`, called after every step and at the end. For a run
             that is resumed or already finished, only steps done in this call are reported.
         check_memory: What to do if the memory forecast does not fit: `"warn"`, `"strict"` (raise) or `"off"` (make no
@@ -127,7 +127,7 @@ def find_subnetwork(
     folder = None
     if run_dir is not None:
         settings = run_settings(model, target, corpus, config, within)
-        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild)
+        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild or names_of(model, target, corpus))
         if folder.is_finished:
             return _read_found(folder, model, config)
     with nullcontext() if folder is None else folder.lock():
@@ -238,9 +238,9 @@ def _memory_saved(model: Model, config: SparsifyConfig) -> Any:
     return recomputed(model) if config.low_memory else nullcontext()
 
 
-def _bar(start: Checkpoint, config: SparsifyConfig) -> tqdm:
+def _bar(start: Checkpoint, config: SparsifyConfig) -> AbstractContextManager[Any]:
     description = "learning" if start.attempt == 0 else f"learning, attempt {start.attempt + 1}"
-    return tqdm(desc=description, initial=start.step, total=config.max_steps, unit="step", delay=2, leave=False)
+    return progress(config.max_steps, desc=description, unit="step", initial=start.step)
 
 
 def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[StepRecord]]:
@@ -274,7 +274,7 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
     if before and good.step <= before[-1].back_to:
         good = Checkpoint({}, 0, good.attempt, 0.0)
     rate = rate_after(job.config, len(before) + 1)
-    tqdm.write(f"{what}: back to step {good.step}, with learning rate {rate:g}", file=sys.stderr)
+    note(f"{what}: back to step {good.step}, with learning rate {rate:g}")
     rollbacks = (*before, Rollback(good.attempt, trouble.step, trouble.what, good.step, rate))
     state = replace(good, seconds=trouble.seconds, rollbacks=rollbacks, good_step=good.step or None)
     if job.folder:
@@ -311,8 +311,9 @@ def identity_of(corpus: Corpus) -> CorpusIdentity:
 
 def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
     """The result of a run that is already finished."""
+    outcome = folder.found()[1]
     subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
-    return FoundSubnetwork.of_run(subnetwork, folder.history(), config, folder.outcome())
+    return FoundSubnetwork.of_run(subnetwork, folder.history(), config, outcome)
 
 
 # --- what can interrupt learning -------------------------------------------------------------------------------------

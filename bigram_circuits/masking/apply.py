@@ -37,14 +37,15 @@ def masked(model: Model, subnetwork: SubnetworkLike) -> Iterator[Any]:
             in compatibility mode.
         RuntimeError: If another thread keeps the model masked.
     """
-    subnetwork = as_subnetwork(subnetwork)
-    subnetwork.check_fits(model)
+    kept = as_subnetwork(subnetwork)
 
     def mask(site: WeightSite) -> nn.Module:
-        return _Mask(site.to_stored(subnetwork[site.name]).contiguous().to(site.original.device))
+        return _Mask(site.to_stored(kept[site.name]).contiguous().to(site.original.device))
 
-    with in_use(model, "masked", block=True), _parametrized(model, mask):
-        yield model
+    with in_use(model, "masked", block=True):
+        kept.check_fits(model)
+        with _parametrized(model, mask):
+            yield model
 
 
 @contextmanager

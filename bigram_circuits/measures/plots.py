@@ -57,6 +57,7 @@ STYLE = {
 }  # fmt: skip
 """Plotly template of every figure; plotly's own would make pages a third larger."""
 _BESIDE_CONDITIONS = SERIES[2:-1]  # the other colours belong to conditions
+_LONGEST = 200  # characters of a string in a figure
 _MARKED = 40  # longer lines are drawn without markers
 _WIDE = 12  # columns; wider maps are stacked vertically
 _TALL = 14  # rows that fit a figure of the default height
@@ -67,8 +68,9 @@ Numbers = Float[np.ndarray, "..."]
 
 
 def plain(value: Any) -> str:
-    """Escape a value for plotly, so that it is shown literally instead of being read as markup."""
-    return html.escape(str(value), quote=False)
+    """Escape a value for plotly, so that it is shown literally instead of being read as markup; cut if very long."""
+    text = str(value)
+    return html.escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…", quote=False)
 
 
 def lines(axis: str, points: Sequence[Any], series: Mapping[str, Sequence[Numbers]], unit: str, title: str) -> Any:
@@ -150,7 +152,13 @@ def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: st
     figure = go.Figure()
     errors: dict[str, Any] = {}
     if not np.isnan(low).all():
-        errors["error_y"] = {"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low}
+        errors["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "color": GREY,
+            "array": high - values,
+            "arrayminus": values - low,
+        }
     figure.add_bar(
         x=axis_points(list(map(label_of, names))), y=values, marker={"color": CONDITIONS["subnetwork"].colour}, **errors
     )

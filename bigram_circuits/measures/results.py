@@ -438,7 +438,7 @@ def _are_numbers(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """Whether a value is a number that a float can hold."""
-    return type(value) in (int, float) and abs(value) < sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _are_plain(value: Any) -> bool:

@@ -119,6 +119,7 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
     """Raise ValueError if token ids are outside the model's vocabulary or sequences exceed its context length."""
     check_model(model)
+    check_length(model, tokens.shape[1])
     least, largest = int(tokens.min()), int(tokens.max())
     if least < 0 or largest >= model.cfg.d_vocab:
         wrong = least if least < 0 else largest
@@ -126,9 +127,19 @@ def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np
         if model.tokenizer is not None and wrong in range(len(model.tokenizer)):
             more = f", {model.tokenizer.convert_ids_to_tokens(wrong)!r}, for which it has no embedding"
         raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {wrong}{more}")
+
+
+def check_length(model: Model, length: int, remedy: str = "") -> None:
+    """Raise ValueError if sequences of this many tokens are longer than a model's context; `remedy` ends the line."""
     context = getattr(model.cfg, "n_ctx", None)
-    if context and tokens.shape[1] > context:
-        raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than this model's context of {context}")
+    if context and length > context:
+        what = f"sequences of {length} tokens are longer than this model's context of {context}"
+        raise ValueError(f"{what}: {remedy}" if remedy else what)
+
+
+def shorter_than_context(model: Model, length: int) -> int:
+    """A length of sequences, or the model's context if that is shorter."""
+    return min(length, getattr(model.cfg, "n_ctx", None) or length)
 
 
 def rows_at_once(d_vocab: int) -> int:

@@ -108,11 +108,12 @@ def _load_report() -> Iterator[list[str]]:
 
 
 def _reason(report: list[str]) -> str:
-    """The entries of a report that transformers stopped at, without its colours and frames."""
+    """What transformers reports as the reason that it stopped: the weight, and the error without its traceback."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(report))
     lines = [" ".join(re.sub(r"[|+-]{2,}|\|", " ", line).split()) for line in plain.splitlines()]
-    wrong = [at for at, line in enumerate(lines) if "CONVERSION" in line or "MISMATCH" in line]
-    return "; ".join(line for line in lines[wrong[0] :] if line) if wrong else " ".join(lines)
+    entries = [line.removesuffix(" CONVERSION") for line in lines if line.endswith(" CONVERSION")]
+    errors = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)]
+    return f"{': '.join([*entries[:1], *errors[:1]])}" if entries or errors else " ".join(filter(None, lines))
 
 
 def _by(shape: Iterable[int]) -> str:

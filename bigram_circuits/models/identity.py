@@ -34,6 +34,7 @@ _PRECISIONS = {torch.float64: "float64", torch.float32: "float32", torch.float16
 """From the highest to the lowest; a float16 weight is rounded to bfloat16, not the other way round."""
 _LONGEST = 32  # hexadecimal digits of a digest
 _WORDS = {"config": "a configuration", "maskable": "attention and MLP weights"}
+_NO_COMMON = "float16 and bfloat16 cannot be compared if the checkpoint is finer: load one of them in float32"
 _FORMER = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"\w+:[0-9a-f]+(?:,\w+:[0-9a-f]+)+|\b[0-9a-f]{32}\b")
 _NO_MATTER = re.compile(  # settings that logits in eval mode do not depend on
@@ -94,8 +95,15 @@ def how_models_differ(one: str, other: str) -> str | None:
     for name in shared:
         if mine[name] != theirs[name]:
             what = _WORDS.get(name, f"weights in {name}")
-            return f"{what} with hash {short_hash(mine[name])}, not {short_hash(theirs[name])}"
+            says = f"{what} with hash {short_hash(mine[name])}, not {short_hash(theirs[name])}"
+            return f"{says}; {_NO_COMMON}" if name != "config" and _are_both_narrow(mine, theirs) else says
     return None
+
+
+def _are_both_narrow(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether one is of weights in float16 and the other of weights in bfloat16, neither rounded to the other."""
+    highest = {next((name for name in _PRECISIONS.values() if name in parts), None) for parts in (one, other)}
+    return highest == {"float16", "bfloat16"}
 
 
 def check_is(model: Model, made_for: str | None, what: str) -> None:
@@ -185,8 +193,8 @@ def other_tensors(model: Model) -> dict[str, Tensor]:
     sites = weight_sites(model)
     leaves = {id(site.leaf) for site in sites}
     unused = {id(module) for module in fused_modules(model, sites)}
-    found: dict[str, Tensor] = {}
-    for path, module in model.original_model.named_modules():
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in model.original_model.named_modules(remove_duplicate=False):
         if id(module) in unused or "parametrizations" in path.split("."):
             continue
         buffers = {
@@ -195,6 +203,9 @@ def other_tensors(model: Model) -> dict[str, Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set and bool(buffer.any())
         }
         for name, tensor in (*module._parameters.items(), *buffers.items()):
-            if tensor is not None and not (id(module) in leaves and name == "weight"):
-                found[f"{path}.{name}".replace("_original_component.", "")] = tensor
-    return found
+            if tensor is None or (id(module) in leaves and name == "weight"):
+                continue
+            full = f"{path}.{name}".replace("_original_component.", "")
+            known = found.get(id(tensor), ("", tensor))[0]
+            found[id(tensor)] = max(full, known, key=lambda one: (len(one), one)), tensor  # TransformerLens' is shorter
+    return dict(sorted(found.values()))

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -40,10 +41,13 @@ _LARGEST_SETTINGS = 1 << 26  # bytes of a JSON settings file
 _WEIGHTS_IN_A_BYTE = 4  # at most, with 2-bit weights
 _LEAST_BOUND = 1 << 16  # sizes up to here are never refused
 _MOST_LAYERS = 1_000
+_MOST_POSITIONS = 1 << 24  # of a context with rotary embeddings, which are computed as they are needed
+_LEAST_PAIRS = 1 << 28  # of positions: masks of this size are never refused
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _SIZE = re.compile(
     r"vocab_size|n_embd|n_inner|n_layers?|n_heads?|d_model|d_ff|ffn_dim|head_dim|num_experts|num_local_experts"
     r"|((hidden|intermediate|embedding|moe_intermediate|word_embed_proj)_)(size|dim)"
-    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads"
+    r"|num_(hidden_|decoder_)?layers|num_(attention|key_value)_heads|num_labels"
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -99,6 +103,7 @@ def load_model(
         round_rotations(model)
         agreement.confirm(model.eval())
     model.cfg.model_name = known_as
+    model.cfg.checked = check
     model.cfg.revision = revision  # so that the same weights can be loaded again
     return model
 
@@ -124,12 +129,13 @@ def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
     """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
 
     Raises:
-        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`.
+        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`, or if
+            `like` was loaded without.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
     with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
-        agreement = Agreement("cpu", check)
+        agreement = Agreement("cpu", check and getattr(like.cfg, "checked", True))
         agreement.run_plain(huggingface_model)
         bridge: Any = TransformerBridge.boot_transformers(
             str(like.cfg.model_name),
@@ -225,6 +231,8 @@ def _check_folder(source: str, name: str) -> None:
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
+    if not _weight_files(folder):
+        raise FileNotFoundError(f"the folder {name!r} has no weights: no .safetensors or .bin file")
     _check_links(folder)
     indices = sorted(file.name for file in folder.glob("*.index.json"))
     files = (*_SETTINGS_FILES, *indices)
@@ -309,9 +317,17 @@ def _check_matrices(folder: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     most = _most_weights(Path(folder))
     width = getattr(config, "hidden_size", None)
-    for key in ("hidden_size", "intermediate_size", "vocab_size"):
+    is_rotary = getattr(config, "rope_parameters", None) is not None
+    for key in ("hidden_size", "intermediate_size", "vocab_size", *_POSITIONS):
         size = getattr(config, key, None)
-        if isinstance(width, int) and isinstance(size, int) and size * width > most:
+        if not isinstance(width, int) or not isinstance(size, int):
+            continue
+        is_position = key in _POSITIONS
+        if (is_position and size > _MOST_POSITIONS) or (
+            is_position and not is_rotary and size**2 > max(most, _LEAST_PAIRS)
+        ):
+            raise ValueError(f"a {key} of {size:,} is more than a context can be")
+        if size * width > most and not (is_position and is_rotary):
             raise ValueError(f"a {key} of {size:,} by a hidden_size of {width:,} is more than its weight files hold")
 
 
@@ -382,8 +398,14 @@ def _one_line(what: str) -> Iterator[None]:
     except BaseException as error:  # a damaged file can raise almost anything
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust extension
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line for line in str(error).splitlines() if line.strip()), _place_of(error))
         raise ValueError(f"{what}: {reason.strip()[:300]}") from error
+
+
+def _place_of(error: BaseException) -> str:
+    """The kind of an error that says nothing, and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return type(error).__name__ + (f" in {Path(frames[-1].filename).name}, {frames[-1].name}" if frames else "")
 
 
 @contextlib.contextmanager

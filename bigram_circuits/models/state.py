@@ -52,7 +52,7 @@ def in_use(model: Model, by: str, *, block: bool = False) -> Iterator[Memo]:
         model: From `load_model`.
         by: What uses it, for the error of another thread.
         block: True for a `with` block of the user's, which may stay open for long: another thread gives up waiting for
-            it, and torch and the model keep the modes that the user has set.
+            it, and torch and the model keep the modes that the user has set: only the lock is taken.
 
     Yields:
         The memo of the outermost call: see `memo`.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import check_model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
@@ -129,7 +129,11 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
             of plain weight matrices that fit together, a block has further weight matrices (mixtures of experts,
             state-space and hybrid blocks), or blocks share weights.
     """
-    check_model(model)
+    with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
+        return _weight_sites(model)
+
+
+def _weight_sites(model: Model) -> tuple[WeightSite, ...]:
     blocks = getattr(model, "blocks", None)
     if blocks is None or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to mask: pass a model from load_model")

@@ -20,6 +20,7 @@ from bigram_circuits.measures.plots import (
 from bigram_circuits.report.figures import INK, MUTED, dressed, error_bars
 
 _NAME = 30  # characters, of a name in a legend or beside a map
+_MOST_MARKS = 24  # subnetworks with a mark, an error bar and a legend entry each
 _LEGEND_LINE = 19  # pixels
 _R_TICKS = (-0.9, -0.5, 0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 _R_MOST = 0.99999  # of r on Fisher's scale, which has no place for 1
@@ -67,6 +68,7 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
 
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
     seen: set[str] = set()
+    short = short_names(names)
     for row, panel in enumerate(panels, start=1):
         scale, ticks = _scale(panel)
         at: dict[str, Any] = {"row": row, "col": 1}
@@ -82,25 +84,60 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
                 mode="lines", name="Pareto front", hoverinfo="skip", line={"color": MUTED, "width": 1.5},
                 **_legend("Pareto front", seen), **at,
             )  # fmt: skip
-        for place, (fraction, chance) in enumerate(zip(fractions, panel.random, strict=True)):
-            if fraction > 0 and chance is not None:
-                look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
-                what = _legend("matched random weights", seen) | {"name": "matched random weights"}
-                figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
-        for place, (name, fraction, value) in enumerate(zip(short_names(names), fractions, panel.values, strict=True)):
-            if fraction > 0 and value is not None:
-                look = {"size": 11, "color": _series(place), "symbol": _symbol(place)}
-                low, high = panel.low[place], panel.high[place]
-                bars = {}
-                if low is not None and high is not None:
-                    bars = error_bars([scale(value)], [scale(low)], [scale(high)], "y")
-                what = _legend(str(place), seen) | {"name": name}
-                figure.add_scatter(**_dot(fraction, value, scale), marker=look, **what, **bars, **at)
+        if len(names) > _MOST_MARKS:
+            _add_cloud(figure, short, fractions, panel, scale, seen, at)
+        else:
+            _add_marks(figure, short, fractions, panel, scale, seen, at)
         figure.update_yaxes(title=plain(panel.title), zeroline=False, **ticks, **at)
     ticks = _log_ticks([fraction for fraction in fractions if fraction > 0])
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:.6g}%" for tick in ticks], zeroline=False)
     figure.update_xaxes(title="share of weights kept (log scale)", row=len(panels), col=1)
-    return dressed(figure, 90 + 270 * len(panels) + _legend_height([*names, "full model", "Pareto front", "random"]))
+    told = names if len(names) <= _MOST_MARKS else []
+    return dressed(figure, 90 + 270 * len(panels) + _legend_height([*told, "full model", "Pareto front", "random"]))
+
+
+def _add_marks(
+    figure: Any, names: Sequence[str], fractions: Sequence[float | int], panel: Points, scale: Any, seen: set[str],
+    at: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Add a mark with error bars for every subnetwork, each in its colour, and hollow ones for random weights."""
+    for place, (fraction, chance) in enumerate(zip(fractions, panel.random, strict=True)):
+        if fraction > 0 and chance is not None:
+            look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
+            what = _legend("matched random weights", seen) | {"name": "matched random weights"}
+            figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
+    for place, (name, fraction, value) in enumerate(zip(names, fractions, panel.values, strict=True)):
+        if fraction > 0 and value is not None:
+            look = {"size": 11, "color": _series(place), "symbol": _symbol(place)}
+            low, high = panel.low[place], panel.high[place]
+            bars = {}
+            if low is not None and high is not None:
+                bars = error_bars([scale(value)], [scale(low)], [scale(high)], "y")
+            what = _legend(str(place), seen) | {"name": name}
+            figure.add_scatter(**_dot(fraction, value, scale), marker=look, **what, **bars, **at)
+
+
+def _add_cloud(
+    figure: Any, names: Sequence[str], fractions: Sequence[float | int], panel: Points, scale: Any, seen: set[str],
+    at: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Add the marks of many subnetworks in one colour, without error bars; their names show on hover."""
+    clouds = {
+        "matched random weights": (panel.random, {"size": 6, "color": MUTED, "symbol": "circle-open"}),
+        "subnetworks": (panel.values, {"size": 6, "color": SERIES[0]}),
+    }
+    for what, (values, look) in clouds.items():
+        known = [
+            (name, fraction, value)
+            for name, fraction, value in zip(names, fractions, values, strict=True)
+            if fraction > 0 and value is not None
+        ]
+        figure.add_scatter(
+            x=[fraction for _, fraction, _ in known], y=[scale(value) for *_, value in known], mode="markers",
+            marker=look, customdata=[[name, f"{fraction:.2%}", value] for name, fraction, value in known], name=what,
+            hovertemplate="%{customdata[0]}: %{customdata[1]} kept: %{customdata[2]:.3f}<extra></extra>",
+            **_legend(what, seen), **at,
+        )  # fmt: skip
 
 
 def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | None = None) -> Any:

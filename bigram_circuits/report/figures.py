@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
+_LABEL = 24  # characters, of a line of a label beside a chart
 _WORD = 6  # characters, of a word in a cell
 
 
@@ -83,11 +85,12 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
 
     known = [row for row in rows if not math.isnan(row[1])]
     figure = go.Figure()
-    for name, value, low, high in known:
+    for key, value, low, high in known:
+        name = "<br>".join(map(plain, textwrap.wrap(label_of(key), _LABEL)))
         bars = {} if math.isnan(low) else error_bars([value], [low], [high], "x")
         figure.add_scatter(
-            x=[value], y=[plain(label_of(name))], mode="markers", showlegend=False, name=plain(label_of(name)),
-            marker={"size": 11, "color": colour_of(name) or MUTED}, **bars,
+            x=[value], y=[name], mode="markers", showlegend=False, name=name,
+            marker={"size": 11, "color": colour_of(key) or MUTED}, **bars,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title="r with the target's surprisals")

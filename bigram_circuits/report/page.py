@@ -60,11 +60,11 @@ def opening(run: Run) -> Opening:
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
     asked = f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
-    analysed = other_text(run.analysed_on, run, "analysed")
-    if other := other_text(run.evaluated_on, run, "evaluated"):
-        asked += f"{text}.{_starts(run)}{other}{analysed}"
-    else:
-        asked += f"{text} and evaluated on its held-out part.{_starts(run)}{analysed}"
+    of_other = other_text(run.evaluated_on, run, "evaluated") if run.evaluation else ""
+    if run.evaluation and run.evaluated_on is None and not run.is_former:
+        of_other = " Which text it was evaluated on was not recorded."
+    evaluated = "" if of_other else " and evaluated on its held-out part"
+    asked += f"{text}{evaluated}.{_starts(run)}{of_other}{other_text(run.analysed_on, run, 'analysed')}"
     title = f"The {target[0]} subnetwork of {model}"
     kept = (
         f"We keep {percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bigram_circuits.storage.records import opened
-from bigram_circuits.storage.typed import Record
+from bigram_circuits.storage.typed import Record, shown
 
 _KEY_BYTES = 32
 
@@ -42,7 +42,7 @@ class Origin(Record):
         """Raise ValueError unless this may be the origin of a file of a run with these two checksums."""
         for what, mine, its in (("run", self.run, run), ("subnetwork", self.subnetwork, subnetwork)):
             if None not in (mine, its) and mine != its:
-                raise ValueError(f"it is of another {what} (checksum {mine}, not {its})")
+                raise ValueError(f"it is of another {what} (checksum {shown(mine)}, not {shown(its)})")
 
 
 def sign(record: Mapping[str, Any]) -> str | None:

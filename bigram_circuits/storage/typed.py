@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ def _plain(kind: Any, value: Any, what: str) -> Any:
     if kind is float:
         if value is None:
             return math.nan
-        if type(value) in (int, float) and abs(value) < math.inf:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
         raise _wrong(what, "a number", value)
     if kind is int:

@@ -161,5 +161,7 @@ class TargetKind:
     """Its name in titles, given the n-gram order: `bigram`."""
     meaning: Callable[[int], str]
     """A phrase that completes "reproduce ...", given the n-gram order."""
+    kind: str
+    """Name of the class of what `make` returns."""
     uses_order: bool = False
     """Whether the n-gram order matters."""

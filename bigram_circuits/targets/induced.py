@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import full_weights
+from bigram_circuits.progress import steps
 from bigram_circuits.targets.base import Target, TargetKind
 from bigram_circuits.text.corpus import in_order, token_array
 
@@ -73,8 +73,8 @@ class InducedTarget(Target):
         totals = torch.zeros(n + 1, self.d_vocab, dtype=torch.float32, device=self._row.device)
         counts = torch.zeros(n + 1, dtype=torch.float32, device=self._row.device)
         batch_size = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
-        batches = tqdm(in_order(tokens, batch_size), total=math.ceil(len(tokens) / batch_size), delay=2, leave=False)
-        batches.set_description("averaging predictions", refresh=False)
+        n_batches = math.ceil(len(tokens) / batch_size)
+        batches = steps(in_order(tokens, batch_size), n_batches, desc="averaging predictions", unit="batch")
         with torch.no_grad(), full_weights(model):
             for batch in batches:
                 row = self._row[batch.to(self._row.device)].flatten()
@@ -115,4 +115,5 @@ TARGET = TargetKind(
     make=lambda model, corpus, order: InducedTarget(model, corpus.train),
     label=lambda order: "induced bigram",
     meaning=lambda order: "the bigram that the model itself induces",
+    kind="InducedTarget",
 )

@@ -76,4 +76,5 @@ TARGET = TargetKind(
     make=lambda model, corpus, order: ModelTarget(model),
     label=lambda order: "self-faithful",
     meaning=lambda order: "the model's own predictions",
+    kind="ModelTarget",
 )

@@ -45,4 +45,5 @@ TARGET = TargetKind(
     make=lambda model, corpus, order: NextTokenTarget(),
     label=lambda order: "next-token",
     meaning=lambda order: "the actual next token",
+    kind="NextTokenTarget",
 )

@@ -12,5 +12,6 @@ TARGET = TargetKind(
     make=lambda model, corpus, order: count_ngrams(corpus.train, order, d_vocab=model.cfg.d_vocab),
     label=_ORDERS.__getitem__,
     meaning=lambda order: f"the {_ORDERS[order]} probabilities of the text",
+    kind="NGramTable",
     uses_order=True,
 )

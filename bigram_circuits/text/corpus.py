@@ -13,19 +13,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bigram_circuits.progress import progress
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.storage.records import is_text, shown
 from bigram_circuits.text.formats import Reading
@@ -35,7 +37,28 @@ from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, templat
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
 _BATCH_CHARACTERS = 1 << 20  # characters tokenised at once
 _SMALL_CORPUS_DOCUMENTS = 512  # with fewer documents, the held-out part is topped up to one full sequence
-_DEFAULT_CONTEXT_LENGTH = 128  # as in the paper
+DEFAULT_CONTEXT_LENGTH = 128
+"""Tokens in a sequence, as in the paper."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """What `load_corpus` was asked for, where the text can be read again by name."""
+
+    source: str
+    """`reference`, an absolute path, or the name of a dataset."""
+    context_length: int
+    """Tokens in a sequence."""
+    held_out: float | int
+    """Share of the documents to hold out."""
+    seed: int
+    """Seed that selects them."""
+    max_tokens: int | None
+    """Number of tokens that were read at most."""
+    text_column: str
+    """The field that holds the text."""
+    bos: str | None
+    """Where a BOS was to be put."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,8 @@ class Corpus:
     """What sequences and documents begin with, as a phrase; empty for tokens that came from elsewhere."""
     reading: Reading | None = None
     """The files that were read and those that were skipped; None if the text was not in files."""
+    named: Named | None = None
+    """The name by which it can be read again, with options; None if it was made from objects."""
 
     @classmethod
     def from_tokens(
@@ -147,7 +172,7 @@ def load_corpus(
         ValueError: If an argument is out of range, a file holds no text or in an unknown encoding, a field is missing,
             a BOS is asked for where there is none, or there is not enough text for one sequence in each part.
     """
-    context_length = _DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
+    context_length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 tokens, not {context_length}")
     if not 0 <= held_out < 1:
@@ -165,7 +190,17 @@ def load_corpus(
     return Corpus(
         train, rest, opened.description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer),
         layout.words(tokenizer), opened.reading,
+        _named(source, context_length, held_out, seed, max_tokens, text_column, bos),
     )  # fmt: skip
+
+
+def _named(source: Any, *options: Any) -> Named | None:
+    """The name of a source from every working directory, with options; None if it has none."""
+    if not isinstance(source, str | Path):
+        return None
+    path = Path(source).expanduser()
+    is_path = isinstance(source, Path) or (source != "reference" and path.exists())
+    return Named(os.path.abspath(path) if is_path else str(source), *options)
 
 
 @dataclass(frozen=True)
@@ -356,7 +391,7 @@ def _tokenize(
     """Yield, for each document, its `document_position` and its token ids, with those around it."""
     before, after = list(layout.before), list(layout.after)
     total = 0
-    with tqdm(total=source.n_bytes, unit="B", unit_scale=True, desc="tokenising", delay=2, leave=False) as bar:
+    with progress(total=source.n_bytes, unit="B", unit_scale=True, desc="tokenising") as bar:
         for batch in _batches_of_text(source.documents):
             texts = [text for _, text in batch]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

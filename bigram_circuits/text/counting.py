@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Integer
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from bigram_circuits.progress import progress
 from bigram_circuits.storage.files import release_pages
 from bigram_circuits.text.ngrams import Level, NGramTable
 
@@ -49,7 +49,7 @@ def count_ngrams(
         what = f"shape {array.shape}" if isinstance(array, np.ndarray) else f"type {type(array).__name__}"
         raise ValueError(f"tokens have {what} but should be an array of ids [sequence, position]")
     rows = max(1, _TOKENS_AT_ONCE // max(1, array.shape[1]))
-    with tqdm(total=array.size, unit="token", unit_scale=True, desc="counting", delay=2, leave=False) as bar:
+    with progress(total=array.size, unit="token", unit_scale=True, desc="counting") as bar:
         for start in range(0, len(array), rows):
             chunk = array[start : start + rows]
             counter.add(chunk)

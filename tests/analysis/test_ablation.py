@@ -231,7 +231,7 @@ def test_there_is_no_matched_random_part_of_what_is_whole(tiny_model, half, rand
     assert math.isnan(found.get("random_rise")["L0.mlp"])
     assert math.isnan(found.get("excess")["L0.mlp"])
     assert not math.isnan(found.get("excess")["L0H1"])
-    found = ablate(tiny_model, ["L0", "subnetwork", "random", "L0H0"], random_tokens, half, by="weights", seeds=1)
+    found = ablate(tiny_model, ["L0", "subnetwork", "random", "L0H0"], half, random_tokens, by="weights", seeds=1)
     missing = {name for name, value in found.get("random_rise").items() if math.isnan(value)}
     assert missing == {"L0", "random"}
     inside = found.get("random_rise_in_subnetwork")
@@ -243,7 +243,7 @@ def test_there_is_no_matched_random_part_of_what_is_whole(tiny_model, half, rand
 
 @pytest.mark.parametrize("by", WAYS)
 def test_intervals_contain_the_point_and_numbers_add_up(tiny_model, half, target, random_tokens, by):
-    found = ablate(tiny_model, ["L0H1", "L1N[3,4]"], random_tokens, half, by=by, target=target, seeds=2)
+    found = ablate(tiny_model, ["L0H1", "L1N[3,4]"], half, random_tokens, by=by, target=target, seeds=2)
     for quantity in ("rise_in_loss", "excess", "change_in_r", "rise_in_loss_in_subnetwork", "excess_in_subnetwork"):
         at = found.quantities.index(found.quantity(quantity))
         assert (found.low[at] <= found.values[at] + 1e-9).all()
@@ -258,7 +258,7 @@ def test_intervals_contain_the_point_and_numbers_add_up(tiny_model, half, target
 
 
 def test_losses_are_those_of_evaluate(tiny_model, half, target, random_tokens):
-    found = ablate(tiny_model, ["subnetwork", "complement"], random_tokens, half, target=target, seeds=0)
+    found = ablate(tiny_model, ["subnetwork", "complement"], half, random_tokens, target=target, seeds=0)
     known = bc.evaluate(tiny_model, half, target, random_tokens, seeds=1)
     loss, change = found.get("loss"), found.get("change_in_r")
     names = {"subnetwork": known.complement, "complement": known.subnetwork}

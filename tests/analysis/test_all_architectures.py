@@ -78,8 +78,8 @@ def logits_of(model, kept=None):
 
 def test_the_last_layer_of_the_logit_lens_is_the_model(name, model, half):
     calls = [
-        lambda: analysis.logit_lens(model, TOKENS, half, target=TARGET),
-        lambda: analysis.logit_lens(model, PROMPT, half),
+        lambda: analysis.logit_lens(model, half, TOKENS, target=TARGET),
+        lambda: analysis.logit_lens(model, half, PROMPT),
         lambda: analysis.logit_lens(model, "the cat"),
     ]
     if name in NO_LENS:
@@ -127,7 +127,7 @@ def test_the_fit_of_the_affine_maps_is_numpy_s_ridge(name, model, half):
     if name in NO_STREAMS:
         refused(lambda: analysis.fit_affine_lens(model, TOKENS), NO_STREAMS[name])
         return
-    maps = analysis.fit_affine_lens(model, TOKENS, half, alpha=0.5)
+    maps = analysis.fit_affine_lens(model, half, TOKENS, alpha=0.5)
     for condition, kept in (("full", None), ("subnetwork", half)):
         with torch.no_grad(), reduced_to(model, kept):
             streams = residual_streams(model, torch.from_numpy(TOKENS))[0].flatten(1, 2).double().numpy()
@@ -153,8 +153,8 @@ def ridge(x, y, alpha):
 
 def test_cosines_are_those_of_torch(name, model, half):
     calls = [
-        lambda: analysis.cosine_to_unembedding(model, TOKENS, half, target=TARGET),
-        lambda: analysis.cosine_to_unembedding(model, PROMPT, half, target=TARGET),
+        lambda: analysis.cosine_to_unembedding(model, half, TOKENS, target=TARGET),
+        lambda: analysis.cosine_to_unembedding(model, half, PROMPT, target=TARGET),
     ]
     if name in NO_COSINE:
         for call in calls:
@@ -178,14 +178,14 @@ def test_cosines_are_those_of_torch(name, model, half):
 
 def test_the_last_layer_does_not_turn_and_is_like_itself(name, model, half):
     if name in NO_STREAMS:
-        refused(lambda: analysis.layer_rotations(model, TOKENS, half), NO_STREAMS[name])
-        refused(lambda: analysis.covariance_similarity(model, TOKENS, half), NO_STREAMS[name])
+        refused(lambda: analysis.layer_rotations(model, half, TOKENS), NO_STREAMS[name])
+        refused(lambda: analysis.covariance_similarity(model, half, TOKENS), NO_STREAMS[name])
         return
-    turned = analysis.layer_rotations(model, TOKENS, half, alpha=1e-6)
+    turned = analysis.layer_rotations(model, half, TOKENS, alpha=1e-6)
     np.testing.assert_allclose(turned.get("output_angle")[-1], 0, atol=1)
     assert turned.get("output_angle")[0] > 1
     assert np.isnan(turned.get("input_angle")).all() == (name == "opt")  # its embedding is narrower
-    alike = analysis.covariance_similarity(model, TOKENS, half)
+    alike = analysis.covariance_similarity(model, half, TOKENS)
     for condition in ("full", "subnetwork"):
         matrix = alike.get("cka", condition)
         np.testing.assert_allclose(np.diagonal(matrix), 1, atol=1e-5)
@@ -195,10 +195,10 @@ def test_the_last_layer_does_not_turn_and_is_like_itself(name, model, half):
 
 def test_ablating_by_hooks_is_ablating_by_masks_and_every_part_matters(model, half):
     found = {
-        "zero": analysis.ablate(model, PARTS, TOKENS, half, by="zero", target=TARGET, seeds=1),
+        "zero": analysis.ablate(model, PARTS, half, TOKENS, by="zero", target=TARGET, seeds=1),
         "mean": analysis.ablate(model, PARTS, TOKENS, by="mean", seeds=0),
         "resample": analysis.ablate(model, PARTS, TOKENS, by="resample", seeds=0),
-        "weights": analysis.ablate(model, PARTS, TOKENS, half, by="weights", seeds=0),
+        "weights": analysis.ablate(model, PARTS, half, TOKENS, by="weights", seeds=0),
     }
     loss = surprisals(logits_of(model), torch.from_numpy(TOKENS)).mean().item()
     for by, result in found.items():
@@ -228,7 +228,7 @@ def test_a_part_that_was_taken_out_is_sufficient_when_it_is_put_back(model):
 @pytest.mark.parametrize("by", ["component", "head"])
 def test_attributions_add_up_to_the_logits(name, model, half, by):
     def call():
-        return analysis.logit_attribution(model, PROMPT, half, answer=80, wrong=70, by=by)
+        return analysis.logit_attribution(model, half, PROMPT, answer=80, wrong=70, by=by)
 
     if name in NO_ATTRIBUTION:
         refused(call, NO_ATTRIBUTION[name])
@@ -245,7 +245,7 @@ def test_attributions_add_up_to_the_logits(name, model, half, by):
 
 
 def test_attention_goes_backwards_and_its_shares_are_1(model, half):
-    found = analysis.attention_patterns(model, PROMPT, half)
+    found = analysis.attention_patterns(model, half, PROMPT)
     assert len(found.conditions) == 4 * 2 * model.cfg.n_heads
     np.testing.assert_allclose(found.values.sum(-1), 1, atol=1e-5)
     assert (np.triu(found.values, 1) == 0).all()
@@ -253,7 +253,7 @@ def test_attention_goes_backwards_and_its_shares_are_1(model, half):
 
 
 def test_the_tokens_that_excite_a_neuron_are_those_of_its_activations(model, half):
-    found = analysis.max_activating_tokens(model, [(0, 1), (1, 2)], TOKENS, half, min_count=1, k=2)
+    found = analysis.max_activating_tokens(model, [(0, 1), (1, 2)], half, TOKENS, min_count=1, k=2)
     for condition, kept in (("full", None), ("subnetwork", half)):
         with torch.no_grad(), reduced_to(model, kept):
             seen, _ = record(model, torch.from_numpy(TOKENS), [f"blocks.{layer}.mlp.hook_post" for layer in (0, 1)])

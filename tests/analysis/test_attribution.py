@@ -29,7 +29,7 @@ def logits_at(model, position: int = -1) -> torch.Tensor:
 @pytest.mark.parametrize("by", ["component", "head"])
 def test_contributions_add_up_to_the_logits_of_every_condition(any_model, by):
     subnetwork = some_weights(any_model)
-    result = logit_attribution(any_model, PROMPT, subnetwork, answer="o", wrong="e", by=by, position=3)
+    result = logit_attribution(any_model, subnetwork, PROMPT, answer="o", wrong="e", by=by, position=3)
     assert result.conditions == ("full", "subnetwork", "complement", "random")
     assert result.columns == ("o", "e", "o minus e")
     ids = [any_model.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "oe"]
@@ -62,14 +62,14 @@ def test_it_agrees_with_transformer_lens_on_folded_weights(any_model, tiny_folde
     # folding moves biases of W_V and of norms within a component, and constants of the logits into b_U
     for name in shared:
         assert difference[name] == pytest.approx(expected[name], abs=1e-4), name
-    with pytest.raises(ValueError, match="without compatibility mode"):
+    with pytest.raises(ValueError, match="masks apply to raw weights, but this model is in compatibility mode"):
         logit_attribution(folded, PROMPT)
 
 
 def test_heads_add_up_to_their_attention(any_model):
     subnetwork = some_weights(any_model)
-    by_component = logit_attribution(any_model, PROMPT, subnetwork, answer=80)
-    by_head = logit_attribution(any_model, PROMPT, subnetwork, answer=80, by="head")
+    by_component = logit_attribution(any_model, subnetwork, PROMPT, answer=80)
+    by_head = logit_attribution(any_model, subnetwork, PROMPT, answer=80, by="head")
     for condition in by_component.conditions:
         whole = dict(zip(by_component.rows, by_component.get("contribution", condition)[:, 0], strict=True))
         heads = dict(zip(by_head.rows, by_head.get("contribution", condition)[:, 0], strict=True))
@@ -80,7 +80,7 @@ def test_heads_add_up_to_their_attention(any_model):
 
 def test_a_dropped_head_writes_nothing(tiny_model):
     without = bc.Subnetwork.full(tiny_model).drop_head(1, 2)
-    result = logit_attribution(tiny_model, PROMPT, without, answer=80, by="head")
+    result = logit_attribution(tiny_model, without, PROMPT, answer=80, by="head")
     row = result.rows.index("L1H2")
     assert result.get("contribution", "subnetwork")[row, 0] == 0
     assert abs(result.get("contribution")[row, 0]) > 1e-3
@@ -91,7 +91,7 @@ def test_a_dropped_head_writes_nothing(tiny_model):
 def test_norms_after_attention_offsets_caps_and_scales(tmp_path, name, by):
     """The function checks the sum itself."""
     model = bc.load_model(save_tiny(tmp_path, CONFIGS[name]()), device="cpu")
-    result = logit_attribution(model, PROMPT, some_weights(model), by=by)
+    result = logit_attribution(model, some_weights(model), PROMPT, by=by)
     for condition in result.conditions:
         total = result.get("contribution", condition).sum()
         assert total == pytest.approx(next(iter(result.notes["logits"][condition].values())), abs=1e-3)
@@ -121,7 +121,7 @@ def test_the_answer_is_the_full_models_own_prediction(tiny_model):
 
 def test_attention_patterns(any_model):
     subnetwork = some_weights(any_model)
-    result = attention_patterns(any_model, PROMPT, subnetwork, heads=[(1, 3), (0, 0)])
+    result = attention_patterns(any_model, subnetwork, PROMPT, heads=[(1, 3), (0, 0)])
     assert result.conditions[:5] == ("full L1H3", "subnetwork L1H3", "complement L1H3", "random L1H3", "full L0H0")
     assert [row.split(" ", 1)[1] for row in result.rows[-len(PROMPT) :]] == list(PROMPT)
     with torch.inference_mode(), masked(any_model, subnetwork):

@@ -184,10 +184,10 @@ def test_the_subnetwork_of_another_model_where_it_must_be_given(tiny_model, othe
         lambda: analysis.stochastic_ablation(tiny_model, other_half, counted(), TEXT),
         lambda: analysis.sufficiency(tiny_model, other_half, "L0.mlp", TEXT),
         lambda: analysis.ablate(tiny_model, other_half, TEXT),
-        lambda: analysis.logit_attribution(tiny_model, "abc", other_half),
-        lambda: analysis.attention_patterns(tiny_model, "abc", other_half),
-        lambda: analysis.logit_lens(tiny_model, "abc", other_half),
-        lambda: analysis.cosine_to_unembedding(tiny_model, "abc", other_half),
+        lambda: analysis.logit_attribution(tiny_model, other_half, "abc"),
+        lambda: analysis.attention_patterns(tiny_model, other_half, "abc"),
+        lambda: analysis.logit_lens(tiny_model, other_half, "abc"),
+        lambda: analysis.cosine_to_unembedding(tiny_model, other_half, "abc"),
         lambda: analysis.overlap(half(tiny_model), other_half),
         lambda: analysis.overlaps([half(tiny_model), other_half]),
     ):
@@ -210,7 +210,7 @@ def test_targets_that_must_be_given(tiny_model):
     kept = half(tiny_model)
     refused(lambda: analysis.stochastic_ablation(tiny_model, kept, OTHER_VOCABULARY, TEXT), "vocabulary of 258")
     refused(lambda: analysis.faithfulness_to(OTHER_VOCABULARY, TEXT)(tiny_model), "vocabulary of 258")
-    refused(lambda: analysis.faithfulness_to(3, TEXT), "int is neither")
+    refused(lambda: analysis.faithfulness_to(target=3, tokens=TEXT), "int is neither")
 
 
 def test_maps_of_something_else(tiny_model, tiny_folders):
@@ -221,7 +221,7 @@ def test_maps_of_something_else(tiny_model, tiny_folders):
     for call in (analysis.logit_lens, analysis.affine_lens):
         refused(lambda call=call: call(tiny_model, TEXT, kept, maps=maps), "there are no affine maps for 'subnetwork'")
         refused(lambda call=call: call(tiny_model, TEXT, maps={}), "there are no affine maps for 'full'")
-        of_kept = analysis.fit_affine_lens(tiny_model, TEXT, kept)
+        of_kept = analysis.fit_affine_lens(tiny_model, kept, TEXT)
         refused(lambda call=call, m=of_kept: call(tiny_model, TEXT, ~kept, maps=m), "for 'subnetwork' were fitted on")
         refused(
             lambda call=call, m=of_kept: call(tiny_model, TEXT, kept, maps=m, seed=1), "for 'random' were fitted on"
@@ -247,8 +247,8 @@ def test_seeds_below_0_elsewhere(tiny_model):
         lambda: analysis.by_head(kept, seed=-1),
         lambda: analysis.concentration(kept, seed=-1),
         lambda: analysis.whole_neurons(kept, seed=-1),
-        lambda: analysis.logit_attribution(tiny_model, "abc", kept, seed=-1),
-        lambda: analysis.attention_patterns(tiny_model, "abc", kept, seed=-1),
+        lambda: analysis.logit_attribution(tiny_model, kept, "abc", seed=-1),
+        lambda: analysis.attention_patterns(tiny_model, kept, "abc", seed=-1),
         *(lambda task=task: task(tiny_model, seed=-1) for task in analysis.TASKS.values()),
     ):
         refused(call, "a seed must be a whole number, 0 or more, not -1")

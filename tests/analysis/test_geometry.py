@@ -56,7 +56,7 @@ def test_cosines_are_those_of_torch(any_model, random_tokens):
 
 
 def test_a_prompt_gives_a_matrix_by_layer_and_position(tiny_model):
-    found = cosine_to_unembedding(tiny_model, "abcdef", ~bc.Subnetwork.empty(tiny_model).keep_layer(1))
+    found = cosine_to_unembedding(tiny_model, ~bc.Subnetwork.empty(tiny_model).keep_layer(1), "abcdef")
     n = len(tiny_model.to_tokens("abcdef")[0])
     assert found.values.shape == (4, 4, 3, n)
     assert np.isnan(found.get("next_unembedding")[:, -1]).all()
@@ -68,7 +68,7 @@ def test_a_prompt_gives_a_matrix_by_layer_and_position(tiny_model):
 def test_a_planted_bigram_turns_towards_the_next_token_after_the_first_block(planted):
     model, subnetwork, tokens = planted
     target = bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
-    found = cosine_to_unembedding(model, tokens, subnetwork, target=target)
+    found = cosine_to_unembedding(model, subnetwork, tokens, target=target)
     for name in ("full", "subnetwork"):
         assert abs(found.get("target_unembedding", name)[0]) < 0.01
         assert (found.get("target_unembedding", name)[1:] > 0.3).all()
@@ -101,7 +101,7 @@ def test_rotations_of_blocks_give_their_median():
 
 def test_layers_that_only_add_constants_do_not_turn(tiny_model):
     tokens = np.random.default_rng(0).integers(0, 257, size=(40, 16))
-    found = layer_rotations(tiny_model, tokens, bc.Subnetwork.empty(tiny_model), alpha=1e-4)
+    found = layer_rotations(tiny_model, bc.Subnetwork.empty(tiny_model), tokens, alpha=1e-4)
     np.testing.assert_allclose(found.get("output_angle", "subnetwork"), 0, atol=0.5)
     assert found.get("output_angle", "full")[0] > 2
     assert found.get("output_angle", "full")[-1] == pytest.approx(0, abs=0.5)
@@ -158,7 +158,7 @@ def test_hsic_is_the_formula_of_song_et_al():
 
 def test_layers_of_a_model_by_similarity(tiny_model):
     tokens = np.random.default_rng(0).integers(0, 257, size=(20, 16))
-    found = covariance_similarity(tiny_model, tokens, bc.Subnetwork.empty(tiny_model), tokens_at_once=64)
+    found = covariance_similarity(tiny_model, bc.Subnetwork.empty(tiny_model), tokens, tokens_at_once=64)
     assert found.conditions == ("full", "subnetwork", "full (rows) and subnetwork")
     for name in ("full", "subnetwork"):
         np.testing.assert_allclose(np.diag(found.get("cka", name)), 1, atol=1e-5)

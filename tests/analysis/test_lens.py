@@ -54,7 +54,7 @@ def test_means_over_a_corpus_are_those_of_the_formulas(tiny_model, random_tokens
     monkeypatch.setattr(activations, "_LOGITS_AT_ONCE", 257 * 7)
     monkeypatch.setattr(activations, "_ROWS_AT_ONCE", 1)
     target = bc.count_ngrams(random_tokens, 2, d_vocab=257)
-    found = logit_lens(tiny_model, random_tokens, half, target=target)
+    found = logit_lens(tiny_model, half, random_tokens, target=target)
     tokens = torch.from_numpy(random_tokens)
     for name, kept in {"full": None, "subnetwork": half, "complement": ~half}.items():
         with torch.no_grad(), lens.reduced_to(tiny_model, kept):
@@ -94,7 +94,7 @@ def test_without_a_target_only_its_correlation_is_undefined(tiny_model, random_t
 def test_a_planted_bigram_shows_after_the_first_block_and_only_with_its_weights(planted):
     model, subnetwork, tokens = planted
     target = bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
-    found = logit_lens(model, tokens, subnetwork, target=target)
+    found = logit_lens(model, subnetwork, tokens, target=target)
     for name in ("full", "subnetwork"):
         r = found.get("surprisal_correlation", name)
         assert np.isnan(r[0])  # the embedding is orthogonal to the unembedding: every next token is alike
@@ -138,7 +138,7 @@ def test_affine_maps_of_affine_layers_are_exact():
 def test_the_affine_lens_of_a_model_whose_blocks_only_add_constants_is_its_output(tiny_model):
     tokens = np.random.default_rng(0).integers(0, 257, size=(80, 16))
     empty = bc.Subnetwork.empty(tiny_model)
-    found = affine_lens(tiny_model, tokens, empty, alpha=1e-4)
+    found = affine_lens(tiny_model, empty, tokens, alpha=1e-4)
     np.testing.assert_allclose(found.get("output_correlation", "subnetwork"), 1, atol=1e-3)
     np.testing.assert_allclose(found.get("kl", "subnetwork"), 0, atol=1e-3)
     assert found.get("kl", "full")[0] > 0.01  # the control: real blocks are not affine
@@ -174,7 +174,7 @@ def test_training_on_kl_brings_the_lens_nearer_to_the_output(tiny_model):
 
 
 def test_maps_are_saved_and_checked_when_loaded(tiny_model, any_model, random_tokens, half, tmp_path):
-    maps = fit_affine_lens(tiny_model, random_tokens, half)
+    maps = fit_affine_lens(tiny_model, half, random_tokens)
     assert list(maps) == ["full", "subnetwork", "complement", "random"]
     maps["subnetwork"].save(tmp_path / "maps.safetensors")
     again = AffineMaps.load(tmp_path / "maps.safetensors", tiny_model)
@@ -209,7 +209,7 @@ def test_wrong_arguments_are_told_in_one_line(tiny_model, random_tokens, half):
     with pytest.raises(ValueError, match=r"shape \(2, 3, 4\)"):
         logit_lens(tiny_model, np.zeros((2, 3, 4), dtype=int))
     with pytest.raises(ValueError, match="no affine maps for 'subnetwork'"):
-        logit_lens(tiny_model, random_tokens, half, maps=fit_affine_lens(tiny_model, random_tokens))
+        logit_lens(tiny_model, half, random_tokens, maps=fit_affine_lens(tiny_model, random_tokens))
     with pytest.raises(ValueError, match="at least 4 sequences"):
         affine_lens(tiny_model, random_tokens[:3])
     with pytest.raises(ValueError, match="at least 0, not -1"):
@@ -231,7 +231,7 @@ def test_words_of_tokens_can_be_read(tiny_model):
 
 def test_the_weights_are_as_before(tiny_model, random_tokens, half):
     before = bc.weight_hash(tiny_model)
-    logit_lens(tiny_model, random_tokens, half)
-    affine_lens(tiny_model, random_tokens, half)
+    logit_lens(tiny_model, half, random_tokens)
+    affine_lens(tiny_model, half, random_tokens)
     assert bc.weight_hash(tiny_model) == before
     assert statistics.COLUMNS[:6] == ("used", "x", "y", "xx", "yy", "xy")

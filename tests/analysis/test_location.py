@@ -90,7 +90,7 @@ def test_max_activating_tokens_are_means_by_current_token(any_model, random_toke
     subnetwork = some_weights(any_model)
     tokens = random_tokens % 20
     neurons = [(1, 3), (0, 7)]
-    result = max_activating_tokens(any_model, neurons, tokens, subnetwork, k=4, min_count=4)
+    result = max_activating_tokens(any_model, neurons, subnetwork, tokens, k=4, min_count=4)
     assert result.conditions == ("full", "subnetwork", "complement", "random")
     with torch.inference_mode(), masked(any_model, subnetwork):
         _, cache = any_model.run_with_cache(torch.from_numpy(tokens))

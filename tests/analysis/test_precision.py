@@ -48,16 +48,16 @@ def close(wide, narrow, quantity, atol):
 
 
 def test_lenses(models, half):
-    wide, narrow = both(models, lambda model: analysis.logit_lens(model, TOKENS, half, target=TARGET))
+    wide, narrow = both(models, lambda model: analysis.logit_lens(model, half, TOKENS, target=TARGET))
     for quantity, atol in (("mean_surprisal", 0.03), ("kl", 0.03), ("entropy", 0.03), ("surprisal_correlation", 0.05)):
         close(wide, narrow, quantity, atol)
     np.testing.assert_allclose(narrow.get("kl")[-1], 0, atol=1e-3)
     assert narrow.get("output_correlation")[-1] == pytest.approx(1, abs=1e-3)
-    prompts = both(models, lambda model: analysis.logit_lens(model, torch.from_numpy(TOKENS[0]), half))
+    prompts = both(models, lambda model: analysis.logit_lens(model, half, torch.from_numpy(TOKENS[0])))
     close(*prompts, "kl", 0.1)
     close(*prompts, "probability", 0.02)
     assert (np.nan_to_num(prompts[1].get("next_rank")) % 1 == 0).all()
-    affine = both(models, lambda model: analysis.affine_lens(model, TOKENS, half, alpha=0.1, target=TARGET))
+    affine = both(models, lambda model: analysis.affine_lens(model, half, TOKENS, alpha=0.1, target=TARGET))
     for quantity, atol in (("mean_surprisal", 0.1), ("kl", 0.1), ("recall_at_1", 0.1), ("recall_at_10", 0.15)):
         close(*affine, quantity, atol)
 
@@ -92,11 +92,11 @@ def test_recall_has_no_ties_that_bfloat16_makes(models):
 
 
 def test_geometry(models, half):
-    cosines = both(models, lambda model: analysis.cosine_to_unembedding(model, TOKENS, half, target=TARGET))
+    cosines = both(models, lambda model: analysis.cosine_to_unembedding(model, half, TOKENS, target=TARGET))
     for quantity in ("current_embedding", "next_unembedding", "target_unembedding", "next_unembedding_baseline"):
         close(*cosines, quantity, 0.01)
     close(*both(models, lambda model: analysis.layer_rotations(model, TOKENS, alpha=0.1)), "output_angle", 5)
-    close(*both(models, lambda model: analysis.covariance_similarity(model, TOKENS, half)), "cka", 0.03)
+    close(*both(models, lambda model: analysis.covariance_similarity(model, half, TOKENS)), "cka", 0.03)
 
 
 @pytest.mark.parametrize("by", ["zero", "mean", "resample", "weights"])
@@ -118,7 +118,7 @@ def test_what_is_enough(models, half):
 @pytest.mark.parametrize("by", ["component", "head"])
 def test_attribution(models, half, by):
     prompt = torch.from_numpy(TOKENS[0])
-    wide, narrow = both(models, lambda model: analysis.logit_attribution(model, prompt, half, answer=80, by=by))
+    wide, narrow = both(models, lambda model: analysis.logit_attribution(model, half, prompt, answer=80, by=by))
     assert wide.rows == narrow.rows
     close(wide, narrow, "contribution", 0.03)
     total = narrow.get("contribution").sum(0)
@@ -135,9 +135,9 @@ def test_attribution_in_float64(models, tmp_path):
 
 def test_attention_and_max_activating_tokens(models, half):
     prompt = torch.from_numpy(TOKENS[0])
-    close(*both(models, lambda model: analysis.attention_patterns(model, prompt, half)), "attention", 0.02)
+    close(*both(models, lambda model: analysis.attention_patterns(model, half, prompt)), "attention", 0.02)
     neurons = [(0, 1), (1, 2)]
-    found = both(models, lambda model: analysis.max_activating_tokens(model, neurons, TOKENS, half, min_count=1, k=3))
+    found = both(models, lambda model: analysis.max_activating_tokens(model, neurons, half, TOKENS, min_count=1, k=3))
     close(*found, "mean_activation", 0.05)
 
 

@@ -15,7 +15,7 @@ TARGET = bc.count_ngrams(TEXT, 2, d_vocab=257)
 def test_surprisals_and_expectations_are_the_models(tiny_model, random_tokens):
     target = bc.count_ngrams(random_tokens[:3], 2, d_vocab=257)
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
-    found = passages(tiny_model, random_tokens, some, target=target, count=2, length=10)
+    found = passages(tiny_model, some, random_tokens, target=target, count=2, length=10)
     assert found.conditions == ("full", "subnetwork", "complement", "random", "target")
     tokens = torch.from_numpy(random_tokens[[0, 5], :10])
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_next_tokens_are_the_most_likely_after_each_prompt(tiny_model, random_to
     target = bc.count_ngrams(random_tokens, 2, d_vocab=257)
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
     prompts = ["a", "longer"]
-    found = next_tokens(tiny_model, prompts, some, target=target, top_k=3)
+    found = next_tokens(tiny_model, some, prompts, target=target, top_k=3)
     assert found.conditions == ("full", "subnetwork", "complement", "random", "target")
     assert (found.rows, found.columns) == (("a", "longer"), ("1", "2", "3"))
     for row, prompt in enumerate(prompts):
@@ -92,7 +92,7 @@ def test_it_is_what_a_loop_over_the_positions_finds(tiny_model, target):
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
     if target == "model":
         target = bc.ModelTarget(tiny_model)
-    found = faithfulness_by_token(tiny_model, TEXT, some, target=target, most=3, min_count=2)
+    found = faithfulness_by_token(tiny_model, some, TEXT, target=target, most=3, min_count=2)
     assert found.conditions == ("full", "subnetwork", "complement", "random", "target")
     with bc.masked(tiny_model, some):
         masked = by_hand(tiny_model, target)

@@ -59,7 +59,7 @@ def test_mean_ablation_is_a_hook_that_writes_the_mean(tiny_model, random_tokens)
 
 
 def test_intervals_are_paired_bootstraps_over_sequences(tiny_model, half, target, random_tokens):
-    found = analysis.ablate(tiny_model, "L0.mlp", random_tokens, half, by="weights", target=target, seeds=0)
+    found = analysis.ablate(tiny_model, "L0.mlp", half, random_tokens, by="weights", target=target, seeds=0)
     inputs = torch.from_numpy(random_tokens)
     with torch.no_grad():
         before = losses(tiny_model(inputs), random_tokens)
@@ -175,7 +175,7 @@ def test_one_sequence_has_no_p_and_intervals_of_no_width(tiny_model, half):
     np.testing.assert_allclose(found.high[0], found.values[0])
     assert math.isnan(log_p_of_fall(np.array([1.0])))
     whole(analysis.ablate(tiny_model, ["L0.mlp", "L0H1"], tokens, seeds=0))
-    whole(analysis.logit_lens(tiny_model, tokens, half))
+    whole(analysis.logit_lens(tiny_model, half, tokens))
 
 
 def test_p_is_never_0(tiny_model, half):
@@ -194,13 +194,13 @@ def test_holm_leaves_out_what_is_undefined():
 def test_what_is_constant_or_missing_is_nan_and_stays_readable(tiny_model, half, target):
     empty = bc.Subnetwork.empty(tiny_model)
     tokens = np.full((4, 8), 5)
-    lens = whole(analysis.logit_lens(tiny_model, tokens, empty, target=target))
+    lens = whole(analysis.logit_lens(tiny_model, empty, tokens, target=target))
     assert np.isnan(lens.get("output_correlation")).all()  # every surprisal is the same
     assert np.isnan(whole(analysis.covariance_similarity(tiny_model, tokens)).values).any()
-    whole(analysis.cosine_to_unembedding(tiny_model, tokens, empty))
-    whole(analysis.cosine_to_unembedding(tiny_model, "abc", half))
-    whole(analysis.logit_lens(tiny_model, "abc", half))
-    whole(analysis.max_activating_tokens(tiny_model, [(0, 1)], tokens, empty))
+    whole(analysis.cosine_to_unembedding(tiny_model, empty, tokens))
+    whole(analysis.cosine_to_unembedding(tiny_model, half, "abc"))
+    whole(analysis.logit_lens(tiny_model, half, "abc"))
+    whole(analysis.max_activating_tokens(tiny_model, [(0, 1)], empty, tokens))
     whole(analysis.stochastic_ablation(tiny_model, half, target, tokens, shares=(0, 1), draws=1))
     for one in (
         analysis.by_layer(empty),

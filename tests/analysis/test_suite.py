@@ -28,7 +28,8 @@ def test_what_a_model_does_not_show_is_left_out_with_the_reason(name, tmp_path):
     assert {"by_layer", "ablation_components", "ablation_heads", "stochastic_ablation"} <= set(found.results)
     assert f"left out: attribution: {found.left_out['attribution']}" in str(found)
     found.save(tmp_path / "analysis")
-    assert read_checked_json(tmp_path / "analysis" / "left_out.json") == dict(found.left_out)
+    written = read_checked_json(tmp_path / "analysis" / "left_out.json")
+    assert written == {**found.left_out, "of": found.of.to_json()}
     assert {path.stem for path in (tmp_path / "analysis").iterdir()} == {*found.results, "left_out"}
 
 
@@ -49,15 +50,15 @@ def test_only_what_is_not_shown_is_left_out(tiny_model, monkeypatch):
 
 def test_layers_measured_together_are_those_measured_alone(tiny_model):
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
-    together = layer_by_layer(tiny_model, CORPUS, some, TARGET)
-    alone = logit_lens(tiny_model, CORPUS, some, target=TARGET)
+    together = layer_by_layer(tiny_model, some, TARGET, CORPUS)
+    alone = logit_lens(tiny_model, some, CORPUS, target=TARGET)
     np.testing.assert_array_equal(together["logit_lens"].values, alone.values)
-    shared, covariance = together["covariance"], covariance_similarity(tiny_model, CORPUS, some)
+    shared, covariance = together["covariance"], covariance_similarity(tiny_model, some, CORPUS)
     assert (shared.conditions, shared.notes) == (covariance.conditions, covariance.notes)
     np.testing.assert_allclose(shared.values, covariance.values, atol=1e-6)
     full = layer_by_layer(tiny_model, CORPUS)["covariance"]
     np.testing.assert_allclose(full.values, covariance.values[:, :1], atol=1e-6)
-    fewer = layer_by_layer(tiny_model, CORPUS, some, TARGET, tokens=32)
+    fewer = layer_by_layer(tiny_model, some, TARGET, CORPUS, tokens=32)
     assert fewer["cosine"].notes["tokens"] == 32
 
 

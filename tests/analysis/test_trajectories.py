@@ -55,7 +55,7 @@ def test_one_table_over_checkpoints(folders):
 def test_faithfulness_of_given_weights_at_every_checkpoint(folders, corpus, target):
     last = bc.load_model(folders[-1], device="cpu")
     subnetwork = bc.Subnetwork.full(last).drop_layer(1)
-    curves = trajectory(folders, faithfulness_to(target, corpus, subnetwork), device="cpu")
+    curves = trajectory(folders, faithfulness_to(subnetwork, target, corpus), device="cpu")
     assert curves.conditions == ("full", "subnetwork", "complement", "random")
     expected = bc.evaluate(last, subnetwork, target, corpus.held_out, controls=False)
     assert curves.get("kl", "subnetwork")[2] == pytest.approx(expected.subnetwork.kl)

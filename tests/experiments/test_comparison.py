@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -12,7 +13,9 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.comparison import MOST_PAIRED, compare, differing_settings, leaders, not_dominated
+from bigram_circuits.experiments.sparsity_path import load_path_runs
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
@@ -20,6 +23,7 @@ from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.comparison import page, write_comparison
 from bigram_circuits.runs import RunFolder
+from bigram_circuits.storage.files import checked_json
 from bigram_circuits.subnetwork import Subnetwork
 from tests.example_runs import (
     HOSTILE,
@@ -31,7 +35,8 @@ from tests.example_runs import (
     without_libraries,
 )
 
-SHAPES = {f"blocks.{layer}.{name}": (8, 40) for layer in range(2) for name in ("attn.W_Q", "mlp.W_in", "mlp.W_out")}
+OF_A_LAYER = {"attn.W_Q": (2, 8, 20), "mlp.W_in": (8, 40), "mlp.W_out": (40, 8)}
+SHAPES = {f"blocks.{layer}.{name}": shape for layer in range(2) for name, shape in OF_A_LAYER.items()}
 
 
 def drawn(share, seed, *, of="model/x", hashed="ab12", shapes=SHAPES):
@@ -45,7 +50,7 @@ def made(folder, subnetwork, *, r=None, random=True, analysed=0, width=0.01, **o
     metrics = None
     if r is not None:
         own = numbers(r) | {"kl": 1 - r, "cross_entropy": 3 - r, "kept": subnetwork.kept}
-        own |= {"fraction": subnetwork.fraction}
+        own |= {"fraction": subnetwork.fraction, "total": subnetwork.total}
         ends = {key: [own[key] - width, own[key] + width] for key in ("surprisal_correlation", "cross_entropy")}
         metrics = measured() | {"subnetwork": own} | ({} if random else {"random": None, "advantage": {}})
         metrics |= {"intervals": {"subnetwork": ends} if width else {}}
@@ -351,12 +356,7 @@ def test_a_comparison_reads_no_training_records(tmp_path, monkeypatch):
 
 
 def test_other_targets_are_not_ranked(tmp_path, runs):
-    other = made(tmp_path / "other", drawn(0.4, 5), r=0.99)
-    config = json.loads((other.path / "config.json").read_text())
-    config["settings"]["target"] = {"kind": "ModelTarget"}
-    config["rebuild"]["target"] = "model"
-    del config["checksum"]
-    (other.path / "config.json").write_text(json.dumps(config))
+    other = made(tmp_path / "other", drawn(0.4, 5), r=0.99, target="model")
     compared = compare([runs[0], other.path])
     assert differing_settings(compared.items) == {"target": ["bigram", "self-faithful"]}
     assert all(len(not_dominated(compared.items, "kl", one.task)) == 1 for one in compared.items)
@@ -424,7 +424,7 @@ def test_subnetworks_alone_have_overlaps_and_profiles(tmp_path):
 def test_undefined_numbers_give_a_page(tmp_path):
     run = made(tmp_path / "run", drawn(0.2, 0), r=0.5)
     undefined = run.metrics["subnetwork"] | {"surprisal_correlation": None, "kl": None}
-    (run.path / "metrics.json").write_text(json.dumps({"subnetwork": undefined}))
+    RunFolder(run.path).write_evaluation(Evaluation.from_json({"subnetwork": undefined}))
     assert "r and KL are undefined for all of them." in text_of(page(compare([run.path, drawn(0.3, 1)])))
 
 
@@ -437,11 +437,17 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
     made(tmp_path / "path" / "weight-1", large)
     made(tmp_path / "path" / "weight-10", small, within=large.checksum)
     points = [
-        {"sparsity_weight": weight, **numbers(r), "kept": one.kept, "fraction": one.fraction}
+        {
+            "sparsity_weight": weight,
+            **numbers(r),
+            "kept": one.kept,
+            "fraction": one.fraction,
+            "subnetwork": one.checksum,
+        }
         for weight, r, one in ((1.0, 0.9, large), (10.0, 0.8, small))
     ]
     record = {"points": points, "full": numbers(0.5), "empty": numbers(0.1), "cpr": None, "cmd": None}
-    (tmp_path / "path" / "path.json").write_text(json.dumps(record))
+    (tmp_path / "path" / "path.json").write_text(checked_json(record))
     compared = compare([tmp_path / "path", runs[0]])
     assert [one.name for one in compared.items] == ["weight-1", "weight-10", "one"]
     assert [one.measured("surprisal_correlation") for one in compared.items] == [0.9, 0.8, 0.95]
@@ -452,6 +458,12 @@ def test_a_path_counts_as_its_runs_with_what_it_measured(tmp_path, runs):
     one = compare({"x": tmp_path / "path" / "weight-10", "y": runs[0]}).items[0]
     assert one.measured("kl") == points[1]["kl"]
     assert [one.name for one in compare({"p": tmp_path / "path"}).items] == ["p/weight-1", "p/weight-10"]
+    (tmp_path / "path" / "path.json").write_text(checked_json({**record, "points": points[::-1]}))
+    assert [run.path.name for run in load_path_runs(tmp_path / "path")] == ["weight-10", "weight-1"]
+    swapped = [points[0], points[1] | {"subnetwork": large.checksum}]
+    (tmp_path / "path" / "path.json").write_text(checked_json({**record, "points": swapped}))
+    with pytest.raises(ValueError, match=r"weight-10' holds another run than the one that path\.json measured"):
+        compare([tmp_path / "path"])
     (tmp_path / "path" / "path.json").write_text("{")
     with pytest.raises(ValueError, match=r"path\.json' is damaged"):
         compare([tmp_path / "path"])
@@ -468,7 +480,7 @@ def test_the_same_name_twice_is_made_distinct(tmp_path):
 
 
 def test_other_models_are_refused_by_name(runs):
-    reshaped = drawn(0.3, 0, shapes=SHAPES | {"blocks.1.mlp.W_in": (8, 41)})
+    reshaped = drawn(0.3, 0, shapes=SHAPES | {"blocks.1.mlp.W_in": (8, 41), "blocks.1.mlp.W_out": (41, 8)})
     with pytest.raises(ValueError, match=r"'a' and 'c' .*blocks\.1\.mlp\.W_in has shape \(8, 40\) in the one"):
         compare({"a": runs[0], "b": drawn(0.3, 0, hashed=None), "c": reshaped})
     with pytest.raises(ValueError, match=r"'b' and 'c' .*hash 'ab12', not 'ffff'"):
@@ -499,7 +511,7 @@ def test_the_command_writes_the_page_and_prints_the_table(runs, tmp_path, monkey
 
 def test_a_mistake_gets_one_line(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    other = {name: torch.ones(3, 3, dtype=torch.bool) for name in SHAPES}
+    other = {name: torch.ones((3,) * len(shape), dtype=torch.bool) for name, shape in SHAPES.items()}
     Subnetwork(other).save(tmp_path / "other.safetensors")
     run = str(runs[0].path)
     for arguments, said in (
@@ -513,3 +525,19 @@ def test_a_mistake_gets_one_line(runs, tmp_path, monkeypatch, capsys):
         assert said in err
         assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_the_marks_of_many_are_of_one_kind(tmp_path):
+    n = 40
+    names = [f"run {place} <b>" for place in range(n)]
+    values = [0.9 + place / 1000 for place in range(n)]
+    panel = compared_figures.Points("r", values, values, values, [0.2] * n, fronts=[[0, n - 1]], is_r=True)
+    few = compared_figures.pareto(
+        names[:10], [0.02] * 10, [replace(panel, values=values[:10], random=[None] * 10, fronts=())]
+    )
+    many = compared_figures.pareto(names, [0.02 + place / 1e4 for place in range(n)], [panel])
+    assert len(few.data) == 10
+    assert [trace.name for trace in many.data] == ["Pareto front", "matched random weights", "subnetworks"]
+    assert many.data[2].customdata[3][0] == "run 3 &lt;b&gt;"
+    assert len(many.data[2].x) == n
+    assert many.layout.height < 500

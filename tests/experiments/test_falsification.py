@@ -17,6 +17,7 @@ from bigram_circuits.experiments.falsification import (
     with_random_blocks,
 )
 from bigram_circuits.report.page import page
+from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from tests.conftest import D_VOCAB
 from tests.example_runs import make_run, measured
@@ -143,7 +144,10 @@ def test_runs_under_the_former_name_are_taken_up(tried, tiny_model, tmp_path, mo
     config = read_checked_json(run / "config.json")
     name = config["settings"]["model"]["name"]
     config["settings"]["model"]["name"] = name.replace("re-initialised blocks", "its blocks initialised anew")
-    write_text(run / "config.json", checked_json(config))
+    write_text(run / "config.json", checked_json(config | {"format": "bigram_circuits.run/1", "signature": None}))
+    training = read_checked_json(run / "training.json")
+    del training["of"]
+    write_text(run / "training.json", checked_json(training))
     monkeypatch.setattr("bigram_circuits.learning.training._attempt", lambda *_: pytest.fail("it learned again"))
     again = falsify(tiny_model, TARGET, CORPUS, RECIPE, found=found, seeds=2, run_dir=tmp_path / "old")
     assert str(again) == str(result)
@@ -158,7 +162,7 @@ def changed(result, name, **values):
     numbers = controls.values.copy()
     for key, value in values.items():
         numbers[[one.name for one in controls.quantities].index(key), controls.names.index(name)] = value
-    return Falsification(replace(controls, values=numbers), result.seeds, result.spread)
+    return replace(result, controls=replace(controls, values=numbers))
 
 
 def test_a_control_that_does_as_well_with_as_few_weights_refutes(tried):
@@ -202,7 +206,11 @@ def test_the_page_tells_what_refutes_it(tried, tmp_path):
     run = make_run(tmp_path / "run", metrics=measured())
     assert "Not attempted" in page(run)
     found = changed(tried[0], "found", context_told=0.9, fraction=0.5)
-    changed(found, "re-initialised blocks", context_told=0.9, fraction=0.5).save(run.path / "falsify")
+    found = changed(found, "re-initialised blocks", context_told=0.9, fraction=0.5)
+    found.save(run.path / "falsify")
+    with pytest.raises(ValueError, match=r"controls.json' does not belong to this run: it is of another subnetwork"):
+        page(run)
+    replace(found, of=RunFolder(run.path).origin()).save(run.path / "falsify")
     told = page(run)
     assert "REFUTED by its own controls: re-initialised blocks" in told
     assert "Untrained blocks can be masked to do as well" in told

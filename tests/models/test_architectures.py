@@ -1,10 +1,14 @@
 """Every architecture: sites that add up, a layout that is exact, and masks that change what they should and no more."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
+from bigram_circuits.models.activations import NotShownError
 from tests.architectures import CONFIGS, REFUSED
 from tests.conftest import save_tiny
 
@@ -115,6 +119,31 @@ def through(model, subnetwork=None):
     for handle in handles:
         handle.remove()
     return seen
+
+
+def test_in_16_bits_it_computes_what_hugging_face_does_and_is_learned_evaluated_and_read(model):
+    table = bc.count_ngrams(TOKENS.numpy(), 2, d_vocab=257)
+    corpus = bc.Corpus.from_tokens(TOKENS.numpy(), TOKENS.numpy())
+    recipe = bc.SparsifyConfig(max_steps=2, batch_size=2)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = bc.load_model(model.cfg.model_name, device="cpu", dtype=dtype)
+        alone = AutoModelForCausalLM.from_pretrained(
+            model.cfg.model_name, dtype=dtype, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            expected = alone(TOKENS).logits.float()
+            difference = narrow(TOKENS).float() - expected
+        assert difference.square().mean().sqrt() < 2 * torch.finfo(dtype).eps * expected.std()
+        found = bc.find_subnetwork(narrow, table, corpus, recipe, check_memory="off")
+        assert len(found.history) == 2
+        measured = bc.evaluate(narrow, found.subnetwork, table, TOKENS.numpy(), controls=False).subnetwork
+        assert math.isfinite(measured.kl)
+        try:
+            lens = bc.logit_lens(narrow, TOKENS.numpy())
+        except NotShownError:
+            assert model.cfg.architecture in ("OPTForCausalLM", "OpenAIGPTLMHeadModel")  # in float32 neither
+        else:
+            assert np.isfinite(lens.get("kl")).all()
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

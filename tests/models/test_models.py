@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +101,40 @@ def test_a_path_to_nothing(name):
     assert name in one_line(error)
 
 
+def test_a_folder_of_a_model_s_nickname_is_that_folder_and_not_the_hub_s_model(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for nickname in ("pythia-70m", "gpt2-small", "gpt2"):
+        shutil.copytree(tiny_folders["llama"], tmp_path / nickname)
+        model = bc.load_model(nickname, device="cpu")
+        assert model.cfg.architecture == "LlamaForCausalLM"
+        assert model.cfg.model_name == str(tmp_path / nickname)
+        assert loading.model_source(model) == (str(tmp_path / nickname), None)
+
+
+def test_names_are_stored_so_that_they_find_the_model_from_everywhere(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_folders["gpt2"], tmp_path / "m")
+    for name in ("m", "./m", "~/m", Path("m"), "m/", "../" + tmp_path.name + "/m"):
+        assert bc.load_model(name, device="cpu").cfg.model_name == str(tmp_path / "m")
+    for name in ("reference", "EleutherAI/pythia-70m", "gpt2"):
+        assert loading.full_name(name) == name
+
+
+def test_reference_is_a_name_and_a_path_of_that_name_a_folder(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model folder 'reference'"):
+        bc.load_model(Path("reference"))
+    with pytest.raises(FileNotFoundError, match=r"no model folder 'gpt2' \(that is, '/.*/gpt2'\)"):
+        bc.load_model(Path("gpt2"))
+    shutil.copytree(tiny_folders["gpt2"], tmp_path / "reference")
+    assert bc.load_model("reference", device="cpu").cfg.architecture == "GPTNeoXForCausalLM"
+    assert bc.load_model("./reference", device="cpu").cfg.architecture == "GPT2LMHeadModel"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="'file' is a file, not a model folder"):
+        bc.load_model("file")
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json") as error:
         bc.load_model(tmp_path)
@@ -128,7 +163,7 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model_but_a_text_may_not_use_
     )
     model = bc.load_model(save_tiny(tmp_path / "small", config), device="cpu")
     assert len(model.tokenizer) == 257
-    most = np.full((4, 8), 99)
+    most = np.arange(32).reshape(4, 8) + 68
     table = bc.count_ngrams(most, 2, d_vocab=100)
     corpus = bc.Corpus.from_tokens(most, most)
     found = bc.find_subnetwork(model, table, corpus, bc.SparsifyConfig(max_steps=1)).subnetwork

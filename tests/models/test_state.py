@@ -370,3 +370,28 @@ def test_the_default_precision_survives_threads(model, target):
     with default_dtype(torch.float64):
         in_threads(3, lambda _: bc.evaluate(model, half(model), target, TEXT[:2], controls=False))
         assert torch.get_default_dtype() == torch.float64
+
+
+# --- length ---
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])  # learned positions, and rotary ones
+def test_texts_longer_than_the_context_are_refused_before_anything(tiny_folders, architecture, tmp_path):
+    model = bc.load_model(tiny_folders[architecture], device="cpu")
+    long = np.random.default_rng(0).integers(1, D_VOCAB, (4, 65))
+    corpus, target = bc.Corpus.from_tokens(long, long), bc.NextTokenTarget()
+    kept = half(model)
+    for use in (
+        lambda: bc.find_subnetwork(model, target, corpus, CONFIG, run_dir=tmp_path / "run"),
+        lambda: bc.forecast_memory(model, target, corpus, CONFIG),
+        lambda: bc.sparsity_path(model, target, corpus, CONFIG, [1, 2], run_dir=None),
+        lambda: bc.InducedTarget(model, long),
+        lambda: bc.ModelTarget(model).log_probs(torch.from_numpy(long)),
+        lambda: bc.evaluate(model, kept, target, long),
+        lambda: bc.analyze(model, kept, target, corpus),
+        lambda: analysis.layer_by_layer(model, kept, target, corpus),
+        lambda: analysis.passages(model, kept, target, long),
+    ):
+        with pytest.raises(ValueError, match="sequences of 65 tokens are longer than this model's context of 64"):
+            use()
+    assert not (tmp_path / "run").exists()

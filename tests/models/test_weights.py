@@ -44,7 +44,7 @@ def test_an_edit_is_seen_after_the_block(tiny_folders, hashed):
 def test_a_sweep_hashes_the_model_once_at_most(tiny_model, random_tokens, hashed, by):
     half = bc.Subnetwork.full(tiny_model).drop_layer(1)
     hashed.clear()
-    ablate(tiny_model, "heads", random_tokens, half, by=by, seeds=1)
+    ablate(tiny_model, "heads", half, random_tokens, by=by, seeds=1)
     assert len(hashed) == (0 if by == "zero" else 1)
     hashed.clear()
     sufficiency(tiny_model, half, "heads", random_tokens, seeds=1)
@@ -56,8 +56,8 @@ def test_what_takes_many_conditions_hashes_the_model_once(tiny_model, random_tok
     target = bc.count_ngrams(random_tokens, 2, d_vocab=257)
     corpus = bc.Corpus.from_tokens(random_tokens, random_tokens)
     for measured in (
-        lambda: fit_affine_lens(tiny_model, random_tokens, half),
-        lambda: bc.affine_lens(tiny_model, random_tokens, half),
+        lambda: fit_affine_lens(tiny_model, half, random_tokens),
+        lambda: bc.affine_lens(tiny_model, half, random_tokens),
         lambda: bc.evaluate(tiny_model, half, target, random_tokens, seeds=1),
         lambda: bc.analyze(tiny_model, half, target, corpus),
     ):

@@ -1,6 +1,7 @@
 """Pages in a real browser, opened from disk with the network off: what a reader sees and can do."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,114 @@ def blank_charts(page):
         "boxes => boxes.filter(box => !box.querySelector('.trace path, .hm image, .bars path, .point'))"
         ".map(box => box.getAttribute('aria-label'))"
     )
+
+
+CONTRASTS = """
+() => {
+  const canvas = document.createElement('canvas');
+  canvas.width = canvas.height = 1;
+  const pen = canvas.getContext('2d', {willReadFrequently: true});
+  const pixel = (layers, filter) => {  // of colours on top of each other, as a filter shows them
+    pen.filter = 'none';
+    layers.forEach(one => { pen.fillStyle = one; pen.fillRect(0, 0, 1, 1); });
+    if (filter !== 'none') {
+      const copy = new OffscreenCanvas(1, 1);
+      copy.getContext('2d').drawImage(canvas, 0, 0);
+      pen.filter = filter;
+      pen.drawImage(copy, 0, 0);
+    }
+    return Array.from(pen.getImageData(0, 0, 1, 1).data).slice(0, 3);
+  };
+  const luminance = rgb => rgb.map(x => x / 255).map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const ratio = (a, b) => {
+    const [dark, light] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+    return (light + 0.05) / (dark + 0.05);
+  };
+  const found = [];
+  for (const element of document.body.querySelectorAll('*')) {
+    const own = Array.from(element.childNodes).filter(one => one.nodeType === 3 && one.textContent.trim());
+    const style = getComputedStyle(element);
+    if (!own.length || ['SCRIPT', 'NOSCRIPT', 'STYLE'].includes(element.tagName) || !element.getClientRects().length ||
+        style.visibility === 'hidden' || style.opacity === '0') { continue; }
+    let filter = 'none';
+    const grounds = [];
+    for (let at = element; at; at = at.parentElement) {
+      const here = getComputedStyle(at);
+      grounds.unshift(here.backgroundColor);
+      if (here.filter !== 'none') { filter = here.filter; }
+    }
+    const inGraphic = element.closest('svg') !== null;
+    const ink = inGraphic ? style.fill : style.color;
+    let backs = [grounds];
+    const chart = element.closest('.chart');
+    if (chart && element.closest('.hm, .heatmap-label, .heatmaplayer')) {  // words on the colours of a map
+      backs = chart._fullLayout.coloraxis.colorscale.map(([, colour]) => [colour]);
+    }
+    for (const back of backs) {
+      const contrast = ratio(pixel([...back, ink], filter), pixel(back, filter));
+      found.push([contrast, ink, back.join(' '), filter, element.tagName, own[0].textContent.trim().slice(0, 30)]);
+    }
+  }
+  return found;
+}
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_every_text_can_be_read_on_its_background(browser, request, name, theme):
+    with shown(browser, request.getfixturevalue(name), theme=theme) as (page, *_):
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        found = page.evaluate(CONTRASTS)
+    assert len(found) > 300
+    assert {one[4] for one in found} >= {"text", "TD", "P", "H2", "A"}
+    assert [one for one in found if one[0] < 4.5][:8] == []
+
+
+def test_links_and_markup_of_plotly_are_shown_as_they_are(browser, tmp_path):
+    """Plotly turns `<a href>` in any string it draws into a link, unless it is escaped."""
+    link = '<a href="https://example.invalid/x">click</a>'
+    run = make_run(tmp_path / "run", metrics=measured(), found=linked(link), name=f"model {link}")
+    pages = {
+        "report": bc.write_report(run),
+        "comparison": bc.write_comparison({f"one {link}": run, f"two {link}": run}, tmp_path / "comparison.html"),
+    }
+    for name, path in pages.items():
+        with shown(browser, path) as (page, *_):
+            assert page.locator("svg a").count() == 0
+            assert page.locator("main a").count() == 0
+            drawn = page.locator(".chart svg text").evaluate_all("all => all.map(one => one.textContent)")
+            assert any("<a href" in words for words in drawn), name
+
+
+def linked(link):
+    """Results in which every name, axis, unit and title is a link."""
+
+    def named(result):
+        quantities = tuple(replace(one, unit=link) for one in result.quantities)
+        changed = {"title": f"{result.title} {link}", "quantities": quantities}
+        for axis in ("axis", "row_axis", "column_axis", "subject"):
+            if hasattr(result, axis):
+                changed[axis] = f"{getattr(result, axis)} {link}"
+        for axis in ("points", "columns", "names"):
+            if hasattr(result, axis) and result.title not in ("Of attention",):
+                changed[axis] = tuple(f"{one} {link}" for one in getattr(result, axis))
+        if hasattr(result, "conditions") and "attention" not in result.title:
+            changed["conditions"] = tuple(
+                one if one in ("full", "subnetwork", "target") else f"{one} {link}" for one in result.conditions
+            )
+        return replace(result, **changed)
+
+    return {name: named(result) for name, result in results().items() if name not in ("by_head", "concentration")}
+
+
+def test_a_print_has_the_settings_and_the_versions(opened):
+    page, *_ = opened
+    page.emulate_media(media="print")
+    for caption in ("Settings and hashes", "Date and versions", "Subnetwork and controls"):
+        assert page.locator(f"table[aria-label='{caption}']").is_visible()
+    page.emulate_media(media="screen")
 
 
 def test_attention_patterns_are_not_blank(opened):

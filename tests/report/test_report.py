@@ -11,8 +11,10 @@ from bigram_circuits.measures.html import shown
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report.blocks import Content
 from bigram_circuits.report.outcome import command_line
-from bigram_circuits.report.page import SECTIONS, page, sections, write_report
+from bigram_circuits.report.page import SECTIONS, opening, page, sections, write_report
 from bigram_circuits.report.sections import Sections
+from bigram_circuits.runs import RunFolder
+from bigram_circuits.storage.files import checked_json
 from tests.example_runs import HOSTILE, Elements, make_run, measured, numbers, results, without_libraries
 
 
@@ -172,7 +174,8 @@ def test_what_the_model_does_not_show_is_told_with_the_reason(tmp_path):
     found = {name: result for name, result in results().items() if name not in ("attribution", "by_head")}
     left_out = {"attribution": "it has <no> readout", "by_head": "it has no heads"}
     run = make_run(tmp_path / "run", found=found)
-    (run.path / "analysis" / "left_out.json").write_text(json.dumps(left_out))
+    of = RunFolder(run.path).origin().to_json()
+    (run.path / "analysis" / "left_out.json").write_text(checked_json(left_out | {"of": of}))
     text = " ".join(Elements(without_libraries(page(run))).text)
     assert "Left out: attribution: it has <no> readout." in text
     assert "Left out: by head: it has no heads." in text
@@ -235,3 +238,64 @@ def test_an_analysis_of_an_earlier_version_is_read_under_its_name_of_now(tmp_pat
     assert "max_activating_tokens" in run.analyses
     assert "exciting_tokens" not in run.analyses
     assert "maximally activating tokens" in page(run)
+
+
+# --- what is computed, not assumed ---
+
+
+def lens(full, subnetwork):
+    from dataclasses import replace
+
+    values = np.array([[full, subnetwork]])
+    one = results()["logit_lens"]
+    return replace(
+        one, quantities=one.quantities[:1], points=("embed", "0", "1", "2"), conditions=("full", "subnetwork"),
+        values=values, low=values, high=values,
+    )  # fmt: skip
+
+
+def test_the_layer_at_which_the_lens_rises_is_computed(tmp_path):
+    run = make_run(tmp_path / "run", found={"logit_lens": lens([0.2, 0.7, 0.7, 0.6], [0.2, 0.25, 0.25, 0.9])})
+    text = " ".join(Elements(without_libraries(page(run))).text)
+    assert (
+        "The r of the logit lens with the target's surprisals rises in the full model most at layer 0, the first, from "
+        "0.20 to 0.70; in the subnetwork most at layer 2, the last, from 0.25 to 0.90."
+    ) in text
+    assert "(mostly at layer 2, the last)" in text
+    flat = make_run(tmp_path / "flat", found={"logit_lens": lens([0.9, 0.6, 0.5, 0.4], [0.2, 0.2, 0.2, 0.2])})
+    assert "rises in the full model at no layer; in the subnetwork at no layer" in page(flat)
+
+
+@pytest.mark.parametrize(
+    ("r", "words"),
+    [
+        (0.96, "is surprised by the same tokens as the bigram table: r = 0.960"),
+        (0.82, "is surprised by roughly the same tokens"),
+        (0.5, "is surprised only by partly the same tokens"),
+        (0.1, "is not surprised by the same tokens"),
+    ],
+)
+def test_the_first_sentence_says_what_was_done_and_how_well_it_went(tmp_path, r, words):
+    metrics = measured() | {"subnetwork": numbers(r)}
+    run = make_run(tmp_path / "run", metrics=metrics, found={"by_head": results()["by_head"]})
+    assert f"and zero the rest; what remains {words}" in opening(run).answer
+
+
+def test_there_are_no_backticks_and_one_scheme_of_names(told, elements):
+    text = " ".join(elements.text)
+    assert "`" not in text
+    assert "full - random" not in text
+    assert "full model without matched random weights" in text
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', told, re.S).group(1))
+    names = {trace.get("name") for figure in figures for trace in figure["data"]} - {None}
+    assert {"full model", "matched random weights"} <= names
+    assert not {"full", "random", "magnitude"} & names
+
+
+def test_the_settings_and_the_date_are_in_the_text(told, elements):
+    text = " ".join(elements.text)
+    assert "Settings: method continuous sparsification, granularity weight, sparsity weight 10.0" in text
+    assert re.search(r"Begun on \d{4}-\d\d-\d\d at", text)
+    opened = re.sub(r"<details>.*?</details>", "", told, flags=re.S)
+    for caption in ("Settings and hashes", "Date and versions"):
+        assert f'aria-label="{caption}"' in opened

@@ -73,6 +73,9 @@ def test_fields_are_read_by_name_too():
         ({"name": "a", "inner": {"number": 1}, "by_name": [1]}, r"by_name should be values by name, not \[1\]"),
         ({"name": "a", "inner": {"number": 1}, "flag": 1}, "flag should be true or false, not 1"),
         ({"name": "a", "inner": {"number": math.inf}}, "inner.number should be a number, not inf"),
+        ({"name": "a", "inner": {"number": math.nan}}, "inner.number should be a number, not nan"),
+        ({"name": "a", "inner": {"number": 10**400}}, "inner.number should be a number, not 1000"),
+        ({"name": "a", "inner": {"number": 1}, "either": 10**400}, "either should be a whole number, not 1000"),
     ],
 )
 def test_what_is_something_else_is_said(value, said):

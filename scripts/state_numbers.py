@@ -1,0 +1,211 @@
+"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about ten minutes).
+
+It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
+docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. With `--check`, nothing is
+run or written: it says where a page states another number than docs/numbers.json.
+
+The tests compare the pages with docs/numbers.json, and docs/numbers.json with a run of their own.
+"""
+
+import argparse
+import json
+import re
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import bigram_circuits as bc
+from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.runs import Run
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = ROOT / "docs" / "numbers.json"
+_WORDS = r"[^|,\n]+?"
+_NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?%?"
+
+
+def _row(words: str, key: str, kept: str, bold: str = "") -> str:
+    r, kl = (f"{bold}{{{name}[{key}]:{digits}}}{bold}" for name, digits in (("r", ".3f"), ("kl", ".2f")))
+    return f"| {words} | {r} | {kl} | {{loss[{key}]:.2f}} | {kept} |"
+
+
+def _lens(words: str, key: str, bold: int | None = None) -> str:
+    cells = [f"{{lens_{key}[{place}]:.2f}}" for place in range(5)]
+    return f"| {words} | {' | '.join(f'**{cell}**' if at == bold else cell for at, cell in enumerate(cells))} |"
+
+
+STATED: dict[str, tuple[str, ...]] = {
+    "README.md": (
+        _row("**subnetwork**", "subnetwork", "{kept:,} ({fraction:.2%})", "**"),
+        _row("full model", "full", "{total:,}"),
+        _row("magnitude (largest weights, as many)", "magnitude", "{kept:,}"),
+        _row("matched random weights", "random", "{kept:,}"),
+        _row("complement (full model without the subnetwork)", "complement", "{kept_by_complement:,}"),
+        _row("full model without matched random weights", "full - random", "{kept_by_complement:,}"),
+        "{in_first_mlp:.0%} of the kept weights are in the first MLP, {in_attention:.0%} in attention. Dropping them "
+        "raises the model's loss by {rise:.2f} nats; dropping as many random weights raises it by {random_rise:.2f}.",
+        _lens("full model", "full", 1),
+        _lens("subnetwork", "subnetwork", 1),
+        _lens("complement", "complement"),
+        _lens("matched random weights", "random"),
+        "| {falsified_recipe:s} | weights kept | share of what the context tells | r |",
+        "| found | {falsified[found][fraction]:.2%} | {falsified[found][told]:.0%} | {falsified[found][r]:.3f} |",
+        "| other seeds (3) | {seeds[fraction][0]:.2%} to {seeds[fraction][1]:.2%} | {seeds[told_mean]:.0%} "
+        "| {seeds[r][0]:.3f} to {seeds[r][1]:.3f} |",
+        "| re-initialised blocks, trained embeddings | {falsified[blocks][fraction]:.2%} | "
+        "{falsified[blocks][told]:.0%} | {falsified[blocks][r]:.3f} |",
+        "| nonsense target: the bigram table with all tokens renamed | {falsified[nonsense][fraction]:.2%} | "
+        "{falsified[nonsense][told]:.0%} | {falsified[nonsense][r]:.3f} |",
+        "Seeds agree on the weights (Jaccard {seeds[jaccard]:.0%}, {seeds[times_chance]:.0f} times chance)",
+        "with {falsified[blocks][times_weights]:.1f} times the weights: the existence of a mask",
+        "The evidence is that the trained model *needs* these weights ({rise:.2f} nats against {random_rise:.2f}).",
+    ),
+    "docs/method.md": (
+        "For the reference model and {falsified_recipe:s}, re-initialised blocks reach "
+        "{falsified[blocks][of_found]:.0%} of the subnetwork's share "
+        "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}), with "
+        "{falsified[blocks][times_weights]:.1f} times the weights.",
+        "loss rises by {rise:.2f} nats without these weights, and by {random_rise:.2f} without matched random ones.",
+    ),
+    "docs/cost.md": (
+        "On the reference model: r {r[subnetwork]:.3f} at {fraction:.2%} of the weights, KL {kl[subnetwork]:.3f}, "
+        "after {steps} steps;",
+    ),
+    "docs/analyses.md": (
+        "| L2H2 | {induction[L2H2][fall]:.2f} nats ({induction[L2H2][low]:.2f} to {induction[L2H2][high]:.2f}) | "
+        "{induction[L2H2][random]:.2f} |",
+        "| L3H3 | {induction[L3H3][fall]:.2f} ({induction[L3H3][low]:.2f} to {induction[L3H3][high]:.2f}) | "
+        "{induction[L3H3][random]:.2f} |",
+        "| both | {induction[both][fall]:.2f} ({induction[both][low]:.2f} to {induction[both][high]:.2f}), from "
+        "{induction_loss[base]:.2f} to {induction[both][loss]:.2f} | {induction[both][random]:.2f} |",
+        "and the full model reaches {induction_loss[full]:.2f}: the circuit",
+        "Of the {kept:,} weights of the reference model's bigram subnetwork, {largest[shared]:,.0f} are also among the "
+        "largest of their matrices; chance would give {largest[expected]:,.0f}.",
+    ),
+}
+"""By page, the sentences and rows that state a number, with the place of each; a space may be a line break there."""
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The numbers of a run that was evaluated and analysed."""
+    assert run.evaluation is not None
+    rows, subnetwork = dict(run.evaluation.rows()), run.subnetwork
+    counts = subnetwork.by_component()
+    rise, random_rise = run.evaluation.necessity
+    analyses: dict[str, Any] = dict(run.analyses)
+    lens, largest = analyses["logit_lens"], analyses["overlap_magnitude"]
+    heads, pairs = analyses["induction"], analyses["induction_pairs"]
+    found = {
+        "kept": subnetwork.kept,
+        "total": subnetwork.total,
+        "kept_by_complement": subnetwork.total - subnetwork.kept,
+        "fraction": subnetwork.fraction,
+        "steps": len(run.history),
+        "r": {name: row.surprisal_correlation for name, row in rows.items()},
+        "kl": {name: row.kl for name, row in rows.items()},
+        "loss": {name: row.mean_surprisal for name, row in rows.items()},
+        "rise": rise,
+        "random_rise": random_rise,
+        "in_first_mlp": counts[0, "mlp"].kept / subnetwork.kept,
+        "in_attention": sum(n.kept for (_, part), n in counts.items() if part == "attn") / subnetwork.kept,
+        "induction": {
+            "L2H2": _effect(heads, "L2H2"), "L3H3": _effect(heads, "L3H3"),
+            "both": _effect(pairs, next(name for name in pairs.names if set(name.split(" + ")) == {"L2H2", "L3H3"})),
+        },
+        "induction_loss": {name: heads.notes[f"loss_of_{name}"] for name in ("base", "full")},
+        "largest": {"shared": largest.get("intersection")["all"], "expected": largest.get("expected")["all"]},
+    }  # fmt: skip
+    for name in ("full", "subnetwork", "complement", "random"):
+        found[f"lens_{name}"] = lens.get("surprisal_correlation", name).tolist()
+    return found | _falsified(run)
+
+
+def _effect(effects: Any, name: str) -> dict[str, float]:
+    at = effects.names.index(name)
+    keys = {"fall": "fall_in_loss", "random": "random_fall", "loss": "loss"}
+    ends = {"low": float(effects.low[0, at]), "high": float(effects.high[0, at])}
+    return {word: effects.get(key)[name] for word, key in keys.items()} | ends
+
+
+def _falsified(run: Run) -> dict[str, Any]:
+    """What `falsify` measured; nothing if it was not run."""
+    tried = load_falsification(run.path / "falsify")
+    if tried is None:
+        return {}
+    columns = {"r": "surprisal_correlation", "fraction": "fraction", "told": "context_told"}
+    values = {word: tried.controls.get(key) for word, key in columns.items()}
+    names = {"found": "found", "blocks": "re-initialised blocks", "nonsense": "nonsense target"}
+    rows = {word: {key: of[name] for key, of in values.items()} for word, name in names.items()}
+    for row in rows.values():
+        row["times_weights"] = row["fraction"] / rows["found"]["fraction"]
+        row["of_found"] = row["told"] / rows["found"]["told"]
+    others = [name for name in tried.controls.names if name not in names.values()]
+    seeds: dict[str, Any] = {key: [f(of[name] for name in others) for f in (min, max)] for key, of in values.items()}
+    seeds["told_mean"] = sum(values["told"][name] for name in others) / len(others)
+    together, expected = tried.seeds.get("jaccard"), tried.seeds.get("expected")
+    whole = [f"{pair}: all" for pair in tried.seeds.notes["pairs"]]
+    seeds["jaccard"] = sum(together[name] for name in whole) / len(whole)
+    shared = tried.seeds.get("intersection")
+    seeds["times_chance"] = sum(shared[name] / expected[name] for name in whole) / len(whole)
+    changed = run.settings.recipe != bc.SparsifyConfig()
+    recipe = "another recipe" if changed else "the default recipe"
+    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds}
+
+
+def _pattern(template: str) -> tuple[re.Pattern[str], list[str]]:
+    """What a template matches in a page, whatever the numbers are, and the fields of its groups."""
+    parts, fields = [], []
+    for words, name, spec, _ in string.Formatter().parse(template):
+        parts.append(re.sub(r"(?:\\ )+", r"\\s+", re.escape(words)))
+        if name is not None:
+            parts.append(f"({_WORDS if spec == 's' else _NUMBER})")
+            fields.append(f"{{{name}:{spec}}}")
+    if template.startswith("|"):  # a whole row of a table
+        parts = ["^", *parts, "$"]
+    return re.compile("".join(parts), re.MULTILINE), fields
+
+
+def stated(page: str, text: str, numbers: dict[str, Any]) -> str:
+    """The text of a page with these numbers in it.
+
+    Raises:
+        ValueError: If a template of the page is there not once.
+    """
+    for template in STATED[page]:
+        pattern, fields = _pattern(template)
+        matches = list(pattern.finditer(text))
+        if len(matches) != 1:
+            raise ValueError(f"{page} has {len(matches)} places like this one, not 1: {template}")
+        for group in reversed(range(len(fields))):
+            start, end = matches[0].span(group + 1)
+            text = text[:start] + fields[group].format(**numbers) + text[end:]
+    return text
+
+
+def main() -> None:
+    """Make or read the run, and write or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a finished default run, instead of making one")
+    parser.add_argument(
+        "--check", action="store_true", help="run nothing, write nothing: compare pages with numbers.json"
+    )
+    arguments = parser.parse_args()
+    numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+    if not arguments.check:
+        with tempfile.TemporaryDirectory() as folder:
+            run = bc.load_run(arguments.run) if arguments.run else bc.study(falsify=True, out=Path(folder) / "run")
+            numbers |= measured(run)
+        NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
+    for page in STATED:
+        text = (ROOT / page).read_text()
+        changed = stated(page, text, numbers)
+        if changed != text:
+            print(f"{page} {'states other numbers' if arguments.check else 'was changed'}")
+            if arguments.check:
+                raise SystemExit(1)
+            (ROOT / page).write_text(changed)
+
+
+if __name__ == "__main__":
+    main()

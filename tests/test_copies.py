@@ -1,0 +1,120 @@
+"""Every public value can be copied and sent to another process, and is as immutable there."""
+
+import copy
+import dataclasses
+import multiprocessing
+import operator
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import bigram_circuits as bc
+from bigram_circuits import analysis
+from bigram_circuits.experiments.comparison import compare
+from bigram_circuits.runs import load_run
+from tests.conftest import D_VOCAB
+
+TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (6, 8))
+CONFIG = bc.SparsifyConfig(max_steps=1, granularity={"mlp": "neuron"})
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def values(tiny_model, tmp_path_factory):
+    """One of each public type of value."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    corpus = bc.Corpus.from_tokens(TEXT, TEXT[::-1].copy())
+    target = bc.count_ngrams(TEXT, d_vocab=D_VOCAB)
+    _ = target.fingerprint, target.surprisal(torch.from_numpy(TEXT))  # what is computed once
+    found = bc.find_subnetwork(tiny_model, target, corpus, CONFIG, run_dir=folder, check_memory="off")
+    kept = found.subnetwork
+    evaluation = bc.evaluate(tiny_model, kept, target, TEXT, seeds=1)
+    maps = analysis.fit_affine_lens(tiny_model, tokens=TEXT)
+    lens = analysis.logit_lens(tiny_model, kept, target, TEXT)
+    neurons = analysis.whole_neurons(kept, threshold=0)
+    task = analysis.repeated_random_tokens(tiny_model, prompts=2, period=4)
+    listed = [
+        kept, found, evaluation, evaluation.subnetwork, found.gap, found.history[0], load_run(folder), CONFIG, corpus,
+        target, bc.NextTokenTarget(), bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
+        bc.forecast_memory(tiny_model, target, corpus, CONFIG, mode="off"), maps["full"], lens,
+        neurons, analysis.by_layer(kept),
+        analysis.Analyses({"logit_lens": lens}, {}), task, analysis.ability(tiny_model, task),
+        kept.by_weight()["blocks.0.attn.W_Q"], bc.activation_points(tiny_model)[0], bc.huggingface_layout(tiny_model),
+        compare({"one": kept, "other": ~kept}),
+        bc.Falsification(neurons, neurons, neurons),
+        bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
+    ]  # fmt: skip
+    return {type(one).__name__: one for one in listed}
+
+
+def content(value):
+    """A value down to its numbers, comparable with ==."""
+    if isinstance(value, torch.Tensor):
+        return ("tensor", str(value.dtype), value.tolist())
+    if isinstance(value, np.ndarray):
+        return ("array", str(value.dtype), repr(value.tolist()))
+    if isinstance(value, bc.Subnetwork):
+        return (value.checksum, value.lineage, value.model_name, value.weight_hash, dict(value.shapes))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [content(getattr(value, one.name)) for one in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return [(repr(key), content(one)) for key, one in value.items()]
+    if isinstance(value, list | tuple):
+        return [content(one) for one in value]
+    if hasattr(value, "__dict__") and not callable(value):
+        return content(vars(value))
+    return repr(value)
+
+
+COPIES = {
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", list(COPIES))
+def test_a_copy_is_the_same(values, how):
+    for name, value in values.items():
+        again = COPIES[how](value)
+        assert type(again) is type(value), name
+        assert content(again) == content(value), name
+
+
+@pytest.mark.parametrize("how", list(COPIES))
+def test_a_copy_of_a_subnetwork_is_immutable(values, how):
+    kept = values["Subnetwork"]
+    again = COPIES[how](kept)
+    assert again == kept
+    assert hash(again) == hash(kept)
+    assert (again.lineage, again.kept, again.by_head()) == (kept.lineage, kept.kept, kept.by_head())
+    with pytest.raises(TypeError):
+        again._packed["blocks.0.attn.W_Q"] = np.zeros(1, np.uint8)
+    with pytest.raises(ValueError, match="read-only"):
+        again._packed["blocks.0.attn.W_Q"][0] = 1
+    with pytest.raises(TypeError):
+        again.shapes["x"] = (1,)
+    with pytest.raises(AttributeError):
+        again.lineage = "x"
+    assert again & ~kept == kept - kept
+
+
+def test_every_public_type_is_here(values):
+    not_values = {"Callback", "Model", "NGramCounter", "Planted", "TensorBoard", "Target", "WandB", "WeightSite"}
+    as_others = {"ModelTarget"}  # it holds a model
+    classes = {name for name in dir(bc) if isinstance(getattr(bc, name), type)}
+    assert classes - not_values - as_others - set(values) == set()
+    assert {"Curves", "Effects", "Maps", "Task", "Ability", "AffineMaps", "Analyses", "Comparison"} <= set(values)
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_pool_of_processes_works_with_them(values, start):
+    kept = values["Subnetwork"]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start)) as pool:
+        assert list(pool.map(operator.invert, [kept, ~kept])) == [~kept, kept]
+        assert pool.submit(operator.attrgetter("subnetwork.kept"), values["FoundSubnetwork"]).result() == kept.kept
