@@ -37,6 +37,7 @@ from bigram_circuits.names import short_name
 from bigram_circuits.recipe import DTYPES, Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
+from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
@@ -198,7 +199,7 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
         held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
     )  # fmt: skip
     if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
-        print(f"bigram-circuits: note: {corpus.source}: {corpus.reading}", file=sys.stderr)
+        print(printable(f"bigram-circuits: note: {corpus.source}: {corpus.reading}"), file=sys.stderr)
     return corpus
 
 

@@ -106,7 +106,7 @@ class Reading:
         line = f"{len(kinds):,} file{'' if len(kinds) == 1 else 's'} read ({counts})"
         if not self.skipped:
             return line
-        some = ", ".join(f"{name} ({why})" for name, why in self.skipped[:5])
+        some = ", ".join(f"{name if name.isprintable() else ascii(name)} ({why})" for name, why in self.skipped[:5])
         more = f" and {len(self.skipped) - 5:,} more" if len(self.skipped) > 5 else ""
         return f"{line}, {len(self.skipped):,} skipped: {some}{more}"
 
@@ -151,6 +151,8 @@ def _below(folder: Path, text_column: str) -> Reading:
         here = Path(root)
         hidden = [name for name in (*names, *files) if _is_hidden(name)]
         skipped += [(str((here / name).relative_to(folder)), "hidden") for name in sorted(hidden)]
+        links = [name for name in names if not _is_hidden(name) and (here / name).is_symlink()]
+        skipped += [(str((here / name).relative_to(folder)), "a link to a folder") for name in sorted(links)]
         names[:] = [name for name in names if not _is_hidden(name)]
         paths += [here / name for name in files if not _is_hidden(name)]
     for path in sorted(paths):

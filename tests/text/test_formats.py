@@ -179,6 +179,17 @@ def test_in_a_folder_of_prose_a_readme_is_prose(tmp_path):
     assert texts_in(tmp_path) == ["README.md has words", "a.md has words"]
 
 
+def test_links_to_folders_are_not_followed_and_odd_names_are_escaped(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "a\n\x1b[31m.bin").write_bytes(b"\x00")
+    reading = open_source(tmp_path, "text").reading
+    assert reading is not None
+    assert len(reading.read) == 1
+    assert "loop (a link to a folder)" in str(reading)
+    assert r"'a\n\x1b[31m.bin' (binary" in str(reading)
+
+
 def saved(folder: Path, name: str, save) -> Path:
     save(folder / name)
     return folder / name
