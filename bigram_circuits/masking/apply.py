@@ -38,13 +38,14 @@ def masked(model: Model, subnetwork: SubnetworkLike) -> Iterator[Any]:
         RuntimeError: If another thread keeps the model masked.
     """
     subnetwork = as_subnetwork(subnetwork)
-    subnetwork.check_fits(model)
 
     def mask(site: WeightSite) -> nn.Module:
         return _Mask(site.to_stored(subnetwork[site.name]).contiguous().to(site.original.device))
 
-    with in_use(model, "masked", block=True), _parametrized(model, mask):
-        yield model
+    with in_use(model, "masked", block=True):
+        subnetwork.check_fits(model)  # not while another thread changes the model's modules
+        with _parametrized(model, mask):
+            yield model
 
 
 @contextmanager
