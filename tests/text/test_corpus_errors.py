@@ -146,3 +146,16 @@ def test_a_dataset_is_streamed_by_its_name_and_configuration(tokenizer, monkeypa
     corpus = bc.load_corpus("some/name:small", tokenizer=tokenizer, context_length=16)
     assert asked == [("some/name", "small", "train", True)]
     assert corpus.fingerprint == bc.load_corpus(STORIES, tokenizer=tokenizer, context_length=16).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("gpt2", r"tokenizer is the name 'gpt2', but should be a tokenizer: model.tokenizer, or transformers.AutoTok"),
+        (Path("folder"), "tokenizer is the name 'folder'"),
+        (3, "tokenizer is a int, but should be a tokenizer, such as model.tokenizer"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        bc.load_corpus(["some text"] * 9, tokenizer=given)
