@@ -1,4 +1,4 @@
-"""Time, memory and page size of comparing many runs: `python benchmarks/comparing.py` (a minute; `--runs 6`: seconds).
+"""Time, memory and page size of comparing many runs: `python benchmarks/comparing.py` (some minutes).
 
 The runs are made up: masks of the reference model's shapes, 400 training steps, an evaluation with controls and three
 results by layer each. They differ in the seed and in their masks. For each number of runs, in a process of its own: the
@@ -9,6 +9,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,16 @@ def make(folder: Path, seed: int) -> None:
     make_run(folder, metrics=own, found=found, recipe=SparsifyConfig(seed=seed), subnetwork=kept, steps=steps)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark for each number of runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, nargs="+", default=[20, 80, 500])
-    arguments = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    arguments = parser.parse_args(argv)
+    counts = [2] if arguments.smoke else arguments.runs
     print(f"{'runs':>6}{'compare, s':>12}{'page, s':>12}{'page, MB':>10}{'peak, MB':>12}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for count in arguments.runs:
+        for count in counts:
             runs = Path(folder) / str(count)
             for seed in range(count):
                 make(runs / f"run-{seed:04}", seed)

@@ -27,6 +27,7 @@ from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _HUB_FILE = "subnetwork.safetensors"
 _HUB_ID = re.compile(r"([A-Za-z0-9_.-]{1,96}/)?[A-Za-z0-9_.-]{1,96}")
+_HASH = re.compile(r"[0-9a-z:,]+")
 
 
 @uses_model
@@ -170,6 +171,7 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
     on_hub = name != "reference" and not is_local(name) and _HUB_ID.fullmatch(name) is not None
     title = name if on_hub or name == "reference" else "a model"
     found_hash = subnetwork.weight_hash or ""
+    known_hash = f"`{found_hash}`" if _HASH.fullmatch(found_hash) else "not recorded"
     header = ["library_name: bigram_circuits", "tags: [subnetwork, interpretability]"]
     header += [f"base_model: {name}"] if on_hub else []
     components = subnetwork.by_component()
@@ -201,7 +203,7 @@ def model_card(subnetwork: Subnetwork, repo_id: str, description: str = "") -> s
             "|---|---|---|---|",
             *rows,
             "",
-            f"Hash of the weights it was made for: {f'`{found_hash}`' if found_hash.isalnum() else 'not recorded'}.",
+            f"Hash of the weights it was made for: {known_hash}.",
             "",
         ]
     )

@@ -17,7 +17,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathm
 exclude_patterns = ["_build", "_extensions"]
 nitpicky = True
 nitpick_ignore_regex = [  # what other packages define has no page here
-    ("py:.*", r"(abc|collections(\.abc)?|jaxtyping|numpy|os|pathlib|torch|typing)\..*"),
+    ("py:.*", r"(abc|collections(\.abc)?|io|jaxtyping|numpy|os|pathlib|torch|typing)\..*"),
     ("py:.*", r"(Any|Callable|Tensor|(np\.)?ndarray|nn\.Module|Mapping|Sequence|Iterator|Path|os\.PathLike)"),
 ]
 

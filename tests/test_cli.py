@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
 from bigram_circuits import cli, workflow
-from bigram_circuits.storage.files import checked_json
 from scripts.state_numbers import NUMBERS, measured
 from tests.folders import names_in
 
@@ -221,14 +220,6 @@ def test_a_path_of_sparsity_weights(run, quick):
     assert run("evaluate", "path/weight-10", "--random-seeds", "1")[0] == 0
 
 
-def test_evaluate_notices_another_text(run, quick, text):
-    assert run(*quick, "--out", "mine")[0] == 0
-    text.write_text(text.read_text().replace("small", "large"))
-    code, _, err = run("evaluate", "mine", "--random-seeds", "1")
-    assert code == 0
-    assert "has changed since the run" in err
-
-
 def test_hooks_lists_points_and_weights(run, tiny_folders):
     code, out, _ = run("hooks", tiny_folders["llama"])
     assert code == 0
@@ -277,7 +268,7 @@ def test_wrong_arguments(refused):
 
 
 def test_things_that_are_not_there(refused, tiny_folders, tmp_path):
-    refused("find", "./nowhere", code=1, said="there is no model folder './nowhere'")
+    refused("find", "./nowhere", code=1, said=f"there is no model folder {os.path.abspath('nowhere')!r}")
     refused("find", tiny_folders["gpt2"], "--corpus", "missing.txt", code=1, said="no file or folder 'missing.txt'")
     refused("evaluate", "nothing", code=1, said="holds no run")
     refused("hooks", tmp_path, code=1, said="has no config.json")
@@ -311,7 +302,7 @@ def test_a_model_whose_weights_are_nan_is_not_told_to_try_float32(refused, tiny_
     for file in tiny_folders["gpt_neox"].glob("tokenizer*"):
         shutil.copy(file, tmp_path / "nan")
     with pytest.raises(ValueError, match=r"its weights hold NaN or infinity .*layers\.1\.mlp.* are damaged") as error:
-        bc.study(tmp_path / "nan", text, context_length=16, max_tokens=2000, max_steps=2, analysis=False)
+        bc.study(tmp_path / "nan", text, context_length=16, max_tokens=20_000, max_steps=2, analysis=False)
     assert "float32" not in str(error.value)
 
 
@@ -375,11 +366,7 @@ def test_an_output_folder_that_cannot_be_used(run, refused, quick, tmp_path):
 
 def test_a_mask_of_another_model(run, refused, quick, tiny_folders):
     assert run(*quick, "--out", "mine")[0] == 0
-    config = json.loads(Path("mine/config.json").read_text())
-    config["rebuild"]["model"] = str(tiny_folders["gpt2"])
-    del config["checksum"]
-    Path("mine/config.json").write_text(checked_json(config))
-    refused("evaluate", "mine", code=1, said="was made with")
+    refused("evaluate", "mine", "--model", tiny_folders["gpt2"], code=1, said="was made with")
 
 
 def test_a_run_made_from_objects_is_evaluated_in_python(refused, tiny_model, tokenizer, tmp_path):

@@ -182,7 +182,7 @@ def test_maps_are_saved_and_checked_when_loaded(tiny_model, any_model, random_to
     for name in ("output_weight", "output_bias", "input_weight", "input_bias"):
         torch.testing.assert_close(getattr(again, name), getattr(maps["subnetwork"], name))
     if bc.weight_hash(any_model) != bc.weight_hash(tiny_model):
-        with pytest.raises(ValueError, match="fitted on a model with weight hash"):
+        with pytest.raises(ValueError, match="fitted on another model than"):
             AffineMaps.load(tmp_path / "maps.safetensors", any_model)
     with pytest.raises(FileNotFoundError, match="no file"):
         AffineMaps.load(tmp_path / "nothing")

@@ -56,7 +56,8 @@ def test_it_follows_every_tensor_to_sizes_that_it_does_not_try(any_model, monkey
     assert predicted == pytest.approx(taken.max(), rel=0.05)
 
 
-def test_it_holds_little_itself_at_a_long_context(tiny_model):
+def test_it_holds_little_itself_at_a_long_context(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model.cfg, "n_ctx", 1 << 15)
     long = bc.Corpus.from_tokens(np.zeros((1, 1 << 15), int), np.zeros((1, 1 << 15), int))
     held = psutil.Process().memory_info().rss
     assert bc.forecast_memory(tiny_model, TARGET, long).per_sequence > 10**10  # what such a sequence would take
