@@ -1,7 +1,10 @@
-"""Write what is installed: a bill of materials (CycloneDX 1.6, JSON) and a list of licences, one line a package.
+"""Write what is installed: a bill of materials (CycloneDX 1.6, JSON), licences, and constraints with hashes.
 
 `python scripts/bill_of_materials.py [--out FOLDER]` describes the packages of the environment that it runs in, from
-their own metadata, and writes `sbom.cdx.json` and `licences.txt`. The same environment gives the same files.
+their own metadata, and writes `sbom.cdx.json` and `licences.txt`. With `--report FILE`, the report of the `pip install`
+that made the environment (`make` leaves it in `.venv/installed.json`), it also writes `constraints-hashed.txt`: every
+package with its version and the SHA-256 of the file that it came from, for `pip install --require-hashes --requirement`
+on a machine of the same kind. The same environment gives the same files.
 """
 
 import argparse
@@ -46,6 +49,23 @@ def reference(name: str, version: str) -> str:
     return f"pkg:pypi/{name}@{version}"
 
 
+def hashes(report: Path) -> dict[str, tuple[str, str]]:
+    """Return the version and SHA-256 of every file that pip installed from a package index, by normalised name.
+
+    Raises:
+        ValueError: If the report is not one of `pip install --report`.
+    """
+    try:
+        installs = json.loads(report.read_text(encoding="utf-8"))["install"]
+        return {
+            canonicalize_name(one["metadata"]["name"]): (one["metadata"]["version"], digest)
+            for one in installs
+            if (digest := one["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256"))
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(report)!r} is no report of `pip install --report`: {error}") from error
+
+
 def bill(found: dict[str, Distribution]) -> dict[str, Any]:
     """Describe the packages as a CycloneDX document."""
     ids = {name: reference(name, one.version) for name, one in found.items()}
@@ -73,18 +93,23 @@ def bill(found: dict[str, Distribution]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write both files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write both (default: here)"
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write them (default: here)"
     )
-    folder = parser.parse_args(argv).out
+    parser.add_argument("--report", type=Path, metavar="FILE", help="what `pip install --report` wrote")
+    arguments = parser.parse_args(argv)
+    folder, pinned = arguments.out, hashes(arguments.report) if arguments.report else {}
     folder.mkdir(parents=True, exist_ok=True)
     found = installed()
     (folder / "sbom.cdx.json").write_text(json.dumps(bill(found), indent=2) + "\n", encoding="utf-8")
     lines = [f"{name} {one.version}: {licence(one)}" for name, one in found.items()]
     (folder / "licences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     unstated = sum(line.endswith(": not stated") for line in lines)
+    if pinned:
+        rows = [f"{name}=={release} --hash=sha256:{digest}" for name, (release, digest) in sorted(pinned.items())]
+        (folder / "constraints-hashed.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     print(f"{len(found)} packages, {unstated} without a stated licence: {folder / 'sbom.cdx.json'}, licences.txt")
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks, scripts and notebooks take nothing from the package that it does not have, and benchmarks run."""
+"""Benchmarks, scripts and notebooks take nothing from the package that it does not have; `.ci/run` runs benchmarks."""
 
 import ast
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import bigram_circuits as bc
+from scripts import bill_of_materials
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -51,20 +52,6 @@ def test_a_name_that_is_not_there_would_be_noticed():
     assert list(taken(ast.parse("run('from bigram_circuits.runs import Run')"))) == [("bigram_circuits.runs", "Run")]
 
 
-ELSEWHERE = {"analysis", "corpus_memory", "main_job", "survival"}
-"""They start the command several times. `.ci/run` runs them too; `test_cli.py` and `test_survival.py` do the same."""
-
-
-def test_benchmarks_run_to_their_end():
-    """In a process of their own, without the checks of types that tests add, at a size that only shows that."""
-    helpers = {"smoke", "quality_models", "start"}  # start is a part of cost
-    names = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - helpers - ELSEWHERE)
-    command = [sys.executable, str(ROOT / "benchmarks" / "smoke.py"), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == names
-
-
 def test_the_bill_of_materials_holds_what_is_installed(tmp_path):
     script = ROOT / "scripts" / "bill_of_materials.py"
     for out in ("a", "b"):
@@ -87,3 +74,20 @@ def test_the_bill_of_materials_holds_what_is_installed(tmp_path):
     assert re.search(r"^numpy \S+: .*BSD", licences, re.MULTILINE)
     for name in ("sbom.cdx.json", "licences.txt"):  # the same environment, the same bytes
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_constraints_with_hashes_are_what_pip_installed(tmp_path):
+    def installed(name, **download):
+        return {"metadata": {"name": name, "version": "1.0"}, "download_info": download}
+
+    digest = "0123456789abcdef" * 4
+    wheel = {"archive_info": {"hashes": {"sha256": digest}}}
+    report = tmp_path / "installed.json"
+    report.write_text(
+        json.dumps({"install": [installed("Z_a", **wheel), installed("me", dir_info={"editable": True})]})
+    )
+    bill_of_materials.main(["--report", str(report), "--out", str(tmp_path)])
+    assert (tmp_path / "constraints-hashed.txt").read_text() == f"z-a==1.0 --hash=sha256:{digest}\n"
+    report.write_text("[]")
+    with pytest.raises(ValueError, match="is no report of"):
+        bill_of_materials.main(["--report", str(report), "--out", str(tmp_path)])
