@@ -27,7 +27,6 @@ from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
-from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
@@ -268,8 +267,7 @@ def evaluate(
     target = as_target(target, model.cfg.d_vocab)
     subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
-    with hashed_once(model):
-        conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
+    conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
     with progress(total=len(conditions) * len(array), desc="evaluating", unit="sequence") as bar:
         for name, condition in conditions.items():

@@ -28,7 +28,7 @@ from bigram_circuits.learning.names import name_of_target, names_of
 from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.activations import check_length, shorter_than_context
-from bigram_circuits.models.identity import check_is, hashed_once, same_text
+from bigram_circuits.models.identity import check_is, same_text
 from bigram_circuits.models.loading import full_name, load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
@@ -123,7 +123,7 @@ def study(
     request = Request.of(**named, **options)
     subjects = _subjects(request.inputs, request.config, names, set(named), device)
     say = tell or (lambda line: None)
-    with in_use(subjects.model, "study"), hashed_once(subjects.model):  # nobody edits its weights meanwhile
+    with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
             return _path(request, subjects, out, callbacks, say)
         folder = _study(request, subjects, out, fresh, callbacks, say)
@@ -390,7 +390,7 @@ def check_text(run: Run, corpus: Corpus) -> None:
 
 def check_model(run: Run, model: Model) -> None:
     """Raise ValueError unless `model` is the one that a run was made with, and its subnetwork fits."""
-    with hashed_once(model):
+    with in_use(model, "check_model"):  # its hash is computed once
         settings = run.settings.model
         check_is(model, settings.weight_hash, f"the run in {str(run.path)!r} was made with {settings.name!r}")
         Subnetwork.load(run.path / "subnetwork.safetensors", model, follow_links=False)

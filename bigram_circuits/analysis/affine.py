@@ -34,7 +34,7 @@ from bigram_circuits.analysis.conditions import (
     reduced_to,
 )
 from bigram_circuits.models.activations import readout, residual_streams, rows_at_once
-from bigram_circuits.models.identity import hashed_once, how_models_differ, weight_hash
+from bigram_circuits.models.identity import how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import steps as counted
@@ -246,8 +246,7 @@ def fit_maps(
     model: Model, some: Integer[np.ndarray, "sequence position"], named: Conditions, alpha: float | int
 ) -> dict[str, AffineMaps]:
     """`fit_affine_lens` on a checked text, for given conditions."""
-    with hashed_once(model):
-        return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
+    return {name: _fit(model, some, name, one, float(alpha)) for name, one in named.items()}
 
 
 def _fit(

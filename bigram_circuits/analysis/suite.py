@@ -15,7 +15,6 @@ from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, 
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
-from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
@@ -113,8 +112,7 @@ def analyze(
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
     of = Origin(subnetwork=subnetwork.checksum, text=corpus.fingerprint, source=corpus.source)
-    with hashed_once(model):
-        return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+    return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
 
 
 def _run(of: Origin, subject: Subject) -> Analyses:

@@ -24,10 +24,9 @@ from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
-from bigram_circuits.models.identity import hashed_once
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import check_model
+from bigram_circuits.models.state import check_model, in_use
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
@@ -132,7 +131,7 @@ def faithfulness_to(
     def measure(model: Model) -> dict[str, dict[str, Any]]:
         check_model(model)
         of_model = _target_of(target, model)
-        with hashed_once(model):
+        with in_use(model, "trajectory"):
             every = {name: one or Subnetwork.full(model) for name, one in conditions(kept, seed=seed).items()}
             return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
@@ -177,7 +176,7 @@ def subnetworks_over_training(
     for name, loaded in _each(checkpoints, names, model, device, dtype):
         folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
         of_model = _target_of(target, loaded)
-        with hashed_once(loaded):
+        with in_use(loaded, "subnetworks_over_training"):
             one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
             compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
             rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})

@@ -16,17 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import uses_model
+from bigram_circuits.models.state import memo, uses_model
 from bigram_circuits.models.weights import fused_modules, weight_sites
 from bigram_circuits.names import short_hash
 
@@ -43,25 +42,6 @@ _NO_MATTER = re.compile(  # settings that logits in eval mode do not depend on
     r"attn_impl|id2label|label2id|num_labels|problem_type|chunk_size_feed_forward|gradient_checkpointing|summary_.*|"
     r"router_aux_loss_coef|is_(encoder_)?decoder|pretraining_tp|task_specific_params|tokenizer_class|cache_.*"
 )
-_HASHED_ONCE: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-"""Models within a `hashed_once` block, with their hash once it has been computed."""
-
-
-@contextmanager
-def hashed_once(model: Model) -> Iterator[None]:
-    """Within the `with` block, compute this model's `weight_hash` at most once, since hashing reads every weight.
-
-    Use it for the duration of one public call, during which nobody edits the weights. Elsewhere every call recomputes
-    the hash, because an edit through `.data` cannot be detected. May be nested for the same model.
-    """
-    if model in _HASHED_ONCE:
-        yield
-        return
-    _HASHED_ONCE[model] = None
-    try:
-        yield
-    finally:
-        del _HASHED_ONCE[model]
 
 
 @uses_model
@@ -69,14 +49,14 @@ def weight_hash(model: Model) -> str:
     """Hash all weights and the configuration, to tell models and checkpoints apart; `same_model` compares two hashes.
 
     The hash has a part for the precision of the weights and for each lower one, so a checkpoint is recognised in
-    float32 and in bfloat16. Masks that are applied do not matter.
+    float32 and in bfloat16. Masks that are applied do not matter. Hashing reads every weight: within one call of a
+    public function, during which nobody edits them, a model is hashed at most once.
     """
-    if model not in _HASHED_ONCE:
-        return _hash_of(model)
-    known = _HASHED_ONCE[model]
-    if known is None:
-        known = _HASHED_ONCE[model] = _hash_of(model)
-    return known
+    known, key = memo(), ref(model)
+    assert known is not None, "uses_model opens a memo"
+    if key not in known:
+        known[key] = _hash_of(model)
+    return known[key]
 
 
 def same_model(one: str | None, other: str | None) -> bool:

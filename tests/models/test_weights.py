@@ -1,11 +1,11 @@
-"""Hashes of weights: once within a block, anew outside of it."""
+"""Hashes of weights: once within a call, anew outside of it."""
 
 import pytest
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import ablate, fit_affine_lens, sufficiency
 from bigram_circuits.models import identity
-from bigram_circuits.models.identity import hashed_once
+from bigram_circuits.models.state import in_use
 
 
 @pytest.fixture
@@ -16,11 +16,11 @@ def hashed(monkeypatch):
     return models
 
 
-def test_within_a_block_a_model_is_hashed_once(tiny_model, hashed):
+def test_within_a_call_a_model_is_hashed_once(tiny_model, hashed):
     outside = bc.weight_hash(tiny_model)
-    with hashed_once(tiny_model):
+    with in_use(tiny_model, "a test"):
         assert [bc.weight_hash(tiny_model), bc.Subnetwork.full(tiny_model).weight_hash] == [outside, outside]
-        with hashed_once(tiny_model):
+        with in_use(tiny_model, "a test"):
             bc.weight_hash(tiny_model)
         bc.weight_hash(tiny_model)
     assert len(hashed) == 2
@@ -28,9 +28,9 @@ def test_within_a_block_a_model_is_hashed_once(tiny_model, hashed):
     assert len(hashed) == 3
 
 
-def test_an_edit_is_seen_after_the_block(tiny_folders, hashed):
+def test_an_edit_is_seen_after_the_call(tiny_folders, hashed):
     model = bc.load_model(tiny_folders["gpt2"], device="cpu")
-    with hashed_once(model):
+    with in_use(model, "a test"):
         before = bc.weight_hash(model)
     weight = bc.weight_sites(model)[0].original.data
     value = weight[0, 0].item()
