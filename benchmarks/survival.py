@@ -20,7 +20,10 @@ from smoke import find_options
 import bigram_circuits as bc
 from bigram_circuits.runs import RunFolder
 
-START = "from bigram_circuits import cli, runs; runs._CHECKPOINT_SECONDS = {}; runs._CHECKPOINT_SHARE = 1; cli.run()"
+START = (
+    "from bigram_circuits import cli; from bigram_circuits.runs import folder; "
+    "folder._CHECKPOINT_SECONDS = {}; folder._CHECKPOINT_SHARE = 1; cli.run()"
+)
 
 
 def find(options: list[str], folder: Path, pause: float) -> subprocess.Popen:

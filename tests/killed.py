@@ -22,6 +22,7 @@ from bigram_circuits import cli, runs, workflow
 from bigram_circuits.analysis.location import by_layer
 from bigram_circuits.analysis.suite import Analyses
 from bigram_circuits.learning import learner, training
+from bigram_circuits.runs import folder as run_folder
 from bigram_circuits.storage.origin import Origin
 from tests.conftest import TINY_CONFIGS, save_tiny
 from tests.folders import names_in
@@ -90,7 +91,7 @@ def stage(folder: Path) -> str:
 
 def often() -> None:
     """Checkpoints at every step, states to go back to at every fifth, and a loss that once explodes."""
-    runs._CHECKPOINT_SECONDS, runs._CHECKPOINT_SHARE = 0.0, 1e9
+    run_folder._CHECKPOINT_SECONDS, run_folder._CHECKPOINT_SHARE = 0.0, 1e9
     learner._GOOD_EVERY = 3
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bigram_circuits import runs
 from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.recipe import Inputs, SparsifyConfig
@@ -21,6 +20,7 @@ from bigram_circuits.runs import (
     TargetIdentity,
     load_run,
 )
+from bigram_circuits.runs import folder as run_folder
 from bigram_circuits.storage.files import whole_file, write_text
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_replaces_the_one_before(folder)
 
 def test_checkpoints_are_due_so_seldom_that_they_cost_little(folder, monkeypatch):
     now = 1_000.0
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
     folder = RunFolder(folder.path)
     now += 19
     assert not folder.checkpoint_is_due()

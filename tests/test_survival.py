@@ -23,6 +23,7 @@ from bigram_circuits.evaluation import Evaluation, SoftHardGap
 from bigram_circuits.learning import learner, training
 from bigram_circuits.measures.statistics import Faithfulness
 from bigram_circuits.runs import RunFolder
+from bigram_circuits.runs import folder as run_folder
 from bigram_circuits.storage.files import checked_json, read_checked_json, write_text
 from bigram_circuits.storage.locks import LOCK, FolderInUseError
 from bigram_circuits.storage.typed import to_json
@@ -192,8 +193,8 @@ def test_a_checkpoint_of_version_0_1_0_still_continues(stopped, goes_on):
     lines = bytes(tensors.pop("progress.jsonl").tolist())
     assert lines == (stopped / "progress.jsonl").read_bytes()
     del state["run"]
-    state = json.dumps(state | {"progress": to_json(runs._Progress(lines).state())})
-    save_file(tensors, path, {"state": state, "checksum": runs._checksum(state, tensors)})
+    state = json.dumps(state | {"progress": to_json(run_folder._Progress(lines).state())})
+    save_file(tensors, path, {"state": state, "checksum": run_folder._checksum(state, tensors)})
     assert goes_on(stopped) == 8
 
 
@@ -211,7 +212,9 @@ def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, 
     }  # fmt: skip
     for words, (kept, state) in said.items():
         about = (
-            {"state": metadata["state"]} if state is None else {"state": state, "checksum": runs._checksum(state, kept)}
+            {"state": metadata["state"]}
+            if state is None
+            else {"state": state, "checksum": run_folder._checksum(state, kept)}
         )
         save_file(kept, path, about)
         with pytest.raises(ValueError, match="is damaged") as told:
@@ -235,7 +238,7 @@ def test_a_sealed_checkpoint_of_other_gates_is_one_line(tiny_model, bigrams, cor
         tensors["adam.more"] = tensors.pop("adam.exp_avg_sq")
     else:
         state = state.replace('"step": 12', '"step": -12')
-    save_file(tensors, path, {"state": state, "checksum": runs._checksum(state, tensors)})
+    save_file(tensors, path, {"state": state, "checksum": run_folder._checksum(state, tensors)})
     if wrong == "steps":
         with pytest.raises(ValueError, match="is damaged: its steps cannot be"):
             RunFolder(stopped).read_checkpoint()
@@ -247,7 +250,7 @@ def test_a_sealed_checkpoint_of_other_gates_is_one_line(tiny_model, bigrams, cor
 
 def test_other_versions_are_noted(stopped, goes_on, capfd, monkeypatch):
     now = runs.versions() | {"torch": "9.0"}
-    monkeypatch.setattr(runs, "versions", lambda: now)
+    monkeypatch.setattr(run_folder, "versions", lambda: now)
     assert goes_on(stopped) == 8
     assert re.search(r"note: this run was started with other versions \(torch 9\.0, then \S+\)", capfd.readouterr().err)
 
@@ -295,8 +298,8 @@ def test_progress_that_is_not_what_came_before_the_checkpoint_is_set_aside_and_t
 def test_what_is_removed_or_written_by_others_while_a_run_is_at_work_does_not_stop_it(
     tiny_model, bigrams, corpus, expected, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SHARE", 1e9)
     folder = tmp_path / "run"
 
     def act(call, loss):
@@ -475,8 +478,8 @@ def test_a_run_that_went_back_continues_to_the_same_mask(tiny_model, bigrams, co
 def test_memory_that_runs_out_says_what_to_change_and_the_run_goes_on(
     tiny_model, bigrams, corpus, monkeypatch, tmp_path, goes_on, error
 ):
-    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SHARE", 1e9)
 
     def fail(call, loss):
         if call == 9:
@@ -521,10 +524,12 @@ def full(*_, **__):
 def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_later(
     tiny_model, bigrams, corpus, monkeypatch, tmp_path, goes_on
 ):
-    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SHARE", 1e9)
     folder = tmp_path / "run"
-    for call, (module, name) in enumerate([(os, "fsync"), (os, "replace"), (runs, "save_file"), (os, "fsync")], 1):
+    for call, (module, name) in enumerate(
+        [(os, "fsync"), (os, "replace"), (run_folder, "save_file"), (os, "fsync")], 1
+    ):
         with monkeypatch.context() as patch:
 
             def act(calls, loss, call=call, module=module, name=name, patch=patch):

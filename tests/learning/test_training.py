@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits import runs
 from bigram_circuits.learning import training
 from bigram_circuits.learning.schedules import is_unstable
+from bigram_circuits.runs import folder as run_folder
 from tests.folders import names_in
 
 
@@ -131,8 +131,8 @@ def test_an_interrupted_run_continues_to_the_same_mask(tiny_model, target, corpu
 
 def test_a_killed_run_continues_from_its_last_checkpoint(tiny_model, target, corpus, tmp_path, monkeypatch):
     expected = bc.find_subnetwork(tiny_model, target, corpus, QUICK)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "_CHECKPOINT_SHARE", 1e9)
 
     def die():
         raise SystemError("killed")
