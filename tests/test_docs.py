@@ -33,9 +33,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def some_text(load_corpus, *source, **options):
-    """A tenth of the reference text, and of its held-out part a few sequences."""
-    corpus = load_corpus(*source, **({"max_tokens": 90_000} | options))
-    return replace(corpus, held_out=corpus.held_out[:24])
+    """A part of the reference text, and of its held-out part a few sequences."""
+    corpus = load_corpus(*source, **({"max_tokens": 50_000} | options))
+    return replace(corpus, held_out=corpus.held_out[:12])
 
 
 @each_page
