@@ -57,12 +57,18 @@ def quick(tiny_folders, text):
 # --- the main job, as a new user does it ---
 
 
-@pytest.fixture(scope="module")
-def main_job(tmp_path_factory):
-    """`bigram-circuits find` with no argument, in an empty folder."""
+WHOLE = pytest.param((), id="whole", marks=pytest.mark.slow)
+"""No argument at all, as `make run` does it: minutes, and therefore a step of its own in .ci/run."""
+SHORTER = pytest.param(("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000"), id="shorter")
+"""Fewer and smaller steps, and less text."""
+
+
+@pytest.fixture(scope="module", params=[SHORTER, WHOLE])
+def main_job(tmp_path_factory, request):
+    """`bigram-circuits find` in an empty folder."""
     folder = tmp_path_factory.mktemp("main_job")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    result = subprocess.run([*COMMAND, "find"], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([*COMMAND, "find", *request.param], cwd=folder, capture_output=True, text=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert result.returncode == 0, result.stderr[-2000:]
     (run_folder,) = (folder / "runs").iterdir()
@@ -103,6 +109,7 @@ def test_it_prints_what_the_files_hold(main_job):
     )
 
 
+@pytest.mark.parametrize("main_job", [WHOLE], indirect=True)
 def test_it_measures_the_numbers_that_the_readme_and_the_docs_state(main_job):
     """docs/numbers.json, from which `scripts/state_numbers.py` writes the pages; tests/test_docs.py compares those."""
     stated, found = json.loads(NUMBERS.read_text()), measured(main_job[0])
