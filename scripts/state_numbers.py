@@ -4,7 +4,8 @@ It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`
 docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. With `--check`, nothing is
 run or written: it says where a page states another number than docs/numbers.json.
 
-The tests compare the pages with docs/numbers.json, and docs/numbers.json with a run of their own.
+The tests compare the pages with docs/numbers.json; those marked slow, which .ci/run runs,
+compare docs/numbers.json with a run of their own.
 """
 
 import argparse

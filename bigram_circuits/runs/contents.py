@@ -19,16 +19,9 @@ from torch import Tensor
 from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.models.identity import how_models_differ, same_text
 from bigram_circuits.recipe import Inputs, SparsifyConfig
-from bigram_circuits.storage.files import (
-    damaged,
-    read_checked_json,
-)
+from bigram_circuits.storage.files import damaged, read_checked_json
 from bigram_circuits.storage.origin import is_signed, sign
-from bigram_circuits.storage.records import (
-    opened,
-    parse_record,
-    shown,
-)
+from bigram_circuits.storage.records import opened, parse_record, shown
 from bigram_circuits.storage.typed import Record
 
 FORMAT = "bigram_circuits.run/2"

@@ -17,17 +17,10 @@ from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.runs.contents import FORMER, CorpusIdentity, Outcome, RunSettings, StepRecord, read_config
 from bigram_circuits.runs.folder import CORE, RunFolder, check_belongs, check_links
-from bigram_circuits.storage.files import (
-    damaged,
-    read_checked_json,
-    whole_folder,
-)
+from bigram_circuits.storage.files import damaged, read_checked_json, whole_folder
 from bigram_circuits.storage.locks import holder
 from bigram_circuits.storage.origin import Origin
-from bigram_circuits.storage.records import (
-    check_no_link,
-    opened,
-)
+from bigram_circuits.storage.records import check_no_link, opened
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.storage.typed import from_json
 from bigram_circuits.subnetwork import Subnetwork
