@@ -35,6 +35,7 @@ from .experiments.sparsity_path import (
 from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
 from .learning.found import FoundSubnetwork as FoundSubnetwork
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
+from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked
 from .measures.statistics import Faithfulness as Faithfulness
