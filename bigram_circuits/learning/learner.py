@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigram_circuits.learning.schedules import head_start
+from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.gates import Gates, group_gates
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
@@ -48,6 +48,7 @@ class Learner:
         self._sites = weight_sites(model)
         self.gates, self.wanted = make_gates(self._sites, config, self.seed, within)
         self._total = sum(site.size for site in self._sites)
+        self._n_possible = int(self.gates.scores.detach().isfinite().sum())
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
@@ -95,6 +96,10 @@ class Learner:
             penalty=penalty,
             sparsity_weight=weight,
         )
+
+    def may_stop(self, step: int, decided: int) -> bool:
+        """Whether decided gates mean that learning is done: some are closed, and the share to reach is due."""
+        return decided < self._n_possible and (self.share is None or has_fallen(step, self.config.max_steps))
 
     def is_finite(self) -> bool:
         """Whether no score is NaN, as scores become after a non-finite gradient."""

@@ -271,8 +271,9 @@ class _Search:
         return made
 
     def readmit(self, price: float) -> None:
-        """Re-admit weights one by one, until none of the most promising ones pays."""
-        while not self.spent:
+        """Re-admit weights one by one, until none of the most promising ones pays or half of what is left is spent."""
+        until = (self.measured + self.most) // 2
+        while self.measured < until:
             _, rise = self.predict()
             places = self.lowest(rise, (self.open == 0) & self.possible, _TRIED)
             gains = [gain - price for gain in self.gains(places)]

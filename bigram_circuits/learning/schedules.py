@@ -25,6 +25,11 @@ def share_due(step: int, share: float | None, max_steps: int) -> float | None:
     return 0.5 * (share / 0.5) ** min(1.0, step / (_FALLS * max_steps))
 
 
+def has_fallen(step: int, max_steps: int) -> bool:
+    """Whether the share due has fallen to the share to reach."""
+    return step >= _FALLS * max_steps
+
+
 def head_start(step: int, first_score: float | int, max_steps: int) -> float:
     """How far below the threshold for the share due the gates open at a step.
 

@@ -200,7 +200,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
                 raise _Exploded(what, step, learner.good, learner.seconds)
             history.append(record)
             _note(job, bar, record)
-            if undecided < config.stop_undecided * decided:
+            if undecided < config.stop_undecided * decided and learner.may_stop(step, decided):
                 stopped_because = "decided"
                 break
             _keep(job, learner, step + 1)
