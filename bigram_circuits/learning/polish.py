@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bigram_circuits.masking.apply import switched
 from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward
+from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
@@ -346,7 +347,7 @@ class _Search:
         masks = {site.name: site.from_stored(self.switches[site.name].detach() > 0) for site in self.sites}
         return Subnetwork(
             {name: masks.get(name, like[name]) for name in like},
-            model_name=like.model_name, weight_hash=like.weight_hash, lineage=f"polished ({like.lineage})",
+            model_name=self.model.cfg.model_name, weight_hash=weight_hash(self.model), lineage=f"polished ({like.lineage})",
         )  # fmt: skip
 
 
