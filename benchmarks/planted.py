@@ -1,10 +1,10 @@
 """Precision and recall on planted circuits, for each method: `python benchmarks/planted.py` (about an hour).
 
-A cell is a model with a planted circuit (`bigram_circuits.plant_bigram`: an architecture, a number of layers, a strength
-of the distractors), a method, and what sets the size: the circuit's own size as `target_fraction`, or a
-`sparsity_weight`. Each is measured with several seeds (of model, text and learning), before and after `polish`. Every run
-adds a line to the results, and a run that has a line there is not repeated. `--write` writes the table and the words
-below it into the page.
+A cell is a model with a planted circuit (`bigram_circuits.plant_bigram`: an architecture, a number of layers, a
+strength of the distractors), a method, and what sets the size: the circuit's own size as `target_fraction`, or a
+`sparsity_weight`. Each is measured with several seeds (of model, text and learning), before and after `polish`. Every
+run adds a line to the results, and a run that has a line there is not repeated. `--write` writes the table and the
+words below it into the page.
 
 Settings were chosen on models with seeds 0 to 4, not all of them for every choice; the seeds reported are others.
 """
@@ -200,7 +200,9 @@ def words(rows: Sequence[Row]) -> list[str]:
             f"- **{method.replace('_', ' ').capitalize()}, size set by {size}**: mean precision and recall are both at "
             f"least {WANTED} in {reach[0]} of {len(mine)} cells as learned, in {reach[1]} after polishing."
         )
-        lines.append(says + (f" Below it after polishing (the smaller of the two): {'; '.join(below)}." if below else ""))
+        lines.append(
+            says + (f" Below it after polishing (the smaller of the two): {'; '.join(below)}." if below else "")
+        )
     return lines
 
 

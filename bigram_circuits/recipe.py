@@ -246,7 +246,7 @@ class SparsifyConfig(Record):
         0, "--polish", whole(0), "passes in which single weights are dropped and re-admitted as the measured loss says"
     )
     """Most passes of `polish` over the finished mask, on four batches of text: single weights are dropped and
-    re-admitted as long as the measured loss says that it pays. 0: none. For gates of single weights only."""
+    re-admitted as long as the measured loss says that it pays. 0: none. Only where gates govern single weights."""
     low_memory: bool = option(False, "--low-memory", None, "use less memory, at some cost in time")
     """Use less memory, at some cost in time: scores and moments are stored as bfloat16, and the activations of a block
     are recomputed in the backward pass."""
@@ -276,8 +276,9 @@ class SparsifyConfig(Record):
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
         _check(self, limits)
-        if self.polish and set(self.unit_of.values()) != {"weight"}:
-            raise ValueError(f"polish changes single weights, so granularity must be weight, not {shown(self.granularity)}")
+        if self.polish and "weight" not in self.unit_of.values():
+            given = shown(self.granularity)
+            raise ValueError(f"polish changes single weights, but granularity {given} has no gates of them")
         METHODS[self.method].check_config(self)
 
     def _check_granularity(self) -> None:

@@ -46,6 +46,7 @@ OTHER = {  # for every option a value that is not its default
     "stop_undecided": 0.02,
     "recovery_steps": 9,
     "retries": 0,
+    "polish": 2,
     "low_memory": True,
     "seed": 11,
     "recipe": "paper",

@@ -116,10 +116,8 @@ def polish(
         raise ValueError("the training part of the corpus is empty")
     check_tokens(model, corpus.train)
     tokens = batch_of(corpus.train, min(sequences, len(corpus.train)), step=0, seed=seed)
-    names = {site.name for site in weight_sites(model)}
-    return polish_on(
-        model, kept, target, tokens, names, float(sparsity_weight), same_size, among, passes, most, seed, lambda: None
-    )
+    names, price = set(kept), sparsity_weight / kept.total
+    return polish_on(model, kept, target, tokens, names, price, same_size, among, passes, most, seed, lambda: None)
 
 
 def _check(sparsity_weight: float | int, **counts: int) -> None:
@@ -132,10 +130,13 @@ def _check(sparsity_weight: float | int, **counts: int) -> None:
 
 def polish_on(
     model: Model, kept: Subnetwork, target: Target, tokens: Integer[Tensor, "sequence pos"], names: Collection[str],
-    sparsity_weight: float, same_size: bool, within: Subnetwork | None, passes: int, most: int, seed: int,
+    price: float, same_size: bool, within: Subnetwork | None, passes: int, most: int, seed: int,
     before_each: Callable[[], None],
 ) -> Polished:  # fmt: skip
-    """Polish the named weight matrices on a text; `before_each` is called before every measurement."""
+    """Polish the named weight matrices on a text, at a price per weight in nats; see `polish`.
+
+    `before_each` is called before every measurement.
+    """
     with progress(total=most, desc="polishing", unit="mask") as bar:
 
         def measuring() -> None:
@@ -143,10 +144,10 @@ def polish_on(
             bar.update()
 
         search = _Search(model, kept, target, tokens, names, within, most, seed, measuring)
-        with switched(model, search.switches), lean_forward(model):
+        with switched(model, search.switches | search.fixed), lean_forward(model):
             before = search.loss = search.measure()
             descend = search.descend_at_size if same_size else search.descend
-            made = descend(sparsity_weight / len(search.open), passes)
+            made = descend(price, passes)
     now = search.subnetwork(kept)
     return Polished(now, kept - now, now - kept, before, search.loss, made, search.measured)
 
@@ -178,6 +179,12 @@ class _Search:
             site.name: part.view(site.original.shape).detach().requires_grad_()
             for site, part in zip(self.sites, parts, strict=True)
         }
+        self.fixed = {
+            site.name: site.to_stored(kept[site.name]).to(device, torch.float32)
+            for site in weight_sites(model)
+            if site.name not in names
+        }
+        """The masks of the other weight matrices, which stay as they are."""
         self.loss, self.measured, self.moves = math.nan, 0, 0
         self.labels = torch.Generator().manual_seed(seed)
 
@@ -282,7 +289,7 @@ class _Search:
                 return
 
     def drop(self, price: float) -> None:
-        """Drop weights in groups, and the doubtful ones one by one, until `_PATIENCE` proposals in a row were refused."""
+        """Drop weights in groups and the doubtful ones one by one, until `_PATIENCE` proposals in a row are refused."""
         rise, _ = self.predict()
         places = self.lowest(rise, self.open > 0, _PROPOSED)
         predicted = (price - rise[places]).double().tolist()
@@ -347,8 +354,10 @@ class _Search:
         masks = {site.name: site.from_stored(self.switches[site.name].detach() > 0) for site in self.sites}
         return Subnetwork(
             {name: masks.get(name, like[name]) for name in like},
-            model_name=self.model.cfg.model_name, weight_hash=weight_hash(self.model), lineage=f"polished ({like.lineage})",
-        )  # fmt: skip
+            model_name=self.model.cfg.model_name,
+            weight_hash=weight_hash(self.model),
+            lineage=f"polished ({like.lineage})",
+        )
 
 
 def _joined(gradients: Sequence[Tensor]) -> Float[Tensor, " weight"]:

@@ -252,12 +252,14 @@ def _polish(job: _Job, found: FoundSubnetwork) -> FoundSubnetwork:
                 kept = f"the same command continues the run in {str(job.folder.path)!r} from its last checkpoint"
             raise KeyboardInterrupt(f"interrupted while the mask was polished; {kept}")
 
-    names = {group.site.name for group in group_gates(weight_sites(model), config.unit_of, config.layers)}
+    groups = group_gates(weight_sites(model), config.unit_of, config.layers)
+    names = {group.site.name for group in groups if group.unit == "weight"}
+    price = config.sparsity_weight / sum(group.site.size for group in groups)
     sequences = min(_POLISHED_ON * config.batch_size, len(job.corpus.train))
     tokens = batch_of(job.corpus.train, sequences, step=0, seed=config.seed)
     with _memory_saved(model, config):
         polished = polish_on(
-            model, found.subnetwork, job.target, tokens, names, float(config.sparsity_weight),
+            model, found.subnetwork, job.target, tokens, names, price,
             config.target_fraction is not None, job.within, config.polish, _MOST_MEASURED, config.seed, stop_if_asked,
         )  # fmt: skip
     seconds = found.seconds + time.monotonic() - began

@@ -16,7 +16,7 @@ from bigram_circuits.report.facts import Row, control_rows, of_seeds
 from bigram_circuits.report.results import Results, result_table
 from bigram_circuits.report.sections import section
 from bigram_circuits.report.words import spaced
-from bigram_circuits.runs import Run
+from bigram_circuits.runs import PolishRecord, Run
 
 
 @section("controls", "Does it beat its controls?")
@@ -161,7 +161,10 @@ def training(run: Run, results: Results) -> Content:
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    return Content([says, _recipe_words(run), *went_back, *_gap_words(outcome.soft_hard)], [chart, table])
+    return Content(
+        [says, _recipe_words(run), *went_back, *_gap_words(outcome.soft_hard), *_polish_words(outcome.polish)],
+        [chart, table],
+    )
 
 
 def _recipe_words(run: Run) -> str:
@@ -181,6 +184,17 @@ def _gap_words(gap: SoftHardGap | None) -> list[str]:
         f"{rounded(gap.hard)} nats with the binary mask."
     )
     return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
+
+
+def _polish_words(polish: PolishRecord | None) -> list[str]:
+    """What polishing changed."""
+    if polish is None:
+        return []
+    return [
+        f"Then the mask was polished: {polish.dropped:,} weights were dropped and {polish.readmitted:,} re-admitted. "
+        f"Its cross-entropy on some of the training text went from {rounded(polish.before)} to "
+        f"{rounded(polish.after)} nats."
+    ]
 
 
 @section("again", "How to reproduce it")

@@ -244,8 +244,33 @@ def test_a_run_interrupted_while_it_is_polished_is_resumed_to_the_same_mask(circ
     assert found.polish == expected.polish
 
 
+@pytest.mark.usefixtures("few")
+def test_heads_that_share_a_gate_stay_as_learned(circuit):
+    config = dataclasses.replace(QUICK, granularity={"attn": "head", "mlp": "weight"})
+    found, plain = (
+        bc.find_subnetwork(circuit.model, circuit.target, circuit.corpus, one).subnetwork
+        for one in (config, dataclasses.replace(config, polish=0))
+    )
+    assert all(torch.equal(found[name], plain[name]) for name in found if ".attn." in name)
+    assert found != plain
+
+
+def test_masks_that_are_not_polished_count_in_the_loss(circuit):
+    start = circuit.circuit | some(circuit, ~circuit.circuit, 1)[0]
+    tokens = torch.from_numpy(circuit.corpus.train[:4])
+    with torch.no_grad(), bc.masked(circuit.model, start):
+        loss = circuit.target.cross_entropy(circuit.model(tokens), tokens).mean().item()
+    found = polishing.polish_on(
+        circuit.model, start, circuit.target, tokens, {"blocks.0.mlp.W_out"}, 0.0, False, None, 1, 5, 0, lambda: None
+    )
+    assert found.before == pytest.approx(loss, rel=1e-6)
+    assert all(torch.equal(found.subnetwork[name], start[name]) for name in start if name != "blocks.0.mlp.W_out")
+
+
 def test_only_gates_of_single_weights_can_be_polished():
-    with pytest.raises(ValueError, match="polish changes single weights, so granularity must be weight"):
+    with pytest.raises(
+        ValueError, match="polish changes single weights, but granularity 'neuron' has no gates of them"
+    ):
         bc.SparsifyConfig(granularity="neuron", polish=1)
     with pytest.raises(ValueError, match="polish must be a whole number of at least 0"):
         bc.SparsifyConfig(polish=-1)
