@@ -225,8 +225,15 @@ class SparsifyConfig(Record):
     beta_growth: float | int | None = option(
         None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta per step", says="set by --max-steps"
     )
-    """Continuous sparsification: factor on beta at every step. None: chosen so that beta would grow by a factor of
-    100,000 over `max_steps`; most gates are decided, and learning stops, about half way."""
+    """Continuous sparsification: factor on beta at every step while gates are soft. None: chosen so that beta would grow
+    by a factor of 100,000 over `max_steps` (most gates are decided, and learning stops, about half way); or, with
+    `hard_from`, by a factor of 5 until gates become hard."""
+    hard_from: float | int = option(
+        1.0, "--hard-from", NUMBER, "continuous sparsification: share of the steps after which gates are 0 or 1"
+    )
+    """Continuous sparsification: the share of `max_steps` after which gates are exactly 0 or 1 in the forward pass, with
+    straight-through gradients and a learning rate that falls to 0 at the last step. 1: never; gates then become hard only
+    because beta grows, as published."""
     max_steps: int = option(400, "--max-steps --steps", whole(1), "maximum number of steps")
     """Maximum number of steps."""
     batch_size: int = option(16, "--batch-size", whole(1), "sequences per step")
@@ -259,6 +266,7 @@ class SparsifyConfig(Record):
             "first_score": (math.isfinite, "a finite number"),
             "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
             "beta_growth": (lambda v: v is None or 1 <= v < 2, "from 1 to below 2"),
+            "hard_from": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
             "second_moment_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
             "max_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "batch_size": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
@@ -303,6 +311,16 @@ class SparsifyConfig(Record):
 
 RECIPES: Mapping[str, Callable[..., SparsifyConfig]] = {"default": SparsifyConfig, "paper": SparsifyConfig.paper}
 """Named recipes to start from: ours, and the published one."""
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"max_steps": 200},
+    "normal": {},
+    "thorough": {"max_steps": 1000, "hard_from": 0.3},
+}
+"""How much effort to make with our recipe, as the options that differ from its defaults: `quick` takes about half as many
+steps, for a first look. `thorough` takes about five times as many, most of them with hard gates, which pays where soft gates
+find something that the mask then loses: on a small Llama that nobody here trained, it halves the distance to the target at
+equal size (docs/method.md)."""
 
 
 # --- model, text and target by name ---
@@ -402,6 +420,8 @@ class StudyOptions(Record):
 
     recipe: str = option("default", "--recipe", TEXT, "recipe whose options are the defaults", choices=lambda: RECIPES)
     """The recipe to start from: `default` (ours) or `paper` (the published one)."""
+    effort: str = option("normal", "--effort", TEXT, "how many steps our recipe takes", choices=lambda: EFFORTS)
+    """How much effort our recipe makes: `quick`, `normal` or `thorough` (`EFFORTS`). Options given by name take precedence."""
     sparsity_weights: tuple[float | int, ...] | None = option(
         None, "--sparsity-weights", _NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )
@@ -423,6 +443,9 @@ class StudyOptions(Record):
 
     def __post_init__(self) -> None:
         _check_choice("recipe", self.recipe, RECIPES)
+        _check_choice("effort", self.effort, EFFORTS)
+        if self.recipe != "default" and self.effort != "normal":
+            raise ValueError(f"effort is an option of our own recipe, not of {self.recipe!r}: leave one of the two out")
         _check_choice("check_memory", self.check_memory, CHECKS_OF_MEMORY)
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
             "random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
@@ -471,15 +494,12 @@ class Request:
         changes = {name: some[name] for name in options_of(SparsifyConfig) if name in some}
         if options.sparsity_weights is not None and changes.keys() & {"sparsity_weight", "target_fraction"}:
             raise ValueError("sparsity_weights cannot be combined with sparsity_weight or target_fraction")
-        return cls(inputs, RECIPES[options.recipe](**changes), options)
+        return cls(inputs, RECIPES[options.recipe](**{**EFFORTS[options.effort], **changes}), options)
 
     def command(self) -> str:
         """The `bigram-circuits find` command for this request."""
-        recipe, changes = self._recipe()
-        options = {
-            **_changed(replace(self.options, recipe="default")),
-            **({} if recipe == "default" else {"recipe": recipe}),
-        }
+        start, changes = self._recipe()
+        options = {**_changed(replace(self.options, recipe="default", effort="normal")), **start}
         given = {**_changed(self.inputs), **changes, **options}
         words = ["bigram-circuits", "find"]
         for part in PARTS:
@@ -488,15 +508,13 @@ class Request:
                     words += _words(one, given[name])
         return shlex.join(words)
 
-    def _recipe(self) -> tuple[str, dict[str, Any]]:
-        """The closest named recipe, and the options that differ from it."""
-        candidates = {
-            name: changes
-            for name, make in RECIPES.items()
-            if None not in (changes := _differences(self.config, make())).values()
-        }
-        name = min(candidates, key=lambda one: len(candidates[one]))
-        return name, candidates[name]
+    def _recipe(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """The closest named recipe or effort, as options, and the options that differ from it."""
+        starts: list[tuple[dict[str, str], SparsifyConfig]] = [({}, SparsifyConfig())]
+        starts += [({"recipe": name}, make()) for name, make in RECIPES.items() if name != "default"]
+        starts += [({"effort": name}, SparsifyConfig(**own)) for name, own in EFFORTS.items() if own]
+        found = [(start, _differences(self.config, base)) for start, base in starts]
+        return min((one for one in found if None not in one[1].values()), key=lambda one: len(one[1]))
 
 
 PARTS = (Inputs, SparsifyConfig, StudyOptions)

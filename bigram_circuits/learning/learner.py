@@ -45,9 +45,10 @@ class Learner:
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
+        self._rate = rate_after(config, len(start.rollbacks))
         self.optimizer = torch.optim.AdamW(
             [self.gates.scores],
-            lr=rate_after(config, len(start.rollbacks)),
+            lr=self._rate,
             weight_decay=config.weight_decay,
             betas=(0.9, decay),
             fused=True,
@@ -72,10 +73,12 @@ class Learner:
             self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
 
     def harden(self, step: int, due: float | None) -> None:
-        """Set the soft gates for a step; `due` is the share of gated weights to be open, None if it is not fixed."""
+        """Set the gates and the learning rate for a step; `due` is the share of gated weights to be open, None if it is not fixed."""
         if due is not None:
             self.gates.set_threshold(round(due * self.gates.n_weights))
         self.gates.refresh(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate * self.gates.rate(step)
 
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
