@@ -223,15 +223,17 @@ class _Code:
         return self._message(last[np.diff(rows.row[last], prepend=-1) > 0], mu)  # the first of equals
 
     def shortest(self, kl: float) -> _Message | None:
-        """Return the message at the highest price, on a fixed grid, whose KL is at most `kl`; None if there is none.
+        """Return the shortest message found whose KL is at most `kl`; None if there is none.
 
-        As the price rises bits fall and KL rises, so a larger `kl` never takes more bits. A single row has no price.
+        As the price rises bits fall and KL rises. On a fixed grid of prices, this is the message at the highest price
+        whose KL is small enough, with as many rows as fit from the message at the next price, in a fixed order: so a
+        larger `kl` never takes more bits. A single row needs no price.
         """
         if len(self.rows.starts) == 1:
             last = np.flatnonzero(self.kl <= kl)
             return self._message(last[self.bits[last].argsort()[:1]], 0.0) if len(last) else None
         low, high = _MU
-        best = self.at(2.0**low)
+        best, beyond = self.at(2.0**low), self.at(2.0**high)
         if best.kl > kl:
             return None
         for _ in range(_HALVINGS):
@@ -240,8 +242,23 @@ class _Code:
             if here.kl <= kl:
                 low, best = middle, here
             else:
-                high = middle
-        return best
+                high, beyond = middle, here
+        return self._between(best, beyond, kl)
+
+    def _between(self, best: _Message, beyond: _Message, kl: float) -> _Message:
+        """Replace rows of a message by shorter ones, those that cost the least KL first, as long as `kl` allows."""
+        rows = self.rows
+        last = np.full((2, len(rows.starts)), -1)  # [message, row]: -1 without a row
+        for mine, message in zip(last, (best, beyond), strict=True):
+            mine[rows.row[message.last]] = message.last
+        own = np.where(last < 0, rows.weight * rows.empty_kl, self.kl[last])
+        differing = np.flatnonzero(last[0] != last[1])
+        rise = (own[1] - own[0])[differing]
+        order = rise.argsort(kind="stable")
+        fitting = int(np.searchsorted(np.cumsum(rise[order]), kl - best.kl, side="right"))
+        replaced = differing[order[:fitting]]
+        last[0, replaced] = last[1, replaced]
+        return self._message(last[0][last[0] >= 0], best.mu)
 
     def _message(self, last: Integer[np.ndarray, " chosen"], mu: float) -> _Message:
         empty_kl = self.rows.weight * self.rows.empty_kl

@@ -267,10 +267,11 @@ class NGramTable:
         - each probability, and the mass that is left: b bits for one of 2**b values, evenly spaced in the log from 1 to
           1 / V (1 / V**2 for b > 4), or a float32. Rows are normalised by whoever reads them.
 
-        Every context has its own j: those that minimise KL + mu * bits. So no other choice of j that has a KL as small
-        takes fewer bits; one j for all contexts is such a choice. Of all b (0 to 12, or 32) and mu (in steps of 1%) the
-        shortest message with at most this KL is taken, or the full table in float32 if that is shorter. With order 3,
-        the message may also write bigrams first, at 0.2 nats, and back off to them.
+        Every context has its own j: those that minimise KL + mu * bits. For each mu, no other choice with a KL as small
+        takes fewer bits, be it one j for all contexts or the pairs that gain most. mu goes in steps of 1%; between two
+        steps, contexts change one by one until the KL is reached. Of all b (0 to 12, or 32) the shortest message is
+        taken, or the full table in float32 if that is shorter. With order 3, the message may also write bigrams first,
+        at 0.2 nats, and back off to them.
 
         Args:
             kl: KL in nats per position, averaged over contexts by their frequency in the counted text (estimated by
