@@ -94,7 +94,7 @@ class Evaluation:
             "zero_rule": None if self.positions is None or self.used is None else _zero_rule(self.positions, self.used),
             "intervals": to_json(self.intervals),
             "advantage": to_json(self.advantage),
-            "mask_capacity": to_json(self.mask_capacity),
+            **({"mask_capacity": to_json(self.mask_capacity)} if self.mask_capacity else {}),
             "verdict": self.verdict,
         }
 

@@ -128,6 +128,7 @@ def test_evaluate_measures_it_with_controls_and_keeps_it(tiny_model, table, rand
     assert "Could the mask itself" in found._repr_html_()
     record = found.to_json()
     assert bc.Evaluation.from_json(record) == found
+    assert record["mask_capacity"]["mask_bits"] == found.mask_capacity.mask_bits
     del record["mask_capacity"]  # as earlier versions wrote it
     assert bc.Evaluation.from_json(record).mask_capacity is None
     assert bc.evaluate(tiny_model, some, table, random_tokens, controls=False).mask_capacity is None
