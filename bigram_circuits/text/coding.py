@@ -28,7 +28,7 @@ _LEAST = 1e-9  # stands for probabilities that the back-off distribution lacks
 
 
 MOST_ENTRIES = 1 << 23
-"""Tables with more n-grams are not measured: it would take more than a minute, and gigabytes."""
+"""Tables with more n-grams are not measured: 5 million take 1.4 GB and about 20 seconds."""
 
 
 def table_bits(table: NGramTable, kl: float) -> float:

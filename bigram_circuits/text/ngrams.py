@@ -279,7 +279,7 @@ class NGramTable:
 
         Returns:
             The bits; 0 if the back-off distribution alone has this KL. None if there are more than 2**23 n-grams, which
-            would take more than a minute.
+            would take gigabytes of memory.
 
         Raises:
             ValueError: If `kl` is negative or NaN.
