@@ -13,6 +13,7 @@ from .analysis import (
     overlap as overlap,
     sufficiency as sufficiency,
 )
+from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.capacity import MaskCapacity, capacity
 from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
@@ -67,6 +68,9 @@ class Evaluation:
     """Next-token positions evaluated; None if a summary of several runs did not record it."""
     used: int | None = None
     """The number of these that enter the correlations, by the zero-probability rule."""
+    mask_capacity: MaskCapacity | None = None
+    """Whether the mask itself could hold the target, from its bits and those of a table with the subnetwork's KL; None
+    without controls, and for targets whose bits cannot be counted: any but tables of at most 2**23 n-grams."""
 
     @property
     def necessity(self) -> tuple[float, float]:
@@ -90,6 +94,7 @@ class Evaluation:
             "zero_rule": None if self.positions is None or self.used is None else _zero_rule(self.positions, self.used),
             "intervals": to_json(self.intervals),
             "advantage": to_json(self.advantage),
+            **({"mask_capacity": to_json(self.mask_capacity)} if self.mask_capacity else {}),
             "verdict": self.verdict,
         }
 
@@ -102,7 +107,7 @@ class Evaluation:
         """
         if not isinstance(record, dict):
             raise ValueError(f"it should be values by name, not {shown(record)}")
-        unknown = set(record) - {*SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
+        unknown = set(record) - {*SINGLE, *_REPEATED, *_OTHERS}
         if unknown:
             raise ValueError(f"it has the unknown field {shown(min(unknown))}")
         rule: _ZeroRule | None = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
@@ -120,6 +125,7 @@ class Evaluation:
             advantage=from_json(Mapping[str, Interval], record.get("advantage", {}), "advantage"),
             positions=rule and rule.positions,
             used=rule and rule.used,
+            mask_capacity=from_json(MaskCapacity | None, record.get("mask_capacity"), "mask_capacity"),
         )
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
@@ -161,9 +167,7 @@ class Evaluation:
             )
         lines.append("")
         lines += self._legend
-        if self.full is not None:
-            lines.append(self.verdict)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._conclusions])
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the same table, its legend and the verdict."""
@@ -173,9 +177,15 @@ class Evaluation:
              value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
             for name, value in self.rows()
         ]  # fmt: skip
-        verdict = [self.verdict] if self.full is not None else []
         title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
-        return html.summary(title, verdict, html.table(columns, rows, title), html.small(self._legend))
+        return html.summary(title, self._conclusions, html.table(columns, rows, title), html.small(self._legend))
+
+    @property
+    def _conclusions(self) -> list[str]:
+        """The verdict, and whether the mask could hold the answer; none without controls."""
+        if self.full is None:
+            return []
+        return [self.verdict, *([self.mask_capacity.says] if self.mask_capacity else [])]
 
     @property
     def _legend(self) -> list[str]:
@@ -200,6 +210,7 @@ class Evaluation:
 
 
 _REPEATED = ("random", "full_minus_random")
+_OTHERS = ("zero_rule", "intervals", "advantage", "mask_capacity", "verdict")
 
 
 @dataclass(frozen=True)
@@ -253,7 +264,8 @@ def evaluate(
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
         tokens: Held-out token ids [sequence, position].
         controls: Also measure the full model, the empty subnetwork, the complement, matched random subnetworks,
-            the full model without each of these, and the magnitude subnetwork.
+            the full model without each of these, and the magnitude subnetwork; and, if the target is an n-gram table,
+            count the bits of the mask and of the table (see `could_mask_hold_it`).
         seeds: Number of matched random subnetworks.
 
     Raises:
@@ -295,6 +307,8 @@ def evaluate(
         },
         positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
+        # rounding can make a KL of 0 negative
+        mask_capacity=capacity(subnetwork, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
     )
 
 

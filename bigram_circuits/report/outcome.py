@@ -26,6 +26,8 @@ def controls(run: Run, results: Results) -> Content:
     if evaluation is None:
         return Content(["This run was not evaluated, so there are no controls to compare it with."])
     rows, says = control_rows(evaluation), [evaluation.verdict]
+    if evaluation.mask_capacity:
+        says.append(evaluation.mask_capacity.says)
     if evaluation.positions and evaluation.used is not None:
         used, n = evaluation.used, evaluation.positions
         says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")

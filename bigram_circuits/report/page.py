@@ -79,7 +79,8 @@ def opening(run: Run) -> Opening:
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
     answer = f"{kept}; {_what_remains(run, rows)}"
-    return Opening(title, asked, answer, f"{run.evaluation.verdict}{refuted}", _made(run), marks)
+    held = f" {run.evaluation.mask_capacity.says}" if run.evaluation.mask_capacity else ""
+    return Opening(title, asked, answer, f"{run.evaluation.verdict}{refuted}{held}", _made(run), marks)
 
 
 def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:
