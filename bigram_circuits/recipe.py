@@ -225,15 +225,15 @@ class SparsifyConfig(Record):
     beta_growth: float | int | None = option(
         None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta per step", says="set by --max-steps"
     )
-    """Continuous sparsification: factor on beta at every step while gates are soft. None: chosen so that beta would grow
-    by a factor of 100,000 over `max_steps` (most gates are decided, and learning stops, about half way); or, with
+    """Continuous sparsification: factor on beta at every step while gates are soft. None: chosen so that beta would
+    grow by a factor of 100,000 over `max_steps` (most gates are decided, and learning stops, about half way); or, with
     `hard_from`, by a factor of 5 until gates become hard."""
     hard_from: float | int = option(
         1.0, "--hard-from", NUMBER, "continuous sparsification: share of the steps after which gates are 0 or 1"
     )
-    """Continuous sparsification: the share of `max_steps` after which gates are exactly 0 or 1 in the forward pass, with
-    straight-through gradients and a learning rate that falls to 0 at the last step. 1: never; gates then become hard only
-    because beta grows, as published."""
+    """Continuous sparsification: the share of `max_steps` after which gates are exactly 0 or 1 in the forward pass,
+    with straight-through gradients and a learning rate that falls to 0. 1: never; gates then become hard only because
+    beta grows, as published."""
     max_steps: int = option(400, "--max-steps --steps", whole(1), "maximum number of steps")
     """Maximum number of steps."""
     batch_size: int = option(16, "--batch-size", whole(1), "sequences per step")
@@ -317,10 +317,9 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "normal": {},
     "thorough": {"max_steps": 1000, "hard_from": 0.3},
 }
-"""How much effort to make with our recipe, as the options that differ from its defaults: `quick` takes about half as many
-steps, for a first look. `thorough` takes about five times as many, most of them with hard gates, which pays where soft gates
-find something that the mask then loses: on a small Llama that nobody here trained, it halves the distance to the target at
-equal size (docs/method.md)."""
+"""How much effort our recipe makes, as the options that differ from its defaults. `quick` takes about half as many
+steps, for a first look. `thorough` takes about five times as many, most of them with hard gates, which pays where soft
+gates find something that is lost when they become 0 or 1 (docs/method.md has numbers)."""
 
 
 # --- model, text and target by name ---
@@ -421,7 +420,7 @@ class StudyOptions(Record):
     recipe: str = option("default", "--recipe", TEXT, "recipe whose options are the defaults", choices=lambda: RECIPES)
     """The recipe to start from: `default` (ours) or `paper` (the published one)."""
     effort: str = option("normal", "--effort", TEXT, "how many steps our recipe takes", choices=lambda: EFFORTS)
-    """How much effort our recipe makes: `quick`, `normal` or `thorough` (`EFFORTS`). Options given by name take precedence."""
+    """How much effort our recipe makes: one of `EFFORTS`. Options that are given themselves take precedence."""
     sparsity_weights: tuple[float | int, ...] | None = option(
         None, "--sparsity-weights", _NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )

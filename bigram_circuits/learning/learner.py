@@ -73,7 +73,7 @@ class Learner:
             self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
 
     def harden(self, step: int, due: float | None) -> None:
-        """Set the gates and the learning rate for a step; `due` is the share of gated weights to be open, None if it is not fixed."""
+        """Set gates and learning rate for a step; `due` is the share of gated weights to be open, None if not fixed."""
         if due is not None:
             self.gates.set_threshold(round(due * self.gates.n_weights))
         self.gates.refresh(step)

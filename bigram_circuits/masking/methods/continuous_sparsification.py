@@ -1,10 +1,10 @@
 """Continuous sparsification (Savarese, Silva, Maire 2020, arXiv 1912.04427): sigmoid(beta * s), with a growing beta.
 
-As published, the gates harden because beta grows without bound. Fractional gates act as free scales, though, and what
-they have learned is partly lost when they become 0 or 1. By default the gates are therefore soft only for the first part
-of a run, with a small beta; after that they are exactly 0 or 1 in the forward pass, and gradients pass straight through
-them, with the slope of the soft gate (Bengio, Leonard, Courville 2013, arXiv 1308.3432), while the learning rate falls to
-0. What is learned then is the mask itself.
+As published, the gates harden because beta grows without bound. Fractional gates act as free scales, though, and part
+of what they have learned is lost when they become 0 or 1. With `hard_from`, gates are soft only for the first part of a
+run, with a small beta. After that they are exactly 0 or 1 in the forward pass, and gradients pass straight through them
+with the slope of the soft gate (Bengio, Leonard, Courville 2013, arXiv 1308.3432), while the learning rate falls to 0:
+what is learned then is the mask itself.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ContinuousSparsification(Gates):
         return self._soft_steps or 0
 
     def rate(self, step: int) -> float:
-        """Return the factor on the learning rate: 1 while gates are soft, then a cosine from 1 to 0 at the last step."""
+        """Return the factor on the learning rate: 1 while gates are soft, then a cosine that falls to 0."""
         if self._soft_steps is None or step < self._soft_steps:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - self._soft_steps) / max(1, self._steps - self._soft_steps)))
