@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 import bigram_circuits as bc
 from bigram_circuits import cli, workflow
 from scripts.state_numbers import NUMBERS, measured
+from tests.conftest import UNFIT_INPUTS
 from tests.folders import names_in
 
+pytestmark = UNFIT_INPUTS
 COMMAND = [sys.executable, "-m", "bigram_circuits.cli"]
 
 

@@ -25,7 +25,7 @@ from bigram_circuits.targets.base import as_target
 from bigram_circuits.text.corpus import Corpus, hash_of_tokenizer, in_order, spread
 from bigram_circuits.text.coverage import ContextCoverage, context_coverage, count_tokens
 from bigram_circuits.text.ngrams import NGramTable
-from bigram_circuits.text.tokenizers import pieces_of_characters, shown_tokens, unknown_token
+from bigram_circuits.text.tokenizers import joined_pieces, pieces_of_characters, shown_tokens, unknown_token
 
 MOST_INEXPRESSIBLE = 0.1
 """Share of tokens that stand for text the model has no tokens for, from which it is said. Common corpora with `<unk>`
@@ -42,7 +42,7 @@ MOST_FREQUENT = 0.5
 bytes, the space less than 20%."""
 _SEQUENCES = 16  # held-out sequences that the model's loss is measured on: forward passes of one step of learning
 _TOKENS = 1 << 18  # tokens at most that an example is looked for in, or target probabilities are looked up of
-_EXAMPLE = 12  # tokens of an example
+_EXAMPLE = 24  # tokens of an example
 _NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 
@@ -134,9 +134,7 @@ def _example(tokenizer: Any, corpus: Corpus, ids: Integer[np.ndarray, " token"])
     is_one = np.isin(rows, ids)
     row = int(is_one.sum(1).argmax())
     first = int(is_one[row].argmax())
-    tokens = rows[row, first : first + _EXAMPLE].tolist()
-    text = tokenizer.decode(tokens).strip("\N{REPLACEMENT CHARACTER} ")
-    return repr(text or "".join(shown_tokens(tokenizer, tokens)))
+    return repr(joined_pieces(tokenizer, rows[row, first : first + _EXAMPLE].tolist()))
 
 
 # --- does the model know anything of the text? ---

@@ -127,6 +127,12 @@ def pieces_of_characters(tokenizer: Any) -> set[int]:
     return pieces if any(len(word) > 1 for index, word in words.items() if index not in pieces) else set()
 
 
+def joined_pieces(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Tokens as text in which bytes are put together to characters again; what is left of broken ones is dropped."""
+    shown = "".join(shown_tokens(tokenizer, ids)).encode()
+    return re.sub(rb"<0x([0-9A-F]{2})>", lambda byte: bytes.fromhex(byte[1].decode()), shown).decode("utf-8", "ignore")
+
+
 def words_without_token(tokenizer: Any, text: str) -> tuple[str, ...]:
     """The first words of a text, between spaces, that a tokenizer writes with its unknown token: at most three."""
     found: list[str] = []
