@@ -66,10 +66,7 @@ class FoundSubnetwork:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What the records of learning warn of, a phrase each: the run was too short, or hardening changed the result.
-
-        See `docs/what-numbers-show.md`.
-        """
+        """What the records of learning warn of, a phrase each: a run too short, or what hardening changed."""
         return cautions(self.history, self.outcome, self.config.max_steps)
 
     def plot(self, quantity: str = "fraction") -> Any:

@@ -60,9 +60,11 @@ def _fall(values: Sequence[float]) -> tuple[float | None, int]:
     n = max(len(values) // 10, min(_FEWEST, len(values) // 2))
     if n < 2:
         return None, 2 * n
-    before, after = np.array(values[-2 * n :]).reshape(2, n)
-    fall, error = before.mean() - after.mean(), math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / n)
-    return (float(fall) if fall >= STILL_FALLING and fall > _CLEAR * error else None), 2 * n
+    ended = np.array(values[-2 * n :])
+    before, after = ended.reshape(2, n).mean(1)
+    error = float(np.diff(ended).std(ddof=1)) / math.sqrt(n)  # of the fall: batches differ by diff / sqrt(2)
+    fall = float(before - after)
+    return (fall if fall >= STILL_FALLING and fall > _CLEAR * error else None), 2 * n
 
 
 def lost_in_hardening(history: Sequence[StepRecord], outcome: Outcome) -> str | None:
