@@ -35,6 +35,7 @@ from .experiments.sparsity_path import (
 )
 from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
 from .learning.found import FoundSubnetwork as FoundSubnetwork
+from .learning.inputs import InputWarning as InputWarning, check_inputs as check_inputs
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
 from .learning.training import find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked
@@ -50,7 +51,7 @@ from .published import import_published as import_published, load_published as l
 from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
 from .report.page import write_report as write_report
-from .runs import Run as Run, StepRecord as StepRecord, load_run as load_run
+from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run
 from .sharing import (
     export_huggingface as export_huggingface,
     export_masks as export_masks,

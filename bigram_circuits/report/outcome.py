@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
 from bigram_circuits.measures.conditions import CONDITIONS, label_of
-from bigram_circuits.measures.words import flat, listed, percent, rounded, span
+from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
@@ -142,8 +142,8 @@ def training(run: Run, results: Results) -> Content:
     """Training curves, why learning stopped, and what hardening the gates changed."""
     steps, outcome = run.history, run.outcome
     if not steps:
-        return Content(["The folder holds no record of the training steps."])
-    last = [one for one in steps if one.attempt == steps[-1].attempt]
+        return Content([*_input_words(run), "The folder holds no record of the training steps."])
+    last = run.last_attempt
     first, end = last[0], last[-1]
     took = f"{rounded(outcome.seconds, 0)} seconds"
     took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
@@ -163,7 +163,29 @@ def training(run: Run, results: Results) -> Content:
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    return Content([says, _recipe_words(run), *went_back, *_gap_words(outcome.soft_hard)], [chart, table])
+    ended = [*_gap_words(outcome.soft_hard), *(f"Warning: {caution}." for caution in run.cautions)]
+    return Content([*_input_words(run), says, _recipe_words(run), *went_back, *ended], [chart, table])
+
+
+def _input_words(run: Run) -> list[str]:
+    """What was found of model, text and target before learning; nothing if they were not checked."""
+    checked = run.checked
+    if checked is None:
+        return []
+    facts = []
+    if checked.contexts:
+        found = checked.contexts
+        facts.append(
+            f"the training text has {found.contexts:,} contexts of {found.order}-grams, {found.once:,} of them only "
+            f"once; {percent(found.held_out_once)} of the held-out positions have one of these, and "
+            f"{percent(found.held_out_unseen)} a context that it does not have"
+        )
+    if checked.losses:
+        facts.append(
+            f"on a few held-out sequences, the model's next-token loss was {rounded(checked.losses[0], 2)} nats, that "
+            f"of the training text's token frequencies {rounded(checked.losses[1], 2)}"
+        )
+    return [*map(sentence, facts), *(f"Warning before learning: {line}." for line in checked.warnings)]
 
 
 def _recipe_words(run: Run) -> str:
@@ -178,11 +200,10 @@ def _gap_words(gap: SoftHardGap | None) -> list[str]:
     """What hardening the gates changed."""
     if gap is None:
         return []
-    says = (
+    return [
         f"On the last batch, the cross-entropy was {rounded(gap.soft)} nats with the soft gates and "
         f"{rounded(gap.hard)} nats with the binary mask."
-    )
-    return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
+    ]
 
 
 @section("again", "How to reproduce it")

@@ -64,6 +64,7 @@ USES = {
         ).subnetwork.checksum
     ),
     "forecast_memory": lambda m, t, c: bc.forecast_memory(m, t, c, CONFIG).per_sequence,
+    "check_inputs": lambda m, t, c: bc.check_inputs(m, t, c, CONFIG).to_json(),
     "InducedTarget": lambda m, t, c: bc.InducedTarget(m, c.train).log_probs(torch.from_numpy(TEXT[:2])),
     "ModelTarget": lambda m, t, c: probabilities(m),
     "ngrams": lambda m, t, c: bc.count_ngrams(TEXT, order=3, d_vocab=D_VOCAB).log_probs(
@@ -384,6 +385,7 @@ def test_texts_longer_than_the_context_are_refused_before_anything(tiny_folders,
     for use in (
         lambda: bc.find_subnetwork(model, target, corpus, CONFIG, run_dir=tmp_path / "run"),
         lambda: bc.forecast_memory(model, target, corpus, CONFIG),
+        lambda: bc.check_inputs(model, target, corpus, CONFIG),
         lambda: bc.sparsity_path(model, target, corpus, CONFIG, [1, 2], run_dir=None),
         lambda: bc.InducedTarget(model, long),
         lambda: bc.ModelTarget(model).log_probs(torch.from_numpy(long)),
