@@ -70,8 +70,8 @@ def _fall(values: Sequence[float]) -> tuple[float | None, int]:
 def lost_in_hardening(history: Sequence[StepRecord], outcome: Outcome) -> str | None:
     """Say how much worse the mask is than the soft gates were at their best, from `GAP_MATTERS` on; else None.
 
-    More steps alone need not help: they let the penalty close more gates. Which steps had the best soft gates is told by the
-    mean cross-entropy over 10 steps.
+    More steps alone need not help: they let the penalty close more gates. Which steps had the best soft gates is told
+    by the mean cross-entropy over 10 steps.
     """
     if outcome.soft_hard is None or len(history) < _FEWEST:
         return None
