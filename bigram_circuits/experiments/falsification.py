@@ -347,7 +347,9 @@ class _Attempts:
         to = None if self.folder is None else self.folder / name.replace(",", "").replace(" ", "-")
         if to is not None:
             check_no_link(to)
-        subnetwork = find_subnetwork(model, target, self.corpus, recipe, run_dir=to).subnetwork
+        # the finding's own run needed as much memory
+        learned = find_subnetwork(model, target, self.corpus, recipe, run_dir=to, check_memory="off")
+        subnetwork = learned.subnetwork
         return subnetwork, measure(model, subnetwork, target, self.corpus.held_out)
 
 

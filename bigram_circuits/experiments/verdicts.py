@@ -114,6 +114,8 @@ def judge_controls(controls: Effects, gaps: Effects | None, curves: Curves | Non
             if name == RANDOM_BLOCKS:
                 says += _other_sizes(gaps) + _ratio_words(size_ratio(curves, controls.get("fraction")[FOUND]))
         both = f"{when}, {_mask_words(controls, name)}; on the trained model, {_mask_words(controls, FOUND)}."
+        if name == RANDOM_BLOCKS and not math.isnan(controls.get("context_told")[FOUND]):
+            both = f"Recovered of the context's information about the next token: {both[0].lower()}{both[1:]}"
         judged.append(Judged(name, f"{both} {says} {_MEANS[name, finding]}", finding))
     return judged
 
@@ -154,12 +156,10 @@ def _mask_words(controls: Effects, name: str) -> str:
     """How many weights an attempt keeps, and how faithful it is."""
     keys = ("fraction", "context_told", "kl", "surprisal_correlation", "cross_entropy")
     kept, told, kl, r, cross_entropy = (controls.get(key)[name] for key in keys)
-    words = f"{100 * kept:.2f}% of the weights "
-    if math.isnan(told):
-        words += f"reach a cross-entropy of {cross_entropy:.3f} nats"
-    else:
-        words += f"recover {100 * told:.0f}% of the context's information about the next token (KL {kl:z.3f} nats)"
-    return words if math.isnan(r) else f"{words}, r {r:.3f}"
+    details = f"cross-entropy {cross_entropy:.3f} nats" if math.isnan(told) else f"KL {kl:z.3f} nats"
+    details += "" if math.isnan(r) else f", r {r:.3f}"
+    recovers = "" if math.isnan(told) else f" recover {100 * told:z.0f}%"
+    return f"{100 * kept:.2f}% of the weights{recovers} ({details})"
 
 
 def _gap_words(gaps: Effects, name: str) -> str:
