@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 import bigram_circuits as bc
 from bigram_circuits.experiments import falsification
 from bigram_circuits.experiments.controls import RenamedTarget, kl_of_best_constant, with_random_blocks
-from bigram_circuits.experiments.falsification import Falsification, _overlaps, falsify, load_falsification
+from bigram_circuits.experiments.falsification import (
+    Falsification,
+    _overlaps,
+    _sizes_in_weights,
+    falsify,
+    load_falsification,
+)
 from bigram_circuits.experiments.verdicts import size_ratio
 from bigram_circuits.report.page import page
 from bigram_circuits.runs import RunFolder
@@ -109,11 +115,13 @@ def test_a_model_that_learned_nothing_is_what_hugging_face_makes(any_model):
 def tried(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("falsify")
     found = bc.find_subnetwork(tiny_model, TARGET, CORPUS, RECIPE).subnetwork
-    return falsify(tiny_model, TARGET, CORPUS, RECIPE, found=found, seeds=2, run_dir=folder), folder, found
+    args = {"found": found, "sizes": [2 * found.fraction], "seeds": 2, "run_dir": folder}
+    return falsify(tiny_model, TARGET, CORPUS, RECIPE, **args), args, found
 
 
 def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
-    result, folder, found = tried
+    result, args, found = tried
+    folder = args["run_dir"]
     blocks, everything = "re-initialised blocks", "everything re-initialised"
     of_its_size = (
         "found",
@@ -130,8 +138,7 @@ def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
     assert {name: result.controls.get("fraction")[name] for name in of_its_size} == dict.fromkeys(
         of_its_size, found.fraction
     )
-    sizes = {max(1, round(times * found.kept)) for times in (0.5, 1, 2)}
-    sizes = sorted(size for size in sizes if size <= found.total)
+    sizes = [found.kept, 2 * found.kept]
     assert result.curves.points == tuple(size / found.total for size in sizes)
     assert result.curves.conditions == ("trained", blocks, everything)
     for condition in ("trained", blocks):
@@ -173,7 +180,8 @@ def sums_by_hand(model, subnetwork, sequence):
 
 
 def test_gaps_are_those_of_plain_numpy(tried, tiny_model):
-    result, folder, found = tried
+    result, args, found = tried
+    folder = args["run_dir"]
     name, rng = f"re-initialised-blocks-at-{found.kept}-weights", np.random.default_rng(5)
     other, control = with_random_blocks(tiny_model, seed=0), bc.load_run(folder / name).subnetwork
     trained = [sums_by_hand(tiny_model, found, one) for one in TEXT[16:]]
@@ -197,9 +205,10 @@ def test_gaps_are_those_of_plain_numpy(tried, tiny_model):
 
 
 def test_what_was_done_is_not_done_again(tried, tiny_model, monkeypatch):
-    result, folder, found = tried
+    result, args, _ = tried
+    folder = args["run_dir"]
     monkeypatch.setattr("bigram_circuits.learning.training._attempt", lambda *_: pytest.fail("it learned again"))
-    again = falsify(tiny_model, TARGET, CORPUS, RECIPE, found=found, seeds=2, run_dir=folder)
+    again = falsify(tiny_model, TARGET, CORPUS, RECIPE, **args)
     np.testing.assert_array_equal(again.controls.values, result.controls.values)
     read = load_falsification(folder)
     assert read is not None
@@ -238,15 +247,15 @@ def test_untrained_blocks_are_refuted_by_blocks_that_are_the_same(tmp_path):
 
 
 def test_sizes_at_equal_kl_are_interpolated_over_log_size(tried):
-    curves = replace(tried[0].curves, points=(0.01, 0.02, 0.04))
+    curves, points = tried[0].curves, (0.01, 0.02, 0.04)
     values = np.full((len(curves.quantities), 3, 3), np.nan)
     names = [one.name for one in curves.quantities]
-    values[names.index("fraction"), 1] = curves.points
+    values[names.index("fraction"), 1] = points
 
     def ratio(own, losses):
         values[names.index("cross_entropy"), 0, 1] = own
         values[names.index("cross_entropy"), 1] = losses
-        return size_ratio(replace(curves, values=values), 0.02)
+        return size_ratio(replace(curves, points=points, values=values, low=values, high=values), 0.02)
 
     assert ratio(2.0, [4.0, 3.0, 1.0]) == pytest.approx((2**0.5,) * 2)  # half way from once to twice
     assert ratio(2.0, [4.0, 2.0, 1.0]) == pytest.approx((1, 1))
@@ -385,9 +394,6 @@ def test_the_page_tells_what_refutes_it(tried, tmp_path):
     assert "KL by size: trained and untrained weights" in told
     assert "The gap at equal size" in told
     assert "Not attempted" not in told
-    for name in ("curves", "gaps"):  # as an earlier version left it
-        (run.path / "falsify" / f"{name}.json").unlink()
-    assert "KL of the finding and of every attempt" in page(run)
 
 
 def test_seeds_that_share_no_more_than_chance_refute(tried):
@@ -407,6 +413,16 @@ def test_a_seed_that_keeps_nothing_is_told(tiny_model):
     assert overlaps.names == ()
     assert overlaps.notes["kept_nothing"] == ["seed 1"]
     assert _overlaps({"found": some, "seed 1": some}).get("jaccard")["found, seed 1: all"] == 1
+
+
+def test_default_sizes_are_half_once_and_twice_of_what_the_recipe_can_drop(tiny_model):
+    full, first = bc.Subnetwork.full(tiny_model), replace(RECIPE, layers=(0,))
+    n = full.total
+    assert _sizes_in_weights(tiny_model, RECIPE, full, None) == [n // 2, n]  # there are not twice as many
+    assert _sizes_in_weights(tiny_model, first, full, None) == [n // 2 + n // 4, n]  # layer 1 stays whole
+    some = full.drop_layer(1)
+    assert _sizes_in_weights(tiny_model, RECIPE, some, None) == [some.kept // 2, some.kept, 2 * some.kept]
+    assert _sizes_in_weights(tiny_model, RECIPE, some, [0.2]) == sorted([round(0.2 * n), some.kept])
 
 
 def test_bad_input(tiny_model):
