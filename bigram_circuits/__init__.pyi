@@ -21,12 +21,11 @@ from .evaluation import (
     soft_hard_gap as soft_hard_gap,
 )
 from .experiments.comparison import compare as compare
+from .experiments.controls import RenamedTarget as RenamedTarget, with_random_blocks as with_random_blocks
 from .experiments.falsification import (
     Falsification as Falsification,
-    RenamedTarget as RenamedTarget,
     falsify as falsify,
     load_falsification as load_falsification,
-    with_random_blocks as with_random_blocks,
 )
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.conditions import DRAWN, SINGLE
 from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
-from bigram_circuits.measures.statistics import Faithfulness
+from bigram_circuits.measures.statistics import Faithfulness, Statistic
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.models.model import Model
@@ -39,6 +40,7 @@ from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
 
+_WITH_INTERVALS = ("surprisal_correlation", "cross_entropy", "mean_surprisal")
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
 
 
@@ -312,6 +314,55 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """How faithful one masked model is, with the sums that this comes from, so that two can be compared in pairs."""
+
+    faithfulness: Faithfulness
+    """Its numbers."""
+    sums: Float[np.ndarray, "sequence column"] = field(repr=False)
+    """A row for each held-out sequence; the columns are `statistics.COLUMNS`."""
+
+    @cached_property
+    def draws(self) -> Float[np.ndarray, "draw column"]:
+        """Totals of bootstrap resamples of the sequences; for all models on the same text the same resamples."""
+        return statistics.bootstrap(self.sums)
+
+    def interval(self, statistic: Statistic) -> Interval:
+        """The 95% bootstrap interval of a statistic."""
+        return statistics.interval(statistic(self.draws))
+
+    def minus(
+        self, other: Measured, statistic: Statistic, of_other: Statistic | None = None
+    ) -> tuple[float, float, float]:
+        """A statistic minus the other's on the same text: (difference, low, high), a 95% paired bootstrap interval.
+
+        `of_other` is the other's statistic, if not the same.
+        """
+        assert self.sums.shape == other.sums.shape, "they were measured on the same text"
+        of_other = of_other or statistic
+        difference = float(statistic(self.sums.sum(0)) - of_other(other.sums.sum(0)))
+        return (difference, *statistics.interval(statistic(self.draws) - of_other(other.draws)))
+
+
+@uses_model
+def measure(
+    model: Model, subnetwork: SubnetworkLike, target: Any, tokens: Integer[np.ndarray, "sequence position"]
+) -> Measured:
+    """Measure a subnetwork without controls, to be compared with others, of this model or another, on the same text.
+
+    Raises:
+        ValueError: As `evaluate`.
+    """
+    check_tokens(model, tokens)
+    target = as_target(target, model.cfg.d_vocab)
+    subnetwork = as_subnetwork(subnetwork)
+    subnetwork.check_fits(model)
+    with progress(total=len(tokens), desc="evaluating", unit="sequence") as bar:
+        sums = _sums(model, subnetwork, target, tokens, bar)
+    return Measured(statistics.faithfulness(sums, subnetwork.kept, subnetwork.total), sums)
+
+
 GAP_MATTERS = 0.1
 """Cross-entropy gap between soft gates and hard mask, in nats, from which a run should not be trusted."""
 
@@ -411,11 +462,7 @@ def _batch_sums(
 
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
-    return {
-        "surprisal_correlation": statistics.interval(statistics.correlation(draws)),
-        "cross_entropy": statistics.interval(statistics.mean(draws, "cross_entropy")),
-        "mean_surprisal": statistics.interval(statistics.mean(draws, "surprisal")),
-    }
+    return {name: statistics.interval(statistics.STATISTICS[name](draws)) for name in _WITH_INTERVALS}
 
 
 def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:

@@ -431,9 +431,13 @@ class StudyOptions(Record):
     """Whether to analyse the subnetwork after the evaluation."""
     falsify: bool = option(
         False, "--falsify", None,
-        "also try to refute it: re-initialised blocks, a nonsense target, 3 other seeds (5 more rounds of learning)",
+        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds (16 more rounds "
+        "of learning)",
     )  # fmt: skip
     """Whether to try to refute the finding."""
+    falsify_seeds: int = option(3, "--falsify-seeds", whole(2), "other seeds of --falsify, two rounds of learning each")
+    """Number of other seeds with which `falsify` repeats the recipe, on the trained model and on re-initialised
+    blocks."""
     check_memory: str = option(
         "warn", "--check-memory", TEXT, "if the memory forecast does not fit: refuse, warn, or make no forecast",
         choices=lambda: CHECKS_OF_MEMORY,
@@ -450,6 +454,7 @@ class StudyOptions(Record):
             "random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "analysis": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "falsify": (lambda v: isinstance(v, bool), _YES_OR_NO),
+            "falsify_seeds": (lambda v: _is_whole(v, 2), "a whole number of at least 2"),
             "sparsity_weights": (
                 lambda v: v is None or (not isinstance(v, str) and all(0 <= one < math.inf for one in v)),
                 "numbers of at least 0",

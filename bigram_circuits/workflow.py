@@ -103,7 +103,7 @@ def study(
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
             `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `random_seeds`, `analysis`,
-            `falsify`, `check_memory`.
+            `falsify`, `falsify_seeds`, `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
@@ -257,10 +257,14 @@ def _examine(
         analyses = analyze(model, found.subnetwork, target, corpus)
         analyses.save(folder.path / "analysis")
         say(f"{analyses}\n")
-    if options.falsify:
-        tried = falsify(model, target, corpus, request.config, found=found.subnetwork, run_dir=folder.path / "falsify")
-        say(f"{tried}\n")
     write_report(folder.path)
+    if options.falsify:
+        tried = falsify(
+            model, target, corpus, request.config,
+            found=found.subnetwork, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",
+        )  # fmt: skip
+        say(f"{tried}\n")
+        write_report(folder.path)
 
 
 def _in_the_end(found: FoundSubnetwork) -> list[str]:

@@ -1,4 +1,4 @@
-"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about ten minutes).
+"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about half an hour).
 
 It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
 docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. With `--check`, nothing is
@@ -10,6 +10,7 @@ compare docs/numbers.json with a run of their own.
 
 import argparse
 import json
+import math
 import re
 import string
 import tempfile
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import bigram_circuits as bc
+from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.experiments.verdicts import FOUND, NONSENSE, TRAINED, free_name, seeds_of
 from bigram_circuits.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -136,12 +139,12 @@ def _falsified(run: Run) -> dict[str, Any]:
         return {}
     columns = {"r": "surprisal_correlation", "fraction": "fraction", "told": "context_told"}
     values = {word: tried.controls.get(key) for word, key in columns.items()}
-    names = {"found": "found", "blocks": "re-initialised blocks", "nonsense": "nonsense target"}
+    names = {"found": FOUND, "blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL, "nonsense": NONSENSE}
     rows = {word: {key: of[name] for key, of in values.items()} for word, name in names.items()}
     for row in rows.values():
         row["times_weights"] = row["fraction"] / rows["found"]["fraction"]
         row["of_found"] = row["told"] / rows["found"]["told"]
-    others = [name for name in tried.controls.names if name not in names.values()]
+    others = [name for name in seeds_of(tried.controls.names) if name != FOUND]
     seeds: dict[str, Any] = {key: [f(of[name] for name in others) for f in (min, max)] for key, of in values.items()}
     seeds["told_mean"] = sum(values["told"][name] for name in others) / len(others)
     together, expected = tried.seeds.get("jaccard"), tried.seeds.get("expected")
@@ -151,7 +154,44 @@ def _falsified(run: Run) -> dict[str, Any]:
     seeds["times_chance"] = sum(shared[name] / expected[name] for name in whole) / len(whole)
     changed = run.settings.recipe != bc.SparsifyConfig()
     recipe = "another recipe" if changed else "the default recipe"
-    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds}
+    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds} | _at_equal_size(tried)
+
+
+def _at_equal_size(tried: bc.Falsification) -> dict[str, Any]:
+    """What trained and re-initialised weights reach with as many weights, and without a penalty."""
+    if tried.curves is None or tried.gaps is None:
+        return {}
+    models = {"trained": TRAINED, "blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL}
+    columns = {"kl": "kl", "r": "surprisal_correlation", "told": "context_told", "fraction": "fraction"}
+    values = {word: tried.controls.get(key) for word, key in columns.items()}
+    equal = {
+        "sizes": list(tried.curves.points),
+        "ratio": [end if math.isfinite(end) else None for end in tried.size_ratio or ()],  # None: out of range
+        "kl": {word: _known(tried.curves.get("kl", of)) for word, of in models.items()},
+        "r": {word: _known(tried.curves.get("surprisal_correlation", of)) for word, of in models.items()},
+    }
+    keys = {"kl": "kl_gap", "r": "r_gap", "told": "context_told_gap"}
+    gaps = {
+        word: {key: _gap(tried.gaps, name, of) for key, name in keys.items()}
+        for word, of in {"blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL, "nonsense": NONSENSE}.items()
+    }
+    at_size = tried.gaps.get("kl_gap")
+    gaps["blocks"]["seeds"] = [of for name, of in at_size.items() if name.startswith(f"{RANDOM_BLOCKS}, seed ")]
+    ceilings = {
+        word: {key: of[free_name(name)] for key, of in values.items()}
+        for word, name in models.items()
+        if free_name(name) in tried.controls.names
+    }
+    return {"equal_size": equal, "gaps": gaps, "ceilings": ceilings}
+
+
+def _known(numbers: Any) -> list[float | None]:
+    return [None if math.isnan(number) else float(number) for number in numbers]
+
+
+def _gap(gaps: Any, quantity: str, name: str) -> dict[str, float]:
+    at = gaps.quantities.index(gaps.quantity(quantity)), gaps.names.index(name)
+    return {"gap": float(gaps.values[at]), "low": float(gaps.low[at]), "high": float(gaps.high[at])}
 
 
 def _pattern(template: str) -> tuple[re.Pattern[str], list[str]]:

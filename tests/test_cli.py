@@ -456,15 +456,17 @@ def test_the_installed_command_answers():
 
 
 def test_find_tries_to_refute_what_it_found(run, quick):
-    code, out, _ = run(*quick, "--out", "mine", "--no-analysis", "--falsify")
+    fast = ["--steps", "3", "--falsify", "--falsify-seeds", "2"]
+    code, out, _ = run(*quick, "--out", "mine", "--no-analysis", *fast)
     assert code == 0
     assert "re-initialised blocks" in out
     tried = bc.load_falsification("mine/falsify")
     assert tried.verdict in out
     assert tried.controls.get("kl")["found"] == bc.load_run("mine").metrics["subnetwork"]["kl"]
-    assert {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()} == {
-        "re-initialised-blocks", "nonsense-target", "seed-1", "seed-2", "seed-3",
-    }  # fmt: skip
+    attempts = {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()}
+    kept = bc.load_run("mine").subnetwork.kept
+    assert {"trained-no-penalty", *(f"{name}-at-{kept}-weights" for name in ("nonsense-target", "seed-2"))} < attempts
+    assert len(attempts) == 14
     assert tried.says[0].split(";")[0] in html.unescape(Path("mine/report.html").read_text())
 
 

@@ -65,6 +65,7 @@ OTHER = {  # for every option a value that is not its default
     "random_seeds": 5,
     "analysis": False,
     "falsify": True,
+    "falsify_seeds": 2,
     "check_memory": "off",
 }
 

@@ -98,6 +98,22 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
     return figure.update_layout(margin_t=8)
 
 
+def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float]]) -> Any:
+    """A quantity's lines by share of weights kept, and where each ends: (share, value) without a penalty, dotted."""
+    figure = curves.plot(quantity)
+    shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
+    for condition, (share, value) in ends.items():
+        name, line = plain(label_of(condition)), curves.get(quantity, condition)
+        last = int(np.flatnonzero(~np.isnan(line))[-1])
+        figure.add_scatter(
+            x=[curves.points[last], share], y=[line[last], value], mode="lines+markers", showlegend=False,
+            name=f"{name}, no penalty", legendgroup=name, line={"color": shown.get(name, MUTED), "dash": "dot"},
+            marker={"symbol": "circle-open", "size": [0, 11]},
+        )  # fmt: skip
+    figure.update_xaxes(type="log", title="share of weights kept", tickformat="~%")
+    return dressed(figure)
+
+
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], row_axis: str, unit: str
 ) -> Any:

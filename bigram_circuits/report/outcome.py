@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.experiments.verdicts import free_name
 from bigram_circuits.measures.conditions import CONDITIONS, label_of
+from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
@@ -115,26 +119,67 @@ _LOSSES = {
 
 @section("refuted", "Attempts to refute it")
 def refuted(run: Run, results: Results) -> Content:
-    """The same recipe where it should fail, and with other seeds: what `falsify` found."""
+    """Untrained weights at equal size, a nonsense target and other seeds: what `falsify` found."""
     tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
-    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
-    known = {name: tried.controls.get(key) for name, key in shown.items()}
-    charts: list[Block] = [
-        Chart(
-            f"{name} of the finding and of every attempt",
-            "",
-            figures.bars(tried.controls.names, {name: list(values.values())}, name),
-        )
-        for name, values in known.items()
-        if not all(math.isnan(value) for value in values.values())
-    ]
+    first = [*_by_size(tried.curves, tried.controls), *_gap_tables(tried.gaps)] or _bars(tried.controls)
     tables = [
         result_table(tried.controls, "every attempt"), result_table(tried.spread, "spread over seeds"),
         result_table(tried.seeds, "overlap between seeds"),
     ]  # fmt: skip
-    return Content([tried.verdict, *tried.says], [*charts, *tables])
+    tables += [result_table(tried.curves, "every size")] if tried.curves else []
+    return Content([tried.verdict, *tried.says], [*first, *tables])
+
+
+_BY_SIZE = "Bands: 95% bootstrap intervals over sequences. Open circles: without a penalty on kept weights."
+
+
+def _by_size(curves: Curves | None, controls: Effects) -> list[Block]:
+    """KL and r by share of weights kept, for trained and untrained weights, with their ends without a penalty."""
+    if curves is None:
+        return []
+    charts: list[Block] = []
+    for name, key in {"KL": "kl", "r": "surprisal_correlation"}.items():
+        known = {one for one in curves.conditions if not np.isnan(curves.get(key, one)).all()}
+        values, shares = controls.get(key), controls.get("fraction")
+        ends = {
+            one: (shares[end], values[end])
+            for one in curves.conditions
+            if one in known and (end := free_name(one)) in values and not math.isnan(values[end])
+        }
+        if known:
+            title = f"{name} by size: trained and untrained weights"
+            charts.append(Chart(title, _BY_SIZE, figures.by_size(curves, key, ends)))
+    return charts
+
+
+def _gap_tables(gaps: Effects | None) -> list[Block]:
+    """What the trained model is ahead of each control of the same size."""
+    if gaps is None:
+        return []
+    columns, rows = ["control", "share of weights"], [[name, percent(of)] for name, of in gaps.get("fraction").items()]
+    for words, key in {"KL": "kl_gap", "r": "r_gap", "share of information": "context_told_gap"}.items():
+        at = gaps.quantities.index(gaps.quantity(key))
+        columns += [f"gap in {words}", "interval"]
+        for row, value, low, high in zip(rows, gaps.values[at], gaps.low[at], gaps.high[at], strict=True):
+            row += [float(value), span(low, high)]
+    return [Numbers("The gap at equal size: positive where the trained model does better", columns, rows, is_open=True)]
+
+
+def _bars(controls: Effects) -> list[Block]:
+    """The results of versions that did not compare at equal size."""
+    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
+    known = {name: controls.get(key) for name, key in shown.items()}
+    return [
+        Chart(
+            f"{name} of the finding and of every attempt",
+            "",
+            figures.bars(controls.names, {name: list(values.values())}, name),
+        )
+        for name, values in known.items()
+        if not all(math.isnan(value) for value in values.values())
+    ]
 
 
 @section("training", "How it was found")

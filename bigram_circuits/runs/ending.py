@@ -52,7 +52,8 @@ def too_short(history: Sequence[StepRecord], outcome: Outcome, max_steps: int) -
         signs.append(f"the cross-entropy was still falling, by {fall:.2f} nats in the last {steps} steps")
     if not signs:
         return None
-    return f"the run was too short for its model: {' and '.join(signs)}; try more steps (--max-steps, here {max_steps:,}; or --effort thorough)"
+    what, more = " and ".join(signs), f"try more steps (--max-steps, here {max_steps:,}; or --effort thorough)"
+    return f"the run was too short for its model: {what}; {more}"
 
 
 def _fall(values: Sequence[float]) -> tuple[float | None, int]:
