@@ -21,7 +21,11 @@ from .evaluation import (
     soft_hard_gap as soft_hard_gap,
 )
 from .experiments.comparison import compare as compare
-from .experiments.controls import RenamedTarget as RenamedTarget, with_random_blocks as with_random_blocks
+from .experiments.controls import (
+    RenamedTarget as RenamedTarget,
+    with_random_blocks as with_random_blocks,
+    with_shuffled_blocks as with_shuffled_blocks,
+)
 from .experiments.falsification import (
     Falsification as Falsification,
     falsify as falsify,

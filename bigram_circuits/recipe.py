@@ -431,7 +431,7 @@ class StudyOptions(Record):
     """Whether to analyse the subnetwork after the evaluation."""
     falsify: bool = option(
         False, "--falsify", None,
-        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds (16 more rounds "
+        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds (17 more rounds "
         "of learning)",
     )  # fmt: skip
     """Whether to try to refute the finding."""

@@ -17,7 +17,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import in_order
 
-RANDOM_BLOCKS, RANDOM_MODEL = "re-initialised blocks", "everything re-initialised"
+RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED = "re-initialised blocks", "everything re-initialised", "shuffled blocks"
 _AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
 
 
@@ -98,6 +98,34 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
     other = hooked(untrained.eval(), like=model)
     what = RANDOM_MODEL if everything else RANDOM_BLOCKS
     other.cfg.model_name = f"{model.cfg.model_name} with {what} (seed {seed})"
+    return other.to(model.cfg.device, print_details=False).eval()
+
+
+@uses_model
+def with_shuffled_blocks(model: Model, seed: int = 0) -> Model:
+    """Copy a model and shuffle the entries of every maskable weight matrix; everything else stays as trained.
+
+    The matrices keep the distribution of their entries, so what masks can find there depends neither on the scale of
+    the weights nor on a few large ones; only where each weight is, which training decided, is lost.
+
+    Args:
+        model: From `load_model`.
+        seed: Seed of the permutations.
+
+    Returns:
+        A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
+
+    Raises:
+        OSError: If the model's files no longer exist.
+    """
+    plain, _ = fresh_huggingface(model)
+    generator, state = torch.Generator().manual_seed(seed), plain.state_dict()
+    for place in huggingface_layout(model).places.values():
+        weight = place.view(state[place.parameter])
+        order = torch.randperm(weight.numel(), generator=generator)
+        weight.copy_(weight.reshape(-1)[order].view(weight.shape))
+    other = hooked(plain, like=model)
+    other.cfg.model_name = f"{model.cfg.model_name} with {SHUFFLED} (seed {seed})"
     return other.to(model.cfg.device, print_details=False).eval()
 
 

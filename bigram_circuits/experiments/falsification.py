@@ -10,7 +10,8 @@ them with the loss without random ones.) A larger mask can do more, so everythin
 - on the same model with re-initialised blocks, at the same sizes; embeddings, final norm and unembedding stay as
   trained (compare the supermasks that Zhou et al. 2019 and Ramanujan et al. 2020 found in random networks);
 - on the model with everything re-initialised;
-- on these three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
+- on the model with the entries of every maskable matrix shuffled, so that only their places are untrained;
+- on the first three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
 - for a nonsense target: the same distribution under a random permutation s of the vocabulary,
   P'(y | x) = P(s(y) | s(x));
 - with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
@@ -39,9 +40,11 @@ from bigram_circuits.evaluation import Measured, measure
 from bigram_circuits.experiments.controls import (
     RANDOM_BLOCKS,
     RANDOM_MODEL,
+    SHUFFLED,
     RenamedTarget,
     kl_of_best_constant,
     with_random_blocks,
+    with_shuffled_blocks,
 )
 from bigram_circuits.experiments.verdicts import (
     FOUND,
@@ -203,7 +206,7 @@ def falsify(
 ) -> Falsification:
     """Try to refute a finding: compare it, at equal size, with untrained weights, a nonsense target and other seeds.
 
-    With three sizes it takes 10 + 2 `seeds` times as long as finding the subnetwork (16 times by default), and memory
+    With three sizes it takes 11 + 2 `seeds` times as long as finding the subnetwork (17 times by default), and memory
     for a second model. Every size more or less is two rounds of learning more or less, every seed too.
 
     Args:
@@ -257,18 +260,22 @@ def falsify(
         name, other = seed_name(seed, RANDOM_BLOCKS), with_random_blocks(model, seed=seed)
         reseeded[name] = attempts.at(name, other, target, own, seed)[1]
     del other
+    other = with_shuffled_blocks(model, seed=config.seed)
+    shuffled = attempts.at(SHUFFLED, other, target, own)[1]
+    del other
     other = with_random_blocks(model, seed=config.seed, everything=True)
     everything = attempts.curve(RANDOM_MODEL, other, target, [own])
     free |= attempts.free(RANDOM_MODEL, other, target)
 
-    measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own], NONSENSE: meaningless}
-    measured |= reseeded | free
+    measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own]}
+    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | reseeded | free
     told = _Told(kl_of_best_constant(target, corpus.held_out))
     told_nonsense = _Told(kl_of_best_constant(nonsense, corpus.held_out))
     lines = {TRAINED: trained, RANDOM_BLOCKS: blocks, RANDOM_MODEL: everything}
     gaps = {
         RANDOM_BLOCKS: _gap(trained[own], blocks[own], told),
         RANDOM_MODEL: _gap(trained[own], everything[own], told),
+        SHUFFLED: _gap(trained[own], shuffled, told),
         NONSENSE: _gap(trained[own], meaningless, told, told_nonsense),
     }
     gaps |= {sized_name(RANDOM_BLOCKS, size): _gap(trained[size], blocks[size], told) for size in kept if size != own}

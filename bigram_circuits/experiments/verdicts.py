@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL
+from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.statistics import holm, size_reaching
 from bigram_circuits.measures.words import listed
@@ -87,6 +87,19 @@ _MEANS = {
     (RANDOM_MODEL, "weakened"): "A model that learned nothing can be masked to do much of it, so that such a mask "
     "exists shows nothing; what training added is the gap.",
     (RANDOM_MODEL, "stands"): "The result depends on training: an untrained model cannot be masked to match it.",
+    (
+        SHUFFLED,
+        "refuted",
+    ): "The trained weights in random places can be masked to do as well, so the mask is no evidence "
+    "of what training put where.",
+    (
+        SHUFFLED,
+        "weakened",
+    ): "The trained weights in random places can be masked to do much of it; what their places add is the gap.",
+    (
+        SHUFFLED,
+        "stands",
+    ): "The result depends on which weight is where: in random places they cannot be masked to match it.",
     (NONSENSE, "refuted"): "Masks can make this model reproduce a meaningless target as well, "
     "so reproducing the real one is no evidence.",
     (NONSENSE, "weakened"): "Masks can make this model reproduce much of a meaningless target.",
@@ -95,6 +108,7 @@ _MEANS = {
 _WHEN = {
     RANDOM_BLOCKS: "On the model with re-initialised blocks",
     RANDOM_MODEL: "On the model with everything re-initialised",
+    SHUFFLED: "On the model with the weights of each matrix shuffled",
     NONSENSE: "For a nonsense target",
 }
 

@@ -9,7 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
 from bigram_circuits.experiments import falsification
-from bigram_circuits.experiments.controls import RenamedTarget, kl_of_best_constant, with_random_blocks
+from bigram_circuits.experiments.controls import (
+    RenamedTarget,
+    kl_of_best_constant,
+    with_random_blocks,
+    with_shuffled_blocks,
+)
 from bigram_circuits.experiments.falsification import (
     Falsification,
     _overlaps,
@@ -108,6 +113,24 @@ def test_a_model_that_learned_nothing_is_what_hugging_face_makes(any_model):
     assert "everything re-initialised (seed 3)" in other.cfg.model_name
 
 
+def test_shuffled_blocks_have_the_same_entries_in_other_places(any_model):
+    before = {name: value.clone() for name, value in any_model.state_dict().items()}
+    other = with_shuffled_blocks(any_model, seed=1)
+    sites = {site.name: site.weight for site in bc.weight_sites(other)}
+    for site in bc.weight_sites(any_model):
+        mine, theirs = site.weight.flatten(), sites[site.name].flatten()
+        assert not torch.equal(mine, theirs)
+        assert torch.equal(mine.sort().values, theirs.sort().values)
+    state = any_model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+    vectors = [name for name, value in state.items() if value.ndim < 2]
+    assert all(torch.equal(other.state_dict()[name], state[name]) for name in vectors if "rotary" not in name)
+    assert torch.equal(any_model.W_E, other.W_E)
+    assert bc.weight_hash(with_shuffled_blocks(any_model, seed=1)) == bc.weight_hash(other)
+    assert bc.weight_hash(with_shuffled_blocks(any_model, seed=2)) != bc.weight_hash(other)
+    assert "with shuffled blocks (seed 1)" in other.cfg.model_name
+
+
 # --- the whole ---
 
 
@@ -127,6 +150,7 @@ def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
         "found",
         blocks,
         everything,
+        "shuffled blocks",
         "nonsense target",
         "seed 1",
         "seed 2",
@@ -224,7 +248,11 @@ def test_a_planted_circuit_stands(tmp_path):
     assert result.curves.points == (planted.circuit.fraction,)
     assert result.controls.get("context_told")["seed 1"] > 0.999  # so the recipe finds what is there
     assert result.verdict == "No control refutes or weakens the finding."
-    assert (result.gaps.low[result.gaps.quantities.index(result.gaps.quantity("context_told_gap")), :3] > 0.9).all()
+    low = dict(
+        zip(result.gaps.names, result.gaps.low[result.gaps.quantities.index(result.gaps.quantity("context_told_gap"))])
+    )
+    assert min(low[name] for name in ("re-initialised blocks", "everything re-initialised", "nonsense target")) > 0.9
+    assert low["shuffled blocks"] > 0.5  # some of the planted weights fall into useful places
     assert result.size_ratio == (1, np.inf)
     assert "need more than 1.0 times its weights. The result depends on trained blocks" in result.says[0]
 
@@ -294,7 +322,7 @@ def with_gap(result, name, value, low, key="context_told_gap"):
 
 def test_the_gap_and_its_interval_decide(tried):
     result = changed(tried[0], "found", context_told=0.9)
-    for name in ("re-initialised blocks", "everything re-initialised", "nonsense target"):
+    for name in ("re-initialised blocks", "everything re-initialised", "shuffled blocks", "nonsense target"):
         for seed in (1, 2):
             result = with_gap(result, f"re-initialised blocks, seed {seed}", 0.1, 0.05)
         for told, low, verdict in (
@@ -354,7 +382,8 @@ def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model, m
     full = bc.Subnetwork.full(tiny_model)
     found = bc.FoundSubnetwork(full, [], RECIPE, "decided", 0.0, None)
     monkeypatch.setattr(falsification, "find_subnetwork", lambda *args, **options: found)
-    monkeypatch.setattr(falsification, "with_random_blocks", lambda *args, **options: tiny_model)
+    for make in ("with_random_blocks", "with_shuffled_blocks"):
+        monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
     result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2)
     assert np.isnan(list(result.controls.get("context_told").values())).all()
     assert "% of the weights (cross-entropy 5." in result.says[0]
@@ -371,7 +400,8 @@ def test_without_a_size_straight_through_masks_are_not_learned(tiny_model, monke
         return bc.FoundSubnetwork(full, [], config, "decided", 0.0, None)
 
     monkeypatch.setattr(falsification, "find_subnetwork", find)
-    monkeypatch.setattr(falsification, "with_random_blocks", lambda *args, **options: tiny_model)
+    for make in ("with_random_blocks", "with_shuffled_blocks"):
+        monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
     result = falsify(tiny_model, TARGET, CORPUS, recipe, found=full, seeds=2)
     assert not any("no penalty" in name for name in result.controls.names)
     assert not any("ceiling" in one for one in result.says)

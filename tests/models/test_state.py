@@ -207,6 +207,7 @@ def test_every_public_function_of_a_model_is_here():
         "masked", "gated",  # the user's own forward passes
         "export_huggingface", "export_masks", "import_published", "load_published", "pull_subnetwork",
         "with_random_blocks",
+        "with_shuffled_blocks",
         "analyze", "falsify", "sparsity_path", "find_path", "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
