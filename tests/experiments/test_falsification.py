@@ -248,9 +248,8 @@ def test_a_planted_circuit_stands(tmp_path):
     assert result.curves.points == (planted.circuit.fraction,)
     assert result.controls.get("context_told")["seed 1"] > 0.999  # so the recipe finds what is there
     assert result.verdict == "No control refutes or weakens the finding."
-    low = dict(
-        zip(result.gaps.names, result.gaps.low[result.gaps.quantities.index(result.gaps.quantity("context_told_gap"))])
-    )
+    told = result.gaps.quantities.index(result.gaps.quantity("context_told_gap"))
+    low = dict(zip(result.gaps.names, result.gaps.low[told], strict=True))
     assert min(low[name] for name in ("re-initialised blocks", "everything re-initialised", "nonsense target")) > 0.9
     assert low["shuffled blocks"] > 0.5  # some of the planted weights fall into useful places
     assert result.size_ratio == (1, np.inf)
