@@ -6,6 +6,8 @@
 # nothing; and ablating the rest of the model step by step.
 
 # %%
+import pandas as pd
+
 import bigram_circuits as bc
 from bigram_circuits import analysis
 
@@ -84,8 +86,6 @@ bc.could_mask_hold_it(bigram, target, evaluation.subnetwork.kl).says
 # matrix. (The same quick recipe for all three.)
 
 # %%
-import pandas as pd
-
 others = {"re-initialised blocks": bc.with_random_blocks(model), "shuffled blocks": bc.with_shuffled_blocks(model)}
 rows = {"trained": bc.evaluate(model, again, target, corpus.held_out[::8], controls=False).subnetwork}
 for name, other in others.items():
