@@ -25,6 +25,7 @@ MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
+_FAR = 3.0  # times the smallest height of lines by size, from which the heights are logarithmic
 _LABEL = 24  # characters, of a line of a label beside a chart
 _WORD = 6  # characters, of a word in a cell
 
@@ -111,6 +112,9 @@ def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float
             marker={"symbol": "circle-open", "size": [0, 11]},
         )  # fmt: skip
     figure.update_xaxes(type="log", title="share of weights kept", tickformat="~%")
+    heights = curves.values[curves.quantities.index(curves.quantity(quantity))]
+    if np.nanmin(heights) > 0 and np.nanmax(heights) > _FAR * np.nanmin(heights):
+        figure.update_yaxes(type="log")  # or a small gap is lost beside a model that learned nothing
     return dressed(figure)
 
 
