@@ -98,6 +98,9 @@ STATED: dict[str, tuple[str, ...]] = {
         _outside("complement of the thorough one", "thorough", "complement"),
     ),
     "docs/method.md": (
+        "`thorough` reaches a KL of {outside[thorough][subnetwork][kl]:.2f} with "
+        "{outside[thorough][subnetwork][fraction]:.2%} of the weights, and `normal` "
+        "{outside[normal][subnetwork][kl]:.2f} with {outside[normal][subnetwork][fraction]:.2%}.",
         "For the reference model and {falsified_recipe:s}, at {fraction:.2%} of the weights, re-initialised blocks "
         "reach {falsified[blocks][of_found]:.0%} of the subnetwork's share "
         "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}).",
