@@ -40,6 +40,7 @@ from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard
 from .learning.found import FoundSubnetwork as FoundSubnetwork
 from .learning.inputs import InputWarning as InputWarning, check_inputs as check_inputs
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
+from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked
 from .measures.statistics import Faithfulness as Faithfulness

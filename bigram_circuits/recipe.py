@@ -212,7 +212,8 @@ class SparsifyConfig(Record):
     learning_rate: float | int | None = option(
         None, "--lr --learning-rate", NUMBER, "learning rate of the scores", says="the method's own"
     )
-    """AdamW's learning rate for the scores; None: the method's own (2e-2; straight-through 1e-2, hard concrete 0.5)."""
+    """The optimizer's learning rate for the scores; None: the method's own (AdamW 2e-2, with hard concrete 0.5; for
+    straight-through, which uses gradient descent with momentum, it does not matter)."""
     weight_decay: float | int = option(0.0, "--weight-decay", NUMBER, "AdamW's weight decay for the scores")
     """AdamW's weight decay for the scores."""
     second_moment_decay: float | int = option(0.99, "--second-moment-decay", NUMBER, "AdamW's beta_2 for the scores")
@@ -248,6 +249,11 @@ class SparsifyConfig(Record):
     """A run whose CE jumped must recover at least this many steps before its end."""
     retries: int = option(3, "--retries", whole(0), "how often to retry an unstable run with another data order")
     """How often to retry an unstable run with another data order."""
+    polish: int = option(
+        0, "--polish", whole(0), "passes in which single weights are dropped and re-admitted as the measured loss says"
+    )
+    """Most passes of `polish` over the finished mask, on four batches of text: single weights are dropped and
+    re-admitted as long as the measured loss says that it pays. 0: none. For gates of single weights only."""
     low_memory: bool = option(False, "--low-memory", None, "use less memory, at some cost in time")
     """Use less memory, at some cost in time: scores and moments are stored as bfloat16, and the activations of a block
     are recomputed in the backward pass."""
@@ -273,10 +279,15 @@ class SparsifyConfig(Record):
             "stop_undecided": (lambda v: 0 <= v < 1, "from 0 to below 1"),
             "recovery_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "retries": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+            "polish": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
             "low_memory": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
         _check(self, limits)
+        if self.polish and set(self.unit_of.values()) != {"weight"}:
+            raise ValueError(
+                f"polish changes single weights, so granularity must be weight, not {shown(self.granularity)}"
+            )
         METHODS[self.method].check_config(self)
 
     def _check_granularity(self) -> None:

@@ -15,7 +15,7 @@ from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantit
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.words import sentence
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs import STOPS, Outcome, Rollback, StepRecord, cautions
+from bigram_circuits.runs import STOPS, Outcome, PolishRecord, Rollback, StepRecord, cautions
 from bigram_circuits.subnetwork import Subnetwork
 
 LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Share of the gates between 0.1 and 0.9."))
@@ -27,7 +27,7 @@ class FoundSubnetwork:
     """The result of `find_subnetwork`."""
 
     subnetwork: Subnetwork
-    """The weights whose hard gate is open."""
+    """The weights whose hard gate is open, after polishing if the recipe asks for it."""
     history: list[StepRecord] = field(repr=False)
     """One record for each step of the last attempt."""
     config: SparsifyConfig
@@ -42,6 +42,8 @@ class FoundSubnetwork:
     """Every time the loss was not finite or exploded. The abandoned steps are not in `history`."""
     attempts: int = 1
     """Number of data orders tried."""
+    polish: PolishRecord | None = None
+    """What polishing changed; None if the recipe does not ask for it."""
 
     @classmethod
     def of_run(
@@ -51,13 +53,13 @@ class FoundSubnetwork:
         last = [record for record in history if record.attempt == outcome.attempts - 1]
         return cls(
             subnetwork, last, config, outcome.stopped_because, outcome.seconds, outcome.soft_hard, outcome.rollbacks,
-            outcome.attempts,
+            outcome.attempts, outcome.polish,
         )  # fmt: skip
 
     @property
     def outcome(self) -> Outcome:
         """How learning ended, as recorded in a run folder."""
-        return Outcome(self.stopped_because, self.seconds, self.attempts, self.gap, self.rollbacks)
+        return Outcome(self.stopped_because, self.seconds, self.attempts, self.gap, self.rollbacks, self.polish)
 
     @property
     def why(self) -> str:

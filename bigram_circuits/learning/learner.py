@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.gates import Gates, group_gates
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
@@ -25,6 +26,11 @@ from bigram_circuits.subnetwork import Subnetwork
 
 _LOW_DECAY = 0.99  # at most: a bfloat16 second moment cannot change by a thousandth of its value
 _GOOD_EVERY = 200  # steps between the states kept in memory for rollbacks
+_STATES: Mapping[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
+    torch.optim.AdamW: ("adam", ("exp_avg", "exp_avg_sq")),
+    torch.optim.SGD: ("sgd", ("momentum_buffer",)),
+}
+"""By optimizer: the prefix of its state in a checkpoint, and what it keeps for every score."""
 _SEEDS_APART = 1_000_003  # between the seeds of successive attempts
 
 
@@ -42,17 +48,13 @@ class Learner:
         self._sites = weight_sites(model)
         self.gates, self.wanted = make_gates(self._sites, config, self.seed, within)
         self._total = sum(site.size for site in self._sites)
+        self._n_possible = int(self.gates.scores.detach().isfinite().sum())
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
         self._rate = rate_after(config, len(start.rollbacks))
-        self.optimizer = torch.optim.AdamW(
-            [self.gates.scores],
-            lr=self._rate,
-            weight_decay=config.weight_decay,
-            betas=(0.9, decay),
-            fused=True,
-        )
+        self.optimizer = self.gates.optimizer(config, self._rate, decay)
+        self._kind, self._moments = _STATES[type(self.optimizer)]
         self.good = self._unpack(start)
         """The last good state, to roll back to."""
         self._began = time.monotonic() - start.seconds
@@ -76,6 +78,7 @@ class Learner:
         """Set gates and learning rate for a step; `due` is the share of gated weights to be open, None if not fixed."""
         if due is not None:
             self.gates.set_threshold(round(due * self.gates.n_weights))
+            self.gates.threshold -= head_start(step, self.config.first_score, self.config.max_steps)
         self.gates.refresh(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * self.gates.rate(step)
@@ -96,6 +99,10 @@ class Learner:
             penalty=penalty,
             sparsity_weight=weight,
         )
+
+    def may_stop(self, step: int, decided: int) -> bool:
+        """Whether decided gates mean that learning is done: some are closed, and the share to reach is due."""
+        return decided < self._n_possible and (self.share is None or has_fallen(step, self.config.max_steps))
 
     def is_finite(self) -> bool:
         """Whether no score is NaN, as scores become after a non-finite gradient."""
@@ -131,9 +138,10 @@ class Learner:
         return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores and the optimizer's moments, on the CPU."""
+        """A copy of the scores and the optimizer's state, on the CPU."""
         scores = self.gates.scores
-        named = {"scores": scores, **{f"adam.{name}": value for name, value in self.optimizer.state[scores].items()}}
+        state = self.optimizer.state[scores]
+        named = {"scores": scores, **{f"{self._kind}.{name}": value for name, value in state.items()}}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
@@ -146,8 +154,8 @@ class Learner:
             scores = self.gates.scores
             with torch.no_grad():
                 scores.copy_(own["scores"])
-            moments = {name.removeprefix("adam."): t for name, t in own.items() if name.startswith("adam.")}
-            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
+            state = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
+            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in state.items()}
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
@@ -155,7 +163,7 @@ class Learner:
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these are the scores and moments of these gates."""
         scores = self.gates.scores
-        like = {"scores": scores, "adam.exp_avg": scores, "adam.exp_avg_sq": scores}
+        like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
         wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
         if found != wanted or tensors.get("adam.step", scores).numel() != 1:

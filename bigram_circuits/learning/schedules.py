@@ -9,6 +9,7 @@ import numpy as np
 
 from bigram_circuits.runs import StepRecord
 
+_FALLS = 0.3  # share of the steps over which the share due falls
 _STEERED = 3.0  # the penalty's weight stays within this factor of its first value
 _EXPLODED = 10.0  # times the larger of the first step's CE and the CE of uniform guessing
 
@@ -21,7 +22,21 @@ def share_due(step: int, share: float | None, max_steps: int) -> float | None:
     """
     if share is None or share >= 0.5:
         return share
-    return 0.5 * (share / 0.5) ** min(1.0, step / (0.3 * max_steps))
+    return 0.5 * (share / 0.5) ** min(1.0, step / (_FALLS * max_steps))
+
+
+def has_fallen(step: int, max_steps: int) -> bool:
+    """Whether the share due has fallen to the share to reach."""
+    return step >= _FALLS * max_steps
+
+
+def head_start(step: int, first_score: float | int, max_steps: int) -> float:
+    """How far below the threshold for the share due the gates open at a step.
+
+    It falls from the first score to 0 while the share due falls, so that a first score means the same with and without
+    a share to reach: without it, a threshold among scores that are all the same would make every gate one half.
+    """
+    return float(first_score) * max(0.0, 1 - step / (_FALLS * max_steps))
 
 
 def next_sparsity_weight(history: Sequence[StepRecord], first: float | int) -> float | int:

@@ -16,6 +16,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,12 +28,15 @@ from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import forecast_memory, is_out_of_memory, less_memory
 from bigram_circuits.learning.names import names_of
+from bigram_circuits.learning.polish import polish_on
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import note, progress
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
@@ -53,6 +57,7 @@ from bigram_circuits.text.corpus import Corpus, batch_of
 __all__ = ["FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory", "run_settings"]
 
 _MOST_ROLLBACKS = 4  # per attempt
+_POLISHED_ON, _MOST_MEASURED = 4, 2000  # batches of text on which a mask is polished, and masks measured
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ def _learn(job: _Job) -> FoundSubnetwork:
         earlier += start.rollbacks
         start, history = Checkpoint({}, 0, start.attempt + 1, 0.0), []
     found = replace(found, rollbacks=(*earlier, *start.rollbacks), attempts=start.attempt + 1)
+    if job.config.polish:
+        found = _polish(job, found)
     if job.folder:
         job.folder.finish(found.subnetwork, found.outcome)
     tell_end(job.callbacks, found)
@@ -193,7 +200,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
                 raise _Exploded(what, step, learner.good, learner.seconds)
             history.append(record)
             _note(job, bar, record)
-            if undecided < config.stop_undecided * decided:
+            if undecided < config.stop_undecided * decided and learner.may_stop(step, decided):
                 stopped_because = "decided"
                 break
             _keep(job, learner, step + 1)
@@ -232,6 +239,29 @@ def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because
     tokens = batch_of(job.corpus.train, job.config.batch_size, step=last, seed=learner.seed).to(learner.device)
     gap = soft_hard_gap(job.model, learner.gates, subnetwork, job.target, tokens, last)
     return FoundSubnetwork(subnetwork, history, job.config, stopped_because, learner.seconds, gap)
+
+
+def _polish(job: _Job, found: FoundSubnetwork) -> FoundSubnetwork:
+    """Polish what was learned. If interrupted, nothing of it is kept: a resumed run polishes again."""
+    model, config, began = job.model, job.config, time.monotonic()
+
+    def stop_if_asked() -> None:
+        if job.interrupt.is_set():
+            kept = "nothing is kept"
+            if job.folder:
+                kept = f"the same command continues the run in {str(job.folder.path)!r} from its last checkpoint"
+            raise KeyboardInterrupt(f"interrupted while the mask was polished; {kept}")
+
+    names = {group.site.name for group in group_gates(weight_sites(model), config.unit_of, config.layers)}
+    sequences = min(_POLISHED_ON * config.batch_size, len(job.corpus.train))
+    tokens = batch_of(job.corpus.train, sequences, step=0, seed=config.seed)
+    with _memory_saved(model, config):
+        polished = polish_on(
+            model, found.subnetwork, job.target, tokens, names, float(config.sparsity_weight),
+            config.target_fraction is not None, job.within, config.polish, _MOST_MEASURED, config.seed, stop_if_asked,
+        )  # fmt: skip
+    seconds = found.seconds + time.monotonic() - began
+    return replace(found, subnetwork=polished.subnetwork, polish=polished.record, seconds=seconds)
 
 
 def _memory_saved(model: Model, config: SparsifyConfig) -> Any:

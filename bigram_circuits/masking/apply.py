@@ -6,7 +6,7 @@ Masks are torch parametrizations of the leaf modules whose weights the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,26 @@ def gated(model: Model, gates: Gates) -> Iterator[Any]:
 
 
 @contextmanager
+def switched(model: Model, switches: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Within the `with` block, every named weight matrix is multiplied by its switches, which the caller may change.
+
+    Unlike `masked`, many masks can be tried within one block, by writing 0 and 1 into the switches; and unlike `gated`,
+    the gradient of a switch is that of the loss itself: weight x gradient, also where the switch is 0.
+
+    Args:
+        model: From `load_model`. Its own parameters receive no gradients within the block.
+        switches: A tensor by canonical name, in the stored layout and on the device of the weight; matrices that are
+            not named are kept whole.
+    """
+
+    def switch(site: WeightSite) -> nn.Module | None:
+        return _Switch(switches[site.name]) if site.name in switches else None
+
+    with in_use(model, "switched", block=True), _frozen(model), _parametrized(model, switch):
+        yield model
+
+
+@contextmanager
 def _frozen(model: Model) -> Iterator[None]:
     """Within the `with` block, no parameter of a model receives a gradient."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,6 +127,17 @@ class _Mask(WeightGate):
 
     def gate(self, weight: Tensor) -> Tensor:
         return torch.where(self.mask, weight, 0)  # type: ignore[arg-type]
+
+
+class _Switch(WeightGate):
+    """The weight times the value of its switch."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self._values = lambda: values  # a closure, so that the switches do not become a parameter
+
+    def gate(self, weight: Tensor) -> Tensor:
+        return weight * self._values().to(weight.dtype)
 
 
 class _Gate(WeightGate):

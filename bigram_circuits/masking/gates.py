@@ -119,7 +119,7 @@ class Gates(nn.Module, ABC):
     """
 
     learning_rate: ClassVar[float]
-    """AdamW's learning rate if the recipe gives none."""
+    """The optimizer's learning rate if the recipe gives none."""
     scratch: ClassVar[int] = 0
     """Bytes per gate that the method needs besides scores, gradient and Adam's moments."""
     steepness = 1.0
@@ -171,6 +171,18 @@ class Gates(nn.Module, ABC):
             wanted: Number of gated weights to keep in the end; None leaves it to the penalty.
             **start: Keyword arguments of the constructor.
         """
+
+    def optimizer(self, config: SparsifyConfig, rate: float, decay: float) -> torch.optim.Optimizer:
+        """Build the optimizer of the scores: AdamW with a recipe's weight decay.
+
+        Args:
+            config: The recipe.
+            rate: The learning rate.
+            decay: AdamW's beta_2.
+        """
+        return torch.optim.AdamW(
+            [self.scores], lr=rate, weight_decay=config.weight_decay, betas=(0.9, decay), fused=True
+        )
 
     @abstractmethod
     def refresh(self, step: int) -> None:

@@ -23,6 +23,9 @@ from bigram_circuits.runs.contents import (
     Outcome as Outcome,
 )
 from bigram_circuits.runs.contents import (
+    PolishRecord as PolishRecord,
+)
+from bigram_circuits.runs.contents import (
     Rollback as Rollback,
 )
 from bigram_circuits.runs.contents import (

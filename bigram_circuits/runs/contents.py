@@ -134,6 +134,24 @@ class Rollback(Record):
 
 
 @dataclass(frozen=True)
+class PolishRecord(Record):
+    """What `polish` changed."""
+
+    dropped: int
+    """Number of weights that were dropped."""
+    readmitted: int
+    """Number of weights that were re-admitted."""
+    before: float
+    """Cross-entropy before, on the training text that was used, nats per position."""
+    after: float
+    """Cross-entropy afterwards, on the same text."""
+    passes: int
+    """Number of passes over the weights."""
+    measured: int
+    """Number of masks whose loss was measured."""
+
+
+@dataclass(frozen=True)
 class Outcome(Record):
     """How learning ended."""
 
@@ -147,6 +165,8 @@ class Outcome(Record):
     """Cross-entropy with the last soft gates and with the mask made of them; None if it was not recorded."""
     rollbacks: tuple[Rollback, ...] = ()
     """Every time the loss was not finite or exploded. The abandoned steps are not in the history."""
+    polish: PolishRecord | None = None
+    """What `polish` changed afterwards; None if the mask was not polished."""
 
     @property
     def why(self) -> str:

@@ -25,7 +25,7 @@ def kept_share(step: int, *, target: float, steps: int) -> float:
 class StraightThrough(Gates):
     """Keeps the highest-scoring gates open; their number falls to the target over the first half of the steps."""
 
-    learning_rate = 1e-2
+    learning_rate = 1.0
     scratch = 16
 
     def __init__(self, groups: Sequence[GateGroup], *, target: int, steps: int, **start: Any) -> None:
@@ -46,6 +46,15 @@ class StraightThrough(Gates):
         """Build the gates, with `wanted` as the final number of weights."""
         assert wanted is not None, "the config was checked"
         return cls(groups, target=wanted, steps=config.max_steps, **start)
+
+    def optimizer(self, config: SparsifyConfig, rate: float, decay: float) -> torch.optim.Optimizer:
+        """Build gradient descent with momentum 0.9.
+
+        A score is then the sum of what its weight contributed (weight x gradient) so far, so that scores of weights
+        that matter more are higher. AdamW would move every score at the same speed. Only the ranks of the scores count,
+        so the learning rate does not matter.
+        """
+        return torch.optim.SGD([self.scores], lr=rate, momentum=0.9)
 
     def refresh(self, step: int) -> None:
         """Select the gates that are open at a step."""
