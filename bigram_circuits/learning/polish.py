@@ -347,7 +347,9 @@ class _Search:
         masks = {site.name: site.from_stored(self.switches[site.name].detach() > 0) for site in self.sites}
         return Subnetwork(
             {name: masks.get(name, like[name]) for name in like},
-            model_name=self.model.cfg.model_name, weight_hash=weight_hash(self.model), lineage=f"polished ({like.lineage})",
+            model_name=self.model.cfg.model_name,
+            weight_hash=weight_hash(self.model),
+            lineage=f"polished ({like.lineage})",
         )  # fmt: skip
 
 
