@@ -127,10 +127,10 @@ def test_the_planted_weights_are_found_and_controls_of_their_size_do_not_find_th
         assert max(planted.recovery(bc.Subnetwork.magnitude(planted.model, like=found))) < 0.9
 
 
-@pytest.mark.xfail(reason="AdamW gives every weight's score the same speed, and there is no penalty", strict=False)
 def test_straight_through_finds_the_planted_weights():
     planted = planted_circuit("gpt2", distractors=0.1, **SMALL)
-    recipe = bc.SparsifyConfig(method="straight_through", retries=0, target_fraction=planted.circuit.fraction)
+    size = {"target_fraction": planted.circuit.fraction, "max_steps": 100, "batch_size": 8}
+    recipe = bc.SparsifyConfig(method="straight_through", retries=0, **size)
     found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, recipe).subnetwork
     assert min(planted.recovery(found)) >= 0.95
 

@@ -9,7 +9,8 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.learning import training
-from bigram_circuits.learning.schedules import is_unstable
+from bigram_circuits.learning.learner import Learner
+from bigram_circuits.learning.schedules import has_fallen, head_start, is_unstable, share_due
 from bigram_circuits.runs import folder as run_folder
 from tests.folders import names_in
 
@@ -164,6 +165,49 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tiny_model, target, cor
     assert [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()] == [
         record["step"] for record in expected.history
     ]
+
+
+def test_straight_through_continues_with_the_momentum_of_its_checkpoint(
+    tiny_model, target, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "forecast_memory", lambda *_, **__: None)  # so that steps are counted
+    config = dataclasses.replace(QUICK, method="straight_through", target_fraction=0.05, max_steps=16)
+    expected = bc.find_subnetwork(tiny_model, target, corpus, config)
+    stopping = StopsAt(target, 9, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        bc.find_subnetwork(tiny_model, stopping, corpus, config, run_dir=tmp_path)
+    checkpoint = training.RunFolder(tmp_path).read_checkpoint()
+    assert checkpoint is not None
+    assert set(checkpoint.tensors) == {"scores", "sgd.momentum_buffer"}
+    with pytest.raises(ValueError, match="the checkpoint does not hold the state of these"):
+        Learner(tiny_model, QUICK, None, checkpoint)
+    found = bc.find_subnetwork(tiny_model, StopsAt(target, 10_000, lambda: None), corpus, config, run_dir=tmp_path)
+    assert found.subnetwork == expected.subnetwork
+
+
+def test_learning_goes_on_while_every_gate_is_open_or_the_share_is_not_due(tiny_model, target, corpus):
+    high = dataclasses.replace(QUICK, first_score=3.0, max_steps=30)
+    assert len(bc.find_subnetwork(tiny_model, target, corpus, high).history) > 1  # all gates are above 0.9 at step 0
+    sharp = dataclasses.replace(QUICK, target_fraction=0.1, beta_start=1e4, max_steps=20)
+    assert len(bc.find_subnetwork(tiny_model, target, corpus, sharp).history) == 7  # steps 0 to 6: 0.3 of 20
+
+
+def test_a_first_score_counts_with_a_target_fraction_too():
+    assert head_start(0, 1.5, 100) == 1.5
+    assert head_start(15, 1.5, 100) == pytest.approx(0.75)
+    assert head_start(30, 1.5, 100) == head_start(99, 1.5, 100) == head_start(0, 0.0, 100) == 0.0
+    assert (has_fallen(29, 100), has_fallen(30, 100)) == (False, True)
+    shares = [share_due(step, 0.01, 100) for step in (0, 15, 30, 99)]
+    assert shares == pytest.approx([0.5, 0.5 * 0.02**0.5, 0.01, 0.01])
+
+
+def test_the_gates_of_a_target_fraction_start_at_the_first_score(tiny_model):
+    learner = Learner(tiny_model, dataclasses.replace(QUICK, target_fraction=0.1, first_score=1.0))
+    for step, gate in ((0, 1 / (1 + np.exp(-1))), (12, 0.5)):  # 12 is 0.3 of 40
+        learner.harden(step, share_due(step, learner.share, 40))
+        learner.gates.refresh(0)
+        soft = learner.gates.soft(slice(0, 100))
+        np.testing.assert_allclose(soft[soft > 0], gate, rtol=1e-6)
 
 
 def test_nan_in_the_loss_is_an_error_and_nothing_is_kept_as_a_result(tiny_folders, target, corpus, tmp_path):

@@ -58,6 +58,7 @@ def probabilities(model):
 USES = {
     "evaluate": lambda m, t, c: bc.evaluate(m, half(m), t, c.held_out, seeds=1).to_json(),
     "find_subnetwork": lambda m, t, c: bc.find_subnetwork(m, t, c, CONFIG, check_memory="off").subnetwork.checksum,
+    "polish": lambda m, t, c: bc.polish(m, half(m), t, c, most=8, passes=1).subnetwork.checksum,
     "granularity": lambda m, t, c: (
         bc.find_subnetwork(
             m, t, c, bc.SparsifyConfig(max_steps=2, granularity={"attn": "head", "mlp": "neuron"}), check_memory="off"
