@@ -154,8 +154,8 @@ class Learner:
             scores = self.gates.scores
             with torch.no_grad():
                 scores.copy_(own["scores"])
-            state = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
-            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in state.items()}
+            moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
+            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
@@ -166,7 +166,8 @@ class Learner:
         like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
         wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
-        if found != wanted or tensors.get("adam.step", scores).numel() != 1:
+        step = tensors.get("adam.step")
+        if found != wanted or (self._kind == "adam") != (step is not None and step.numel() == 1):
             raise ValueError(
                 f"the checkpoint does not hold the state of these {scores.numel():,} gates: remove the folder "
                 "'checkpoint' of the run to start over"
