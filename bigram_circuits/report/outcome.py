@@ -20,7 +20,7 @@ from bigram_circuits.report.facts import Row, control_rows, of_seeds
 from bigram_circuits.report.results import Results, result_table
 from bigram_circuits.report.sections import section
 from bigram_circuits.report.words import spaced
-from bigram_circuits.runs import Run
+from bigram_circuits.runs import PolishRecord, Run
 
 
 @section("controls", "Does it beat its controls?")
@@ -208,7 +208,8 @@ def training(run: Run, results: Results) -> Content:
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    ended = [*_gap_words(outcome.soft_hard), *(f"Warning: {caution}." for caution in run.cautions)]
+    ended = [*_gap_words(outcome.soft_hard), *_polish_words(outcome.polish)]
+    ended += [f"Warning: {caution}." for caution in run.cautions]
     return Content([*_input_words(run), says, _recipe_words(run), *went_back, *ended], [chart, table])
 
 
@@ -248,6 +249,17 @@ def _gap_words(gap: SoftHardGap | None) -> list[str]:
     return [
         f"On the last batch, the cross-entropy was {rounded(gap.soft)} nats with the soft gates and "
         f"{rounded(gap.hard)} nats with the binary mask."
+    ]
+
+
+def _polish_words(polish: PolishRecord | None) -> list[str]:
+    """What polishing changed."""
+    if polish is None:
+        return []
+    return [
+        f"Then the mask was polished: {polish.dropped:,} weights were dropped and {polish.readmitted:,} re-admitted. "
+        f"Its cross-entropy on some of the training text went from {rounded(polish.before)} to "
+        f"{rounded(polish.after)} nats."
     ]
 
 
