@@ -466,7 +466,7 @@ def test_find_tries_to_refute_what_it_found(run, quick):
     attempts = {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()}
     kept = bc.load_run("mine").subnetwork.kept
     assert {"trained-no-penalty", *(f"{name}-at-{kept}-weights" for name in ("nonsense-target", "seed-2"))} < attempts
-    assert len(attempts) == 14
+    assert len(attempts) == 15
     assert tried.says[0].split(";")[0] in html.unescape(Path("mine/report.html").read_text())
 
 
