@@ -58,9 +58,11 @@ OTHER = {  # for every option a value that is not its default
     "stop_undecided": 0.02,
     "recovery_steps": 9,
     "retries": 0,
+    "polish": 2,
     "low_memory": True,
     "seed": 11,
     "recipe": "paper",
+    "effort": "thorough",
     "sparsity_weights": (1.0, 2.5),
     "random_seeds": 5,
     "analysis": False,
@@ -101,8 +103,12 @@ def test_the_command_of_an_option_is_read_as_it_was_asked(name):
         assert asked != plain
 
 
+LEFT_OUT = ("sparsity_weights", "effort", "polish")
+"""Options that do not go with the others."""
+
+
 def test_the_command_of_all_options_at_once_is_read_as_it_was_asked():
-    values = {name: value for name, value in OTHER.items() if name not in ("sparsity_weights", "effort")}
+    values = {name: value for name, value in OTHER.items() if name not in LEFT_OUT}
     asked = Request.of(**values)
     read = parsed(asked.command())
     assert (read.inputs, read.config) == (asked.inputs, asked.config)
