@@ -32,17 +32,19 @@ WANTED = 0.95
 BEGIN, END = "<!-- written by benchmarks/planted.py -->", "<!-- end -->"
 
 SHARED: dict[str, Any] = {"sparsity_weight": 30.0, "batch_size": 8, "retries": 0}
-METHODS: dict[str, dict[int, dict[str, Any]]] = {
-    "continuous_sparsification": {
-        layers: {"beta_growth": 1.012, "max_steps": 450, "first_score": 0.7} for layers in LAYERS
-    },
-    "hard_concrete": {
-        1: {"learning_rate": 0.1, "max_steps": 500},
-        2: {"learning_rate": 0.1, "max_steps": 500, "first_score": 2.0},
-    },
-    "straight_through": {layers: {"max_steps": 400} for layers in LAYERS},
+METHODS: dict[str, dict[str, Any]] = {
+    "continuous_sparsification": {"first_score": 0.7},
+    "hard_concrete": {"learning_rate": 0.1, "max_steps": 500},
+    "straight_through": {"max_steps": 400},
 }
-"""Settings by method and layers of the circuit, besides `SHARED`."""
+"""Settings by method, besides `SHARED`."""
+BY_SIZE: dict[tuple[str, str], dict[str, Any]] = {
+    ("continuous_sparsification", "sparsity weight"): {"beta_growth": 1.008, "max_steps": 1200},
+    ("continuous_sparsification", "target fraction"): {"beta_growth": 1.012, "max_steps": 450},
+}
+"""Settings by method and what sets the size."""
+BY_LAYERS: dict[tuple[str, int], dict[str, Any]] = {("hard_concrete", 2): {"first_score": 2.0}}
+"""Settings by method and layers of the circuit."""
 POLISH: dict[str, Any] = {"passes": 5, "most": 300, "sequences": 32}
 SIZES = ("sparsity weight", "target fraction")
 
@@ -94,7 +96,11 @@ def cells(architectures: Iterable[str], layers: Iterable[int], distractors: Iter
 
 
 def recipe_of(cell: Cell) -> dict[str, Any]:
-    return {} if cell[3] == "magnitude" else SHARED | METHODS[cell[3]][cell[1]] | {"method": cell[3]}
+    _, layers, _, method, size = cell
+    if method == "magnitude":
+        return {}
+    own = METHODS[method] | BY_SIZE.get((method, size), {}) | BY_LAYERS.get((method, layers), {})
+    return SHARED | own | {"method": method}
 
 
 def settings_of(cell: Cell) -> str:
