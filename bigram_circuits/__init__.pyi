@@ -13,6 +13,7 @@ from .analysis import (
     overlap as overlap,
     sufficiency as sufficiency,
 )
+from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,
@@ -20,12 +21,15 @@ from .evaluation import (
     soft_hard_gap as soft_hard_gap,
 )
 from .experiments.comparison import compare as compare
+from .experiments.controls import (
+    RenamedTarget as RenamedTarget,
+    with_random_blocks as with_random_blocks,
+    with_shuffled_blocks as with_shuffled_blocks,
+)
 from .experiments.falsification import (
     Falsification as Falsification,
-    RenamedTarget as RenamedTarget,
     falsify as falsify,
     load_falsification as load_falsification,
-    with_random_blocks as with_random_blocks,
 )
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
@@ -34,6 +38,7 @@ from .experiments.sparsity_path import (
 )
 from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
 from .learning.found import FoundSubnetwork as FoundSubnetwork
+from .learning.inputs import InputWarning as InputWarning, check_inputs as check_inputs
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
 from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_subnetwork as find_subnetwork
@@ -50,7 +55,7 @@ from .published import import_published as import_published, load_published as l
 from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
 from .report.page import write_report as write_report
-from .runs import Run as Run, StepRecord as StepRecord, load_run as load_run
+from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run
 from .sharing import (
     export_huggingface as export_huggingface,
     export_masks as export_masks,

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.capacity import MaskCapacity, capacity
 from bigram_circuits.masking.apply import gated, masked
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.conditions import DRAWN, SINGLE
 from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
-from bigram_circuits.measures.statistics import Faithfulness
+from bigram_circuits.measures.statistics import Faithfulness, Statistic
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
 from bigram_circuits.models.model import Model
@@ -38,6 +40,7 @@ from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
 
+_WITH_INTERVALS = ("surprisal_correlation", "cross_entropy", "mean_surprisal")
 ZERO_RULE = "correlations use only positions where the target gives the actual next token a probability above 0"
 
 
@@ -67,6 +70,9 @@ class Evaluation:
     """Next-token positions evaluated; None if a summary of several runs did not record it."""
     used: int | None = None
     """The number of these that enter the correlations, by the zero-probability rule."""
+    mask_capacity: MaskCapacity | None = None
+    """Whether the mask itself could hold the target, from its bits and those of a table with the subnetwork's KL; None
+    without controls, and for targets whose bits cannot be counted: any but tables of at most 2**23 n-grams."""
 
     @property
     def necessity(self) -> tuple[float, float]:
@@ -90,6 +96,7 @@ class Evaluation:
             "zero_rule": None if self.positions is None or self.used is None else _zero_rule(self.positions, self.used),
             "intervals": to_json(self.intervals),
             "advantage": to_json(self.advantage),
+            **({"mask_capacity": to_json(self.mask_capacity)} if self.mask_capacity else {}),
             "verdict": self.verdict,
         }
 
@@ -102,7 +109,7 @@ class Evaluation:
         """
         if not isinstance(record, dict):
             raise ValueError(f"it should be values by name, not {shown(record)}")
-        unknown = set(record) - {*SINGLE, *_REPEATED, "zero_rule", "intervals", "advantage", "verdict"}
+        unknown = set(record) - {*SINGLE, *_REPEATED, *_OTHERS}
         if unknown:
             raise ValueError(f"it has the unknown field {shown(min(unknown))}")
         rule: _ZeroRule | None = from_json(_ZeroRule | None, record.get("zero_rule"), "zero_rule")
@@ -120,6 +127,7 @@ class Evaluation:
             advantage=from_json(Mapping[str, Interval], record.get("advantage", {}), "advantage"),
             positions=rule and rule.positions,
             used=rule and rule.used,
+            mask_capacity=from_json(MaskCapacity | None, record.get("mask_capacity"), "mask_capacity"),
         )
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
@@ -161,9 +169,7 @@ class Evaluation:
             )
         lines.append("")
         lines += self._legend
-        if self.full is not None:
-            lines.append(self.verdict)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._conclusions])
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the same table, its legend and the verdict."""
@@ -173,9 +179,15 @@ class Evaluation:
              value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
             for name, value in self.rows()
         ]  # fmt: skip
-        verdict = [self.verdict] if self.full is not None else []
         title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
-        return html.summary(title, verdict, html.table(columns, rows, title), html.small(self._legend))
+        return html.summary(title, self._conclusions, html.table(columns, rows, title), html.small(self._legend))
+
+    @property
+    def _conclusions(self) -> list[str]:
+        """The verdict, and whether the mask could hold the answer; none without controls."""
+        if self.full is None:
+            return []
+        return [self.verdict, *([self.mask_capacity.says] if self.mask_capacity else [])]
 
     @property
     def _legend(self) -> list[str]:
@@ -200,6 +212,7 @@ class Evaluation:
 
 
 _REPEATED = ("random", "full_minus_random")
+_OTHERS = ("zero_rule", "intervals", "advantage", "mask_capacity", "verdict")
 
 
 @dataclass(frozen=True)
@@ -253,7 +266,8 @@ def evaluate(
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
         tokens: Held-out token ids [sequence, position].
         controls: Also measure the full model, the empty subnetwork, the complement, matched random subnetworks,
-            the full model without each of these, and the magnitude subnetwork.
+            the full model without each of these, and the magnitude subnetwork; and, if the target is an n-gram table,
+            count the bits of the mask and of the table (see `could_mask_hold_it`).
         seeds: Number of matched random subnetworks.
 
     Raises:
@@ -295,7 +309,58 @@ def evaluate(
         },
         positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
+        # rounding can make a KL of 0 negative
+        mask_capacity=capacity(subnetwork, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How faithful one masked model is, with the sums that this comes from, so that two can be compared in pairs."""
+
+    faithfulness: Faithfulness
+    """Its numbers."""
+    sums: Float[np.ndarray, "sequence column"] = field(repr=False)
+    """A row for each held-out sequence; the columns are `statistics.COLUMNS`."""
+
+    @cached_property
+    def draws(self) -> Float[np.ndarray, "draw column"]:
+        """Totals of bootstrap resamples of the sequences; for all models on the same text the same resamples."""
+        return statistics.bootstrap(self.sums)
+
+    def interval(self, statistic: Statistic) -> Interval:
+        """The 95% bootstrap interval of a statistic."""
+        return statistics.interval(statistic(self.draws))
+
+    def minus(
+        self, other: Measured, statistic: Statistic, of_other: Statistic | None = None
+    ) -> tuple[float, float, float]:
+        """A statistic minus the other's on the same text: (difference, low, high), a 95% paired bootstrap interval.
+
+        `of_other` is the other's statistic, if not the same.
+        """
+        assert self.sums.shape == other.sums.shape, "they were measured on the same text"
+        of_other = of_other or statistic
+        difference = float(statistic(self.sums.sum(0)) - of_other(other.sums.sum(0)))
+        return (difference, *statistics.interval(statistic(self.draws) - of_other(other.draws)))
+
+
+@uses_model
+def measure(
+    model: Model, subnetwork: SubnetworkLike, target: Any, tokens: Integer[np.ndarray, "sequence position"]
+) -> Measured:
+    """Measure a subnetwork without controls, to be compared with others, of this model or another, on the same text.
+
+    Raises:
+        ValueError: As `evaluate`.
+    """
+    check_tokens(model, tokens)
+    target = as_target(target, model.cfg.d_vocab)
+    subnetwork = as_subnetwork(subnetwork)
+    subnetwork.check_fits(model)
+    with progress(total=len(tokens), desc="evaluating", unit="sequence") as bar:
+        sums = _sums(model, subnetwork, target, tokens, bar)
+    return Measured(statistics.faithfulness(sums, subnetwork.kept, subnetwork.total), sums)
 
 
 GAP_MATTERS = 0.1
@@ -397,11 +462,7 @@ def _batch_sums(
 
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
-    return {
-        "surprisal_correlation": statistics.interval(statistics.correlation(draws)),
-        "cross_entropy": statistics.interval(statistics.mean(draws, "cross_entropy")),
-        "mean_surprisal": statistics.interval(statistics.mean(draws, "surprisal")),
-    }
+    return {name: statistics.interval(statistics.STATISTICS[name](draws)) for name in _WITH_INTERVALS}
 
 
 def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:

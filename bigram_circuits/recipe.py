@@ -226,8 +226,15 @@ class SparsifyConfig(Record):
     beta_growth: float | int | None = option(
         None, "--beta-growth", NUMBER, "continuous sparsification: factor on beta per step", says="set by --max-steps"
     )
-    """Continuous sparsification: factor on beta at every step. None: chosen so that beta would grow by a factor of
-    100,000 over `max_steps`; most gates are decided, and learning stops, about half way."""
+    """Continuous sparsification: factor on beta at every step while gates are soft. None: chosen so that beta would
+    grow by a factor of 100,000 over `max_steps` (most gates are decided, and learning stops, about half way); or, with
+    `hard_from`, by a factor of 5 until gates become hard."""
+    hard_from: float | int = option(
+        1.0, "--hard-from", NUMBER, "continuous sparsification: share of the steps after which gates are 0 or 1"
+    )
+    """Continuous sparsification: the share of `max_steps` after which gates are exactly 0 or 1 in the forward pass,
+    with straight-through gradients and a learning rate that falls to 0. 1: never; gates then become hard only because
+    beta grows, as published."""
     max_steps: int = option(400, "--max-steps --steps", whole(1), "maximum number of steps")
     """Maximum number of steps."""
     batch_size: int = option(16, "--batch-size", whole(1), "sequences per step")
@@ -265,6 +272,7 @@ class SparsifyConfig(Record):
             "first_score": (math.isfinite, "a finite number"),
             "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
             "beta_growth": (lambda v: v is None or 1 <= v < 2, "from 1 to below 2"),
+            "hard_from": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
             "second_moment_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
             "max_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "batch_size": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
@@ -276,9 +284,10 @@ class SparsifyConfig(Record):
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
         _check(self, limits)
-        if self.polish and "weight" not in self.unit_of.values():
-            given = shown(self.granularity)
-            raise ValueError(f"polish changes single weights, but granularity {given} has no gates of them")
+        if self.polish and set(self.unit_of.values()) != {"weight"}:
+            raise ValueError(
+                f"polish changes single weights, so granularity must be weight, not {shown(self.granularity)}"
+            )
         METHODS[self.method].check_config(self)
 
     def _check_granularity(self) -> None:
@@ -313,6 +322,15 @@ class SparsifyConfig(Record):
 
 RECIPES: Mapping[str, Callable[..., SparsifyConfig]] = {"default": SparsifyConfig, "paper": SparsifyConfig.paper}
 """Named recipes to start from: ours, and the published one."""
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"max_steps": 200},
+    "normal": {},
+    "thorough": {"max_steps": 1000, "hard_from": 0.3},
+}
+"""How much effort our recipe makes, as the options that differ from its defaults. `quick` takes about half as many
+steps, for a first look. `thorough` takes about five times as many, most of them with hard gates, which pays where soft
+gates find something that is lost when they become 0 or 1 (docs/method.md has numbers)."""
 
 
 # --- model, text and target by name ---
@@ -412,6 +430,8 @@ class StudyOptions(Record):
 
     recipe: str = option("default", "--recipe", TEXT, "recipe whose options are the defaults", choices=lambda: RECIPES)
     """The recipe to start from: `default` (ours) or `paper` (the published one)."""
+    effort: str = option("normal", "--effort", TEXT, "how many steps our recipe takes", choices=lambda: EFFORTS)
+    """How much effort our recipe makes: one of `EFFORTS`. Options that are given themselves take precedence."""
     sparsity_weights: tuple[float | int, ...] | None = option(
         None, "--sparsity-weights", _NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )
@@ -422,9 +442,13 @@ class StudyOptions(Record):
     """Whether to analyse the subnetwork after the evaluation."""
     falsify: bool = option(
         False, "--falsify", None,
-        "also try to refute it: re-initialised blocks, a nonsense target, 3 other seeds (5 more rounds of learning)",
+        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds (17 more rounds "
+        "of learning)",
     )  # fmt: skip
     """Whether to try to refute the finding."""
+    falsify_seeds: int = option(3, "--falsify-seeds", whole(2), "other seeds of --falsify, two rounds of learning each")
+    """Number of other seeds with which `falsify` repeats the recipe, on the trained model and on re-initialised
+    blocks."""
     check_memory: str = option(
         "warn", "--check-memory", TEXT, "if the memory forecast does not fit: refuse, warn, or make no forecast",
         choices=lambda: CHECKS_OF_MEMORY,
@@ -433,11 +457,15 @@ class StudyOptions(Record):
 
     def __post_init__(self) -> None:
         _check_choice("recipe", self.recipe, RECIPES)
+        _check_choice("effort", self.effort, EFFORTS)
+        if self.recipe != "default" and self.effort != "normal":
+            raise ValueError(f"effort is an option of our own recipe, not of {self.recipe!r}: leave one of the two out")
         _check_choice("check_memory", self.check_memory, CHECKS_OF_MEMORY)
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
             "random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "analysis": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "falsify": (lambda v: isinstance(v, bool), _YES_OR_NO),
+            "falsify_seeds": (lambda v: _is_whole(v, 2), "a whole number of at least 2"),
             "sparsity_weights": (
                 lambda v: v is None or (not isinstance(v, str) and all(0 <= one < math.inf for one in v)),
                 "numbers of at least 0",
@@ -481,15 +509,12 @@ class Request:
         changes = {name: some[name] for name in options_of(SparsifyConfig) if name in some}
         if options.sparsity_weights is not None and changes.keys() & {"sparsity_weight", "target_fraction"}:
             raise ValueError("sparsity_weights cannot be combined with sparsity_weight or target_fraction")
-        return cls(inputs, RECIPES[options.recipe](**changes), options)
+        return cls(inputs, RECIPES[options.recipe](**{**EFFORTS[options.effort], **changes}), options)
 
     def command(self) -> str:
         """The `bigram-circuits find` command for this request."""
-        recipe, changes = self._recipe()
-        options = {
-            **_changed(replace(self.options, recipe="default")),
-            **({} if recipe == "default" else {"recipe": recipe}),
-        }
+        start, changes = self._recipe()
+        options = {**_changed(replace(self.options, recipe="default", effort="normal")), **start}
         given = {**_changed(self.inputs), **changes, **options}
         words = ["bigram-circuits", "find"]
         for part in PARTS:
@@ -498,15 +523,13 @@ class Request:
                     words += _words(one, given[name])
         return shlex.join(words)
 
-    def _recipe(self) -> tuple[str, dict[str, Any]]:
-        """The closest named recipe, and the options that differ from it."""
-        candidates = {
-            name: changes
-            for name, make in RECIPES.items()
-            if None not in (changes := _differences(self.config, make())).values()
-        }
-        name = min(candidates, key=lambda one: len(candidates[one]))
-        return name, candidates[name]
+    def _recipe(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """The closest named recipe or effort, as options, and the options that differ from it."""
+        starts: list[tuple[dict[str, str], SparsifyConfig]] = [({}, SparsifyConfig())]
+        starts += [({"recipe": name}, make()) for name, make in RECIPES.items() if name != "default"]
+        starts += [({"effort": name}, SparsifyConfig(**own)) for name, own in EFFORTS.items() if own]
+        found = [(start, _differences(self.config, base)) for start, base in starts]
+        return min((one for one in found if None not in one[1].values()), key=lambda one: len(one[1]))
 
 
 PARTS = (Inputs, SparsifyConfig, StudyOptions)

@@ -23,6 +23,7 @@ from bigram_circuits.experiments.falsification import falsify
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.inputs import check_inputs, warn_of
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.names import name_of_target, names_of
 from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
@@ -36,7 +37,7 @@ from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import short_name
 from bigram_circuits.recipe import DTYPES, Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
-from bigram_circuits.runs import Run, RunFolder, RunSettings, load_run
+from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, as_target
@@ -102,7 +103,7 @@ def study(
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
             `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `random_seeds`, `analysis`,
-            `falsify`, `check_memory`.
+            `falsify`, `falsify_seeds`, `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
@@ -142,10 +143,12 @@ def _study(
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
     settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
-    folder = RunFolder.open(
-        out or default_folder(subjects.model, settings), settings, resume=not fresh, rebuild=subjects.inputs
-    )
+    path = Path(out or default_folder(subjects.model, settings))
+    checked = None if RunFolder(path).is_finished and not fresh else _checked(request, subjects)
+    folder = RunFolder.open(path, settings, resume=not fresh, rebuild=subjects.inputs, checked=checked)
     _introduce(request, subjects, folder, say)
+    if checked:
+        warn_of(checked)
     with folder.lock():
         found = find_subnetwork(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
@@ -159,6 +162,20 @@ def _study(
     for line in _in_the_end(found):
         say(line)
     return folder
+
+
+def _checked(request: Request, subjects: Subjects) -> InputCheck:
+    """What may be wrong with the inputs.
+
+    Raises:
+        ValueError: If nothing is held out, so that a study would end in an error.
+    """
+    if not len(subjects.corpus.held_out):
+        raise ValueError(
+            f"the held-out part of the corpus {subjects.corpus.source!r} is empty, but a study measures on it: hold "
+            "out some of the text, or use find_subnetwork alone"
+        )
+    return check_inputs(subjects.model, subjects.target, subjects.corpus, request.config)
 
 
 def _subjects(
@@ -240,10 +257,14 @@ def _examine(
         analyses = analyze(model, found.subnetwork, target, corpus)
         analyses.save(folder.path / "analysis")
         say(f"{analyses}\n")
-    if options.falsify:
-        tried = falsify(model, target, corpus, request.config, found=found.subnetwork, run_dir=folder.path / "falsify")
-        say(f"{tried}\n")
     write_report(folder.path)
+    if options.falsify:
+        tried = falsify(
+            model, target, corpus, request.config,
+            found=found.subnetwork, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",
+        )  # fmt: skip
+        say(f"{tried}\n")
+        write_report(folder.path)
 
 
 def _in_the_end(found: FoundSubnetwork) -> list[str]:
@@ -259,9 +280,7 @@ def _in_the_end(found: FoundSubnetwork) -> list[str]:
             f"on the last batch: cross-entropy {found.gap.soft:.3f} nats with soft gates, {found.gap.hard:.3f} with "
             "the mask"
         )
-        if found.gap.warning:
-            lines.append(f"WARNING: {found.gap.warning}")
-    return lines
+    return [*lines, *(f"WARNING: {caution}" for caution in found.cautions)]
 
 
 def _path(
@@ -276,6 +295,7 @@ def _path(
     settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
     folder = Path(out or default_folder(subjects.model, settings, list(weights)))
     say(f"path    {folder}")
+    warn_of(_checked(request, subjects))
     path = sparsity_path(
         subjects.model, subjects.target, subjects.corpus, request.config, weights, run_dir=folder,
         rebuild=subjects.inputs, callbacks=callbacks, check_memory=request.options.check_memory,

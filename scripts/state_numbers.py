@@ -1,8 +1,10 @@
-"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about ten minutes).
+"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about half an hour).
 
 It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
-docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. With `--check`, nothing is
-run or written: it says where a page states another number than docs/numbers.json.
+docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. `--outside NORMAL THOROUGH`
+reads two runs on a model that was not made here, one of the default recipe and one with `--effort thorough`, for the
+README's second table. With `--check`, nothing is run or written: it says where a page states another number than
+docs/numbers.json.
 
 The tests compare the pages with docs/numbers.json; those marked slow, which .ci/run runs,
 compare docs/numbers.json with a run of their own.
@@ -10,6 +12,7 @@ compare docs/numbers.json with a run of their own.
 
 import argparse
 import json
+import math
 import re
 import string
 import tempfile
@@ -17,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import bigram_circuits as bc
+from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.experiments.verdicts import FOUND, NONSENSE, TRAINED, free_name, seeds_of
 from bigram_circuits.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +41,28 @@ def _lens(words: str, key: str, bold: int | None = None) -> str:
     return f"| {words} | {' | '.join(f'**{cell}**' if at == bold else cell for at, cell in enumerate(cells))} |"
 
 
+def _untrained(words: str, key: str) -> str:
+    cells = " | ".join(f"{{falsified[{key}][{name}]:{digits}}}" for name, digits in (("r", ".3f"), ("kl", ".2f")))
+    return f"| {words} | {cells} | {{falsified[{key}][loss]:.2f}} | {{falsified[{key}][kept]:,}} |"
+
+
+def _outside(words: str, effort: str, row: str, bold: str = "") -> str:
+    at = f"outside[{effort}][{row}]"
+    cells = [f"{bold}{{{at}[{name}]:{digits}}}{bold}" for name, digits in (("r", ".3f"), ("kl", ".2f"))]
+    return f"| {words} | {' | '.join(cells)} | {{{at}[loss]:.2f}} | {{{at}[kept]:,}} ({{{at}[fraction]:.2%}}) |"
+
+
+def _by_size(words: str, key: str) -> str:
+    cells = [f"{{equal_size[kl][{key}][{at}]:.2f}}" for at in range(3)]
+    return f"| {words} | {' | '.join(cells)} | {{ceilings[{key}][kl]:.2f}} ({{ceilings[{key}][fraction]:.0%}}) |"
+
+
 STATED: dict[str, tuple[str, ...]] = {
     "README.md": (
         _row("**subnetwork**", "subnetwork", "{kept:,} ({fraction:.2%})", "**"),
+        _untrained("re-initialised blocks between the trained embeddings", "blocks"),
+        _untrained("trained weights, shuffled within every matrix", "shuffled"),
+        _untrained("everything re-initialised", "everything"),
         _row("full model", "full", "{total:,}"),
         _row("magnitude (largest weights, as many)", "magnitude", "{kept:,}"),
         _row("matched random weights", "random", "{kept:,}"),
@@ -50,23 +74,36 @@ STATED: dict[str, tuple[str, ...]] = {
         _lens("subnetwork", "subnetwork", 1),
         _lens("complement", "complement"),
         _lens("matched random weights", "random"),
-        "| {falsified_recipe:s} | weights kept | share of what the context tells | r |",
-        "| found | {falsified[found][fraction]:.2%} | {falsified[found][told]:.0%} | {falsified[found][r]:.3f} |",
-        "| other seeds (3) | {seeds[fraction][0]:.2%} to {seeds[fraction][1]:.2%} | {seeds[told_mean]:.0%} "
-        "| {seeds[r][0]:.3f} to {seeds[r][1]:.3f} |",
-        "| re-initialised blocks, trained embeddings | {falsified[blocks][fraction]:.2%} | "
-        "{falsified[blocks][told]:.0%} | {falsified[blocks][r]:.3f} |",
-        "| nonsense target: the bigram table with all tokens renamed | {falsified[nonsense][fraction]:.2%} | "
-        "{falsified[nonsense][told]:.0%} | {falsified[nonsense][r]:.3f} |",
+        "At equal size it is ahead of re-initialised blocks by {gaps[blocks][kl][gap]:.2f} nats (95% interval "
+        "{gaps[blocks][kl][low]:.2f} to {gaps[blocks][kl][high]:.2f}; over four seeds {gaps[blocks][range][0]:.2f} to "
+        "{gaps[blocks][range][1]:.2f})",
+        "of shuffled weights by {gaps[shuffled][kl][gap]:.2f} ({gaps[shuffled][kl][low]:.2f} to "
+        "{gaps[shuffled][kl][high]:.2f}).",
+        "To reach its KL, re-initialised blocks need at least {size_ratio:.1f} times its weights.",
+        "| KL by weights kept | {equal_size[sizes][0]:.2%} | {equal_size[sizes][1]:.2%} | {equal_size[sizes][2]:.2%} "
+        "| no penalty (share kept) |",
+        _by_size("trained", "trained"),
+        _by_size("re-initialised blocks", "blocks"),
+        "a mask of {capacity[mask_bits]:,.0f} bits can hold more than the {capacity[table_bits]:,.0f} in which a "
+        "bigram table as good as this was written",
+        "a nonsense target (the bigram table with all tokens renamed) they recover {falsified[nonsense][told]:.0%} of "
+        "what the context tells, against {falsified[found][told]:.0%}",
         "Seeds agree on the weights (Jaccard {seeds[jaccard]:.0%}, {seeds[times_chance]:.0f} times chance)",
-        "with {falsified[blocks][times_weights]:.1f} times the weights: the existence of a mask",
-        "The evidence is that the trained model *needs* these weights ({rise:.2f} nats against {random_rise:.2f}).",
+        "the trained model *needs* these weights ({rise:.2f} nats against {random_rise:.2f} for random ones)",
+        _outside("**subnetwork, thorough**", "thorough", "subnetwork", "**"),
+        _outside("subnetwork, default", "normal", "subnetwork"),
+        _outside("full model", "normal", "full"),
+        _outside("magnitude (as many as the thorough one)", "thorough", "magnitude"),
+        _outside("matched random weights (as many)", "thorough", "random"),
+        _outside("complement of the thorough one", "thorough", "complement"),
     ),
     "docs/method.md": (
-        "For the reference model and {falsified_recipe:s}, re-initialised blocks reach "
-        "{falsified[blocks][of_found]:.0%} of the subnetwork's share "
-        "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}), with "
-        "{falsified[blocks][times_weights]:.1f} times the weights.",
+        "`thorough` reaches a KL of {outside[thorough][subnetwork][kl]:.2f} with "
+        "{outside[thorough][subnetwork][fraction]:.2%} of the weights, and `normal` "
+        "{outside[normal][subnetwork][kl]:.2f} with {outside[normal][subnetwork][fraction]:.2%}.",
+        "For the reference model and {falsified_recipe:s}, at {fraction:.2%} of the weights, re-initialised blocks "
+        "reach {falsified[blocks][of_found]:.0%} of the subnetwork's share "
+        "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}).",
         "loss rises by {rise:.2f} nats without these weights, and by {random_rise:.2f} without matched random ones.",
     ),
     "docs/cost.md": (
@@ -117,6 +154,8 @@ def measured(run: Run) -> dict[str, Any]:
         "induction_loss": {name: heads.notes[f"loss_of_{name}"] for name in ("base", "full")},
         "largest": {"shared": largest.get("intersection")["all"], "expected": largest.get("expected")["all"]},
     }  # fmt: skip
+    if held := run.evaluation.mask_capacity:
+        found["capacity"] = {"mask_bits": held.mask_bits, "table_bits": held.table_bits, "ratio": held.ratio}
     for name in ("full", "subnetwork", "complement", "random"):
         found[f"lens_{name}"] = lens.get("surprisal_correlation", name).tolist()
     return found | _falsified(run)
@@ -134,14 +173,16 @@ def _falsified(run: Run) -> dict[str, Any]:
     tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return {}
-    columns = {"r": "surprisal_correlation", "fraction": "fraction", "told": "context_told"}
+    columns = {"r": "surprisal_correlation", "kl": "kl", "loss": "mean_surprisal", "fraction": "fraction"}
+    columns["told"] = "context_told"
     values = {word: tried.controls.get(key) for word, key in columns.items()}
-    names = {"found": "found", "blocks": "re-initialised blocks", "nonsense": "nonsense target"}
+    names = {"found": FOUND, "blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL, "shuffled": SHUFFLED}
+    names["nonsense"] = NONSENSE
     rows = {word: {key: of[name] for key, of in values.items()} for word, name in names.items()}
     for row in rows.values():
-        row["times_weights"] = row["fraction"] / rows["found"]["fraction"]
+        row["kept"] = round(row["fraction"] * run.subnetwork.total)
         row["of_found"] = row["told"] / rows["found"]["told"]
-    others = [name for name in tried.controls.names if name not in names.values()]
+    others = [name for name in seeds_of(tried.controls.names) if name != FOUND]
     seeds: dict[str, Any] = {key: [f(of[name] for name in others) for f in (min, max)] for key, of in values.items()}
     seeds["told_mean"] = sum(values["told"][name] for name in others) / len(others)
     together, expected = tried.seeds.get("jaccard"), tried.seeds.get("expected")
@@ -151,7 +192,59 @@ def _falsified(run: Run) -> dict[str, Any]:
     seeds["times_chance"] = sum(shared[name] / expected[name] for name in whole) / len(whole)
     changed = run.settings.recipe != bc.SparsifyConfig()
     recipe = "another recipe" if changed else "the default recipe"
-    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds}
+    return {"falsified_recipe": recipe, "falsified": rows, "seeds": seeds} | _at_equal_size(tried)
+
+
+def _at_equal_size(tried: bc.Falsification) -> dict[str, Any]:
+    """What trained and re-initialised weights reach with as many weights, and without a penalty."""
+    if tried.curves is None or tried.gaps is None:
+        return {}
+    models = {"trained": TRAINED, "blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL}
+    columns = {"kl": "kl", "r": "surprisal_correlation", "told": "context_told", "fraction": "fraction"}
+    values = {word: tried.controls.get(key) for word, key in columns.items()}
+    equal = {
+        "sizes": list(tried.curves.points),
+        "kl": {word: _known(tried.curves.get("kl", of)) for word, of in models.items()},
+        "r": {word: _known(tried.curves.get("surprisal_correlation", of)) for word, of in models.items()},
+    }
+    keys = {"kl": "kl_gap", "r": "r_gap", "told": "context_told_gap"}
+    gaps: dict[str, dict[str, Any]] = {
+        word: {key: _gap(tried.gaps, name, of) for key, name in keys.items()}
+        for word, of in {
+            "blocks": RANDOM_BLOCKS, "everything": RANDOM_MODEL, "shuffled": SHUFFLED, "nonsense": NONSENSE
+        }.items()
+    }  # fmt: skip
+    at_size = tried.gaps.get("kl_gap")
+    over_seeds = [of for name, of in at_size.items() if name.startswith(f"{RANDOM_BLOCKS}, seed ")]
+    over_seeds.append(at_size[RANDOM_BLOCKS])
+    gaps["blocks"]["range"] = [min(over_seeds), max(over_seeds)]
+    ceilings = {
+        word: {key: of[free_name(name)] for key, of in values.items()}
+        for word, name in models.items()
+        if free_name(name) in tried.controls.names
+    }
+    at_least = tried.size_ratio[0] if tried.size_ratio else None
+    return {"equal_size": equal, "gaps": gaps, "ceilings": ceilings, "size_ratio": at_least}
+
+
+def outside(run: Run) -> dict[str, Any]:
+    """The numbers of a run of a model that was not made here."""
+    assert run.evaluation is not None
+    rows = {
+        name: {"r": row.surprisal_correlation, "kl": row.kl, "loss": row.mean_surprisal, "kept": row.kept,
+               "fraction": row.fraction}
+        for name, row in run.evaluation.rows()
+    }  # fmt: skip
+    return {"steps": len(run.history), **rows}
+
+
+def _known(numbers: Any) -> list[float | None]:
+    return [None if math.isnan(number) else float(number) for number in numbers]
+
+
+def _gap(gaps: Any, quantity: str, name: str) -> dict[str, float]:
+    at = gaps.quantities.index(gaps.quantity(quantity)), gaps.names.index(name)
+    return {"gap": float(gaps.values[at]), "low": float(gaps.low[at]), "high": float(gaps.high[at])}
 
 
 def _pattern(template: str) -> tuple[re.Pattern[str], list[str]]:
@@ -189,6 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="a finished default run, instead of making one")
     parser.add_argument(
+        "--outside", type=Path, nargs=2, metavar=("NORMAL", "THOROUGH"), help="two finished runs of another model"
+    )
+    parser.add_argument(
         "--check", action="store_true", help="run nothing, write nothing: compare pages with numbers.json"
     )
     arguments = parser.parse_args()
@@ -201,6 +297,9 @@ def main() -> None:
                 else bc.study(falsify=True, out=Path(folder) / "run", tell=print)
             )
             numbers |= measured(run)
+        if arguments.outside:
+            efforts = zip(("normal", "thorough"), arguments.outside, strict=True)
+            numbers["outside"] = {effort: outside(bc.load_run(folder)) for effort, folder in efforts}
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
     for page in STATED:
         text = (ROOT / page).read_text()

@@ -26,6 +26,9 @@ import bigram_circuits as bc
 settings.register_profile("tests", deadline=None, max_examples=60)  # a busy machine is no failure
 settings.load_profile("tests")
 
+UNFIT_INPUTS = pytest.mark.filterwarnings("ignore::bigram_circuits.InputWarning")
+"""For tests of whole studies of untrained models and deliberately small texts, which `study` warns of."""
+
 LONGEST = ("test_cli.py", "test_docs.py", "test_notebooks.py", "test_planted_circuits.py")
 
 

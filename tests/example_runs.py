@@ -132,6 +132,7 @@ def measured():
         "zero_rule": {"positions": 100, "used": 90, "share": 0.9, "rule": "only where it is above 0"},
         "intervals": {"subnetwork": {"surprisal_correlation": [0.9012, 0.9234]}},
         "advantage": {"full": [0.5, 0.6], "random 0": [0.7, None]},
+        "mask_capacity": {"mask_bits": 430_000.0, "table_bits": 271_611.5, "kl": 0.9123},
         "verdict": f"Verdict: it is fine {HOSTILE}.",
     }
 

@@ -41,6 +41,8 @@ def values(tiny_model, tmp_path_factory):
         kept, found, evaluation, evaluation.subnetwork, found.gap, found.history[0], load_run(folder), CONFIG, corpus,
         target, bc.NextTokenTarget(), bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
         bc.forecast_memory(tiny_model, target, corpus, CONFIG, mode="off"), maps["full"], lens,
+        bc.check_inputs(tiny_model, target, corpus, CONFIG), bc.could_mask_hold_it(kept, target, 0.1),
+        bc.polish(tiny_model, kept, target, corpus, passes=1, most=2, sequences=2),
         neurons, analysis.by_layer(kept),
         analysis.Analyses({"logit_lens": lens}, {}), task, analysis.ability(tiny_model, task),
         kept.by_weight()["blocks.0.attn.W_Q"], bc.activation_points(tiny_model)[0], bc.huggingface_layout(tiny_model),
@@ -104,7 +106,17 @@ def test_a_copy_of_a_subnetwork_is_immutable(values, how):
 
 
 def test_every_public_type_is_here(values):
-    not_values = {"Callback", "Model", "NGramCounter", "Planted", "TensorBoard", "Target", "WandB", "WeightSite"}
+    not_values = {
+        "Callback",
+        "InputWarning",
+        "Model",
+        "NGramCounter",
+        "Planted",
+        "TensorBoard",
+        "Target",
+        "WandB",
+        "WeightSite",
+    }
     as_others = {"ModelTarget"}  # it holds a model
     classes = {name for name in dir(bc) if isinstance(getattr(bc, name), type)}
     assert classes - not_values - as_others - set(values) == set()

@@ -21,8 +21,10 @@ from bigram_circuits.storage.files import checked_json, read_checked_json, write
 from bigram_circuits.storage.origin import is_signed, sign
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.workflow import reopen
+from tests.conftest import UNFIT_INPUTS
 from tests.example_runs import curves, make_run, measured, without_libraries
 
+pytestmark = UNFIT_INPUTS
 RECIPE = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.3}
 
 

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 
 import bigram_circuits as bc
 from bigram_circuits import cli
-from bigram_circuits.recipe import METHODS, PARTS, RECIPES, TARGETS, Inputs, Request, StudyOptions, options_of, spelled
+from bigram_circuits.recipe import (
+    EFFORTS,
+    METHODS,
+    PARTS,
+    RECIPES,
+    TARGETS,
+    Inputs,
+    Request,
+    StudyOptions,
+    options_of,
+    spelled,
+)
 
 OPTIONS = {name: option for part in PARTS for name, option in options_of(part).items()}
 OTHER = {  # for every option a value that is not its default
@@ -41,6 +52,7 @@ OTHER = {  # for every option a value that is not its default
     "first_score": -0.25,
     "beta_start": 2.0,
     "beta_growth": 1.01,
+    "hard_from": 0.5,
     "max_steps": 7,
     "batch_size": 3,
     "stop_undecided": 0.02,
@@ -50,10 +62,12 @@ OTHER = {  # for every option a value that is not its default
     "low_memory": True,
     "seed": 11,
     "recipe": "paper",
+    "effort": "thorough",
     "sparsity_weights": (1.0, 2.5),
     "random_seeds": 5,
     "analysis": False,
     "falsify": True,
+    "falsify_seeds": 2,
     "check_memory": "off",
 }
 
@@ -89,8 +103,12 @@ def test_the_command_of_an_option_is_read_as_it_was_asked(name):
         assert asked != plain
 
 
+LEFT_OUT = ("sparsity_weights", "effort", "polish")
+"""Options that do not go with the others."""
+
+
 def test_the_command_of_all_options_at_once_is_read_as_it_was_asked():
-    values = {name: value for name, value in OTHER.items() if name != "sparsity_weights"}
+    values = {name: value for name, value in OTHER.items() if name not in LEFT_OUT}
     asked = Request.of(**values)
     read = parsed(asked.command())
     assert (read.inputs, read.config) == (asked.inputs, asked.config)
@@ -206,6 +224,20 @@ def test_targets_are_the_modules_of_their_folder(tiny_model, tokenizer):
         ).subnetwork.cross_entropy)  # fmt: skip
         assert kind.label(2)
         assert kind.meaning(2)
+
+
+def test_an_effort_sets_the_options_that_are_not_given():
+    assert set(EFFORTS) == {"quick", "normal", "thorough"}
+    assert Request.of(effort="normal") == Request.of()
+    steps = [Request.of(effort=name).config.max_steps for name in ("quick", "normal", "thorough")]
+    assert steps == sorted(set(steps))
+    own = Request.of(effort="thorough", max_steps=7)
+    assert own.config == bc.SparsifyConfig(max_steps=7, hard_from=EFFORTS["thorough"]["hard_from"])
+    assert parsed(own.command()).config == own.config
+    with pytest.raises(ValueError, match="effort is an option of our own recipe, not of 'paper'"):
+        Request.of(recipe="paper", effort="quick")
+    with pytest.raises(ValueError, match="effort must be one of quick, normal, thorough, not 'hard'"):
+        Request.of(effort="hard")
 
 
 def test_recipes_are_their_names():

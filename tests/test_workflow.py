@@ -12,8 +12,10 @@ import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.workflow import Subjects, reopen
+from tests.conftest import UNFIT_INPUTS
 from tests.text.test_tokenizers import hooked, sentencepiece
 
+pytestmark = UNFIT_INPUTS
 QUICK = {"max_steps": 8, "batch_size": 4, "random_seeds": 1, "analysis": False}
 
 

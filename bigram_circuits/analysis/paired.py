@@ -18,6 +18,7 @@ from jaxtyping import Float
 from bigram_circuits.analysis.conditions import reduced_to
 from bigram_circuits.analysis.tasks import Hooks, Task, measure, per_place
 from bigram_circuits.measures import statistics
+from bigram_circuits.measures.statistics import Statistic
 from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
 
@@ -25,8 +26,6 @@ _DRAWS = 1000
 
 Kept = Subnetwork | None
 """The weights of a model that are kept, or None for all of them."""
-
-Statistic = Callable[[Float[np.ndarray, "... column"]], Float[np.ndarray, "..."]]
 
 
 class Table:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.capacity import MaskCapacity
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
 from bigram_circuits.measures import statistics
@@ -77,6 +78,11 @@ class Compared:
     def verdict(self) -> str:
         """The verdict of its evaluation; empty if it was evaluated without controls, or not at all."""
         return self.evaluation.verdict if self.evaluation and self.evaluation.advantage else ""
+
+    @property
+    def mask_capacity(self) -> MaskCapacity | None:
+        """Whether its mask could hold the target; None if that was not measured."""
+        return self.evaluation.mask_capacity if self.evaluation else None
 
     @property
     def within(self) -> str | None:

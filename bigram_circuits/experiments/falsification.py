@@ -3,37 +3,65 @@
 A good subnetwork proves little if the same recipe finds one that is as good in an untrained model, or for a meaningless
 target: then the computation is in the mask, not in the model. And which weights are kept is only a finding if another
 seed keeps them too. (Whether the model needs the weights is a separate question: `evaluate` compares the loss without
-them with the loss without random ones.) So the recipe is run again
+them with the loss without random ones.) A larger mask can do more, so everything is compared at equal size
+(`SparsifyConfig.target_fraction`). The recipe is run again
 
-- on the same model with re-initialised blocks; embeddings, final norm and unembedding stay as trained (compare the
-  supermasks that Zhou et al. 2019 and Ramanujan et al. 2020 found in random networks);
+- on the same model at other sizes, for a curve of faithfulness by size;
+- on the same model with re-initialised blocks, at the same sizes; embeddings, final norm and unembedding stay as
+  trained (compare the supermasks that Zhou et al. 2019 and Ramanujan et al. 2020 found in random networks);
+- on the model with everything re-initialised;
+- on the model with the entries of every maskable matrix shuffled, so that only their places are untrained;
+- on the first three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
 - for a nonsense target: the same distribution under a random permutation s of the vocabulary,
   P'(y | x) = P(s(y) | s(x));
-- for the same target with other seeds, which change the data order and the random numbers of the masking method.
+- with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
 
 Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
 1 - KL / KL0, where KL0 is the KL of the best constant prediction, the target's mean distribution over the text. (KL0
-is the mutual information of context and next token under the target.)
+is the mutual information of context and next token under the target.) The gap between the subnetwork and a control is
+measured on the same sequences, with paired intervals.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Integer
-from torch import Tensor
+from jaxtyping import Float
 
 from bigram_circuits.analysis.overlap import overlap
-from bigram_circuits.evaluation import Evaluation, evaluate
+from bigram_circuits.evaluation import Measured, measure
+from bigram_circuits.experiments.controls import (
+    RANDOM_BLOCKS,
+    RANDOM_MODEL,
+    SHUFFLED,
+    RenamedTarget,
+    kl_of_best_constant,
+    with_random_blocks,
+    with_shuffled_blocks,
+)
+from bigram_circuits.experiments.verdicts import (
+    FOUND,
+    NONSENSE,
+    TRAINED,
+    Judged,
+    ceiling_words,
+    free_name,
+    judge_controls,
+    judge_seeds,
+    seed_name,
+    seeds_of,
+    size_ratio,
+    sized_name,
+)
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
+from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.measures.quantities import (
     CROSS_ENTROPY,
     FRACTION,
@@ -43,105 +71,32 @@ from bigram_circuits.measures.quantities import (
     TOP1_AGREEMENT,
     Quantity,
 )
-from bigram_circuits.measures.results import Effects, load_result_and_origin
-from bigram_circuits.measures.statistics import holm
-from bigram_circuits.models.layouts import huggingface_layout
-from bigram_circuits.models.loading import fresh_huggingface, hooked
+from bigram_circuits.measures.results import Curves, Effects, Result, load_result_and_origin
+from bigram_circuits.measures.statistics import STATISTICS, Statistic
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target, as_target
-from bigram_circuits.text.corpus import Corpus, in_order
+from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (
     SURPRISAL_CORRELATION, KL, CROSS_ENTROPY, MEAN_SURPRISAL, TOP1_AGREEMENT, FRACTION,
     Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 if the context is unused."),
 )  # fmt: skip
-_FOUND, _RANDOM_BLOCKS, _NONSENSE = "found", "re-initialised blocks", "nonsense target"
-_FORMER_NAMES = {"blocks initialised anew": _RANDOM_BLOCKS}  # in results and run folders of version 0.1.0
-_AS_GOOD = 0.95  # a control that recovers this share of what the subnetwork recovers refutes the finding,
-_AS_SMALL = 2.0  # if it keeps at most this many times its weights;
-_HALF = 0.5  # one that recovers this share weakens the finding, whatever its size
-_SURPRISING = 0.05  # a p-value below this is significant
+_GAPS = (
+    Quantity("kl_gap", "nats", "KL of the control minus that of the trained model's subnetwork of the same size."),
+    Quantity("r_gap", "", "Pearson r of the trained model's subnetwork minus that of the control."),
+    Quantity("context_told_gap", "share", "Context told by the trained model's subnetwork minus that by the control."),
+    FRACTION,
+)
+_SIZES = (0.5, 1, 2)  # times the subnetwork's own
+_FORMER_NAMES = {"blocks initialised anew": RANDOM_BLOCKS}  # in results of version 0.1.0
 _LITTLE = 1e-4  # nats: below this, the context counts as uninformative
-_AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
-
-
-class RenamedTarget(Target):
-    """A target under a permutation s of the vocabulary, P'(y | x) = P(s(y) | s(x)): same shape, no meaning."""
-
-    def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
-        """Permute a target's vocabulary; `seed` draws the permutation s.
-
-        Raises:
-            ValueError: If `target` is not a target, or has another vocabulary.
-        """
-        self.target = as_target(target, d_vocab)
-        self.d_vocab = d_vocab
-        self.positions = self.target.positions
-        self.name_of = torch.from_numpy(np.random.default_rng(seed).permutation(d_vocab))
-        identity = {"kind": self.target.kind, "fingerprint": self.target.fingerprint}
-        self.fingerprint = f"renamed {seed} {identity}"
-
-    def cross_entropy(
-        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch n"]:
-        """CE from the permuted distribution to softmax(logits)."""
-        return self.target.cross_entropy(logits[..., self._token_of(logits.device)], self._renamed(tokens))
-
-    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """-log P'(actual next token)."""
-        return self.target.surprisal(self._renamed(tokens))
-
-    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
-        """Entropy of the target at the renamed tokens."""
-        return self.target.entropy(self._renamed(tokens))
-
-    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
-        """The most likely tokens of the permuted target."""
-        found = self.target.top1(self._renamed(tokens))
-        return None if found is None else self._token_of(tokens.device)[found]
-
-    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
-        """Log probabilities of the permuted target."""
-        found = self.target.log_probs(self._renamed(tokens))
-        return None if found is None else found[..., self.name_of.to(tokens.device)]
-
-    def _renamed(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
-        return self.name_of.to(tokens.device)[tokens.long()]
-
-    def _token_of(self, device: torch.device) -> Integer[Tensor, " d_vocab"]:
-        """The inverse of the renaming."""
-        return self.name_of.argsort().to(device)
-
-
-@uses_model
-def with_random_blocks(model: Model, seed: int = 0) -> Model:
-    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
-
-    Returns:
-        A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
-
-    Raises:
-        OSError: If the model's files no longer exist.
-    """
-    plain, _ = fresh_huggingface(model)
-    trained = dict(plain.state_dict())
-    place = next(iter(huggingface_layout(model).places.values())).parameter
-    blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = type(plain)(plain.config).to(plain.dtype)
-    kept = {name: value for name, value in trained.items() if not name.startswith(blocks)}
-    untrained.load_state_dict(kept, strict=False)
-    if hasattr(untrained, "tie_weights"):
-        untrained.tie_weights()
-    other = hooked(untrained.eval(), like=model)
-    other.cfg.model_name = f"{model.cfg.model_name} with {_RANDOM_BLOCKS} (seed {seed})"
-    return other.to(model.cfg.device).eval()
+_R = STATISTICS["surprisal_correlation"]
 
 
 @dataclass(frozen=True)
@@ -149,11 +104,17 @@ class Falsification:
     """The outcome of the attempts to refute a finding."""
 
     controls: Effects
-    """A row for the subnetwork found and for every attempt: r, KL, cross-entropy, loss, agreement and share kept."""
+    """A row for the subnetwork found and for every attempt of its size or without a penalty: r, KL, cross-entropy,
+    loss, agreement, share kept, and share of the context's information."""
     seeds: Effects
     """Overlap of each pair of seeds' subnetworks, overall and by component, with the exact null."""
     spread: Effects
     """Every number across seeds, the original included: mean, standard deviation, minimum, maximum."""
+    curves: Curves | None = None
+    """The same numbers by size (the share of weights asked for), on the trained model, with re-initialised blocks and
+    with everything re-initialised; None, like `gaps`, in results of versions that did not compare at equal size."""
+    gaps: Effects | None = None
+    """What the trained model's subnetworks are ahead of each control of their size, with paired 95% intervals."""
     of: Origin | None = None
     """The subnetwork and the text that were tried, and the run if there is one."""
 
@@ -164,8 +125,10 @@ class Falsification:
 
     @property
     def says(self) -> tuple[str, ...]:
-        """What each control shows, in a sentence or two."""
-        return tuple(one.says for one in self._judged())
+        """What each control shows, in a few sentences, and what the models reach without a penalty."""
+        *controls, seeds = (one.says for one in self._judged())
+        ceiling = ceiling_words(self.controls)
+        return (*controls, *([ceiling] if ceiling else []), seeds)
 
     @property
     def verdict(self) -> str:
@@ -178,27 +141,30 @@ class Falsification:
         ]
         return " ".join(parts) or "No control refutes or weakens the finding."
 
-    def _judged(self) -> list[_Judged]:
-        return [*_judge_controls(self.controls), _judge_seeds(self.controls, self.seeds)]
+    @property
+    def size_ratio(self) -> tuple[float, float] | None:
+        """How many times the subnetwork's weights re-initialised blocks need for its KL: ends of a range.
+
+        Both are the same where the KL lies within the curve, interpolated over log(size); (largest size, inf) or
+        (0, smallest size) where it does not. None in results of versions that did not compare at equal size.
+        """
+        return None if self.curves is None else size_ratio(self.curves, self.controls.get("fraction")[FOUND])
+
+    def _judged(self) -> list[Judged]:
+        return [*judge_controls(self.controls, self.gaps, self.curves), judge_seeds(self.controls, self.seeds)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the results to a folder as JSON files."""
-        for name in _PARTS:
-            getattr(self, name).save(Path(folder) / f"{name}.json", self.of)
+        for name in (*_PARTS, *_LATER_PARTS):
+            if (part := getattr(self, name)) is not None:
+                part.save(Path(folder) / f"{name}.json", self.of)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
 
 
-@dataclass(frozen=True)
-class _Judged:
-    control: str
-    says: str
-    finding: str
-    """`refuted`, `weakened` or `stands`."""
-
-
-_PARTS = ("controls", "seeds", "spread")
+_PARTS: dict[str, type[Result]] = {"controls": Effects, "seeds": Effects, "spread": Effects}
+_LATER_PARTS: dict[str, type[Result]] = {"curves": Curves, "gaps": Effects}  # since version 0.2.0
 
 
 def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -> Falsification | None:
@@ -211,19 +177,19 @@ def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -
     Raises:
         ValueError: If a file is damaged, a symbolic link, or of another run.
     """
-    paths = {name: Path(folder) / f"{name}.json" for name in _PARTS}
-    if not all(path.is_file() for path in paths.values()):
+    kinds = _PARTS | _LATER_PARTS
+    paths = {name: path for name in kinds if (path := Path(folder) / f"{name}.json").is_file()}
+    if not paths.keys() >= _PARTS.keys():
         return None
     read = {name: load_result_and_origin(path, follow=False) for name, path in paths.items()}
     if run is not None:
         for name, (_, of) in read.items():
             run.check_origin(paths[name], of, "`find --falsify` writes it again once it is removed")
-    effects = {name: part for name, (part, _) in read.items() if isinstance(part, Effects)}
-    if len(effects) < len(read):
+    if not all(isinstance(part, kinds[name]) for name, (part, _) in read.items()):
         raise ValueError(f"{str(folder)!r} holds results of another kind, not those of `falsify`")
-    controls = effects["controls"]
-    names = tuple(_FORMER_NAMES.get(name, name) for name in controls.names)
-    return Falsification(**effects | {"controls": replace(controls, names=names)}, of=read["controls"][1])
+    parts: dict[str, Any] = {name: part for name, (part, _) in read.items()}
+    names = tuple(_FORMER_NAMES.get(name, name) for name in parts["controls"].names)
+    return Falsification(**parts | {"controls": replace(parts["controls"], names=names)}, of=read["controls"][1])
 
 
 @uses_model
@@ -234,24 +200,32 @@ def falsify(
     config: SparsifyConfig | None = None,
     *,
     found: SubnetworkLike,
+    sizes: Sequence[float | int] | None = None,
     seeds: int = 3,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Falsification:
-    """Try to refute a finding: rerun the recipe on re-initialised blocks, for a nonsense target and with other seeds.
+    """Try to refute a finding: compare it, at equal size, with untrained weights, a nonsense target and other seeds.
 
-    It takes `seeds` + 2 times as long as finding the subnetwork, and memory for a second model.
+    With three sizes it takes 11 + 2 `seeds` times as long as finding the subnetwork (17 times by default), and memory
+    for a second model. Every size more or less is two rounds of learning more or less, every seed too.
 
     Args:
         model: From `load_model`.
         target: The target that the subnetwork was learned for.
         corpus: Masks are learned on its training part and measured on its held-out part.
-        config: The recipe that found the subnetwork; `SparsifyConfig()` by default.
+        config: The recipe that found the subnetwork; `SparsifyConfig()` by default. Its `target_fraction` is replaced
+            by each size in turn; without a penalty, it is left out and `sparsity_weight` is 0. (Straight-through masks
+            need a size, so there is no such attempt with them.)
         found: The subnetwork to be tested.
-        seeds: Number of other seeds; at least 2, to have a spread.
+        sizes: Sizes of the curves, as shares of the maskable weights; by default half, once and twice the
+            subnetwork's (of the weights that the recipe can drop). The subnetwork's own is always among them.
+        seeds: Number of other seeds, for the trained model and for re-initialised blocks; at least 2, to have a
+            spread.
         run_dir: A folder for the runs and the results; runs that are already there are reused.
 
     Raises:
-        ValueError: If `seeds` is below 2, or model, target, subnetwork and corpus do not fit together.
+        ValueError: If `seeds` is below 2, a size is out of range or given twice, the subnetwork keeps none of the
+            weights that the recipe can drop, or model, target, subnetwork and corpus do not fit together.
         OSError: If the model's files, which are read again, no longer exist.
     """
     if seeds < 2:
@@ -260,78 +234,203 @@ def falsify(
     found = as_subnetwork(found)
     found.check_fits(model)
     target = as_target(target, model.cfg.d_vocab)
+    own, kept = found.kept, _sizes_in_weights(model, config, found, sizes)
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         check_no_link(folder)
+    attempts = _Attempts(corpus, config, found.total, folder)
+    others = range(config.seed + 1, config.seed + 1 + seeds)
 
-    def learn(name: str, of: Any, wanted: Any, recipe: SparsifyConfig) -> tuple[Subnetwork, Evaluation]:
-        to = None if folder is None else _run_folder(folder, name)
-        if to is not None:
-            check_no_link(to)
-        subnetwork = find_subnetwork(of, wanted, corpus, recipe, run_dir=to).subnetwork
-        return subnetwork, evaluate(of, subnetwork, wanted, corpus.held_out, controls=False)
-
-    measured = {_FOUND: evaluate(model, found, target, corpus.held_out, controls=False)}
-    random_blocks = with_random_blocks(model, seed=config.seed)
-    measured[_RANDOM_BLOCKS] = learn(_RANDOM_BLOCKS, random_blocks, target, config)[1]
-    del random_blocks
+    trained = attempts.curve(TRAINED, model, target, [size for size in kept if size != own])
+    trained[own] = measure(model, found, target, corpus.held_out)
+    free = attempts.free(TRAINED, model, target)
     nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
-    measured[_NONSENSE] = learn(_NONSENSE, model, nonsense, config)[1]
-    again = {_FOUND: found}
-    for seed in range(config.seed + 1, config.seed + 1 + seeds):
-        name = f"seed {seed}"
-        again[name], measured[name] = learn(name, model, target, replace(config, seed=seed))
-    constants = dict.fromkeys(measured, kl_of_best_constant(target, corpus.held_out))
-    constants[_NONSENSE] = kl_of_best_constant(nonsense, corpus.held_out)
-    of = Origin(run_id(folder.parent) if folder else None, found.checksum, corpus.fingerprint, corpus.source)
-    result = Falsification(_controls(measured, constants), _overlaps(again), _spread(measured), of)
+    meaningless = attempts.at(NONSENSE, model, nonsense, own)[1]
+    again = {FOUND: found}
+    reseeded: dict[str, Measured] = {}
+    for seed in others:
+        name = seed_name(seed)
+        again[name], reseeded[name] = attempts.at(name, model, target, own, seed)
+
+    other = with_random_blocks(model, seed=config.seed)
+    blocks = attempts.curve(RANDOM_BLOCKS, other, target, kept)
+    free |= attempts.free(RANDOM_BLOCKS, other, target)
+    for seed in others:
+        del other  # there is memory for two models, not for three
+        name, other = seed_name(seed, RANDOM_BLOCKS), with_random_blocks(model, seed=seed)
+        reseeded[name] = attempts.at(name, other, target, own, seed)[1]
+    del other
+    other = with_shuffled_blocks(model, seed=config.seed)
+    shuffled = attempts.at(SHUFFLED, other, target, own)[1]
+    del other
+    other = with_random_blocks(model, seed=config.seed, everything=True)
+    everything = attempts.curve(RANDOM_MODEL, other, target, [own])
+    free |= attempts.free(RANDOM_MODEL, other, target)
+
+    measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own]}
+    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | reseeded | free
+    told = _Told(kl_of_best_constant(target, corpus.held_out))
+    told_nonsense = _Told(kl_of_best_constant(nonsense, corpus.held_out))
+    lines = {TRAINED: trained, RANDOM_BLOCKS: blocks, RANDOM_MODEL: everything}
+    gaps = {
+        RANDOM_BLOCKS: _gap(trained[own], blocks[own], told),
+        RANDOM_MODEL: _gap(trained[own], everything[own], told),
+        SHUFFLED: _gap(trained[own], shuffled, told),
+        NONSENSE: _gap(trained[own], meaningless, told, told_nonsense),
+    }
+    gaps |= {sized_name(RANDOM_BLOCKS, size): _gap(trained[size], blocks[size], told) for size in kept if size != own}
+    for seed in others:
+        name = seed_name(seed, RANDOM_BLOCKS)
+        gaps[name] = _gap(reseeded[seed_name(seed)], reseeded[name], told)
+    result = Falsification(
+        _controls(measured, {name: told_nonsense if name == NONSENSE else told for name in measured}),
+        _overlaps(again),
+        _spread(measured),
+        _curves(lines, kept, found.total, told),
+        _gaps(gaps),
+        Origin(run_id(folder.parent) if folder else None, found.checksum, corpus.fingerprint, corpus.source),
+    )
     if folder is not None:
         result.save(folder)
     return result
 
 
-def _run_folder(folder: Path, name: str) -> Path:
-    """The folder of an attempt's run: under its former name if an earlier version wrote it."""
-    former = [folder / old.replace(" ", "-") for old, now in _FORMER_NAMES.items() if now == name]
-    return next((path for path in former if path.is_dir()), folder / name.replace(" ", "-"))
+def _sizes_in_weights(
+    model: Model, config: SparsifyConfig, found: Subnetwork, sizes: Sequence[float | int] | None
+) -> list[int]:
+    """The numbers of weights to keep, from the smallest; the subnetwork's own is among them."""
+    groups = group_gates(weight_sites(model), config.unit_of, config.layers)
+    always = found.total - sum(group.site.size for group in groups)
+    free = found.kept - always
+    if free < 1:
+        raise ValueError(
+            f"the subnetwork keeps {found.kept:,} weights, none of those that the recipe can drop: there is nothing to "
+            "compare at equal size"
+        )
+    if sizes is None:
+        kept = {always + max(1, round(times * free)) for times in _SIZES}
+        return sorted(size for size in kept | {found.kept} if size <= found.total)
+    kept = [round(size * found.total) if 0 < size <= 1 else 0 for size in sizes]
+    if len(kept) < 1 or min(kept) <= always:
+        least = always / found.total
+        raise ValueError(f"sizes must be shares of the weights, above {least:.4g} and at most 1, not {list(sizes)}")
+    if len(set(kept)) < len(kept):
+        raise ValueError(f"sizes must differ, not {list(sizes)}")
+    return sorted({*kept, found.kept})
 
 
-def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
-    """Mean KL (nats) from a target to its own mean distribution over a text; nan if it has no `log_probs` or `entropy`.
+@dataclass(frozen=True)
+class _Attempts:
+    """Runs of the recipe, each in a folder of its own if there is one for all."""
 
-    It is the mutual information, under the target, of the context and the next token.
-    """
-    total, entropies, n = torch.zeros(1, dtype=torch.float64), 0.0, 0
-    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * (target.d_vocab or 1)))):
-        log_probs, entropy = target.log_probs(batch), target.entropy(batch)
-        if log_probs is None or entropy is None:
-            return math.nan
-        probs = log_probs.exp().flatten(0, -2)
-        total = total + probs.sum(0).double().cpu()
-        entropies += float(entropy.double().sum())
-        n += len(probs)
-    return float(torch.special.entr(total / n).sum()) - entropies / n
+    corpus: Corpus
+    config: SparsifyConfig
+    total: int
+    """Number of maskable weights."""
+    folder: Path | None
+
+    def at(
+        self, name: str, model: Model, target: Target, kept: int, seed: int | None = None
+    ) -> tuple[Subnetwork, Measured]:
+        """Find a subnetwork of a size, and measure it."""
+        seed = self.config.seed if seed is None else seed
+        recipe = replace(self.config, target_fraction=kept / self.total, seed=seed)
+        return self._learn(sized_name(name, kept), model, target, recipe)
+
+    def curve(self, name: str, model: Model, target: Target, sizes: Sequence[int]) -> dict[int, Measured]:
+        """Measure a subnetwork of every size."""
+        return {kept: self.at(name, model, target, kept)[1] for kept in sizes}
+
+    def free(self, of: str, model: Model, target: Target) -> dict[str, Measured]:
+        """Measure a subnetwork found without a penalty; empty if the method must be told how many weights to keep."""
+        try:
+            recipe = replace(self.config, target_fraction=None, sparsity_weight=0.0)
+        except ValueError:
+            return {}
+        name = free_name(of)
+        return {name: self._learn(name, model, target, recipe)[1]}
+
+    def _learn(self, name: str, model: Model, target: Target, recipe: SparsifyConfig) -> tuple[Subnetwork, Measured]:
+        to = None if self.folder is None else self.folder / name.replace(",", "").replace(" ", "-")
+        if to is not None:
+            check_no_link(to)
+        # the finding's own run needed as much memory
+        learned = find_subnetwork(model, target, self.corpus, recipe, run_dir=to, check_memory="off")
+        subnetwork = learned.subnetwork
+        return subnetwork, measure(model, subnetwork, target, self.corpus.held_out)
 
 
-def _controls(measured: Mapping[str, Evaluation], constants: Mapping[str, float]) -> Effects:
-    """A row for each attempt; `constants` is the KL of the best constant prediction for its target."""
-    rows = []
-    for name, one in measured.items():
-        values = [getattr(one.subnetwork, quantity.name) for quantity in _QUANTITIES[:-1]]
-        told = constants[name]
-        rows.append([*values, math.nan if told < _LITTLE else 1 - one.subnetwork.kl / told])
-    values = np.array(rows, dtype=float).T
-    ends = np.full((2, *values.shape), np.nan)
-    names = [quantity.name for quantity in _QUANTITIES]
-    for at, one in enumerate(measured.values()):
-        for name, pair in one.intervals["subnetwork"].items():
-            if name in names:
-                ends[:, names.index(name), at] = pair
-    return Effects("Attempts to refute the finding", _QUANTITIES, "attempt", tuple(measured), values, ends[0], ends[1])
+# --- what was measured, as results -----------------------------------------------------------------------------------
 
 
-def _spread(measured: Mapping[str, Evaluation]) -> Effects:
-    of_seeds = [one.subnetwork for name, one in measured.items() if name not in (_RANDOM_BLOCKS, _NONSENSE)]
+@dataclass(frozen=True)
+class _Told:
+    """The statistic 1 - KL / KL0; nan where the target has no KL0 or its context is uninformative."""
+
+    constant: float
+    """KL0, the KL of the best constant prediction, in nats."""
+
+    def __call__(self, sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+        constant = math.nan if self.constant < _LITTLE else self.constant
+        return np.asarray(1 - STATISTICS["kl"](sums) / constant)
+
+
+Ends = tuple[float, float, float]
+"""A number and its 95% interval."""
+
+
+def _numbers(one: Measured, told: _Told) -> list[Ends]:
+    """Each of `_QUANTITIES`."""
+    row: list[Ends] = []
+    for quantity in _QUANTITIES:
+        statistic: Statistic | None = told if quantity.name == "context_told" else STATISTICS.get(quantity.name)
+        if statistic is None:
+            row.append((getattr(one.faithfulness, quantity.name), math.nan, math.nan))
+        else:
+            row.append((float(statistic(one.sums.sum(0))), *one.interval(statistic)))
+    return row
+
+
+def _gap(trained: Measured, control: Measured, told: _Told, told_control: _Told | None = None) -> list[Ends]:
+    """Each of `_GAPS`."""
+    key = "cross_entropy" if math.isnan(trained.faithfulness.kl) else "kl"  # the same where the target is the same
+    size = (control.faithfulness.fraction, math.nan, math.nan)
+    return [
+        control.minus(trained, STATISTICS[key]),
+        trained.minus(control, _R),
+        trained.minus(control, told, told_control),
+        size,
+    ]
+
+
+def _effects(title: str, quantities: tuple[Quantity, ...], subject: str, rows: Mapping[str, list[Ends]]) -> Effects:
+    values, low, high = np.array(list(rows.values()), dtype=float).transpose(2, 1, 0)
+    return Effects(title, quantities, subject, tuple(rows), values, low, high)
+
+
+def _controls(measured: Mapping[str, Measured], told: Mapping[str, _Told]) -> Effects:
+    """A row for each attempt."""
+    rows = {name: _numbers(one, told[name]) for name, one in measured.items()}
+    return _effects("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
+
+
+def _gaps(rows: Mapping[str, list[Ends]]) -> Effects:
+    return _effects("What the trained model adds at equal size", _GAPS, "control", rows)
+
+
+def _curves(lines: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int], total: int, told: _Told) -> Curves:
+    """A line for each model; nan at the sizes that were not tried."""
+    none = [(math.nan,) * 3] * len(_QUANTITIES)  # "fraction" is what is kept: of larger units, it can be less
+    numbers = [[_numbers(line[kept], told) if kept in line else none for kept in sizes] for line in lines.values()]
+    values, low, high = np.array(numbers, dtype=float).transpose(3, 2, 0, 1)
+    points = tuple(kept / total for kept in sizes)
+    return Curves(
+        "Trained and untrained weights at equal size", _QUANTITIES, "size", points, tuple(lines), values, low, high
+    )
+
+
+def _spread(measured: Mapping[str, Measured]) -> Effects:
+    of_seeds = [measured[name].faithfulness for name in seeds_of(measured)]
     numbers = [quantity.name for quantity in _QUANTITIES[:-1]]
     rows = np.array([[getattr(one, name) for one in of_seeds] for name in numbers], dtype=float)
     values = np.stack([rows.mean(1), rows.std(1, ddof=1), rows.min(1), rows.max(1)])
@@ -362,79 +461,3 @@ def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
     )
     notes = {"pairs": list(pairs), "kept_nothing": [name for name, one in subnetworks.items() if not one.kept]}
     return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
-
-
-_MEANS = {
-    (_RANDOM_BLOCKS, "refuted"): "Untrained blocks can be masked to do as well, "
-    "so the mask is no evidence of what the trained blocks have learned.",
-    (_RANDOM_BLOCKS, "weakened"): "Untrained blocks can be masked to do much of it; "
-    "only the difference is evidence of what the trained blocks have learned.",
-    (_RANDOM_BLOCKS, "stands"): "The result depends on trained blocks: untrained ones cannot be masked to match it.",
-    (_NONSENSE, "refuted"): "Masks can make this model reproduce a meaningless target as well, "
-    "so reproducing the real one is no evidence.",
-    (_NONSENSE, "weakened"): "Masks can make this model reproduce much of a meaningless target.",
-    (_NONSENSE, "stands"): "Masks cannot make this model reproduce an arbitrary target.",
-}
-
-
-def _judge_controls(controls: Effects) -> list[_Judged]:
-    done = {_RANDOM_BLOCKS: "On the model with re-initialised blocks", _NONSENSE: "For a nonsense target"}
-    judged = []
-    for name, when in done.items():
-        finding = _finding(controls, name)
-        says = f"{when}, the recipe keeps {_told(controls, name)}; the subnetwork keeps {_told(controls, _FOUND)}."
-        judged.append(_Judged(name, f"{says} {_MEANS[name, finding]}", finding))
-    return judged
-
-
-def _told(controls: Effects, name: str) -> str:
-    keys = ("fraction", "context_told", "kl", "surprisal_correlation", "cross_entropy")
-    kept, told, kl, r, cross_entropy = (controls.get(key)[name] for key in keys)
-    how = f"recovers {100 * told:.0f}% of the context's information about the next token (KL {kl:.3f} nats)"
-    if math.isnan(told):
-        how = f"reaches a cross-entropy of {cross_entropy:.3f} nats"
-    says = f"{100 * kept:.2f}% of the weights and {how}"
-    return says if math.isnan(r) else f"{says}, r {r:.3f}"
-
-
-def _finding(controls: Effects, name: str) -> str:
-    """What a control does to the finding: `refuted`, `weakened` or `stands`."""
-    fraction, told, cross_entropy = (controls.get(key) for key in ("fraction", "context_told", "cross_entropy"))
-    own, other = told[_FOUND], told[name]
-    if math.isnan(own) or math.isnan(other):  # the target has no entropy, or its context is uninformative
-        own, other = 1.0, cross_entropy[_FOUND] / cross_entropy[name]
-    if _is_share(_AS_GOOD, other, own) and 0 < fraction[name] <= _AS_SMALL * fraction[_FOUND]:
-        return "refuted"
-    return "weakened" if _is_share(_HALF, other, own) and fraction[name] > 0 else "stands"
-
-
-def _is_share(share: float, other: float, own: float) -> bool:
-    """Whether `other` is at least this share of `own`, or, where `own` is not positive, at least `own`."""
-    return other >= (share * own if own > 0 else own)
-
-
-def _judge_seeds(controls: Effects, seeds: Effects) -> _Judged:
-    names = [name for name in controls.names if name not in (_RANDOM_BLOCKS, _NONSENSE)]
-    r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
-    spread = f"Across {len(names)} seeds, {100 * kept.min():.2f}% to {100 * kept.max():.2f}% of the weights are kept"
-    if not np.isnan(r).all():
-        spread += f", with r from {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
-    empty = seeds.notes["kept_nothing"]
-    if empty:
-        return _Judged("other seeds", f"{spread}; seeds that keep nothing: {', '.join(empty)}.", "refuted")
-    whole = [f"{pair}: all" for pair in seeds.notes["pairs"]]
-    logs = holm([seeds.get("log10_p")[pair] * math.log(10) for pair in whole])
-    times = np.array([seeds.get("intersection")[pair] / seeds.get("expected")[pair] for pair in whole])
-    jaccard = np.array([seeds.get("jaccard")[pair] for pair in whole])
-    refutes = not max(logs) < math.log(_SURPRISING)
-    verdict = (
-        "not significantly more for every pair: which weights are kept is an accident of the seed."
-        if refutes
-        else "significant for every pair (p < 0.05, exact null, Holm)."
-    )
-    return _Judged(
-        "other seeds",
-        f"{spread}. Overlap of pairs of seeds: Jaccard {100 * jaccard.min():.0f}% to {100 * jaccard.max():.0f}%, "
-        f"{times.min():.1f} to {times.max():.1f} times chance, {verdict}",
-        "refuted" if refutes else "stands",
-    )

@@ -13,8 +13,9 @@ from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.measures import html
 from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantity
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.measures.words import sentence
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs import STOPS, Outcome, PolishRecord, Rollback, StepRecord
+from bigram_circuits.runs import STOPS, Outcome, PolishRecord, Rollback, StepRecord, cautions
 from bigram_circuits.subnetwork import Subnetwork
 
 LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Share of the gates between 0.1 and 0.9."))
@@ -65,6 +66,11 @@ class FoundSubnetwork:
         """Why learning stopped, as a phrase."""
         return STOPS[self.stopped_because]
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What the records of learning warn of, a phrase each: a run too short, or what hardening changed."""
+        return cautions(self.history, self.outcome, self.config)
+
     def plot(self, quantity: str = "fraction") -> Any:
         """A plotly figure of a quantity of the history, step by step: `fraction`, `cross_entropy`, `undecided`."""
         values = np.array([[[record[one.name] for record in self.history]] for one in LEARNED], dtype=float)
@@ -81,4 +87,4 @@ class FoundSubnetwork:
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
-        return html.summary("Found subnetwork", [says], shown)
+        return html.summary("Found subnetwork", [says, *map(sentence, self.cautions)], shown)

@@ -52,7 +52,8 @@ class Learner:
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
-        self.optimizer = self.gates.optimizer(config, rate_after(config, len(start.rollbacks)), decay)
+        self._rate = rate_after(config, len(start.rollbacks))
+        self.optimizer = self.gates.optimizer(config, self._rate, decay)
         self._kind, self._moments = _STATES[type(self.optimizer)]
         self.good = self._unpack(start)
         """The last good state, to roll back to."""
@@ -74,11 +75,13 @@ class Learner:
             self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
 
     def harden(self, step: int, due: float | None) -> None:
-        """Set the soft gates for a step; `due` is the share of gated weights to be open, None if it is not fixed."""
+        """Set gates and learning rate for a step; `due` is the share of gated weights to be open, None if not fixed."""
         if due is not None:
             self.gates.set_threshold(round(due * self.gates.n_weights))
             self.gates.threshold -= head_start(step, self.config.first_score, self.config.max_steps)
         self.gates.refresh(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate * self.gates.rate(step)
 
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
@@ -151,8 +154,8 @@ class Learner:
             scores = self.gates.scores
             with torch.no_grad():
                 scores.copy_(own["scores"])
-            kept = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
-            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in kept.items()}
+            moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
+            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)

@@ -289,7 +289,7 @@ class _Search:
                 return
 
     def drop(self, price: float) -> None:
-        """Drop weights in groups and the doubtful ones one by one, until `_PATIENCE` proposals in a row are refused."""
+        """Drop weights in groups, the doubtful ones one by one, until `_PATIENCE` proposals in a row were refused."""
         rise, _ = self.predict()
         places = self.lowest(rise, self.open > 0, _PROPOSED)
         predicted = (price - rise[places]).double().tolist()
@@ -357,7 +357,7 @@ class _Search:
             model_name=self.model.cfg.model_name,
             weight_hash=weight_hash(self.model),
             lineage=f"polished ({like.lineage})",
-        )
+        )  # fmt: skip
 
 
 def _joined(gradients: Sequence[Tensor]) -> Float[Tensor, " weight"]:

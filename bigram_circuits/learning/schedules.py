@@ -33,8 +33,8 @@ def has_fallen(step: int, max_steps: int) -> bool:
 def head_start(step: int, first_score: float | int, max_steps: int) -> float:
     """How far below the threshold for the share due the gates open at a step.
 
-    It falls from the first score to 0 while the share due falls, so that gates start at the first score with a share to
-    reach too: a threshold among scores that are all the same would make every gate one half.
+    It falls from the first score to 0 while the share due falls, so that a first score means the same with and without
+    a share to reach: without it, a threshold among scores that are all the same would make every gate one half.
     """
     return float(first_score) * max(0.0, 1 - step / (_FALLS * max_steps))
 

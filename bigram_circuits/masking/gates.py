@@ -208,6 +208,15 @@ class Gates(nn.Module, ABC):
         return between, above
 
     @property
+    def settles_at(self) -> int:
+        """The step from which a jump of the loss counts as one: earlier steps prepare the gates."""
+        return 0
+
+    def rate(self, step: int) -> float:
+        """Return the factor on the learning rate at a step."""
+        return 1.0
+
+    @property
     def names(self) -> frozenset[str]:
         """Names of the weight matrices that are gated."""
         return frozenset(self._group_of)

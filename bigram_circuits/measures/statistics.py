@@ -10,8 +10,10 @@ above 0 (elsewhere its surprisal is infinite); `used` of `positions` next-token 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -93,19 +95,25 @@ def mean(sums: Float[np.ndarray, "... column"], name: str) -> Float[np.ndarray, 
     return np.asarray(sums[..., COLUMNS.index(name)] / sums[..., COLUMNS.index(count)])
 
 
+Statistic = Callable[[Float[np.ndarray, "... column"]], Float[np.ndarray, "..."]]
+"""Computes a number from rows of sums or their totals."""
+STATISTICS: Mapping[str, Statistic] = MappingProxyType(
+    {
+        "surprisal_correlation": correlation,
+        "cross_entropy": partial(mean, name="cross_entropy"),
+        "kl": partial(mean, name="kl"),
+        "mean_surprisal": partial(mean, name="surprisal"),
+        "top1_agreement": partial(mean, name="agree"),
+    }
+)
+"""The statistics of a `Faithfulness`, by field."""
+
+
 def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: int) -> Faithfulness:
     """Compute the statistics over all sequences."""
     whole = sums.sum(0)
-    return Faithfulness(
-        surprisal_correlation=float(correlation(whole)),
-        cross_entropy=float(mean(whole, "cross_entropy")),
-        kl=float(mean(whole, "kl")),
-        mean_surprisal=float(mean(whole, "surprisal")),
-        top1_agreement=float(mean(whole, "agree")),
-        kept=kept,
-        total=total,
-        fraction=kept / total,
-    )
+    numbers = {name: float(statistic(whole)) for name, statistic in STATISTICS.items()}
+    return Faithfulness(**numbers, kept=kept, total=total, fraction=kept / total)
 
 
 def bootstrap(
@@ -157,3 +165,24 @@ def mean_over_log_size(fractions: Float[np.ndarray, " size"], values: Float[np.n
     order = np.argsort(fractions)
     x, y = np.log10(fractions[order]), values[order]
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def size_reaching(
+    sizes: Float[np.ndarray, " size"], losses: Float[np.ndarray, " size"], wanted: float
+) -> tuple[float, float]:
+    """Return the ends of the range in which a curve of losses by size first comes down to a wanted loss.
+
+    Between two measured sizes the loss is interpolated linearly over log(size), and both ends are the size found. Where
+    the wanted loss is out of the curve's range, the ends are (0, smallest size) or (largest size, inf).
+    """
+    order = np.argsort(sizes)
+    sizes, losses = sizes[order], losses[order]
+    reached = np.flatnonzero(losses <= wanted)
+    if not len(reached):
+        return float(sizes[-1]), math.inf
+    at = int(reached[0])
+    if at == 0:
+        return (float(sizes[0]) if losses[0] == wanted else 0.0), float(sizes[0])
+    way = (losses[at - 1] - wanted) / (losses[at - 1] - losses[at])
+    size = float(sizes[at - 1] * (sizes[at] / sizes[at - 1]) ** way)
+    return size, size

@@ -48,3 +48,8 @@ def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
     if len(names) > most + 1:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def sentence(words: str) -> str:
+    """Words with a capital letter and a full stop; empty if there are no words."""
+    return f"{words[:1].upper()}{words[1:]}." if words else ""

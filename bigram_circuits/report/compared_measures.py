@@ -55,6 +55,13 @@ def what(comparison: Comparison) -> Content:
     verdicts = [[one.name, one.verdict.removeprefix("Verdict: ")] for one in items if one.verdict]
     if verdicts:
         blocks.append(Numbers("Verdict of each against its controls", ["", "verdict"], verdicts, is_open=not many))
+    held = [
+        [one.name, found.mask_bits, found.table_bits, found.ratio, found.says] for one in items
+        if (found := one.mask_capacity)
+    ]  # fmt: skip
+    if held:
+        columns = ["", "bits of the mask", "bits of a table as good", "ratio", "in words"]
+        blocks.append(Numbers("Could the mask itself hold the answer?", columns, held, is_open=not many))
     unjudged = [one.name for one in items if one.is_evaluated and not one.verdict]
     if unjudged:
         says.append(f"Evaluated without controls, so without a verdict: {listed(unjudged)}.")

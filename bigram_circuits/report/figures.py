@@ -25,6 +25,7 @@ MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
+_FAR = 3.0  # times the smallest height of lines by size, from which the heights are logarithmic
 _LABEL = 24  # characters, of a line of a label beside a chart
 _WORD = 6  # characters, of a word in a cell
 
@@ -96,6 +97,25 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
     figure.update_xaxes(title="r with the target's surprisals")
     dressed(figure, 90 + 32 * len(known))
     return figure.update_layout(margin_t=8)
+
+
+def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float]]) -> Any:
+    """A quantity's lines by share of weights kept, and where each ends: (share, value) without a penalty, dotted."""
+    figure = curves.plot(quantity)
+    shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
+    for condition, (share, value) in ends.items():
+        name, line = plain(label_of(condition)), curves.get(quantity, condition)
+        last = int(np.flatnonzero(~np.isnan(line))[-1])
+        figure.add_scatter(
+            x=[curves.points[last], share], y=[line[last], value], mode="lines+markers", showlegend=False,
+            name=f"{name}, no penalty", legendgroup=name, line={"color": shown.get(name, MUTED), "dash": "dot"},
+            marker={"symbol": "circle-open", "size": [0, 11]},
+        )  # fmt: skip
+    figure.update_xaxes(type="log", title="share of weights kept", tickformat="~%")
+    heights = curves.values[curves.quantities.index(curves.quantity(quantity))]
+    if np.nanmin(heights) > 0 and np.nanmax(heights) > _FAR * np.nanmin(heights):
+        figure.update_yaxes(type="log")  # or a small gap is lost beside a model that learned nothing
+    return dressed(figure)
 
 
 def heat_map(

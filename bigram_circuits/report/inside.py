@@ -8,13 +8,13 @@ import numpy as np
 
 from bigram_circuits.measures.conditions import label_of
 from bigram_circuits.measures.results import Curves, Effects, Maps
-from bigram_circuits.measures.words import listed, percent, rounded
+from bigram_circuits.measures.words import listed, percent, rounded, sentence
 from bigram_circuits.names import PartName, head_label
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart, Results, result_blocks, result_table
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import component_words, sentence, spoken_tokens
+from bigram_circuits.report.words import component_words, spoken_tokens
 from bigram_circuits.runs import Run
 
 _MOST_BARS = 20

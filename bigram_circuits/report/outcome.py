@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.experiments.verdicts import free_name
 from bigram_circuits.measures.conditions import CONDITIONS, label_of
-from bigram_circuits.measures.words import flat, listed, percent, rounded, span
+from bigram_circuits.measures.results import Curves, Effects
+from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
@@ -26,6 +30,8 @@ def controls(run: Run, results: Results) -> Content:
     if evaluation is None:
         return Content(["This run was not evaluated, so there are no controls to compare it with."])
     rows, says = control_rows(evaluation), [evaluation.verdict]
+    if evaluation.mask_capacity:
+        says.append(evaluation.mask_capacity.says)
     if evaluation.positions and evaluation.used is not None:
         used, n = evaluation.used, evaluation.positions
         says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")
@@ -113,26 +119,67 @@ _LOSSES = {
 
 @section("refuted", "Attempts to refute it")
 def refuted(run: Run, results: Results) -> Content:
-    """The same recipe where it should fail, and with other seeds: what `falsify` found."""
+    """Untrained weights at equal size, a nonsense target and other seeds: what `falsify` found."""
     tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
-    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
-    known = {name: tried.controls.get(key) for name, key in shown.items()}
-    charts: list[Block] = [
-        Chart(
-            f"{name} of the finding and of every attempt",
-            "",
-            figures.bars(tried.controls.names, {name: list(values.values())}, name),
-        )
-        for name, values in known.items()
-        if not all(math.isnan(value) for value in values.values())
-    ]
+    first = [*_by_size(tried.curves, tried.controls), *_gap_tables(tried.gaps)] or _bars(tried.controls)
     tables = [
         result_table(tried.controls, "every attempt"), result_table(tried.spread, "spread over seeds"),
         result_table(tried.seeds, "overlap between seeds"),
     ]  # fmt: skip
-    return Content([tried.verdict, *tried.says], [*charts, *tables])
+    tables += [result_table(tried.curves, "every size")] if tried.curves else []
+    return Content([tried.verdict, *tried.says], [*first, *tables])
+
+
+_BY_SIZE = "Bands: 95% bootstrap intervals over sequences. Open circles: without a penalty on kept weights."
+
+
+def _by_size(curves: Curves | None, controls: Effects) -> list[Block]:
+    """KL and r by share of weights kept, for trained and untrained weights, with their ends without a penalty."""
+    if curves is None:
+        return []
+    charts: list[Block] = []
+    for name, key in {"KL": "kl", "r": "surprisal_correlation"}.items():
+        known = {one for one in curves.conditions if not np.isnan(curves.get(key, one)).all()}
+        values, shares = controls.get(key), controls.get("fraction")
+        ends = {
+            one: (shares[end], values[end])
+            for one in curves.conditions
+            if one in known and (end := free_name(one)) in values and not math.isnan(values[end])
+        }
+        if known:
+            title = f"{name} by size: trained and untrained weights"
+            charts.append(Chart(title, _BY_SIZE, figures.by_size(curves, key, ends)))
+    return charts
+
+
+def _gap_tables(gaps: Effects | None) -> list[Block]:
+    """What the trained model is ahead of each control of the same size."""
+    if gaps is None:
+        return []
+    columns, rows = ["control", "share of weights"], [[name, percent(of)] for name, of in gaps.get("fraction").items()]
+    for words, key in {"KL": "kl_gap", "r": "r_gap", "share of information": "context_told_gap"}.items():
+        at = gaps.quantities.index(gaps.quantity(key))
+        columns += [f"gap in {words}", "interval"]
+        for row, value, low, high in zip(rows, gaps.values[at], gaps.low[at], gaps.high[at], strict=True):
+            row += [float(value), span(low, high)]
+    return [Numbers("The gap at equal size: positive where the trained model does better", columns, rows, is_open=True)]
+
+
+def _bars(controls: Effects) -> list[Block]:
+    """The results of versions that did not compare at equal size."""
+    shown = {"KL": "kl", "r": "surprisal_correlation", "share of weights kept": "fraction"}
+    known = {name: controls.get(key) for name, key in shown.items()}
+    return [
+        Chart(
+            f"{name} of the finding and of every attempt",
+            "",
+            figures.bars(controls.names, {name: list(values.values())}, name),
+        )
+        for name, values in known.items()
+        if not all(math.isnan(value) for value in values.values())
+    ]
 
 
 @section("training", "How it was found")
@@ -140,8 +187,8 @@ def training(run: Run, results: Results) -> Content:
     """Training curves, why learning stopped, and what hardening the gates changed."""
     steps, outcome = run.history, run.outcome
     if not steps:
-        return Content(["The folder holds no record of the training steps."])
-    last = [one for one in steps if one.attempt == steps[-1].attempt]
+        return Content([*_input_words(run), "The folder holds no record of the training steps."])
+    last = run.last_attempt
     first, end = last[0], last[-1]
     took = f"{rounded(outcome.seconds, 0)} seconds"
     took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
@@ -161,10 +208,30 @@ def training(run: Run, results: Results) -> Content:
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    return Content(
-        [says, _recipe_words(run), *went_back, *_gap_words(outcome.soft_hard), *_polish_words(outcome.polish)],
-        [chart, table],
-    )
+    ended = [*_gap_words(outcome.soft_hard), *_polish_words(outcome.polish)]
+    ended += [f"Warning: {caution}." for caution in run.cautions]
+    return Content([*_input_words(run), says, _recipe_words(run), *went_back, *ended], [chart, table])
+
+
+def _input_words(run: Run) -> list[str]:
+    """What was found of model, text and target before learning; nothing if they were not checked."""
+    checked = run.checked
+    if checked is None:
+        return []
+    facts = []
+    if checked.contexts:
+        found = checked.contexts
+        facts.append(
+            f"the training text has {found.contexts:,} contexts of {found.order}-grams, {found.once:,} of them only "
+            f"once; {percent(found.held_out_once)} of the held-out positions have one of these, and "
+            f"{percent(found.held_out_unseen)} a context that it does not have"
+        )
+    if checked.losses:
+        facts.append(
+            f"on a few held-out sequences, the model's next-token loss was {rounded(checked.losses[0], 2)} nats, that "
+            f"of the training text's token frequencies {rounded(checked.losses[1], 2)}"
+        )
+    return [*map(sentence, facts), *(f"Warning before learning: {line}." for line in checked.warnings)]
 
 
 def _recipe_words(run: Run) -> str:
@@ -179,11 +246,21 @@ def _gap_words(gap: SoftHardGap | None) -> list[str]:
     """What hardening the gates changed."""
     if gap is None:
         return []
-    says = (
+    return [
         f"On the last batch, the cross-entropy was {rounded(gap.soft)} nats with the soft gates and "
         f"{rounded(gap.hard)} nats with the binary mask."
-    )
-    return [says, f"Warning: {gap.warning}."] if gap.warning else [says]
+    ]
+
+
+def _polish_words(polish: PolishRecord | None) -> list[str]:
+    """What polishing changed."""
+    if polish is None:
+        return []
+    return [
+        f"Then the mask was polished: {polish.dropped:,} weights were dropped and {polish.readmitted:,} re-admitted. "
+        f"Its cross-entropy on some of the training text went from {rounded(polish.before)} to "
+        f"{rounded(polish.after)} nats."
+    ]
 
 
 def _polish_words(polish: PolishRecord | None) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigram_circuits.experiments.falsification import load_falsification
-from bigram_circuits.measures.words import listed, percent, rounded, span
+from bigram_circuits.measures.words import listed, percent, rounded, sentence, span
 from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
@@ -16,7 +16,7 @@ from bigram_circuits.report.facts import Row, control_rows
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
 from bigram_circuits.report.words import reader_of
-from bigram_circuits.runs import CorpusIdentity, Run, load_run
+from bigram_circuits.runs import CorpusIdentity, Run, load_run, too_short
 from bigram_circuits.storage.files import write_text
 
 
@@ -72,14 +72,24 @@ def opening(run: Run) -> Opening:
     )
     if run.evaluation is None:
         answer = f"{kept}. What remains was not evaluated, so its faithfulness is unknown."
-        return Opening(title, asked, answer, made=_made(run))
+        return Opening(title, asked, answer, _doubts(run), _made(run))
     rows = {row.name: row for row in control_rows(run.evaluation)}
     tried = load_falsification(run.path / "falsify", run)
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
     marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
     answer = f"{kept}; {_what_remains(run, rows)}"
-    return Opening(title, asked, answer, f"{run.evaluation.verdict}{refuted}", _made(run), marks)
+    held = f" {run.evaluation.mask_capacity.says}" if run.evaluation.mask_capacity else ""
+    verdict = f"{run.evaluation.verdict}{refuted}{held} {_doubts(run)}".strip()
+    return Opening(title, asked, answer, verdict, _made(run), marks)
+
+
+def _doubts(run: Run) -> str:
+    """Sentences about a run that was too short, or whose inputs were warned of; empty if there are none."""
+    short = too_short(run.last_attempt, run.outcome, run.settings.recipe.max_steps)
+    of_inputs = "there were warnings about model and text before learning: see “How it was found”"
+    says = [short or "", of_inputs if run.checked and run.checked.warnings else ""]
+    return " ".join(filter(None, map(sentence, says)))
 
 
 def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:

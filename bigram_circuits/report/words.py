@@ -41,11 +41,6 @@ def component_name(name: str) -> str:
     return re.sub(r"^blocks\.(\d+)\.", r"L\1.", name)
 
 
-def sentence(words: str) -> str:
-    """Words with a capital letter and a full stop; empty if there are no words."""
-    return f"{words[:1].upper()}{words[1:]}." if words else ""
-
-
 def reader_of(run: Run) -> str:
     """Whose surprisals the target gives, as a phrase: `the bigram table`."""
     label, meaning = run.target_words

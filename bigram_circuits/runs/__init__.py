@@ -1,4 +1,8 @@
-"""Runs: what their files hold (`contents.py`), a folder being written (`folder.py`), and a finished run (`run.py`)."""
+"""Runs as folders and as values.
+
+What their files hold is in `contents.py`, a folder being written in `folder.py`, a finished run in `run.py`, and what
+its records warn of in `ending.py`.
+"""
 
 from bigram_circuits.runs.contents import (
     STOPS as STOPS,
@@ -8,6 +12,9 @@ from bigram_circuits.runs.contents import (
 )
 from bigram_circuits.runs.contents import (
     CorpusIdentity as CorpusIdentity,
+)
+from bigram_circuits.runs.contents import (
+    InputCheck as InputCheck,
 )
 from bigram_circuits.runs.contents import (
     ModelIdentity as ModelIdentity,
@@ -32,6 +39,12 @@ from bigram_circuits.runs.contents import (
 )
 from bigram_circuits.runs.contents import (
     versions as versions,
+)
+from bigram_circuits.runs.ending import (
+    cautions as cautions,
+)
+from bigram_circuits.runs.ending import (
+    too_short as too_short,
 )
 from bigram_circuits.runs.folder import RunFolder as RunFolder
 from bigram_circuits.runs.run import (

@@ -23,6 +23,7 @@ from bigram_circuits.storage.files import damaged, read_checked_json
 from bigram_circuits.storage.origin import is_signed, sign
 from bigram_circuits.storage.records import opened, parse_record, shown
 from bigram_circuits.storage.typed import Record
+from bigram_circuits.text.coverage import ContextCoverage
 
 FORMAT = "bigram_circuits.run/2"
 FORMER = "bigram_circuits.run/1"  # of version 0.1.0, whose files do not name the run that they are of
@@ -178,6 +179,27 @@ class Outcome(Record):
 
 
 @dataclass(frozen=True)
+class InputCheck(Record):
+    """What `check_inputs` found of model, text and target before learning."""
+
+    inexpressible: float | None = None
+    """Share of the training tokens that stand for text which the tokenizer has no tokens for: its unknown token, and
+    bytes that are no character on their own. None if the tokens are not of the model's tokenizer."""
+    contexts: ContextCoverage | None = None
+    """How often the contexts of the target's n-grams occur; None for other targets and unigrams."""
+    used: float | None = None
+    """Share of held-out positions where the n-gram target gives the next token a probability above 0."""
+    losses: tuple[float, float] | None = None
+    """Next-token loss (nats) of the model and of the training text's unigram distribution, on a few held-out
+    sequences."""
+    warnings: tuple[str, ...] = ()
+    """What may be wrong, and what to do about it: a sentence each."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.warnings) or "nothing to warn of"
+
+
+@dataclass(frozen=True)
 class Config(Record):
     """The contents of `config.json`."""
 
@@ -186,6 +208,7 @@ class Config(Record):
     rebuild: Inputs | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str | None = None
+    checked: InputCheck | None = None
     signature: str | None = None
 
     def signed(self) -> Config:

@@ -38,6 +38,7 @@ from bigram_circuits.runs.contents import (
     CheckpointState,
     Config,
     CorpusIdentity,
+    InputCheck,
     Outcome,
     ProgressState,
     RunSettings,
@@ -101,6 +102,7 @@ class RunFolder:
         *,
         resume: bool = True,
         rebuild: Inputs | None = None,
+        checked: InputCheck | None = None,
     ) -> RunFolder:
         """Create the folder of a run, or reopen an existing one with the same settings.
 
@@ -109,6 +111,7 @@ class RunFolder:
             settings: What determines the result: model, corpus, target and recipe.
             resume: False removes the files of an earlier run with the same settings.
             rebuild: Names from which model, corpus and target can be rebuilt, if there are any.
+            checked: What was found of the inputs, if they were checked; recorded when the folder is created.
 
         Raises:
             ValueError: If the folder holds a run with other settings, files that are not a run, or symbolic links.
@@ -126,7 +129,7 @@ class RunFolder:
                     folder._clear()
                 return folder
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            config = Config(FORMAT, settings, rebuild, versions(), created).signed()
+            config = Config(FORMAT, settings, rebuild, versions(), created, checked).signed()
             write_text(path / "config.json", checked_json(config.to_json()))
         return folder
 

@@ -12,10 +12,19 @@ from typing import Any
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result_and_origin
-from bigram_circuits.measures.words import rounded
+from bigram_circuits.measures.words import rounded, sentence
 from bigram_circuits.names import short_name
 from bigram_circuits.recipe import Inputs
-from bigram_circuits.runs.contents import FORMER, CorpusIdentity, Outcome, RunSettings, StepRecord, read_config
+from bigram_circuits.runs.contents import (
+    FORMER,
+    CorpusIdentity,
+    InputCheck,
+    Outcome,
+    RunSettings,
+    StepRecord,
+    read_config,
+)
+from bigram_circuits.runs.ending import cautions
 from bigram_circuits.runs.folder import CORE, RunFolder, check_belongs, check_links
 from bigram_circuits.storage.files import damaged, read_checked_json, whole_folder
 from bigram_circuits.storage.locks import holder
@@ -59,6 +68,8 @@ class Run:
     """The text that it was evaluated on; None if it was not evaluated, or this was not recorded."""
     made_here: bool = False
     """Whether it was made by this user on this machine; the names in a run from elsewhere are not opened unasked."""
+    checked: InputCheck | None = None
+    """What was found of model, text and target before learning; None if they were not checked."""
     is_former: bool = False
     """Whether version 0.1.0 made it, whose files do not name the run that they are of."""
 
@@ -69,6 +80,16 @@ class Run:
             ValueError: If it is of another run or does not say; with `remedy`, which says what to do.
         """
         check_belongs(Path(path), of, self.id, self.subnetwork, self.is_former, remedy)
+
+    @property
+    def last_attempt(self) -> list[StepRecord]:
+        """The records of the attempt that gave the subnetwork."""
+        return [one for one in self.history if one.attempt == self.history[-1].attempt]
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What the records of learning warn of, a phrase each: `FoundSubnetwork.cautions`."""
+        return cautions(self.last_attempt, self.outcome, self.settings.recipe)
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -141,7 +162,7 @@ class Run:
         asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
-        return html.summary(f"Run in {self.path}", [asked, ended, self._answer()], shown)
+        return html.summary(f"Run in {self.path}", [asked, ended, *map(sentence, self.cautions), self._answer()], shown)
 
     def _answer(self) -> str:
         """How faithful the subnetwork is, as a sentence."""
@@ -194,6 +215,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         id=files.id,
         evaluated_on=measured and _text_of(measured[1]),
         made_here=config.is_ours,
+        checked=config.checked,
         is_former=config.format == FORMER,
     )
     if measured:

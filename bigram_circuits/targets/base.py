@@ -54,6 +54,10 @@ class Target(ABC):
         """Return log P(next token), dense; None if unknown."""
         return None
 
+    def message_bits(self, kl: float) -> float | None:
+        """Return the bits of a short message that gives its distributions up to a KL in nats; None if unknown."""
+        return None
+
     @property
     def kind(self) -> str:
         """The name of its class."""

@@ -32,7 +32,7 @@ from bigram_circuits.storage.files import release_pages
 from bigram_circuits.storage.records import is_text, shown
 from bigram_circuits.text.formats import Reading
 from bigram_circuits.text.sources import Source, open_source
-from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, template_of
+from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, template_of, unknown_token, words_without_token
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
 _BATCH_CHARACTERS = 1 << 20  # characters tokenised at once
@@ -83,6 +83,8 @@ class Corpus:
     """The files that were read and those that were skipped; None if the text was not in files."""
     named: Named | None = None
     """The name by which it can be read again, with options; None if it was made from objects."""
+    without_token: tuple[str, ...] = ()
+    """The first few words of the text that the tokenizer wrote with its unknown token."""
 
     @classmethod
     def from_tokens(
@@ -194,12 +196,13 @@ def load_corpus(
     opened = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
     limit = max_tokens and max_tokens - len(layout.every) * (max_tokens // context_length)
-    tokenized = _tokenize(opened, tokenizer, layout, salt, limit)
+    without_token: list[str] = []
+    tokenized = _tokenize(opened, tokenizer, layout, salt, limit, without_token)
     train, rest, counts = _split(tokenized, held_out, context_length, layout.every, opened.description)
     return Corpus(
-        train, rest, opened.description, counts, _fingerprint(train, rest), _tokenizer_hash(tokenizer),
+        train, rest, opened.description, counts, _fingerprint(train, rest), hash_of_tokenizer(tokenizer),
         layout.words(tokenizer), opened.reading,
-        _named(source, context_length, held_out, seed, max_tokens, text_column, bos),
+        _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(without_token),
     )  # fmt: skip
 
 
@@ -395,10 +398,19 @@ def document_position(key: str, salt: str = "reference") -> float:
 
 
 def _tokenize(
-    source: Source, tokenizer: Any, layout: _Layout, salt: str, max_tokens: int | None
+    source: Source,
+    tokenizer: Any,
+    layout: _Layout,
+    salt: str,
+    max_tokens: int | None,
+    without_token: list[str],
 ) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
-    """Yield, for each document, its `document_position` and its token ids, with those around it."""
+    """Yield, for each document, its `document_position` and its token ids, with those around it.
+
+    The first words that the tokenizer has no tokens for are added to `without_token`.
+    """
     before, after = list(layout.before), list(layout.after)
+    unknown = unknown_token(tokenizer)
     total = 0
     with progress(total=source.n_bytes, unit="B", unit_scale=True, desc="tokenising") as bar:
         for batch in _batches_of_text(source.documents):
@@ -406,6 +418,8 @@ def _tokenize(
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for (key, text), ids in zip(batch, encoded["input_ids"], strict=True):
                 tokens = np.array(before + ids + after, dtype=np.int32)
+                if unknown in ids and not without_token:
+                    without_token += words_without_token(tokenizer, text)
                 if max_tokens is not None:
                     tokens = tokens[: max_tokens - total]
                 total += len(tokens)
@@ -527,6 +541,7 @@ def _fingerprint(*arrays: Integer[np.ndarray, "_ _"]) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def hash_of_tokenizer(tokenizer: Any) -> str:
+    """Hash a tokenizer's vocabulary, as in `Corpus.tokenizer_hash`."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.blake2b(json.dumps(vocabulary).encode(), digest_size=16).hexdigest()

@@ -58,6 +58,23 @@ def count_ngrams(
     return counter.freeze()
 
 
+def count_contexts(
+    tokens: Integer[np.ndarray, "sequence position"], length: int, *, d_vocab: int
+) -> tuple[Integer[np.ndarray, " context"], Integer[np.ndarray, " context"]]:
+    """Count the contexts of `length` tokens that a token follows in the same sequence.
+
+    Returns:
+        Their keys, integers in base `d_vocab`, in order; and how often each occurs.
+    """
+    counts = _Counts(_key_type(length, d_vocab))
+    rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+    for start in range(0, len(tokens), rows):
+        chunk = tokens[start : start + rows]
+        counts.add(_keys(chunk[:, :-1], length, d_vocab))
+        release_pages(chunk)
+    return counts.all()
+
+
 class NGramCounter:
     """Accumulates counts of all n-grams up to `order`; `freeze()` returns the table."""
 

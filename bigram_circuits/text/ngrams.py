@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from bigram_circuits.storage.records import (
     shown,
     write_tensors,
 )
+from bigram_circuits.text.coding import MOST_ENTRIES, table_bits
 
 _GATHERED_AT_ONCE = 1 << 17  # row entries gathered from the logits at once, to fit in the CPU cache
 _LOGITS_AT_ONCE = 1 << 20  # logits exponentiated at once: 4 MiB of float32
@@ -248,6 +250,43 @@ class NGramTable:
         rows = self._rows(tokens.to(logits.device))
         flat = logits.reshape(-1, self.d_vocab).contiguous()
         return _SparseCrossEntropy.apply(flat, self, rows).view(tokens.shape)
+
+    def message_bits(self, kl: float) -> float | None:
+        """Return the bits of the shortest message found that gives this table up to a KL.
+
+        The message gets the vocabulary and the unigram distribution, to which it backs off, for nothing. (For order 1,
+        the back-off is a uniform distribution.) It gives some contexts a row: their j most likely successors, with
+        probabilities of b bits; other tokens share the mass that is left, in proportion to the back-off distribution.
+        Each context is charged for
+
+        - whether it has a row: -log2(s) bits, or -log2(1 - s) if not, with s half the share of contexts that were seen;
+        - j, in Elias' gamma code: 2 floor(log2 j) + 1 bits;
+        - the set of successors: -log2 of the probability of drawing it in j draws from the back-off distribution, j!
+          times the product of their probabilities; fewer bits than log2 C(V, j), which is charged for order 1;
+        - whether any mass is left: 1 bit;
+        - each probability, and the mass that is left: b bits for one of 2**b values, evenly spaced in the log from 1 to
+          1 / V (1 / V**2 for b > 4), or a float32. Rows are normalised by whoever reads them.
+
+        Every context has its own j: those that minimise KL + mu * bits. For each mu, no other choice with a KL as small
+        takes fewer bits, be it one j for all contexts or the pairs that gain most. mu goes in steps of 1%; between two
+        steps, contexts change one by one until the KL is reached. Of all b (0 to 12, or 32) the shortest message is
+        taken, or the full table in float32 if that is shorter. With order 3, the message may also write bigrams first,
+        at 0.2 nats, and back off to them.
+
+        Args:
+            kl: KL in nats per position, averaged over contexts by their frequency in the counted text (estimated by
+                that of the shorter n-grams), from 0 to infinity. A larger one never takes more bits.
+
+        Returns:
+            The bits; 0 if the back-off distribution alone has this KL. None if there are more than 2**23 n-grams, which
+            would take gigabytes of memory.
+
+        Raises:
+            ValueError: If `kl` is negative or NaN.
+        """
+        if math.isnan(kl) or kl < 0:
+            raise ValueError(f"kl should be at least 0 nats per position, not {kl}")
+        return table_bits(self, kl) if self.n_entries <= MOST_ENTRIES else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as one safetensors file, with checksums."""

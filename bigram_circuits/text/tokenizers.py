@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -41,6 +42,11 @@ class Template:
         return () if found is None else (found,)
 
     @property
+    def ids(self) -> set[int]:
+        """All of them."""
+        return {found for found in (*self.before, *self.after, self.bos, self.eos) if found is not None}
+
+    @property
     def start(self) -> tuple[int, ...]:
         """What a document starts with: the BOS that the tokenizer puts there itself, or else the separator."""
         return self.before or self.separator
@@ -75,6 +81,8 @@ def _found_template(tokenizer: Any) -> Template:
 
 _SHOWN: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()  # the words of whole vocabularies
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PIECE = re.compile(r"<0x[89A-F][0-9A-F]>")  # in a word: a byte that is not ASCII, and not part of a whole character
+_WORDS_TRIED, _WORDS_SHOWN, _WORD_LENGTH = 1_000, 3, 20  # of an example of what a tokenizer has no tokens for
 _PICTURES = {"\n": "\u23ce", "\t": "\u21e5"} | {
     chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"
 }
@@ -96,6 +104,44 @@ def shown_tokens(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """
     words = _words(tokenizer)
     return [words[index] if 0 <= index < len(words) else f"<{index}>" for index in ids]
+
+
+def unknown_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer writes for what it has no tokens for; None if it has none of its own.
+
+    Many tokenizers that can write any text name their end-of-text token as the unknown one, and never write it.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown in template_of(tokenizer).ids else unknown
+
+
+def pieces_of_characters(tokenizer: Any) -> set[int]:
+    """The tokens that are bytes which are no character on their own, where they stand in for a text's own tokens.
+
+    A tokenizer with tokens for every byte can write any text, but one of another script only byte by byte. Where bytes
+    are all that a vocabulary has, they stand in for nothing, and the set is empty.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    words = {index: word for index, word in enumerate(_words(tokenizer)) if index not in added}
+    pieces = {index for index, word in words.items() if _PIECE.search(word)}
+    return pieces if any(len(word) > 1 for index, word in words.items() if index not in pieces) else set()
+
+
+def joined_pieces(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Tokens as text in which bytes are put together to characters again; what is left of broken ones is dropped."""
+    shown = "".join(shown_tokens(tokenizer, ids)).encode()
+    return re.sub(rb"<0x([0-9A-F]{2})>", lambda byte: bytes.fromhex(byte[1].decode()), shown).decode("utf-8", "ignore")
+
+
+def words_without_token(tokenizer: Any, text: str) -> tuple[str, ...]:
+    """The first words of a text, between spaces, that a tokenizer writes with its unknown token: at most three."""
+    found: list[str] = []
+    for word in itertools.islice(dict.fromkeys(text.split()), _WORDS_TRIED):
+        if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]:
+            found.append(word[:_WORD_LENGTH])
+        if len(found) == _WORDS_SHOWN:
+            break
+    return tuple(found)
 
 
 def _words(tokenizer: Any) -> list[str]:

@@ -396,6 +396,10 @@ def test_only_settings_that_differ_are_told(comparison, elements):
     assert "The runs differ in target fraction and seed; all their other settings agree." in " ".join(elements.text)
 
 
+def test_whether_the_masks_could_hold_the_answer_is_told(elements):
+    assert " ".join(elements.text).count("Yes: it has 430,000 bits, and a table with a KL of 0.912 nats") == 3
+
+
 def test_what_is_missing_is_said(elements):
     text = " ".join(elements.text)
     for words in (

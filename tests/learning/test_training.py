@@ -67,6 +67,21 @@ def test_a_target_fraction_is_reached_exactly(tiny_model, target, corpus, fracti
     assert len(set(weights)) > 2
 
 
+def test_hard_gates_are_the_mask(tiny_model, target, corpus):
+    soft, hard = (
+        bc.find_subnetwork(tiny_model, target, corpus, dataclasses.replace(QUICK, hard_from=share, beta_growth=None))
+        for share in (1.0, 0.3)
+    )
+    assert hard.gap.soft == hard.gap.hard != soft.gap.hard  # what was learned is what is kept
+    assert len(hard.history) == QUICK.max_steps
+    assert hard.stopped_because == "decided"
+    final = hard.history[-1]
+    assert final.fraction == pytest.approx(hard.subnetwork.fraction, abs=1e-3)
+    exact = dataclasses.replace(QUICK, hard_from=0.3, target_fraction=0.05)
+    subnetwork = bc.find_subnetwork(tiny_model, target, corpus, exact).subnetwork
+    assert subnetwork.kept == round(0.05 * subnetwork.total)
+
+
 def test_the_same_seed_gives_the_same_mask_and_another_seed_another(tiny_model, target, corpus):
     first, again = (bc.find_subnetwork(tiny_model, target, corpus, QUICK) for _ in range(2))
     other = bc.find_subnetwork(tiny_model, target, corpus, dataclasses.replace(QUICK, seed=1))
@@ -114,16 +129,18 @@ class StopsAt:
         return self.target.surprisal(tokens)
 
 
-def test_an_interrupted_run_continues_to_the_same_mask(tiny_model, target, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("hard_from", [1.0, 0.3])
+def test_an_interrupted_run_continues_to_the_same_mask(tiny_model, target, corpus, tmp_path, monkeypatch, hard_from):
+    recipe = dataclasses.replace(QUICK, hard_from=hard_from)
     monkeypatch.setattr(training, "forecast_memory", lambda *_, **__: None)  # so that steps are counted
-    expected = bc.find_subnetwork(tiny_model, target, corpus, QUICK)
+    expected = bc.find_subnetwork(tiny_model, target, corpus, recipe)
     stopping = StopsAt(target, 17, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="after step 17 of at most 40; its state is kept in"):
-        bc.find_subnetwork(tiny_model, stopping, corpus, QUICK, run_dir=tmp_path)
+        bc.find_subnetwork(tiny_model, stopping, corpus, recipe, run_dir=tmp_path)
     with pytest.raises(ValueError, match="is not finished: run the same command again"):
         bc.load_run(tmp_path)
     never = StopsAt(target, 10_000, lambda: None)
-    found = bc.find_subnetwork(tiny_model, never, corpus, QUICK, run_dir=tmp_path)
+    found = bc.find_subnetwork(tiny_model, never, corpus, recipe, run_dir=tmp_path)
     assert never.calls == len(expected.history) - 17 + 2  # and two for the soft-hard gap
     assert found.subnetwork == expected.subnetwork
     assert found.history == expected.history

@@ -55,36 +55,59 @@ def test_the_share_of_straight_through_falls_to_its_target():
 # --- the objective and its gradient, by the plain formulas ---
 
 
-def plainly(gates, method, step):
+def plainly(gates, name, step):
     """(soft, penalised) of all gates, with a graph back to the returned scores."""
     scores = gates.scores.detach().clone().requires_grad_()
     moved = scores - gates.threshold
-    if method is ContinuousSparsification:
-        soft = torch.sigmoid(temperature(step, first=2.0, growth=1.5) * moved)
-        return scores, soft, soft
-    if method is HardConcrete:
+    if name in ("soft", "hard"):
+        soft = torch.sigmoid(temperature(step if name == "soft" else 1, first=2.0, growth=1.5) * moved)
+        return scores, soft if name == "soft" else (moved > 0).float() + (soft - soft.detach()), soft
+    if name == "hard concrete":
         return scores, hard_concrete(moved, gates._uniform), probability_open(moved)
     finite = scores.masked_fill(scores.isinf(), 0.0)
     return scores, gates.hard_gates().float() + (finite - finite.detach()), gates.hard_gates().float()
 
 
 METHODS = {
-    ContinuousSparsification: {"beta_start": 2.0, "beta_growth": 1.5},
-    HardConcrete: {"seed": 5},
-    StraightThrough: {"target": 3000, "steps": 4},
+    "soft": (ContinuousSparsification, {"beta_start": 2.0, "beta_growth": 1.5}),
+    "hard": (ContinuousSparsification, {"beta_start": 2.0, "beta_growth": 1.5, "soft_steps": 1, "steps": 4}),
+    "hard concrete": (HardConcrete, {"seed": 5}),
+    "straight through": (StraightThrough, {"target": 3000, "steps": 4}),
 }
 
 
+def test_hard_gates_follow_soft_ones_and_the_rate_falls_to_zero(tiny_model):
+    config = bc.SparsifyConfig(max_steps=10, hard_from=0.4)
+    groups = group_gates(bc.weight_sites(tiny_model), config.unit_of)
+    gates = ContinuousSparsification.from_config(groups, config, seed=0, wanted=None)
+    everything = slice(0, len(gates.scores))
+    betas, rates, hard = [], [], []
+    with torch.no_grad():
+        gates.scores.copy_(torch.linspace(-1, 1, len(gates.scores)))
+    for step in range(10):
+        gates.refresh(step)
+        betas.append(gates.steepness)
+        rates.append(gates.rate(step))
+        hard.append(set(gates.soft(everything).tolist()) == {0.0, 1.0})
+    assert betas == pytest.approx([5 ** (min(step, 4) / 4) for step in range(10)])
+    assert rates == pytest.approx([1.0] * 5 + [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(1, 6)])
+    assert hard == [False] * 4 + [True] * 6
+    assert gates.settles_at == 4
+    assert gates.undecided(12, 5) == (0, 5)  # the last step is done
+    assert torch.equal(gates.soft(everything).bool(), gates.hard_gates())
+
+
 @pytest.mark.parametrize("unit_of", [u for u in UNITS if isinstance(u, dict)] + [{"attn": "weight", "mlp": "weight"}])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("at_once", [1 << 20, 1000])
-def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, method, unit_of, at_once, monkeypatch):
+def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, name, unit_of, at_once, monkeypatch):
+    method, how = METHODS[name]
     monkeypatch.setitem(module._AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     within = {
         site.name: torch.rand(site.original.shape, generator=generator) < 0.9 for site in bc.weight_sites(any_model)
     }
-    gates = method(group_gates(bc.weight_sites(any_model), unit_of), within=within, **METHODS[method])
+    gates = method(group_gates(bc.weight_sites(any_model), unit_of), within=within, **how)
     with torch.no_grad():
         gates.scores += torch.randn(gates.scores.shape, generator=generator)
     if method is not StraightThrough:
@@ -98,7 +121,7 @@ def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, method,
     )
     loss.backward()
 
-    scores, soft, penalised = plainly(gates, method, 2)
+    scores, soft, penalised = plainly(gates, name, 2)
     expected = sum(
         (group.spread(soft[group.place]) * group.site.original.detach() * upstream[group.site.name]).sum()
         for group in gates.groups

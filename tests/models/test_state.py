@@ -65,6 +65,7 @@ USES = {
         ).subnetwork.checksum
     ),
     "forecast_memory": lambda m, t, c: bc.forecast_memory(m, t, c, CONFIG).per_sequence,
+    "check_inputs": lambda m, t, c: bc.check_inputs(m, t, c, CONFIG).to_json(),
     "InducedTarget": lambda m, t, c: bc.InducedTarget(m, c.train).log_probs(torch.from_numpy(TEXT[:2])),
     "ModelTarget": lambda m, t, c: probabilities(m),
     "ngrams": lambda m, t, c: bc.count_ngrams(TEXT, order=3, d_vocab=D_VOCAB).log_probs(
@@ -207,6 +208,7 @@ def test_every_public_function_of_a_model_is_here():
         "masked", "gated",  # the user's own forward passes
         "export_huggingface", "export_masks", "import_published", "load_published", "pull_subnetwork",
         "with_random_blocks",
+        "with_shuffled_blocks",
         "analyze", "falsify", "sparsity_path", "find_path", "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
@@ -385,6 +387,7 @@ def test_texts_longer_than_the_context_are_refused_before_anything(tiny_folders,
     for use in (
         lambda: bc.find_subnetwork(model, target, corpus, CONFIG, run_dir=tmp_path / "run"),
         lambda: bc.forecast_memory(model, target, corpus, CONFIG),
+        lambda: bc.check_inputs(model, target, corpus, CONFIG),
         lambda: bc.sparsity_path(model, target, corpus, CONFIG, [1, 2], run_dir=None),
         lambda: bc.InducedTarget(model, long),
         lambda: bc.ModelTarget(model).log_probs(torch.from_numpy(long)),

@@ -111,6 +111,7 @@ def test_the_answer_stands_at_the_top(told):
     verdict = re.search(r'<p class="verdict">(.*?)</p>', told, re.S).group(1)
     assert verdict.startswith("Verdict: fairly sparse (14.3% of the weights); largely sufficient: r = 0.912")
     assert "above that of the full model and random weights (95% paired intervals)" in verdict
+    assert "Could the mask itself hold the answer? Yes: it has 430,000 bits" in verdict
     assert re.search(r"Begun on 20\d\d-\d\d-\d\d at .* UTC with bigram_circuits \d", told)
 
 

@@ -1,0 +1,146 @@
+"""What a finding is tried against: models that learned nothing, and targets that mean nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from bigram_circuits.models.layouts import huggingface_layout
+from bigram_circuits.models.loading import fresh_huggingface, hooked
+from bigram_circuits.models.model import Model
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.text.corpus import in_order
+
+RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED = "re-initialised blocks", "everything re-initialised", "shuffled blocks"
+_AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
+
+
+class RenamedTarget(Target):
+    """A target under a permutation s of the vocabulary, P'(y | x) = P(s(y) | s(x)): same shape, no meaning."""
+
+    def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
+        """Permute a target's vocabulary; `seed` draws the permutation s.
+
+        Raises:
+            ValueError: If `target` is not a target, or has another vocabulary.
+        """
+        self.target = as_target(target, d_vocab)
+        self.d_vocab = d_vocab
+        self.positions = self.target.positions
+        self.name_of = torch.from_numpy(np.random.default_rng(seed).permutation(d_vocab))
+        identity = {"kind": self.target.kind, "fingerprint": self.target.fingerprint}
+        self.fingerprint = f"renamed {seed} {identity}"
+
+    def cross_entropy(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch n"]:
+        """CE from the permuted distribution to softmax(logits)."""
+        return self.target.cross_entropy(logits[..., self._token_of(logits.device)], self._renamed(tokens))
+
+    def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
+        """-log P'(actual next token)."""
+        return self.target.surprisal(self._renamed(tokens))
+
+    def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch n"] | None:
+        """Entropy of the target at the renamed tokens."""
+        return self.target.entropy(self._renamed(tokens))
+
+    def top1(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch n"] | None:
+        """The most likely tokens of the permuted target."""
+        found = self.target.top1(self._renamed(tokens))
+        return None if found is None else self._token_of(tokens.device)[found]
+
+    def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"] | None:
+        """Log probabilities of the permuted target."""
+        found = self.target.log_probs(self._renamed(tokens))
+        return None if found is None else found[..., self.name_of.to(tokens.device)]
+
+    def _renamed(self, tokens: Integer[Tensor, "batch pos"]) -> Integer[Tensor, "batch pos"]:
+        return self.name_of.to(tokens.device)[tokens.long()]
+
+    def _token_of(self, device: torch.device) -> Integer[Tensor, " d_vocab"]:
+        """The inverse of the renaming."""
+        return self.name_of.argsort().to(device)
+
+
+@uses_model
+def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False) -> Model:
+    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
+
+    Args:
+        model: From `load_model`.
+        seed: Seed of the new weights.
+        everything: Re-initialise all weights, also embeddings, final norm and unembedding.
+
+    Returns:
+        A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
+
+    Raises:
+        OSError: If the model's files no longer exist.
+    """
+    plain, _ = fresh_huggingface(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = type(plain)(plain.config).to(plain.dtype)
+    if not everything:
+        place = next(iter(huggingface_layout(model).places.values())).parameter
+        blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
+        trained = {name: value for name, value in plain.state_dict().items() if not name.startswith(blocks)}
+        untrained.load_state_dict(trained, strict=False)
+        if hasattr(untrained, "tie_weights"):
+            untrained.tie_weights()
+    other = hooked(untrained.eval(), like=model)
+    what = RANDOM_MODEL if everything else RANDOM_BLOCKS
+    other.cfg.model_name = f"{model.cfg.model_name} with {what} (seed {seed})"
+    return other.to(model.cfg.device, print_details=False).eval()
+
+
+@uses_model
+def with_shuffled_blocks(model: Model, seed: int = 0) -> Model:
+    """Copy a model and shuffle the entries of every maskable weight matrix; everything else stays as trained.
+
+    The matrices keep the distribution of their entries, so what masks can find there depends neither on the scale of
+    the weights nor on a few large ones; only where each weight is, which training decided, is lost.
+
+    Args:
+        model: From `load_model`.
+        seed: Seed of the permutations.
+
+    Returns:
+        A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
+
+    Raises:
+        OSError: If the model's files no longer exist.
+    """
+    plain, _ = fresh_huggingface(model)
+    generator, state = torch.Generator().manual_seed(seed), plain.state_dict()
+    for place in huggingface_layout(model).places.values():
+        weight = place.view(state[place.parameter])
+        order = torch.randperm(weight.numel(), generator=generator)
+        weight.copy_(weight.reshape(-1)[order].view(weight.shape))
+    other = hooked(plain, like=model)
+    other.cfg.model_name = f"{model.cfg.model_name} with {SHUFFLED} (seed {seed})"
+    return other.to(model.cfg.device, print_details=False).eval()
+
+
+def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
+    """Mean KL (nats) from a target to its own mean distribution over a text; nan if it has no `log_probs` or `entropy`.
+
+    It is the mutual information, under the target, of the context and the next token.
+    """
+    total, entropies, n = torch.zeros(1, dtype=torch.float64), 0.0, 0
+    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * (target.d_vocab or 1)))):
+        log_probs, entropy = target.log_probs(batch), target.entropy(batch)
+        if log_probs is None or entropy is None:
+            return math.nan
+        probs = log_probs.exp().flatten(0, -2)
+        total = total + probs.sum(0).double().cpu()
+        entropies += float(entropy.double().sum())
+        n += len(probs)
+    return float(torch.special.entr(total / n).sum()) - entropies / n
