@@ -33,16 +33,11 @@ BEGIN, END = "<!-- written by benchmarks/planted.py -->", "<!-- end -->"
 
 SHARED: dict[str, Any] = {"sparsity_weight": 30.0, "batch_size": 8, "retries": 0}
 METHODS: dict[str, dict[str, Any]] = {
-    "continuous_sparsification": {"first_score": 0.7},
+    "continuous_sparsification": {"beta_growth": 1.012, "max_steps": 450, "first_score": 0.7},
     "hard_concrete": {"learning_rate": 0.1, "max_steps": 500},
     "straight_through": {"max_steps": 400},
 }
 """Settings by method, besides `SHARED`."""
-BY_SIZE: dict[tuple[str, str], dict[str, Any]] = {
-    ("continuous_sparsification", "sparsity weight"): {"beta_growth": 1.008, "max_steps": 1200},
-    ("continuous_sparsification", "target fraction"): {"beta_growth": 1.012, "max_steps": 450},
-}
-"""Settings by method and what sets the size."""
 BY_LAYERS: dict[tuple[str, int], dict[str, Any]] = {("hard_concrete", 2): {"first_score": 2.0}}
 """Settings by method and layers of the circuit."""
 POLISH: dict[str, Any] = {"passes": 5, "most": 300, "sequences": 32}
@@ -96,10 +91,10 @@ def cells(architectures: Iterable[str], layers: Iterable[int], distractors: Iter
 
 
 def recipe_of(cell: Cell) -> dict[str, Any]:
-    _, layers, _, method, size = cell
+    layers, method = cell[1], cell[3]
     if method == "magnitude":
         return {}
-    own = METHODS[method] | BY_SIZE.get((method, size), {}) | BY_LAYERS.get((method, layers), {})
+    own = METHODS[method] | BY_LAYERS.get((method, layers), {})
     return SHARED | own | {"method": method}
 
 

@@ -284,10 +284,9 @@ class SparsifyConfig(Record):
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
         _check(self, limits)
-        if self.polish and set(self.unit_of.values()) != {"weight"}:
-            raise ValueError(
-                f"polish changes single weights, so granularity must be weight, not {shown(self.granularity)}"
-            )
+        if self.polish and "weight" not in self.unit_of.values():
+            given = shown(self.granularity)
+            raise ValueError(f"polish changes single weights, but granularity {given} has no gates of them")
         METHODS[self.method].check_config(self)
 
     def _check_granularity(self) -> None:

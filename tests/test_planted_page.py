@@ -1,6 +1,7 @@
-"""docs/planted.md says what the runs in docs/planted.jsonl measured."""
+"""docs/planted.md says what the runs in docs/planted.jsonl measured, and these are complete."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -10,6 +11,15 @@ from benchmarks import planted
 @pytest.fixture(scope="module")
 def rows():
     return planted.read(planted.RESULTS)
+
+
+def test_every_cell_has_all_seeds_with_the_present_settings(rows):
+    groups = planted.by_cell(rows)
+    assert set(groups) == set(planted.cells(planted.ARCHITECTURES, planted.LAYERS, planted.DISTRACTORS))
+    for cell, group in groups.items():
+        assert sorted(row.seed for row in group) == sorted(planted.SEEDS), cell
+    assert len(rows) == len(planted.RESULTS.read_text().splitlines())  # none is of other settings
+    assert len({row.key for row in rows}) == len(rows)
 
 
 def test_the_page_is_what_the_benchmark_writes_of_them(rows):
@@ -37,3 +47,16 @@ def test_what_each_row_says_can_be(rows):
             assert found * precision == pytest.approx(row.planted * recall, abs=0.5)
         if row.size == "target fraction":
             assert row.kept == row.polished_kept == row.planted
+
+
+def test_rows_of_other_settings_are_left_out_and_those_that_are_there_are_not_measured_again(rows, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    records = [dataclasses.asdict(row) for row in rows if planted.cell_of(row)[:3] == ("gpt2", 1, 0.1)]
+    other = [record | {"settings": "other"} for record in records if record["method"] != "magnitude"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, *other]))
+    before = path.read_text()
+    planted.main(
+        ["--results", str(path), "--architectures", "gpt2", "--layers", "1", "--distractors", "0.1"]
+    )  # measures nothing
+    assert path.read_text() == before
+    assert "| gpt2 | 1 | 0.1 | continuous sparsification | target fraction | 5 |" in capsys.readouterr().out

@@ -263,17 +263,6 @@ def _polish_words(polish: PolishRecord | None) -> list[str]:
     ]
 
 
-def _polish_words(polish: PolishRecord | None) -> list[str]:
-    """What polishing changed."""
-    if polish is None:
-        return []
-    return [
-        f"Then the mask was polished: {polish.dropped:,} weights were dropped and {polish.readmitted:,} re-admitted. "
-        f"Its cross-entropy on some of the training text went from {rounded(polish.before)} to "
-        f"{rounded(polish.after)} nats."
-    ]
-
-
 @section("again", "How to reproduce it")
 def again(run: Run, results: Results) -> Content:
     """The command, settings, versions, results and files of the run."""

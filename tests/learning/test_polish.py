@@ -51,16 +51,17 @@ def union(first, others):
     return first
 
 
-def plain_loss(circuit, folder, subnetwork):
+def plain_loss(circuit, plain, subnetwork):
     """Cross-entropy on all bigrams alike, by plain Hugging Face with the masked weights written into its parameters."""
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    kept = subnetwork.to_huggingface(circuit.model)
+    kept, weights = subnetwork.to_huggingface(circuit.model), dict(plain.named_parameters())
     with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if name in kept:
-                parameter.mul_(kept[name])
+        whole = {name: weights[name].clone() for name in kept}
+        for name, mask in kept.items():
+            weights[name].mul_(mask)
         n = circuit.model.cfg.d_vocab
         logits = plain(torch.arange(n)[:, None]).logits[:, 0].double().numpy()
+        for name, weight in whole.items():
+            weights[name].copy_(weight)
     log_probs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
     log_probs -= logits.max(1, keepdims=True)
     return -(circuit.probs.numpy() * log_probs).sum(1).mean()
@@ -121,15 +122,16 @@ def test_what_it_drops_and_readmits_is_what_plain_hugging_face_says_pays(tmp_pat
     missing = some(circuit, circuit.circuit, 1)[0]
     start = union(circuit.circuit - missing, some(circuit, ~circuit.circuit, 8))
     found = polished(circuit, start)
-    price, loss = WEIGHT / start.total, plain_loss(circuit, tmp_path, found.subnetwork)
-    assert loss < plain_loss(circuit, tmp_path, start)
+    plain, price = AutoModelForCausalLM.from_pretrained(tmp_path), WEIGHT / start.total
+    loss = plain_loss(circuit, plain, found.subnetwork)
+    assert loss < plain_loss(circuit, plain, start)
     for name, mask in found.subnetwork.items():
         for place in mask.nonzero().tolist():  # no weight kept could be dropped for its price
-            without = plain_loss(circuit, tmp_path, found.subnetwork - one_of(circuit, name, place))
+            without = plain_loss(circuit, plain, found.subnetwork - one_of(circuit, name, place))
             assert without - loss > price
     for name, mask in found.dropped.items():
         for place in mask.nonzero().tolist():  # none that was dropped would pay again
-            assert loss - plain_loss(circuit, tmp_path, found.subnetwork | one_of(circuit, name, place)) < price
+            assert loss - plain_loss(circuit, plain, found.subnetwork | one_of(circuit, name, place)) < price
     assert found.readmitted == missing
 
 
@@ -242,8 +244,33 @@ def test_a_run_interrupted_while_it_is_polished_is_resumed_to_the_same_mask(circ
     assert found.polish == expected.polish
 
 
+@pytest.mark.usefixtures("few")
+def test_heads_that_share_a_gate_stay_as_learned(circuit):
+    config = dataclasses.replace(QUICK, granularity={"attn": "head", "mlp": "weight"})
+    found, plain = (
+        bc.find_subnetwork(circuit.model, circuit.target, circuit.corpus, one).subnetwork
+        for one in (config, dataclasses.replace(config, polish=0))
+    )
+    assert all(torch.equal(found[name], plain[name]) for name in found if ".attn." in name)
+    assert found != plain
+
+
+def test_masks_that_are_not_polished_count_in_the_loss(circuit):
+    start = circuit.circuit | some(circuit, ~circuit.circuit, 1)[0]
+    tokens = torch.from_numpy(circuit.corpus.train[:4])
+    with torch.no_grad(), bc.masked(circuit.model, start):
+        loss = circuit.target.cross_entropy(circuit.model(tokens), tokens).mean().item()
+    found = polishing.polish_on(
+        circuit.model, start, circuit.target, tokens, {"blocks.0.mlp.W_out"}, 0.0, False, None, 1, 5, 0, lambda: None
+    )
+    assert found.before == pytest.approx(loss, rel=1e-6)
+    assert all(torch.equal(found.subnetwork[name], start[name]) for name in start if name != "blocks.0.mlp.W_out")
+
+
 def test_only_gates_of_single_weights_can_be_polished():
-    with pytest.raises(ValueError, match="polish changes single weights, so granularity must be weight"):
+    with pytest.raises(
+        ValueError, match="polish changes single weights, but granularity 'neuron' has no gates of them"
+    ):
         bc.SparsifyConfig(granularity="neuron", polish=1)
     with pytest.raises(ValueError, match="polish must be a whole number of at least 0"):
         bc.SparsifyConfig(polish=-1)
