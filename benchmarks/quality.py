@@ -36,10 +36,12 @@ import bigram_circuits as bc
 from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.recipe import EFFORTS
 
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
     "paper": lambda **size: bc.SparsifyConfig.paper(retries=0, **size),
     "ours": lambda **size: bc.SparsifyConfig(**size),
+    "thorough": lambda **size: bc.SparsifyConfig(**EFFORTS["thorough"], **size),
 }
 """Settings by recipe name, as functions of the size (a sparsity weight or a target fraction) and the seed."""
 

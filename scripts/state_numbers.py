@@ -1,4 +1,4 @@
-"""State the numbers of the README and the docs from one run: `python scripts/state_numbers.py` (about half an hour).
+"""State the numbers of the README and the docs: `python scripts/state_numbers.py` (about an hour on one core).
 
 It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
 docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. `--outside NORMAL THOROUGH`
@@ -74,11 +74,11 @@ STATED: dict[str, tuple[str, ...]] = {
         _lens("subnetwork", "subnetwork", 1),
         _lens("complement", "complement"),
         _lens("matched random weights", "random"),
-        "At equal size it is ahead of re-initialised blocks by {gaps[blocks][kl][gap]:.2f} nats (95% interval "
-        "{gaps[blocks][kl][low]:.2f} to {gaps[blocks][kl][high]:.2f}; over four seeds {gaps[blocks][range][0]:.2f} to "
-        "{gaps[blocks][range][1]:.2f})",
-        "of shuffled weights by {gaps[shuffled][kl][gap]:.2f} ({gaps[shuffled][kl][low]:.2f} to "
-        "{gaps[shuffled][kl][high]:.2f}).",
+        "At equal size it is ahead of re-initialised blocks by {gaps[blocks][kl][gap]:.3f} nats (95% interval "
+        "{gaps[blocks][kl][low]:.3f} to {gaps[blocks][kl][high]:.3f}; over four seeds {gaps[blocks][range][0]:.3f} to "
+        "{gaps[blocks][range][1]:.3f})",
+        "of shuffled weights by {gaps[shuffled][kl][gap]:.3f} ({gaps[shuffled][kl][low]:.3f} to "
+        "{gaps[shuffled][kl][high]:.3f}).",
         "To reach its KL, re-initialised blocks need at least {size_ratio:.1f} times its weights.",
         "| KL by weights kept | {equal_size[sizes][0]:.2%} | {equal_size[sizes][1]:.2%} | {equal_size[sizes][2]:.2%} "
         "| no penalty (share kept) |",
@@ -96,6 +96,7 @@ STATED: dict[str, tuple[str, ...]] = {
         _outside("magnitude (as many as the thorough one)", "thorough", "magnitude"),
         _outside("matched random weights (as many)", "thorough", "random"),
         _outside("complement of the thorough one", "thorough", "complement"),
+        "The thorough recipe takes {outside[thorough][steps]:,} steps, the default took {outside[normal][steps]:,}.",
     ),
     "docs/method.md": (
         "`thorough` reaches a KL of {outside[thorough][subnetwork][kl]:.2f} with "

@@ -111,10 +111,12 @@ def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float
             name=f"{name}, no penalty", legendgroup=name, line={"color": shown.get(name, MUTED), "dash": "dot"},
             marker={"symbol": "circle-open", "size": [0, 11]},
         )  # fmt: skip
-    figure.update_xaxes(type="log", title="share of weights kept", tickformat="~%")
+    figure.update_xaxes(type="log", dtick="D2", title="share of weights kept", tickformat="~%")
     heights = curves.values[curves.quantities.index(curves.quantity(quantity))]
     if np.nanmin(heights) > 0 and np.nanmax(heights) > _FAR * np.nanmin(heights):
-        figure.update_yaxes(type="log")  # or a small gap is lost beside a model that learned nothing
+        figure.update_yaxes(
+            type="log", dtick="D2", tickformat="~g"
+        )  # or a small gap is lost beside a model that learned nothing
     return dressed(figure)
 
 

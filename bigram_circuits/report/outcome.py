@@ -158,12 +158,12 @@ def _gap_tables(gaps: Effects | None) -> list[Block]:
     """What the trained model is ahead of each control of the same size."""
     if gaps is None:
         return []
-    columns, rows = ["control", "share of weights"], [[name, percent(of)] for name, of in gaps.get("fraction").items()]
-    for words, key in {"KL": "kl_gap", "r": "r_gap", "share of information": "context_told_gap"}.items():
+    columns, rows = ["control", "kept"], [[name, percent(of)] for name, of in gaps.get("fraction").items()]
+    for words, key in {"KL": "kl_gap", "r": "r_gap", "information": "context_told_gap"}.items():
         at = gaps.quantities.index(gaps.quantity(key))
-        columns += [f"gap in {words}", "interval"]
+        columns.append(f"gap in {words} (95%)")
         for row, value, low, high in zip(rows, gaps.values[at], gaps.low[at], gaps.high[at], strict=True):
-            row += [float(value), span(low, high)]
+            row.append(f"{rounded(value)} ({span(low, high)})")
     return [Numbers("The gap at equal size: positive where the trained model does better", columns, rows, is_open=True)]
 
 

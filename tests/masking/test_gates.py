@@ -95,6 +95,8 @@ def test_hard_gates_follow_soft_ones_and_the_rate_falls_to_zero(tiny_model):
     assert gates.settles_at == 4
     assert gates.undecided(12, 5) == (0, 5)  # the last step is done
     assert torch.equal(gates.soft(everything).bool(), gates.hard_gates())
+    short = bc.SparsifyConfig(max_steps=2, hard_from=0.1)  # all gates would be closed for good without a soft step
+    assert ContinuousSparsification.from_config(groups, short, seed=0, wanted=None).settles_at == 1
 
 
 @pytest.mark.parametrize("unit_of", [u for u in UNITS if isinstance(u, dict)] + [{"attn": "weight", "mlp": "weight"}])

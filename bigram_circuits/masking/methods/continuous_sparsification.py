@@ -62,13 +62,14 @@ class ContinuousSparsification(Gates):
         cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
     ) -> ContinuousSparsification:
         """Build the gates with the recipe's growth of beta, or by default a growth fitted to its number of steps."""
-        soft_steps = None if config.hard_from == 1 else round(config.hard_from * config.max_steps)
+        # at least one: hard gates at a score of 0 are closed, all of them, and would never open
+        soft_steps = None if config.hard_from == 1 else max(1, round(config.hard_from * config.max_steps))
         if config.beta_growth is not None:
             growth = config.beta_growth
         elif soft_steps is None:
             growth = _GROWS ** (1 / config.max_steps)
         else:
-            growth = _GROWS_SOFT ** (1 / max(1, soft_steps))
+            growth = _GROWS_SOFT ** (1 / soft_steps)
         return cls(
             groups,
             beta_start=float(config.beta_start),
