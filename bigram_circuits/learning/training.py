@@ -204,6 +204,8 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
                 stopped_because = "decided"
                 break
             _keep(job, learner, step + 1)
+    if gates.is_hard and len(history) == config.max_steps:
+        stopped_because = "planned"
     if is_unstable([record.cross_entropy for record in history[gates.settles_at :]], config.recovery_steps):
         stopped_because = "unstable"
     return _end(job, learner, history, stopped_because)

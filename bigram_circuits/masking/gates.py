@@ -212,6 +212,11 @@ class Gates(nn.Module, ABC):
         """The step from which a jump of the loss counts as one: earlier steps prepare the gates."""
         return 0
 
+    @property
+    def is_hard(self) -> bool:
+        """Whether the gates of the step set by `refresh` are the mask itself, 0 or 1, and not soft."""
+        return False
+
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate at a step."""
         return 1.0
