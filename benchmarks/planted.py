@@ -196,9 +196,9 @@ def setup() -> str:
     ]
     each = [f"{method.replace('_', ' ')} {_listed(own)}" for method, own in METHODS.items()]
     return (
-        f"Models have {D_VOCAB} tokens and {BLOCKS} blocks. Each cell has the mean of {len(SEEDS)} seeds of model, text "
-        f"and learning, {SEEDS[0]} to {SEEDS[-1]}, and (in brackets) the least; settings were chosen on models with "
-        f"seeds {CHOSEN_ON[0]} to {CHOSEN_ON[-1]}. Settings: {_listed(SHARED)}; {'; '.join([*each, *special])}. "
+        f"Models have {D_VOCAB} tokens and {BLOCKS} blocks. Each cell has the mean of {len(SEEDS)} seeds of model, "
+        f"text and learning, {SEEDS[0]} to {SEEDS[-1]}, and (in brackets) the least; settings were chosen on models "
+        f"with seeds {CHOSEN_ON[0]} to {CHOSEN_ON[-1]}. Settings: {_listed(SHARED)}; {'; '.join([*each, *special])}. "
         f"`polish`: {_listed(POLISH)}."
     )
 
@@ -228,8 +228,8 @@ def words(rows: Sequence[Row]) -> list[str]:
         least = min(near, key=lambda cell: near[cell])
         name = ", ".join(part.replace("_", " ") for part in (*map(str, least[:3]), *least[3:]) if part)
         lines.append(
-            f"- **A low KL is no proof of recovery**: of the {len(near)} cells with a mean KL below {NEAR:g} nats, that "
-            f"of {name} has the lowest precision or recall, {near[least]:.3f}."
+            f"- **A low KL is no proof of recovery**: of the {len(near)} cells with a mean KL below {NEAR:g} nats, "
+            f"that of {name} has the lowest precision or recall, {near[least]:.3f}."
         )
     return lines
 

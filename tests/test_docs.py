@@ -166,22 +166,23 @@ def test_pages_state_the_numbers_of_one_run(page):
 
 def test_the_method_states_the_settings_of_the_recipes():
     text = (ROOT / "docs" / "method.md").read_text()
-    own, paper, thorough = bc.SparsifyConfig(), bc.SparsifyConfig.paper(), EFFORTS["thorough"]
-    rate = METHODS[own.method].learning_rate
+    own, paper = bc.SparsifyConfig(), bc.SparsifyConfig.paper()
+    quick, thorough = EFFORTS["quick"], EFFORTS["thorough"]
+    rate, growth = METHODS[own.method].learning_rate, 100_000 ** (1 / own.max_steps)
     assert own.beta_growth is None
-    for stated in (
+    for words in (
         f"| learning rate, weight decay | {100 * rate:g}e-2, {own.weight_decay:g} | "
         f"{1e5 * paper.learning_rate:g}e-5, {paper.weight_decay:g} |",
         f"| AdamW's beta_2 | {own.second_moment_decay:g} | {paper.second_moment_decay:g} |",
-        f"| beta per step | x 100,000 over `max_steps`: x {100_000 ** (1 / own.max_steps):.3f} | x {paper.beta_growth} |",
+        f"| beta per step | x 100,000 over `max_steps`: x {growth:.3f} | x {paper.beta_growth} |",
         f"| `max_steps` | {own.max_steps:,} | {paper.max_steps:,} |",
         f"| sequences per step | {own.batch_size} | {paper.batch_size} |",
         f"| a jump must have come back this long before the end | {own.recovery_steps} steps | "
         f"{paper.recovery_steps} steps |",
-        f"`quick` (at most {EFFORTS['quick']['max_steps']} steps, decided at about half of that), `normal` (the default, "
+        f"`quick` (at most {quick['max_steps']} steps, decided at about half of that), `normal` (the default, "
         f"{own.max_steps}), or `thorough` ({thorough['max_steps']:,} steps, hard from {thorough['hard_from']:.0%} on)",
     ):
-        assert stated in text.replace("\n", " "), stated
+        assert words in text.replace("\n", " "), words
 
 
 def test_another_number_on_a_page_would_be_noticed():
