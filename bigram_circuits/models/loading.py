@@ -18,6 +18,7 @@ import torch
 
 from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.hooking import with_bos
+from bigram_circuits.models.identity import config_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.objects import check_tokenizer, hook_object
 from bigram_circuits.models.plain import Plain, known_plain, remember_plain, twin
@@ -190,13 +191,16 @@ def plain_of(model: Model) -> Plain:
     known = known_plain(model)
     if known is not None:
         return known
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     source, revision = model_source(model)
     if is_local(source):
         _check_folder(source, source)
     with quiet_transformers(), one_line(f"cannot load the model {source!r} again"):
         kind = type(model.original_model)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if config_hash(config) != config_hash(model.original_model.config):
+            raise ValueError("its config.json is now that of another model")
         plain = checked_weights(kind, source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False)
         return Plain(plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
 
