@@ -124,24 +124,14 @@ def _by(shape: Iterable[int]) -> str:
 
 
 class Agreement:
-    """Loads a model for TransformerLens, runs it before it is hooked, and compares it afterwards.
+    """The logits of a plain model on a few tokens, for comparing those of the hooked one.
 
-    The plain model runs first and only its logits are kept, so there is never a second copy of the weights.
+    The plain model runs first and only its logits are kept.
     """
 
-    def __init__(self, device: str | torch.device, check: bool) -> None:
-        self._device, self._check = device, check
+    def __init__(self, check: bool) -> None:
+        self._check = check
         self._logits: Tensor | None = None
-
-    def from_pretrained(self, source: str, **options: Any) -> Any:
-        """Load the plain model as the class for its architecture does, check its weights, and run it."""
-        from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
-
-        architecture = next(iter(options["config"].architectures or ()), "")
-        model = checked_weights(get_hf_model_class_for_architecture(architecture), source, **options)
-        model = model.to(self._device)
-        self.run_plain(model)
-        return model
 
     def run_plain(self, model: Any) -> None:
         """Run a plain Hugging Face model on the probe's tokens, and keep its logits."""

@@ -23,14 +23,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from bigram_circuits.models.loading import hooked
+from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import usual_torch
+from bigram_circuits.models.state import memo, usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
@@ -121,6 +122,15 @@ def huggingface_layout(model: Model) -> Layout:
     Raises:
         ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over.
     """
+    known, key = memo(), ("layout", ref(model))
+    if known is None:
+        return _layout_of(model)
+    if key not in known:
+        known[key] = _layout_of(model)
+    return known[key]
+
+
+def _layout_of(model: Model) -> Layout:
     sites = weight_sites(model)
     traced = _trace(model)
     state = _state_shapes(model)
@@ -154,7 +164,7 @@ def _trace(model: Model) -> dict[str, Place]:
     small, starts = _numbered_model(model)
     covered: dict[str, Tensor] = {}
     places = {}
-    for site in weight_sites(hooked(small, like=model, check=False)):
+    for site in weight_sites(hook(small, tokenizer=None, name="traced", check=False)):
         place = _place(model, site.name, site.weight, starts)
         if place.parameter not in covered:
             covered[place.parameter] = torch.zeros(len(starts[place.parameter]), dtype=torch.bool)
