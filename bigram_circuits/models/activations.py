@@ -227,17 +227,29 @@ def lean_forward(model: Model) -> Iterator[None]:
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 
-    config = model.original_model.config.get_text_config()
-    cached = getattr(config, "use_cache", None)
-    config.use_cache = False
     try:
-        with _forwards({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), _forwards({module: functools.partial(lean, module) for module in changed}):
             yield
     finally:
-        config.use_cache = cached
         for module in model.modules():
             if getattr(module, "_pattern", None) is not None:
                 module._pattern = None  # the last attention pattern would keep its whole autograd graph alive
+
+
+@contextlib.contextmanager
+def _without_cache(model: Model) -> Iterator[None]:
+    """Within the `with` block, a Hugging Face model keeps no key-value cache; TransformerLens' own models have none."""
+    config = getattr(model.original_model, "config", None)
+    if config is None:
+        yield
+        return
+    config = config.get_text_config()
+    cached = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = cached
 
 
 @contextlib.contextmanager

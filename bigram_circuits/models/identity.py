@@ -43,6 +43,12 @@ _NO_MATTER = re.compile(  # settings that logits in eval mode do not depend on
     r"router_aux_loss_coef|is_(encoder_)?decoder|pretraining_tp|task_specific_params|tokenizer_class|cache_.*"
 )
 
+_OF_NATIVE = (  # settings of TransformerLens' own models that logits depend on, but for sizes that weights show
+    "n_heads", "n_key_value_heads", "normalization_type", "final_rms", "eps", "act_fn", "gated_mlp", "attention_dir",
+    "attn_scale", "use_attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap", "positional_embedding_type",
+    "rotary_dim", "rotary_base", "rope_scaling", "n_ctx",
+)  # fmt: skip
+
 
 @uses_model
 def weight_hash(model: Model) -> str:
@@ -106,8 +112,19 @@ def same_text(one: str | None, other: str | None) -> bool:
 
 def config_hash(config: Any) -> str:
     """Hash the settings of a Hugging Face configuration that logits depend on, but for those left at their defaults."""
-    settings = json.dumps(_settings(config), sort_keys=True, default=str)
-    return hashlib.sha256(settings.encode()).hexdigest()[:_LONGEST]
+    return _digest_of_settings(_settings(config))
+
+
+def config_hash_of(model: Model) -> str:
+    """The `config_hash` of a model; of one of TransformerLens' own (`boot_native`), of the settings in its `cfg`."""
+    if hasattr(model.original_model, "config"):
+        return config_hash(model.original_model.config)
+    return _digest_of_settings({name: getattr(model.cfg, name, None) for name in _OF_NATIVE})
+
+
+def _digest_of_settings(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_LONGEST]
 
 
 def _parts(whole: str) -> Mapping[str, str]:
@@ -151,7 +168,7 @@ def _hash_of(model: Model) -> str:
     jobs["maskable"] = (canonical, torch.bfloat16, hashlib.blake2b(digest_size=16))
     with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(jobs)))) as pool:
         digests = dict(zip(jobs, pool.map(lambda job: _digest_of(*job), jobs.values()), strict=True))
-    digests["config"] = config_hash(model.original_model.config)
+    digests["config"] = config_hash_of(model)
     return ",".join(f"{name}:{digest}" for name, digest in digests.items())
 
 

@@ -125,9 +125,9 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
     """List every maskable weight of a `TransformerBridge`, block by block.
 
     Raises:
-        ValueError: If the model cannot be masked as a whole: it has no blocks, a block's attention or MLP is not made
-            of plain weight matrices that fit together, a block has further weight matrices (mixtures of experts,
-            state-space and hybrid blocks), or blocks share weights.
+        ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP, one
+            is not made of plain weight matrices that fit together, a block has further weight matrices (mixtures of
+            experts, state-space and hybrid blocks), blocks share weights, or weights are quantised.
     """
     with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
         return _weight_sites(model)
@@ -138,6 +138,8 @@ def _weight_sites(model: Model) -> tuple[WeightSite, ...]:
     if blocks is None or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to mask: pass a model from load_model")
     sites = tuple(site for layer, block in enumerate(blocks) for site in _block_sites(model, layer, block))
+    if not sites:
+        raise ValueError("this model cannot be masked: no block has an attention or an MLP")
     owners: dict[int, str] = {}
     for site in sites:
         if (other := owners.setdefault(id(site.original), site.name)) != site.name:
@@ -146,10 +148,12 @@ def _weight_sites(model: Model) -> tuple[WeightSite, ...]:
 
 
 def _block_sites(model: Model, layer: int, block: Any) -> list[WeightSite]:
-    sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
-    for component in COMPONENTS:
-        _check_nothing_is_left_out(in_block(layer, component), getattr(block, component), sites)
-    _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=(block.attn, block.mlp))
+    parts = {name: part for name in COMPONENTS if (part := getattr(block, name, None)) is not None}
+    sites = [*(_attention_sites(model, layer, block) if "attn" in parts else ())]
+    sites += _mlp_sites(layer, block) if "mlp" in parts else ()
+    for component, part in parts.items():
+        _check_nothing_is_left_out(in_block(layer, component), part, sites)
+    _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=tuple(parts.values()))
     return sites
 
 
