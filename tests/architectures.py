@@ -138,7 +138,7 @@ REFUSED = {  # with what is said
         ), r"blocks\.0\.attn .*has no plain W_Q"),
     "mamba": (
         lambda: MambaConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
-        r"blocks\.0\.attn has no plain W_Q",
+        r"blocks\.0 has the weight mixer\.",
     ),
     "rwkv": (
         lambda: RwkvConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),

@@ -32,7 +32,13 @@ from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, to
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_has_readout,
+    check_predicts_tokens,
+    readout,
+    record,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
@@ -193,6 +199,7 @@ def _contributions(
     model: Model, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """The contributions of every component to the logits of some tokens at one position, and these logits."""
+    check_predicts_tokens(model)
     parts, final, logits = _components(model, tokens, place, by)
     check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()

@@ -217,8 +217,8 @@ def coordinates(model: Model, part: Part) -> dict[str, Bool[Tensor, " _"]]:
     found: dict[str, Tensor] = {}
     for component in part.components:
         layer = component.layer
-        part, matrix = ("attn", "W_O") if component.kind in ("head", "attn") else ("mlp", "W_out")
-        *inputs, d_model = shapes[str(WeightName(layer, part, matrix))]
+        whose, matrix = ("attn", "W_O") if component.kind in ("head", "attn") else ("mlp", "W_out")
+        *inputs, d_model = shapes[str(WeightName(layer, whose, matrix))]
         if component.kind in COMPONENTS:
             name, mask = in_block(layer, f"hook_{component.kind}_out"), torch.ones(d_model, dtype=torch.bool)
         else:

@@ -116,6 +116,26 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
+def n_outputs(model: Model) -> int:
+    """Number of logits at a position: the size of the vocabulary, unless `d_vocab_out` in the `cfg` is another."""
+    found = getattr(model.cfg, "d_vocab_out", None) or 0
+    return found if found > 0 else model.cfg.d_vocab
+
+
+def predicts_tokens(model: Model) -> bool:
+    """Whether the logits are of the tokens that a model reads, not of values of their own (`d_vocab_out`, tracr)."""
+    return n_outputs(model) == model.cfg.d_vocab and getattr(model.cfg, "predicts_tokens", True)
+
+
+def check_predicts_tokens(model: Model) -> None:
+    """Raise NotShownError if a model's outputs are no tokens."""
+    if not predicts_tokens(model):
+        raise NotShownError(
+            f"this model's {n_outputs(model)} outputs are not the {model.cfg.d_vocab} tokens that it reads, so that it "
+            f"predicts no next token"
+        )
+
+
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
     """Raise ValueError if token ids are outside the model's vocabulary or sequences exceed its context length."""
     check_model(model)

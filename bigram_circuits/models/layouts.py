@@ -119,8 +119,14 @@ def huggingface_layout(model: Model) -> Layout:
     """Trace how a model's weights are laid out in its Hugging Face parameters; costs about as much as one block.
 
     Raises:
-        ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over.
+        ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over; or
+            if it is one of TransformerLens' own (`boot_native`), which has no Hugging Face parameters.
     """
+    if not hasattr(model.original_model, "config"):
+        raise ValueError(
+            f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own (boot_native), "
+            f"without Hugging Face names of its weights: Subnetwork.save keeps a subnetwork of it"
+        )
     sites = weight_sites(model)
     traced = _trace(model)
     state = _state_shapes(model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.quantised import check_layer
 from bigram_circuits.models.state import in_use
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
@@ -125,8 +126,8 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
     """List every maskable weight of a `TransformerBridge`, block by block.
 
     Raises:
-        ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP, one
-            is not made of plain weight matrices that fit together, a block has further weight matrices (mixtures of
+        ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP,
+            one is not made of plain weight matrices that fit together, a block has further weight matrices (mixtures of
             experts, state-space and hybrid blocks), blocks share weights, or weights are quantised.
     """
     with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
@@ -224,14 +225,16 @@ def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple
         module = getattr(getattr(part, attribute, None), "original_component", None)
         if module is None and attribute == "gate":
             continue  # an MLP without a gate
+        name = str(WeightName(layer, component, matrix))
         weight = None if module is None else _stored_weight(module)
+        if module is not None:
+            check_layer(name, module, weight)
         if weight is None or weight.ndim != 2:
             kind = type(getattr(part, "original_component", part)).__name__
             what = in_block(layer, component) + ("" if part is None else f" ({kind})")
             raise ValueError(f"this model cannot be masked: {what} has no plain {matrix}")
         outputs, inputs = weight.shape
         stored_axes = linear_axes
-        name = str(WeightName(layer, component, matrix))
         if not isinstance(module, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
             if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
                 raise ValueError(
