@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import memo, uses_model
 from bigram_circuits.models.weights import fused_modules, weight_sites
 from bigram_circuits.names import short_hash
@@ -115,11 +116,11 @@ def config_hash(config: Any) -> str:
     return _digest_of_settings(_settings(config))
 
 
-def config_hash_of(model: Model) -> str:
-    """The `config_hash` of a model; of one of TransformerLens' own (`boot_native`), of the settings in its `cfg`."""
-    if hasattr(model.original_model, "config"):
-        return config_hash(model.original_model.config)
-    return _digest_of_settings({name: getattr(model.cfg, name, None) for name in _OF_NATIVE})
+def config_hash_of(module: Any) -> str:
+    """The `config_hash` of a module, hooked or not; of TransformerLens' `NativeModel`, of the settings in its `cfg`."""
+    if not is_native(module):
+        return config_hash(module.config)
+    return _digest_of_settings({name: getattr(module.cfg, name, None) for name in _OF_NATIVE})
 
 
 def _digest_of_settings(settings: Mapping[str, Any]) -> str:
@@ -168,7 +169,7 @@ def _hash_of(model: Model) -> str:
     jobs["maskable"] = (canonical, torch.bfloat16, hashlib.blake2b(digest_size=16))
     with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(jobs)))) as pool:
         digests = dict(zip(jobs, pool.map(lambda job: _digest_of(*job), jobs.values()), strict=True))
-    digests["config"] = config_hash_of(model)
+    digests["config"] = config_hash_of(model.original_model)
     return ",".join(f"{name}:{digest}" for name, digest in digests.items())
 
 
