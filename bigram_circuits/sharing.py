@@ -47,8 +47,8 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
     subnetwork.check_fits(model)
     if is_native(model.original_model):
         raise ValueError(
-            f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own: save its "
-            f"state_dict within masked(model, subnetwork), or the masks with export_masks"
+            f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own (boot_native): "
+            f"export_masks or Subnetwork.save keep the masks"
         )
     with whole_folder(folder, replace=False) as temporary:
         layout, plain, tokenizer = huggingface_layout(model), unhooked(model), plain_of(model).tokenizer

@@ -1,4 +1,4 @@
-"""Map canonical weights to the parameters of a plain model (Hugging Face's), element by element, for any architecture, by tracing.
+"""Map canonical weights to Hugging Face parameters, element by element, for any architecture, by tracing.
 
 A checkpoint stores the same weights under other names and in other shapes: queries, keys and values may be fused into
 one matrix (as three blocks, or head by head), gate and input matrices may be fused, and any of them may be transposed.
@@ -13,6 +13,8 @@ Instead of a table for each architecture, the mapping is observed:
    mask is one strided copy.
 4. The other blocks must have the same parameter names, up to the block number, and the same shapes. This is checked
    against the real configuration.
+
+The parameters of TransformerLens' own models (`boot_native`) are mapped in the same way.
 """
 
 from __future__ import annotations

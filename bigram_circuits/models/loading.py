@@ -183,7 +183,7 @@ def _source(name: str) -> str:
 def plain_of(model: Model) -> Plain:
     """The plain model and tokenizer behind a hooked model.
 
-    A model that was hooked by other means than `load_model` is read again from its name, and one of TransformerLens' own
+    A model that was hooked by other means than `load_model` is read again from its name; one of TransformerLens' own
     (`boot_native`) is built again.
 
     Raises:
