@@ -110,8 +110,8 @@ def from_legacy_hub(name: str, *, checkpoint: int | None = None, dtype: torch.dt
 def from_tracr(assembled: Any) -> Plain:
     """Convert a model that tracr has compiled; it has no tokenizer, and its outputs are no tokens.
 
-    Token ids are those of its `input_encoder` (`encoding_map`), whose BOS has to be given too; a logit is 1 for the value
-    of its output that is on, with the ids of its `output_encoder`.
+    Token ids are those of its `input_encoder` (`encoding_map`), whose BOS has to be given too; a logit is 1 for the
+    value of its output that is on, with the ids of its `output_encoder`.
 
     Args:
         assembled: tracr's `AssembledTransformerModel`, or an object with the same attributes.

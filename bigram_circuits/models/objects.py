@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.models.converted import from_tracr, is_tracr
 from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.native import is_native
@@ -37,6 +38,10 @@ def hook_object(
     """
     if hasattr(given, "cfg") and hasattr(given, "run_with_hooks"):
         return _as_it_is(given, tokenizer, device, dtype)
+    if is_tracr(given):
+        check_tokenizer(tokenizer)
+        plain = from_tracr(given).model.to(device=device, dtype=dtype)
+        return hook(plain, tokenizer=tokenizer, name=name_in_memory("tracr"), check=check)
     plain = getattr(given, "_orig_mod", given)  # what torch.compile wraps
     if not is_native(plain):
         _check_kind(plain)
