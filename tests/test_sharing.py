@@ -107,7 +107,9 @@ def test_a_bridge_of_transformer_lens_is_exported_from_its_files(tiny_folders, t
     masked = bc.export_huggingface(bridge, bc.Subnetwork.full(bridge), tmp_path / "masked")
     assert bc.weight_hash(bc.load_model(masked, device="cpu")) == bc.weight_hash(bridge)
     shutil.copy(tiny_folders["gpt2"] / "config.json", folder)
-    with pytest.raises(ValueError, match=r"cannot load the model .* again"):
+    with pytest.raises(
+        ValueError, match=r"cannot load the model .* again: its config.json is now that of another model"
+    ):
         bc.export_huggingface(bridge, bc.Subnetwork.full(bridge), tmp_path / "other")
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="there is no model folder"):

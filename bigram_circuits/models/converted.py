@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigram_circuits.models.native import rebuilt
+from bigram_circuits.models.native import build, rebuilt, with_tensors
 from bigram_circuits.models.plain import Plain
 from bigram_circuits.models.quiet import quiet_transformers
 from bigram_circuits.storage.records import parse_json, regular_size, shown
@@ -126,7 +126,7 @@ def from_tracr(assembled: Any) -> Plain:
         state = tracr.make_tracr_transformer_bridge_state_dict(assembled)
     except (NotImplementedError, KeyError) as error:
         raise ValueError(f"cannot convert this tracr model: {error}") from error
-    plain = _native(cfg, state)
+    plain = with_tensors(build(cfg), state).eval()
     plain.cfg.predicts_tokens = False
     return Plain(plain, None)
 
@@ -155,7 +155,7 @@ def _converted(config: Any, weights: dict[str, Tensor], name: str, dtype: torch.
             weights = tl_legacy._convert_neel_solu_old_weights(weights, cfg)  # pyright: ignore[reportPrivateUsage]
         elif config.get("architecture") == _MINGPT:
             weights = tl_legacy._convert_mingpt_weights(weights, cfg)  # pyright: ignore[reportPrivateUsage]
-        return _native(cfg, convert_tl_checkpoint({key: value.to(dtype) for key, value in weights.items()}, cfg), dtype)
+        return _loaded(cfg, convert_tl_checkpoint({key: value.to(dtype) for key, value in weights.items()}, cfg), dtype)
     except (KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()[1:2] or str(error).splitlines()), type(error).__name__)
         raise ValueError(f"the weights of {name!r} do not fit its config.json: {reason.strip()}") from error
@@ -177,15 +177,13 @@ def _check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], name:
         )
 
 
-def _native(cfg: Any, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
-    """A native model with these weights; a bias of the unembedding that is not there is 0."""
+def _loaded(cfg: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A native model with weights by the names of a hooked one; a bias of the unembedding that is not there is 0."""
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge: Any = TransformerBridge.boot_native(cfg, dtype=dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    found = dict(state)
-    if not any(name.endswith("head.bias") or name == "unembed.bias" for name in found):
-        found["unembed.bias"] = torch.zeros(bridge.W_U.shape[1], dtype=dtype)
-    bridge.load_state_dict(found, strict=True)
+    bias = {"unembed.bias": torch.zeros(bridge.W_U.shape[1], dtype=dtype)}
+    bridge.load_state_dict(bias | dict(state), strict=True)
     return rebuilt(bridge)
 
 

@@ -19,6 +19,7 @@ import torch
 from bigram_circuits.models.converted import from_legacy_folder, from_legacy_hub, is_legacy_config, is_legacy_name
 from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.hooking import hook, with_bos
+from bigram_circuits.models.identity import config_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.native import is_native, rebuilt
 from bigram_circuits.models.objects import check_tokenizer, hook_object
@@ -226,13 +227,16 @@ def plain_of(model: Model) -> Plain:
         return known
     if is_native(model.original_model):
         return Plain(rebuilt(model), model.tokenizer)
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     source, revision = model_source(model)
     if is_local(source):
         _check_folder(source, source)
     with quiet_transformers(), one_line(f"cannot load the model {source!r} again"):
         kind = type(model.original_model)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if config_hash(config) != config_hash(model.original_model.config):
+            raise ValueError("its config.json is now that of another model")
         plain = checked_weights(kind, source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False)
         return Plain(plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
 

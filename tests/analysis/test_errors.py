@@ -166,7 +166,7 @@ def test_what_is_no_model(tiny_model, name):
     known = half(tiny_model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "half", lambda _: known)
-        refused(lambda: OF_TEXT[name]("gpt2", TEXT), "a str is not a hooked model: see load_model")
+        refused(lambda: OF_TEXT[name]("gpt2", TEXT), "a str is not a model: pass one from load_model")
     for call in OF_PROMPT.values():
         refused(lambda call=call: call("gpt2", "abc"), "a str is not a model")
 

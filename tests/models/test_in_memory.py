@@ -359,7 +359,7 @@ def test_options_that_do_not_fit_an_object():
         with pytest.raises(ValueError, match=said):
             bc.load_model(plain, **options)
     assert isinstance(byte_tokenizer(), PreTrainedTokenizerFast)
-    with pytest.raises(ValueError, match="a GPT2LMHeadModel is not a hooked model: pass load_model"):
+    with pytest.raises(ValueError, match="a GPT2LMHeadModel is not hooked: pass load_model"):
         bc.weight_sites(plain)
     with pytest.raises(ValueError, match=r"the model 'x \(in memory\)' was an object in memory: pass the object"):
         bc.load_model("x (in memory)")
