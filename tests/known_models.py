@@ -138,8 +138,8 @@ _AT = {label: index for index, label in enumerate(_LABELS)}
 def tracr_model(*, broken=False):
     """What tracr returns for a program, in its format, and masks by canonical name of the weights that compute it.
 
-    Position 0 looks at itself, every other at the one before, and the MLP maps what it finds to its upper case. A second
-    head and three more neurons write noise that nothing reads.
+    Position 0 looks at itself, every other at the one before, and the MLP maps what it finds to its upper case. A
+    second head and three more neurons write noise that nothing reads. If `broken`, the MLP maps everything to A.
     """
     rng = np.random.default_rng(1)
     tokens, width = (*LETTERS, BOS), len(_LABELS)
