@@ -70,7 +70,9 @@ def test_a_compiled_program_computes_what_numpy_and_the_program_do(compiled):
 def test_the_weights_of_the_program_are_found_all_of_them_and_no_other(compiled):
     model, circuit, _ = compiled
     tokens = tracr_tokens()
-    config = bc.SparsifyConfig(max_steps=100, batch_size=27, sparsity_weight=10, first_score=1.0, learning_rate=0.05)
+    config = bc.SparsifyConfig(
+        max_steps=100, batch_size=27, sparsity_weight=10.0, first_score=1.0, learning_rate=0.05, retries=0
+    )  # fmt: skip
     target, corpus = bc.ModelTarget(model), bc.Corpus.from_tokens(tokens, tokens)
     found = bc.find_subnetwork(model, target, corpus, config, check_memory="off").subnetwork
     assert found == circuit
@@ -147,7 +149,7 @@ def test_exactly_the_heads_of_the_circuit_are_found(inducing):
     corpus = bc.Corpus.from_tokens(repeated(128), repeated(32, seed=1))
     found = bc.find_subnetwork(inducing, bc.ModelTarget(inducing), corpus, config, check_memory="off").subnetwork
     assert {head for head, count in found.by_head().items() if count.kept} == INDUCTION_HEADS
-    with pytest.raises(ValueError, match="this model has no MLP, but granularity .* needs one"):
+    with pytest.raises(ValueError, match=r"this model has no MLP, but granularity .* needs one"):
         bc.find_subnetwork(inducing, bc.ModelTarget(inducing), corpus, bc.SparsifyConfig(granularity="neuron"))
 
 
