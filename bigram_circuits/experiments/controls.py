@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models import native
 from bigram_circuits.models.hooking import hooked
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.unhooked import unhooked
 from bigram_circuits.targets.base import Target, as_target
@@ -72,7 +74,7 @@ class RenamedTarget(Target):
 
 @uses_model
 def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False) -> Model:
-    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
+    """Copy a model and re-initialise its blocks as its library does; everything else stays as trained.
 
     Args:
         model: From `load_model`.
@@ -83,9 +85,7 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
     """
     plain = unhooked(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = type(plain)(plain.config).to(plain.dtype)
+    untrained = _untrained(plain, seed)
     if not everything:
         place = next(iter(huggingface_layout(model).places.values())).parameter
         blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
@@ -97,6 +97,15 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
     what = RANDOM_MODEL if everything else RANDOM_BLOCKS
     other.cfg.model_name = f"{model.cfg.model_name} with {what} (seed {seed})"
     return other
+
+
+def _untrained(plain: Any, seed: int) -> Any:
+    """A model like `plain`, with new weights."""
+    if is_native(plain):
+        return native.untrained(plain, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(plain)(plain.config).to(plain.dtype)
 
 
 @uses_model
