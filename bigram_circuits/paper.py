@@ -1,9 +1,8 @@
 """The numbers of papers that `reproduce` measures again: theirs, by model and quantity.
 
 Those of T. A. Chang and B. K. Bergen, "Bigram Subnetworks: Mapping to Next Tokens in Transformer Language Models"
-(NeurIPS 2025, arXiv 2504.15471) are from its Figure 1 (`best_r`, `full_r`), its Tables 1 (the sparse subnetworks), 2
-(`baselines`) and 3 (`overlap`), and its text (`components`, `rotations`). What it only draws has no number here. The
-penalties of optimal pruning are those of the code that its authors released.
+(NeurIPS 2025, arXiv 2504.15471) are from its Figure 1, its Tables 1 to 3 (lambda 0: Table 2) and its text. What it only
+draws has no number here. The lambdas of optimal pruning are those of the code that its authors released.
 """
 
 from __future__ import annotations

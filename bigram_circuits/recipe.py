@@ -535,6 +535,13 @@ PARTS = (Inputs, SparsifyConfig, StudyOptions)
 """The dataclasses that define options, in the order in which a command lists them."""
 
 
+NOT_FOR_REPRODUCE = frozenset(
+    {"model", "revision", "target", "order", "sparsity_weight", "target_fraction", "recipe", "sparsity_weights"}
+    | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
+)
+"""The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""
+
+
 def _changed(instance: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
     return {

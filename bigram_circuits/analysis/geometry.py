@@ -17,8 +17,8 @@ without bias (Song et al. 2012) on batches of tokens and averaged over them (Ngu
 biased estimate for independent activations grows with d_model / tokens, whereas this one has mean 0, and no covariance
 matrix is stored.
 
-Or the *Frobenius cosine of covariances* without their top singular dimension, as Chang and Bergen 2025 measure it, after
-Belrose et al. 2023 (arXiv 2303.08112): with S = X'X / n = sum_k s_k v_k v_k' of centred X and T of centred Y,
+Or the *Frobenius cosine of covariances* without their top singular dimension, as Chang and Bergen 2025 measure it,
+after Belrose et al. 2023 (arXiv 2303.08112): with S = X'X / n = sum_k s_k v_k v_k' of centred X and T of centred Y,
 
     <S - s_1 v_1 v_1', T - t_1 w_1 w_1'> / (|S - s_1 v_1 v_1'| |T - t_1 w_1 w_1'|),
 
@@ -42,6 +42,7 @@ from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_l
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
+    Conditions,
     check_arguments,
     checked_text,
     conditions,
@@ -381,9 +382,7 @@ def covariance_similarity(
 def _by_cka(
     model: Model, tokens: Integer[np.ndarray, "sequence position"], named: Conditions, tokens_at_once: int
 ) -> Maps:
-    sums = covariance_sums(
-        tokens, named.get("subnetwork"), max_tokens=int(tokens.size), tokens_at_once=tokens_at_once
-    )
+    sums = covariance_sums(tokens, named.get("subnetwork"), max_tokens=int(tokens.size), tokens_at_once=tokens_at_once)
     observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
     return covariance_maps(model, sums)
 
@@ -550,9 +549,7 @@ def _moments(x: Float[Tensor, "layer token d"]) -> tuple[Float[Tensor, "layer d"
     return x.mean(1), centred.transpose(1, 2) @ centred / x.shape[1]
 
 
-def _without_top(
-    mean: Float[Tensor, "layer d"], covariance: Float[Tensor, "layer d d"]
-) -> Float[Tensor, "layer d d"]:
+def _without_top(mean: Float[Tensor, "layer d"], covariance: Float[Tensor, "layer d d"]) -> Float[Tensor, "layer d d"]:
     """Covariances without their largest principal component; nan where nothing but rounding is left."""
     variances, directions = torch.linalg.eigh(covariance)
     top = directions[..., -1]
