@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 from bigram_circuits.paper import PAPERS, ROWS
 from bigram_circuits.recipe import (
     NOT_FOR_REPRODUCE,
+    NUMBERS,
     PARTS,
     Inputs,
     Option,
     Request,
     SparsifyConfig,
-    StudyOptions,
     options_of,
     whole,
 )
@@ -208,7 +208,7 @@ def _add_reproduce(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="how masks are learned; the paper's takes hours for each (default: ours)",
     )  # fmt: skip
     reproduce.add_argument(
-        "--sparsity-weights", type=options_of(StudyOptions)["sparsity_weights"].kind.read, metavar="X,Y,..",
+        "--sparsity-weights", type=NUMBERS.read, metavar=NUMBERS.metavar,
         help="the sweep of lambda; 0 is always among them (default: the paper's)",
     )  # fmt: skip
     for part in PARTS:

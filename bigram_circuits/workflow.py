@@ -1,7 +1,7 @@
 """Whole jobs as one function each, from names to files.
 
-`study` finds a subnetwork, evaluates it, analyses it, tries to refute it, and writes its page: `bigram-circuits find`
-calls it with the options of the command line. `reproduce` measures a paper's numbers again: `bigram-circuits reproduce`.
+`study` finds a subnetwork, evaluates it, analyses it, tries to refute it, and writes its page; `reproduce` measures a
+paper's numbers again. `bigram-circuits find` and `bigram-circuits reproduce` call them with the options given.
 """
 
 from __future__ import annotations
@@ -372,7 +372,8 @@ def reproduce(
     wrong = next((name for name in options if name in NOT_FOR_REPRODUCE), None)
     if wrong is not None:
         raise ValueError(f"reproduce has no option {wrong!r}: the paper sets it, or it is given in another form")
-    weights = tuple(sorted({0, *(of.sparsity_weights if sparsity_weights is None else sparsity_weights)}))
+    sweep = of.sparsity_weights if sparsity_weights is None else sparsity_weights
+    weights = tuple(sorted({0.0, *map(float, sweep)}))
     named = {"corpus": str(corpus)} if isinstance(corpus, str | Path) else {}
     request = Request.of(recipe=start, sparsity_weights=weights, **named, **options)
     say = tell or (lambda line: None)

@@ -11,12 +11,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.measures.statistics import correlation, correlation_sums, surprisals
-from bigram_circuits.models.activations import batch_size_for, check_has_readout, readout, record
+from bigram_circuits.models.activations import batch_size_for, check_has_readout, readout
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.names import in_block
 from bigram_circuits.progress import steps as counted
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import batch_of, in_order
@@ -169,7 +168,7 @@ def learn_linear_map(
     target: Target,
     tokens: Integer[np.ndarray, "sequence position"],
     *,
-    steps: int = 200,
+    steps: int = 400,
     batch_size: int = 16,
     learning_rate: float | int = 1e-2,
     seed: int = 0,
@@ -209,9 +208,8 @@ def _without_blocks(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits read from the residual stream before the first block."""
     check_has_readout(model, model.cfg.d_model)
-    point = in_block(0, "hook_resid_pre")
     with torch.no_grad():
-        embedded = record(model, tokens, [point])[0][point]
+        embedded = model(tokens, stop_at_layer=0)  # what the first block would read
     return readout(model, embedded if linear is None else (embedded.float() @ linear).to(embedded))
 
 

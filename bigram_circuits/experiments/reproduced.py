@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,12 +155,11 @@ class Reproduction(Record):
     def says(self) -> tuple[str, ...]:
         """How it was measured, and what was not, a sentence each."""
         config, paper = self.recipe, PAPERS[self.paper]
-        lambdas = ", ".join(f"{one:g}" for one in self.sparsity_weights)
         texts = dict.fromkeys(str(model.text.source) for model in self.models)
         return (
             f"Recipe: at most {config.max_steps:,} steps of {config.batch_size} sequences, learning rate "
             f"{'of the method' if config.learning_rate is None else f'{config.learning_rate:g}'}, seed {config.seed}; "
-            f"lambda {lambdas}.",
+            f"lambda {_listed(self.sparsity_weights)}.",
             *(f"Text: {text}; the paper used another." for text in texts),
             f"The sparse subnetwork is the smallest whose r is at most {paper.margin:g} below that of lambda 0.",
             f"r: {ZERO_RULE}.",
@@ -198,6 +197,10 @@ class Reproduction(Record):
 def is_same(one: ReproducedModel, other: ReproducedModel) -> bool:
     """Whether both are of the same model under the same name."""
     return (one.name, one.weight_hash) == (other.name, other.weight_hash)
+
+
+def _listed(weights: Sequence[float | int]) -> str:
+    return ", ".join(f"{one:g}" for one in weights)
 
 
 def _format(value: float | int, unit: str, sign: str) -> str:
@@ -251,7 +254,7 @@ def open_reproduction(folder: Path, wanted: Reproduction) -> Reproduction:
 def _how_they_differ(there: Reproduction, wanted: Reproduction) -> str | None:
     """The first setting that differs, as a phrase; None if none does."""
     settings = [
-        {"paper": one.paper, "sparsity_weights": list(one.sparsity_weights)} | one.recipe.to_json()
+        {"paper": one.paper, "sparsity_weights": _listed(one.sparsity_weights)} | one.recipe.to_json()
         for one in (there, wanted)
     ]
     name = next((name for name in settings[0] if settings[0][name] != settings[1][name]), None)

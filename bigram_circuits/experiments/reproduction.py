@@ -63,6 +63,7 @@ from bigram_circuits.targets.model import ModelTarget
 from bigram_circuits.text.corpus import Corpus, spread
 
 _FIT_TOKENS = 1 << 17  # of affine maps, as in the paper
+_MAP_STEPS = 1000  # of the linear map, at most
 
 
 @uses_model
@@ -189,7 +190,7 @@ class _Subject:
 
     def learn(self, run: str, model: Model, target: Any, sparsity_weight: float | int) -> Subnetwork:
         """Learn a subnetwork, or read the one that its run found before."""
-        recipe = replace(self.recipe, sparsity_weight=sparsity_weight)
+        recipe = replace(self.recipe, sparsity_weight=float(sparsity_weight))
         to = self.folder / run
         return find_subnetwork(
             model, target, self.corpus, recipe, run_dir=to, check_memory=self.check_memory
@@ -243,7 +244,9 @@ def _baselines(subject: _Subject) -> Numbers:
         del other  # there is memory for two models, not for three
     train, held_out = subject.corpus.train, subject.corpus.held_out
     found["embeddings_r"] = correlation_without_blocks(model, subject.target, held_out)
-    linear = learn_linear_map(model, subject.target, train, seed=seed)
+    recipe = subject.recipe
+    steps = min(recipe.max_steps, _MAP_STEPS)
+    linear = learn_linear_map(model, subject.target, train, steps=steps, batch_size=recipe.batch_size, seed=seed)
     return found | {"linear_map_r": correlation_without_blocks(model, subject.target, held_out, linear)}
 
 
