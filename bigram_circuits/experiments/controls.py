@@ -151,7 +151,7 @@ def correlation_without_blocks(
         linear: From `learn_linear_map`; a row vector times it is what the final norm reads.
 
     Raises:
-        NotShownError: If the model's embedding or readout cannot be used alone.
+        ValueError: If the model does not compute its logits from the residual stream with final norm and unembedding.
     """
     rows = []
     with torch.inference_mode():
@@ -188,7 +188,7 @@ def learn_linear_map(
         seed: Seed of the data order.
 
     Raises:
-        NotShownError: If the model's embedding or readout cannot be used alone.
+        ValueError: If the model does not compute its logits from the residual stream with final norm and unembedding.
     """
     device = model.cfg.device
     linear = torch.eye(model.cfg.d_model, device=device).requires_grad_()

@@ -57,6 +57,7 @@ from bigram_circuits.paper import PAPERS, ROWS, Paper, PaperModel
 from bigram_circuits.published import load_published
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import RunFolder, load_run
+from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target
 from bigram_circuits.targets.model import ModelTarget
@@ -104,6 +105,7 @@ def reproduce_model(
             f"{wanted.text.fingerprint}): choose another folder"
         )
     runs = folder / f"{_slug(name)}-{short_hash(wanted.weight_hash)}"
+    check_no_link(runs)
     subject = _Subject(
         model, target, corpus, result.recipe, result.sparsity_weights, paper, paper.model_named(name), name, runs,
         check_memory,
@@ -192,6 +194,7 @@ class _Subject:
         """Learn a subnetwork, or read the one that its run found before."""
         recipe = replace(self.recipe, sparsity_weight=float(sparsity_weight))
         to = self.folder / run
+        check_no_link(to)
         return find_subnetwork(
             model, target, self.corpus, recipe, run_dir=to, check_memory=self.check_memory
         ).subnetwork
