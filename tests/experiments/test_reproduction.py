@@ -268,7 +268,7 @@ def test_the_papers_own_numbers_fit_together():
 # --- again ---
 
 
-def test_a_second_call_does_no_work_again(made, folder, tiny_folders, text, monkeypatch):
+def test_a_second_call_does_no_work_again(made, folder, tiny_folders, text, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("work is done again")
 
@@ -278,6 +278,11 @@ def test_a_second_call_does_no_work_again(made, folder, tiny_folders, text, monk
     models = [f"Pythia-160M={tiny_folders['gpt_neox']}"]
     assert bc.reproduce(PAPER, models, text, held_out=0.3, out=folder, tell=said.append, **QUICK) == made[0]
     assert "Pythia-160M: sweep: measured before" in said
+    options = "--held-out 0.3 --max-steps 6 --batch-size 4 --lr 0.3 --retries 0 --context-length 16 --check-memory off"
+    options += " --device cpu --sparsity-weights 0,20 --recipe ours --rows sweep overlap"
+    asked = ["--model", models[0], "--corpus", str(text), "--out", str(folder), *options.split()]
+    assert cli.main(["reproduce", PAPER, *asked]) == 0
+    assert str(made[0]) in capsys.readouterr().out
 
 
 def test_an_interrupted_call_goes_on(made, tiny_folders, text, tmp_path, monkeypatch):
