@@ -6,7 +6,7 @@ strength of the distractors), a method, and what sets the size: the circuit's ow
 run adds a line to the results, and a run that has a line there is not repeated. `--write` writes the table and the
 words below it into the page.
 
-Settings were chosen on models with seeds 0 to 4, not all of them for every choice; the seeds reported are others.
+Settings were chosen on models with the seeds `CHOSEN_ON`, not all of them for every choice; those reported are others.
 """
 
 import argparse
@@ -27,6 +27,10 @@ import bigram_circuits as bc
 PAGES = Path(__file__).parents[1] / "docs"
 RESULTS = PAGES / "planted.jsonl"
 ARCHITECTURES, LAYERS, DISTRACTORS, SEEDS = ("gpt2", "neox", "llama"), (1, 2), (0.1, 0.3), (10, 11, 12, 13, 14)
+CHOSEN_ON = (0, 1, 2, 3, 4)
+"""Seeds of the models on which the settings below were chosen."""
+D_VOCAB, BLOCKS = 16, 2
+"""Size of the models."""
 WANTED = 0.95
 """Precision and recall that a method should have."""
 BEGIN, END = "<!-- written by benchmarks/planted.py -->", "<!-- end -->"
@@ -42,6 +46,8 @@ BY_LAYERS: dict[tuple[str, int], dict[str, Any]] = {("hard_concrete", 2): {"firs
 """Settings by method and layers of the circuit."""
 POLISH: dict[str, Any] = {"passes": 5, "most": 300, "sequences": 32}
 SIZES = ("sparsity weight", "target fraction")
+NEAR = 0.05
+"""A KL that is close to the circuit's, which is 0: nats per position."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,27 @@ def worst(group: Sequence[Row], prefix: str = "polished_") -> float:
     return min(float(np.mean([getattr(row, prefix + name) for row in group])) for name in ("precision", "recall"))
 
 
+def setup() -> str:
+    """What was measured, and with which settings."""
+    special = [
+        f"{method.replace('_', ' ')} with {layers} layers also {_listed(more)}"
+        for (method, layers), more in BY_LAYERS.items()
+    ]
+    each = [f"{method.replace('_', ' ')} {_listed(own)}" for method, own in METHODS.items()]
+    return (
+        f"Models have {D_VOCAB} tokens and {BLOCKS} blocks. Each cell has the mean of {len(SEEDS)} seeds of model, "
+        f"text and learning, {SEEDS[0]} to {SEEDS[-1]}, and (in brackets) the least; settings were chosen on models "
+        f"with seeds {CHOSEN_ON[0]} to {CHOSEN_ON[-1]}. Settings: {_listed(SHARED)}; {'; '.join([*each, *special])}. "
+        f"`polish`: {_listed(POLISH)}."
+    )
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}` {value:g}" for name, value in settings.items())
+
+
 def words(rows: Sequence[Row]) -> list[str]:
-    """What the table says, method by method."""
+    """What the table says, method by method, and what a low KL says of recovery."""
     lines = []
     groups = by_cell(rows)
     for method, size in dict.fromkeys(cell[3:] for cell in groups if cell[3] != "magnitude"):
@@ -198,13 +223,21 @@ def words(rows: Sequence[Row]) -> list[str]:
         lines.append(
             says + (f" Below it after polishing (the smaller of the two): {'; '.join(below)}." if below else "")
         )
+    near = {cell: worst(group) for cell, group in groups.items() if np.mean([row.polished_kl for row in group]) < NEAR}
+    if near:
+        least = min(near, key=lambda cell: near[cell])
+        name = ", ".join(part.replace("_", " ") for part in (*map(str, least[:3]), *least[3:]) if part)
+        lines.append(
+            f"- **A low KL is no proof of recovery**: of the {len(near)} cells with a mean KL below {NEAR:g} nats, "
+            f"that of {name} has the lowest precision or recall, {near[least]:.3f}."
+        )
     return lines
 
 
 def page_with(page: str, rows: Sequence[Row]) -> str:
     """The page with what is between the markers written anew."""
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    return page[:start] + "\n\n" + "\n".join([*table(rows), "", *words(rows)]) + "\n\n" + page[end:]
+    return page[:start] + "\n\n" + "\n".join([setup(), "", *table(rows), "", *words(rows)]) + "\n\n" + page[end:]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=LAYERS)
     parser.add_argument("--methods", nargs="+", default=["magnitude", *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--d-vocab", type=int, default=16)
+    parser.add_argument("--d-vocab", type=int, default=D_VOCAB)
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, one for each run")
     parser.add_argument("--write", type=Path, help="the page to write the table into, such as docs/planted.md")
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs; writes nothing")
@@ -235,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if (*cell, seed, settings_of(cell)) in done:
                 continue
             planted = planted or bc.plant_bigram(
-                start[0], layers=start[1], distractors=start[2], d_vocab=arguments.d_vocab, seed=seed
+                start[0], layers=start[1], distractors=start[2], d_vocab=arguments.d_vocab, n_layers=BLOCKS, seed=seed
             )
             rows.append(row := run(planted, cell, seed, arguments.smoke))
             print(

@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import quality_models
 import torch
-from quality_models import MODELS, Subject, load
+from quality_models import MODELS, OUTSIDE, Subject, load
 from smoke import write_text
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -372,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="file to append to, and to report from",
     )
     parser.add_argument("--plot", type=Path, help="write a figure to this HTML file")
-    parser.add_argument("--on", nargs="+", default=list(MODELS), choices=[*MODELS, "reference"], help="models")
+    known = [*MODELS, *OUTSIDE, "reference"]
+    parser.add_argument("--on", nargs="+", default=list(MODELS), choices=known, help="models")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--label", help="name of these runs in the results; the recipe's if not given")
     parser.add_argument("--weights", nargs="*", type=float, default=[1.0, 10.0, 50.0], help="sparsity weights")

@@ -53,6 +53,9 @@ MODELS = {
 }
 """Architecture and text of each model."""
 
+OUTSIDE = {"stories260K": "stories260K-text.jsonl"}
+"""Models trained by others, and their texts, in the folder `models` beside that of the texts."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -65,8 +68,12 @@ class Subject:
 
 
 def load(name: str, models: Path, data: Path) -> Subject:
-    """Load one of `MODELS`, training it first if its folder does not exist, or the reference model."""
-    if name == "reference":
+    """Load one of `MODELS`, trained first if its folder does not exist, one of `OUTSIDE`, or the reference model."""
+    if name in OUTSIDE:
+        folder = data.parent / "models"
+        model = bc.load_model(folder / name)
+        corpus = bc.load_corpus(folder / OUTSIDE[name], tokenizer=model.tokenizer, context_length=128)
+    elif name == "reference":
         model = bc.load_model(device="cpu")
         corpus = bc.load_corpus("reference", tokenizer=model.tokenizer, context_length=model.cfg.n_ctx)
     else:

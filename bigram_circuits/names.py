@@ -35,6 +35,19 @@ def short_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
+_IN_MEMORY = " (in memory)"
+
+
+def name_in_memory(label: str) -> str:
+    """The name of a model that was an object in memory: it finds no model, and looks like no hub id or path."""
+    return label.removesuffix(_IN_MEMORY) + _IN_MEMORY
+
+
+def is_in_memory(name: str) -> bool:
+    """Whether a name is one of `name_in_memory`, also with words after it (`with re-initialised blocks`)."""
+    return _IN_MEMORY in name
+
+
 def short_hash(whole: str | None) -> str:
     """The first digits of a hash, or of the first of its parts, for people."""
     found = re.search(r"[0-9a-f]{12}", whole or "")

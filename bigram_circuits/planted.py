@@ -21,9 +21,7 @@ uniform. All other attention and MLP weights are distractors: Gaussian noise.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +32,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.identity import weight_hash
-from bigram_circuits.models.loading import load_model, quiet_transformers
+from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.quiet import quiet_transformers
 from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
@@ -125,14 +125,14 @@ def plant_bigram(
     plain = _huggingface_model(architecture, d_vocab, width, d_mlp, n_layers)
     planted = _planted_weights(plain, logits, width, d_mlp, layers)
     _write_weights(plain, planted, logits, layers, float(distractors), unique, seed)
-    with contextlib.ExitStack() as stack:
-        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        with quiet_transformers():
-            plain.save_pretrained(path)
-        _tokenizer(d_vocab).save_pretrained(path)
-        model = load_model(path, device="cpu")
+    tokenizer = _tokenizer(d_vocab)
     if folder is None:
-        model.cfg.model_name = f"planted {architecture}"
+        model = hook(plain, tokenizer=tokenizer, name=f"planted {architecture}")
+    else:
+        with quiet_transformers():
+            plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model = load_model(folder, device="cpu")
     masks = {site.name: torch.zeros(site.shape, dtype=torch.bool) for site in weight_sites(model)}
     masks |= {name: weight != 0 for name, weight in planted.items()}
     circuit = Subnetwork(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage="planted")

@@ -308,6 +308,12 @@ class SparsifyConfig(Record):
             return dict.fromkeys(UNITS[self.granularity], self.granularity)
         return dict(self.granularity)
 
+    @property
+    def soft_steps(self) -> int | None:
+        """Continuous sparsification: the number of steps with soft gates, after which they are hard; None: all."""
+        # at least one: hard gates at a score of 0 are closed, all of them, and would never open
+        return None if self.hard_from == 1 else max(1, round(self.hard_from * self.max_steps))
+
     @classmethod
     def paper(cls, **changes: Any) -> SparsifyConfig:
         """The recipe of Chang and Bergen 2025, for sequences of 128 tokens; `changes` override fields."""

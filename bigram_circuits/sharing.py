@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bigram_circuits.models.identity import config_hash, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
-from bigram_circuits.models.loading import fresh_huggingface, hub_errors, is_local
+from bigram_circuits.models.loading import hub_errors, is_local, plain_of
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.models.unhooked import unhooked
 from bigram_circuits.published import MODEL_KEY
 from bigram_circuits.storage.files import whole_file, whole_folder
 from bigram_circuits.storage.records import seal_tensors, write_tensors
@@ -34,43 +33,32 @@ _HASH = re.compile(r"[0-9a-z:,]+")
 def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | os.PathLike[str]) -> Path:
     """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
-    Maskable weights are taken from `model` as it is now; all other parameters and the tokenizer are reloaded from where
-    `load_model` found them, and must be the same there.
+    All weights are those of `model` as it is now; its files are not read again.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model's files have another
-            configuration than the model, or other embeddings, norms or biases.
-        OSError: If the folder cannot be written, or the model's files no longer exist.
+        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model is no Hugging Face
+            model.
+        OSError: If the folder cannot be written.
     """
     subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
+    if is_native(model.original_model):
+        raise ValueError(
+            f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own (boot_native): "
+            f"export_masks or Subnetwork.save keep the masks"
+        )
     with whole_folder(folder, replace=False) as temporary:
-        layout = huggingface_layout(model)
-        plain, tokenizer = fresh_huggingface(model)
-        _check_files(model, plain)
-        parameters = dict(plain.named_parameters())
-        with torch.no_grad():
-            for site in weight_sites(model):
-                place = layout.places[site.name]
-                weight = torch.where(subnetwork[site.name], site.weight.cpu(), 0)
-                place.view(parameters[place.parameter]).copy_(weight.view(place.sizes))
+        layout, plain, tokenizer = huggingface_layout(model), unhooked(model), plain_of(model).tokenizer
+        state = plain.state_dict()
+        for name, place in layout.places.items():
+            place.view(state[place.parameter]).masked_fill_(~subnetwork[name].view(place.sizes), 0)
         plain.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
     return Path(folder)
-
-
-def _check_files(model: Model, plain: Any) -> None:
-    """Raise ValueError unless a reloaded Hugging Face model is the hooked one, but for maskable weights."""
-    where = f"the files of {model.cfg.model_name!r} have changed since the model was loaded, or the model has"
-    if config_hash(plain.config) != config_hash(model.original_model.config):
-        raise ValueError(f"{where}: the configurations differ; load the model again, or save it and load that")
-    here = other_tensors(model)
-    for name, tensor in plain.state_dict().items():
-        if name in here and not torch.equal(tensor, here[name].detach().cpu()):
-            raise ValueError(f"{where}: {name} differs; load the model again, or save it and load that")
 
 
 @uses_model

@@ -46,7 +46,7 @@ from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_r
 from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
 
 
@@ -201,7 +201,7 @@ def _subjects(
     if "target" in named:
         target = inputs.kind_of_target.make(model, corpus, inputs.order)
     if named != given.keys():
-        return Subjects(model, corpus, target, names_of(model, as_target(target, model.cfg.d_vocab), corpus))
+        return Subjects(model, corpus, target, names_of(model, target_of(target, model), corpus))
     return Subjects(model, corpus, target, inputs)
 
 
@@ -508,7 +508,7 @@ def reopen(
     subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus), device)
     if not another_text:
         check_text(run, subjects.corpus)
-        check_target(run, as_target(subjects.target, subjects.model.cfg.d_vocab))
+        check_target(run, target_of(subjects.target, subjects.model))
     check_model(run, subjects.model)
     return run, subjects
 

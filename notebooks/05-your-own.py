@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Your own model, your own text
 #
-# Everything works with any folder that `transformers` can load, and with any text. To show every step, this notebook
-# makes both in a few seconds: a language of a few dozen words, and a small Llama that learns it. The language has one
-# rule that no bigram can capture.
+# Everything works with any model that `transformers` can load or that you have in memory, and with any text. To show
+# every step, this notebook makes both in a few seconds: a language of a few dozen words, and a small Llama that learns
+# it. The language has one rule that no bigram can capture.
 
 # %%
+import copy
 import random
 
 import torch
@@ -48,8 +49,8 @@ print(*documents[0].split(" . ")[:6], sep="\n")
 # %% [markdown]
 # ## A model
 #
-# A tokenizer with a token for every word, and a Llama of two blocks, trained with plain PyTorch and saved as any
-# other model is.
+# A tokenizer with a token for every word, and a Llama of two blocks, trained with plain PyTorch. Copies are kept from
+# early in its training.
 
 # %%
 words = sorted({word for document in documents for word in document.split()})
@@ -66,25 +67,28 @@ config = LlamaConfig(
 llama = LlamaForCausalLM(config)
 ids = torch.tensor([vocabulary[word] for document in documents[:500] for word in document.split()])
 optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
-for _ in range(300):
+copies = {}
+for step in range(300):
+    if step in (20, 60, 120):
+        copies[f"step {step}"] = copy.deepcopy(llama)
     starts = torch.randint(len(ids) - 64, (32, 1))
     batch = ids[starts + torch.arange(64)]
     loss = llama(batch, labels=batch).loss
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-llama.save_pretrained("runs/tiny-llama")
-tokenizer.save_pretrained("runs/tiny-llama")
 print(f"{loss.item():.2f} nats per token")
 
 # %% [markdown]
 # ## From here on, as with any model
 #
-# A folder is loaded like a model from the hub. A list of documents is a corpus, as are text, JSONL and Parquet files,
-# and datasets from the hub. Which documents are held out depends on their content, so it is the same each time.
+# A model in memory is hooked as it is: its weights are shared, not copied, and `llama` stays a plain Hugging Face
+# model. One that was saved is loaded by the name of its folder, and one from the hub by its name there. A list of
+# documents is a corpus, as are text, JSONL and Parquet files, and datasets from the hub. Which documents are held out
+# depends on their content, so it is the same each time.
 
 # %%
-model = bc.load_model("runs/tiny-llama")
+model = bc.load_model(llama, tokenizer=tokenizer)
 corpus = bc.load_corpus(documents, tokenizer=model.tokenizer, context_length=64)
 target = bc.count_ngrams(corpus.train, order=2, d_vocab=model.cfg.d_vocab)
 found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(sparsity_weight=2.0))
@@ -111,6 +115,20 @@ analysis.next_tokens(model, found, prompts=prompts, top_k=6).only("full", "subne
 # The full model (left) looks back at the subject: its verbs agree with *cat*, then with *cats*. The subnetwork uses the
 # last word alone, as a bigram does. It expects another place to follow, and verbs that agree with the wrong noun.
 #
+# ## Over training
+#
+# When does the model become more than a bigram? The copies are measured like checkpoints of a model on the hub: how far
+# is what they say from the bigram table, and how much do they lose on the actual next word?
+
+# %%
+measure = analysis.faithfulness_to(None, target, corpus)
+over = analysis.trajectory({**copies, "step 300": llama}, measure, tokenizer=tokenizer)
+over.to_dataframe()[["checkpoint", "kl", "surprisal_correlation", "mean_surprisal"]]
+
+# %% [markdown]
+# At first it comes closer to the table; then its loss goes on falling while it moves away from it again: it has learned
+# the rule.
+#
 # ## Your model
 #
 # Change these lines; everything else stays the same. `revision="step1000"` loads a training checkpoint of Pythia;
@@ -118,7 +136,7 @@ analysis.next_tokens(model, found, prompts=prompts, top_k=6).only("full", "subne
 # own](../docs/own-target.md) needs.
 #
 # ```python
-# model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
+# model = bc.load_model("EleutherAI/pythia-70m")                        # or a folder, or (yours, tokenizer=tokenizer)
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)   # or "name:configuration" of a dataset
 # found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
 # ```

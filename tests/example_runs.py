@@ -149,6 +149,7 @@ def make_run(
     subnetwork=None,
     steps=(),
     target="ngram",
+    stopped="decided",
 ):
     settings = RunSettings(
         ModelIdentity(name, weight_hash="ab12"),
@@ -166,7 +167,7 @@ def make_run(
         "blocks.0.mlp.W_in": torch.arange(6).view(2, 3) < 1,
     }
     subnetwork = subnetwork or Subnetwork(masks, model_name=name, lineage=f"found {HOSTILE}")
-    run.finish(subnetwork, Outcome("decided", seconds=12.0))
+    run.finish(subnetwork, Outcome(stopped, seconds=12.0))
     if metrics:
         own = {"kept": subnetwork.kept, "total": subnetwork.total, "fraction": subnetwork.fraction}
         metrics = metrics | {"subnetwork": metrics["subnetwork"] | own}

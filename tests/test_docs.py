@@ -18,6 +18,7 @@ import pytest
 import bigram_circuits as bc
 from bigram_circuits import analysis, cli
 from bigram_circuits.models.loading import REFERENCE_FOLDER
+from bigram_circuits.recipe import EFFORTS, METHODS
 from scripts.state_numbers import NUMBERS, STATED, stated
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +162,27 @@ def test_pages_state_the_numbers_of_one_run(page):
     """Other numbers than those in docs/numbers.json are an error; `python scripts/state_numbers.py` writes both."""
     text = (ROOT / page).read_text()
     assert stated(page, text, json.loads(NUMBERS.read_text())) == text
+
+
+def test_the_method_states_the_settings_of_the_recipes():
+    text = (ROOT / "docs" / "method.md").read_text()
+    own, paper = bc.SparsifyConfig(), bc.SparsifyConfig.paper()
+    quick, thorough = EFFORTS["quick"], EFFORTS["thorough"]
+    rate, growth = METHODS[own.method].learning_rate, 100_000 ** (1 / own.max_steps)
+    assert own.beta_growth is None
+    for words in (
+        f"| learning rate, weight decay | {100 * rate:g}e-2, {own.weight_decay:g} | "
+        f"{1e5 * paper.learning_rate:g}e-5, {paper.weight_decay:g} |",
+        f"| AdamW's beta_2 | {own.second_moment_decay:g} | {paper.second_moment_decay:g} |",
+        f"| beta per step | x 100,000 over `max_steps`: x {growth:.3f} | x {paper.beta_growth} |",
+        f"| `max_steps` | {own.max_steps:,} | {paper.max_steps:,} |",
+        f"| sequences per step | {own.batch_size} | {paper.batch_size} |",
+        f"| a jump must have come back this long before the end | {own.recovery_steps} steps | "
+        f"{paper.recovery_steps} steps |",
+        f"`quick` (at most {quick['max_steps']} steps, decided at about half of that), `normal` (the default, "
+        f"{own.max_steps}), or `thorough` ({thorough['max_steps']:,} steps, hard from {thorough['hard_from']:.0%} on)",
+    ):
+        assert words in text.replace("\n", " "), words
 
 
 def test_another_number_on_a_page_would_be_noticed():

@@ -6,7 +6,7 @@ import pytest
 import bigram_circuits as bc
 from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.report.page import page
-from bigram_circuits.runs import Outcome, StepRecord, cautions
+from bigram_circuits.runs import Outcome, StepRecord, cautions, why_stopped
 from bigram_circuits.runs.ending import lost_in_hardening, too_short
 from tests.example_runs import make_run, measured
 
@@ -56,6 +56,17 @@ def test_gates_that_are_undecided_when_there_are_no_more_steps(stopped, undecide
     assert (found is not None) == said
     if said:
         assert "it ended with 2.00% of the gates undecided; try more steps (--max-steps, here 200; or " in found
+
+
+def test_why_learning_stopped_says_from_when_gates_were_hard(tmp_path):
+    hard = bc.SparsifyConfig(max_steps=4000, hard_from=0.3)
+    said = "its planned steps were done, with hard gates from step 1,200 on"
+    assert why_stopped(Outcome("planned"), hard) == said
+    assert why_stopped(Outcome("decided"), hard) == "nearly all gates were decided"
+    assert why_stopped(Outcome("planned"), bc.SparsifyConfig()) == "its planned steps were done"  # straight-through
+    run = make_run(tmp_path / "run", metrics=measured(), recipe=hard, stopped="planned")
+    assert f"Stopped after 2 steps: {said}." in run._repr_html_()
+    assert f"learning stopped because {said}." in page(run)
 
 
 def test_what_hardening_lost_is_told_with_the_best_soft_gates():

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bigram_circuits as bc
@@ -75,7 +76,7 @@ def test_an_export_that_fails_leaves_nothing(model, half, tmp_path, monkeypatch)
     def fail(_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(sharing, "fresh_huggingface", fail)
+    monkeypatch.setattr(sharing, "unhooked", fail)
     with pytest.raises(OSError, match="disk is full"):
         bc.export_huggingface(model, half, tmp_path / "masked")
     assert list(tmp_path.iterdir()) == []
@@ -91,13 +92,29 @@ def test_a_subnetwork_of_another_model_is_refused(model, reference_model, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_whose_folder_is_gone(tiny_folders, tmp_path):
+def test_a_model_whose_folder_is_gone_can_still_be_exported(tiny_folders, tmp_path):
     shutil.copytree(tiny_folders["gpt2"], tmp_path / "model")
-    model = bc.load_model(tmp_path / "model")
+    model = bc.load_model(tmp_path / "model", device="cpu")
     shutil.rmtree(tmp_path / "model")
+    folder = bc.export_huggingface(model, bc.Subnetwork.full(model), tmp_path / "masked")
+    assert bc.weight_hash(bc.load_model(folder, device="cpu")) == bc.weight_hash(model)
+
+
+def test_a_bridge_of_transformer_lens_is_exported_from_its_files(tiny_folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["gpt_neox"], folder)
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu").eval()
+    masked = bc.export_huggingface(bridge, bc.Subnetwork.full(bridge), tmp_path / "masked")
+    assert bc.weight_hash(bc.load_model(masked, device="cpu")) == bc.weight_hash(bridge)
+    shutil.copy(tiny_folders["gpt2"] / "config.json", folder)
+    with pytest.raises(
+        ValueError, match=r"cannot load the model .* again: its config.json is now that of another model"
+    ):
+        bc.export_huggingface(bridge, bc.Subnetwork.full(bridge), tmp_path / "other")
+    shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="there is no model folder"):
-        bc.export_huggingface(model, bc.Subnetwork.full(model), tmp_path / "masked")
-    assert list(tmp_path.iterdir()) == []
+        bc.export_huggingface(bridge, bc.Subnetwork.full(bridge), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masked"]
 
 
 def test_masks_are_written_as_npz_or_safetensors_only(model, half, tmp_path):
@@ -132,18 +149,29 @@ def hub(monkeypatch, tmp_path):
     return root
 
 
-def test_what_is_exported_from_the_files_must_be_what_the_model_has(model, half, tmp_path):
-    names = [name for name in other_tensors(model) if not name.endswith(("q.bias", "k.bias", "v.bias"))]
-    for name in (names[0], names[len(names) // 2], names[-1]):
+def test_whatever_tensor_is_edited_the_export_has_it_or_is_refused(model, half, tmp_path):
+    names = list(other_tensors(model))
+    parts = [name for name in names if name.endswith(("q.bias", "k.bias", "v.bias"))]
+    for index, name in enumerate((names[0], names[len(names) // 2], names[-1], *parts[:1])):
         tensor = other_tensors(model)[name]
         place = (0,) * tensor.ndim
         with torch.no_grad():
             value = tensor[place].item()
             tensor[place] += 0.5
-        with pytest.raises(ValueError, match=f"changed since the model was loaded, or the model has: {name} differs"):
-            bc.export_huggingface(model, half, tmp_path / "masked")
+        try:
+            with torch.no_grad(), bc.masked(model, half):
+                expected = model(TOKENS)
+            if "neox" in model.cfg.model_name and name in parts:  # copies of parts of the fused bias
+                with pytest.raises(ValueError, match=r"not the plain model .*: their logits differ"):
+                    bc.export_huggingface(model, half, tmp_path / "masked")
+                continue
+            folder = bc.export_huggingface(model, half, tmp_path / str(index))
+        finally:
+            with torch.no_grad():
+                tensor[place] = value
+        plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         with torch.no_grad():
-            tensor[place] = value
+            torch.testing.assert_close(plain(TOKENS).logits, expected, atol=1e-5, rtol=0)
     config = model.original_model.config
     kept, config.max_position_embeddings = config.max_position_embeddings, 32
     with pytest.raises(ValueError, match="the configurations differ"):

@@ -54,7 +54,12 @@ from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_t
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
-from bigram_circuits.models.activations import NotShownError, check_tokens, residual_streams
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_predicts_tokens,
+    check_tokens,
+    residual_streams,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
@@ -175,6 +180,7 @@ class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
     def __init__(self, model: Model, target: Target | None) -> None:
+        check_predicts_tokens(model)
         _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
         self._target = target

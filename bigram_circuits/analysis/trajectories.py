@@ -1,8 +1,8 @@
 """Measurements over training: a list of checkpoints, one model in memory at a time, one table of curves.
 
-A checkpoint is a revision of a hub model (`load_model(model, revision=...)`; `models.checkpoints` lists them) or a
-local folder. Chang and Bergen (2025) find that over training the bigram subnetwork first shrinks and then grows, at
-roughly constant faithfulness: `subnetworks_over_training` is that experiment.
+A checkpoint is a revision of a hub model (`load_model(model, revision=...)`; `models.checkpoints` lists them), a local
+folder, or a model in memory. Chang and Bergen (2025) find that over training the bigram subnetwork first shrinks and
+then grows, at roughly constant faithfulness: `subnetworks_over_training` is that experiment.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.models.loading import checkpoints as known_checkpoints
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, in_use
@@ -35,6 +36,9 @@ from bigram_circuits.text.corpus import Corpus, token_array
 
 Measure = Callable[[Any], Mapping[str, Any]]
 """Maps a model to numbers by name, or by condition and name. A number may be (value, low, high)."""
+
+Checkpoints = str | Sequence[Any] | Mapping[str, Any]
+"""Names of checkpoints, or models in memory: a list, or a dictionary by name; or a model with known checkpoints."""
 
 _KNOWN = {
     one.name: one
@@ -67,10 +71,11 @@ class SubnetworksOverTraining:
 
 
 def trajectory(
-    checkpoints: Sequence[str | Path],
+    checkpoints: Checkpoints,
     measure: Measure,
     *,
     model: str | None = None,
+    tokenizer: Any = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     title: str = "Over training",
@@ -78,11 +83,14 @@ def trajectory(
     """Measure one model at every checkpoint of its training.
 
     Args:
-        checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
+        checkpoints: In order: revisions of `model`; without `model`, hub ids, local folders or models in memory (see
+            `load_model`), as a list, or by name as a dictionary. Or one hub id whose training checkpoints are known
+            (`checkpoints`): all of these.
         measure: A function of a model that returns numbers by name, {"kl": 0.2}, or by condition and name,
             {"full": {"kl": 0.2}, ...}; a number may come with an interval, (value, low, high). See
             `faithfulness_to`.
         model: The hub id that the checkpoints are revisions of.
+        tokenizer: The tokenizer of models in memory.
         device: Device to load each model to.
         dtype: Precision of the weights.
         title: Title of the result.
@@ -94,9 +102,10 @@ def trajectory(
         ValueError: If there is no checkpoint or one is given twice, the models differ in shape, or the measure's names
             differ between checkpoints.
     """
-    names = _names(checkpoints)
+    sources = _sources(checkpoints, model)
+    names = tuple(sources)
     rows: list[dict[str, dict[str, Any]]] = []
-    for name, loaded in _each(checkpoints, names, model, device, dtype):
+    for name, loaded in _each(sources, tokenizer, device, dtype):
         row = _by_condition(measure(loaded), name)
         if rows and _keys(row) != _keys(rows[0]):
             raise ValueError(
@@ -139,12 +148,13 @@ def faithfulness_to(
 
 
 def subnetworks_over_training(
-    checkpoints: Sequence[str | Path],
+    checkpoints: Checkpoints,
     target: Any,
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
     model: str | None = None,
+    tokenizer: Any = None,
     run_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -153,11 +163,14 @@ def subnetworks_over_training(
     """Find a subnetwork at every checkpoint of a model's training, and compare them.
 
     Args:
-        checkpoints: In order: revisions of `model`, or without `model` hub ids or local folders.
+        checkpoints: In order: revisions of `model`; without `model`, hub ids, local folders or models in memory (see
+            `load_model`), as a list, or by name as a dictionary. Or one hub id whose training checkpoints are known
+            (`checkpoints`): all of these.
         target: The target to reproduce, or a function from a model to a target.
         corpus: Masks are learned on its training part and evaluated on its held-out part.
         config: The recipe; `SparsifyConfig()` by default.
         model: The hub id that the checkpoints are revisions of.
+        tokenizer: The tokenizer of models in memory.
         run_dir: If given, every checkpoint's run is written to a subfolder named after the checkpoint; existing runs
             are continued or read.
         device: Device to load each model to.
@@ -168,12 +181,13 @@ def subnetworks_over_training(
         ValueError: If there is no checkpoint or one is given twice, models differ in shape or do not fit the target, or
             there is no held-out text.
     """
-    names, array = _names(checkpoints), token_array(corpus)
+    sources, array = _sources(checkpoints, model), token_array(corpus)
+    names = tuple(sources)
     check_seed(seed)
     _check_target(target)
     found: dict[str, Subnetwork] = {}
     rows: list[dict[str, dict[str, Any]]] = []
-    for name, loaded in _each(checkpoints, names, model, device, dtype):
+    for name, loaded in _each(sources, tokenizer, device, dtype):
         folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
         of_model = _target_of(target, loaded)
         with in_use(loaded, "subnetworks_over_training"):
@@ -183,7 +197,7 @@ def subnetworks_over_training(
         for key in ("subnetwork", "random"):
             rows[-1][key] |= {
                 "fraction": one.fraction,
-                "share_in_first_mlp": one.by_component()[0, "mlp"].kept / one.kept if one.kept else math.nan,
+                "share_in_first_mlp": _share_in_first_mlp(one),
             }
         found[name] = one
     last = found[names[-1]]
@@ -194,25 +208,30 @@ def subnetworks_over_training(
     return SubnetworksOverTraining(_curves("Subnetworks over training", names, rows, notes), found)
 
 
+def _share_in_first_mlp(subnetwork: Subnetwork) -> float:
+    """Share of the kept weights in the first layer's MLP; nan if nothing is kept, or there is no such MLP."""
+    first = subnetwork.by_component().get((0, "mlp"))
+    return first.kept / subnetwork.kept if first and subnetwork.kept else math.nan
+
+
 def _each(
-    checkpoints: Sequence[str | Path],
-    names: tuple[str, ...],
-    model: str | None,
+    sources: Mapping[str, tuple[Any, str | None]],
+    tokenizer: Any,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
 ) -> Iterator[tuple[str, Any]]:
     """(name, model) of every checkpoint; each model is freed before the next is loaded."""
     first: dict[str, tuple[int, ...]] = {}
-    with progress(total=len(names), desc="checkpoints", unit="checkpoint") as bar:
-        for name, checkpoint in zip(names, checkpoints, strict=True):
+    with progress(total=len(sources), desc="checkpoints", unit="checkpoint") as bar:
+        for name, (source, revision) in sources.items():
             bar.set_postfix_str(name)
-            source, revision = (checkpoint, None) if model is None else (model, str(checkpoint))
-            loaded = load_model(source, revision=revision, device=device, dtype=dtype)
+            of_object = {} if isinstance(source, str | Path) else {"tokenizer": tokenizer}
+            loaded = load_model(source, revision=revision, device=device, dtype=dtype, **of_object)
             shapes = {site.name: site.shape for site in weight_sites(loaded)}
             first = first or shapes
             if shapes != first:
                 raise ValueError(
-                    f"checkpoint {name!r} has weight matrices of other shapes than {names[0]!r}: "
+                    f"checkpoint {name!r} has weight matrices of other shapes than {next(iter(sources))!r}: "
                     f"{_differ(first, shapes)}"
                 )
             yield name, loaded
@@ -223,18 +242,31 @@ def _each(
             bar.update()
 
 
-def _names(checkpoints: Sequence[str | Path]) -> tuple[str, ...]:
-    """Names of the checkpoints: local folders by their last part if that is unique."""
-    if isinstance(checkpoints, str | Path):
-        raise ValueError(f"checkpoints must be a list of names, not the name {str(checkpoints)!r}")
-    names = [str(one) for one in checkpoints]
-    if not names:
+def _sources(given: Checkpoints, model: str | None) -> dict[str, tuple[Any, str | None]]:
+    """The model or its name, and the revision, of each checkpoint by the checkpoint's name."""
+    if isinstance(given, str):
+        if model is not None or Path(given).expanduser().exists():
+            raise ValueError(f"checkpoints must be a list of names, not the name {given!r}")
+        given, model = known_checkpoints(given), given
+    if isinstance(given, Mapping):
+        named = {str(name): one for name, one in given.items()}
+    else:
+        names = [_name_of(one, place) for place, one in enumerate(given)]
+        if len(set(names)) < len(names):
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise ValueError(f"the checkpoint {twice!r} is given twice")
+        short = [Path(name).name if Path(name).expanduser().is_dir() else name for name in names]
+        named = dict(zip(short if len(set(short)) == len(short) else names, given, strict=True))
+    if not named:
         raise ValueError("a trajectory needs at least one checkpoint")
-    if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise ValueError(f"the checkpoint {twice!r} is given twice")
-    short = [Path(name).name if Path(name).expanduser().is_dir() else name for name in names]
-    return tuple(short if len(set(short)) == len(short) else names)
+    if model is None:
+        return {name: (one, None) for name, one in named.items()}
+    return {name: (model, str(one)) for name, one in named.items()}
+
+
+def _name_of(checkpoint: Any, place: int) -> str:
+    """What a checkpoint is called: a name as it is, a model in memory by its place in the list."""
+    return str(checkpoint) if isinstance(checkpoint, str | Path) else str(place)
 
 
 def _check_target(target: Any) -> None:

@@ -11,11 +11,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.measures.statistics import correlation, correlation_sums, surprisals
+from bigram_circuits.models import native
 from bigram_circuits.models.activations import batch_size_for, check_has_readout, readout
+from bigram_circuits.models.hooking import hooked
 from bigram_circuits.models.layouts import huggingface_layout
-from bigram_circuits.models.loading import fresh_huggingface, hooked
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import uses_model
+from bigram_circuits.models.unhooked import unhooked
 from bigram_circuits.progress import steps as counted
 from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import batch_of, in_order
@@ -74,7 +77,7 @@ class RenamedTarget(Target):
 
 @uses_model
 def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False) -> Model:
-    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
+    """Copy a model and re-initialise its blocks as its library does; everything else stays as trained.
 
     Args:
         model: From `load_model`.
@@ -83,14 +86,9 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
 
     Returns:
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
-
-    Raises:
-        OSError: If the model's files no longer exist.
     """
-    plain, _ = fresh_huggingface(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = type(plain)(plain.config).to(plain.dtype)
+    plain = unhooked(model)
+    untrained = _untrained(plain, seed)
     if not everything:
         place = next(iter(huggingface_layout(model).places.values())).parameter
         blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
@@ -98,10 +96,19 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
         untrained.load_state_dict(trained, strict=False)
         if hasattr(untrained, "tie_weights"):
             untrained.tie_weights()
-    other = hooked(untrained.eval(), like=model)
+    other = hooked(untrained.to(model.cfg.device), like=model)
     what = RANDOM_MODEL if everything else RANDOM_BLOCKS
     other.cfg.model_name = f"{model.cfg.model_name} with {what} (seed {seed})"
-    return other.to(model.cfg.device, print_details=False).eval()
+    return other
+
+
+def _untrained(plain: Any, seed: int) -> Any:
+    """A model like `plain`, with new weights."""
+    if is_native(plain):
+        return native.untrained(plain, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(plain)(plain.config).to(plain.dtype)
 
 
 @uses_model
@@ -117,19 +124,16 @@ def with_shuffled_blocks(model: Model, seed: int = 0) -> Model:
 
     Returns:
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
-
-    Raises:
-        OSError: If the model's files no longer exist.
     """
-    plain, _ = fresh_huggingface(model)
+    plain = unhooked(model)
     generator, state = torch.Generator().manual_seed(seed), plain.state_dict()
     for place in huggingface_layout(model).places.values():
         weight = place.view(state[place.parameter])
         order = torch.randperm(weight.numel(), generator=generator)
         weight.copy_(weight.reshape(-1)[order].view(weight.shape))
-    other = hooked(plain, like=model)
+    other = hooked(plain.to(model.cfg.device), like=model)
     other.cfg.model_name = f"{model.cfg.model_name} with {SHUFFLED} (seed {seed})"
-    return other.to(model.cfg.device, print_details=False).eval()
+    return other
 
 
 @uses_model

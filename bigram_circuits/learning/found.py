@@ -15,7 +15,7 @@ from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantit
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.words import sentence
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs import STOPS, Outcome, PolishRecord, Rollback, StepRecord, cautions
+from bigram_circuits.runs import Outcome, PolishRecord, Rollback, StepRecord, cautions, why_stopped
 from bigram_circuits.subnetwork import Subnetwork
 
 LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Share of the gates between 0.1 and 0.9."))
@@ -33,7 +33,8 @@ class FoundSubnetwork:
     config: SparsifyConfig
     """The recipe it was found with."""
     stopped_because: str
-    """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
+    """`decided` (few gates were undecided), `planned` (the last step was done, with gates that are the mask itself),
+    `max_steps` (it was done with soft gates), and, after the last retry, `unstable`."""
     seconds: float
     """Time spent learning, in seconds."""
     gap: SoftHardGap | None = None
@@ -64,7 +65,7 @@ class FoundSubnetwork:
     @property
     def why(self) -> str:
         """Why learning stopped, as a phrase."""
-        return STOPS[self.stopped_because]
+        return why_stopped(self.outcome, self.config)
 
     @property
     def cautions(self) -> tuple[str, ...]:

@@ -7,10 +7,8 @@ model computes what the plain Hugging Face model does.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import re
-import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +16,21 @@ from typing import Any
 
 import torch
 
+from bigram_circuits.models.converted import from_legacy_folder, from_legacy_hub, is_legacy_config, is_legacy_name
 from bigram_circuits.models.faithful import Agreement, checked_weights
+from bigram_circuits.models.hooking import hook, with_bos
+from bigram_circuits.models.identity import config_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native, rebuilt
+from bigram_circuits.models.objects import check_tokenizer, hook_object
+from bigram_circuits.models.plain import Plain, known_plain, remember_plain, twin
 from bigram_circuits.models.precision import round_rotations
+from bigram_circuits.models.quantised import check_folder as check_quantisation
+from bigram_circuits.models.quiet import one_line, quiet_transformers
 from bigram_circuits.models.state import usual_torch
+from bigram_circuits.names import is_in_memory
 from bigram_circuits.storage.records import count_tensors, parse_json, regular_size, shown
-from bigram_circuits.text.tokenizers import Template, remember_template, template_of
+from bigram_circuits.text.tokenizers import remember_template, template_of
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 _PYTHIA = re.compile(
@@ -54,8 +61,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @usual_torch()
 def load_model(
-    name: str | Path = "reference",
+    name: str | Path | Any = "reference",
     *,
+    tokenizer: Any = None,
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -63,13 +71,22 @@ def load_model(
 ) -> Model:
     """Load a causal language model as a TransformerLens `TransformerBridge`, in eval mode, with unprocessed weights.
 
+    A model that is an object in memory is left as it is: the hooked model has modules of its own, over the same
+    weights, and nothing is read from a name.
+
     Args:
         name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
             written by `save_pretrained` with a model and a tokenizer. A folder of that name takes precedence over the
-            hub; a `Path` is always a folder.
+            hub; a `Path` is always a folder. Models in TransformerLens' former format (a `config.json` with its own
+            settings, and a `.pth` file; `NeelNanda/...` on the hub) are converted. Or an object: a Hugging Face causal
+            language model (fine-tuned, edited, with adapters merged, compiled), TransformerLens' `NativeModel`, a model
+            that tracr has compiled, or a `TransformerBridge`, which is returned as it is.
+        tokenizer: A Hugging Face tokenizer: that of a model in memory, or one to use instead of a folder's. A model in
+            memory can do without, but then takes token ids only.
         revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
-        device: Device to load the model onto; CUDA if available, else the CPU.
-        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 by default.
+        device: Device to load the model onto; CUDA if available, else the CPU; for an object, where it is.
+        dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 by default; for an
+            object, its own. Another device or precision than its own makes a copy of an object's weights.
         check: Compare a forward pass on a few tokens with the plain Hugging Face model's, and refuse a hooked model
             that computes something else; False takes it as it is.
 
@@ -77,14 +94,31 @@ def load_model(
         FileNotFoundError: If `name` is a path that does not exist, or a folder without a model or a tokenizer.
         OSError: If the hub cannot be reached, or has no such model or revision.
         ValueError: If an argument is invalid, TransformerLens does not support the architecture, a weight is not in the
-            files, or, with `check`, the hooked model does not compute what the plain one does.
+            files, or, with `check`, the hooked model does not compute what the plain one does. Of an object also if it
+            is not a language model, has no weights, adapters or hooks of its own, or is split over devices.
     """
+    if not isinstance(name, str | Path):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but this is an object in memory")
+        return hook_object(
+            name, tokenizer=tokenizer, check=check, device=None if device is None else _device(device),
+            dtype=None if dtype is None else _precision(dtype),
+        )  # fmt: skip
     known_as = full_name(name)
     source = _source(known_as)
     precision, device = _precision(dtype), _device(device)
+    check_tokenizer(tokenizer)
+    if is_in_memory(known_as):
+        raise ValueError(f"the model {str(name)!r} was an object in memory: pass the object")
+    converted = _converted(source, revision, precision)
+    if converted is not None:
+        tokenizer = converted.tokenizer if tokenizer is None else tokenizer
+        model = hook(converted.model.to(device), tokenizer=tokenizer, name=known_as, check=check)
+        model.cfg.revision = revision
+        return model
     if is_local(source):
-        _check_folder(source, str(name))
-        with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
+        _check_folder(source, str(name), needs_tokenizer=tokenizer is None)
+        with quiet_transformers(), one_line(f"cannot load the model {str(name)!r}"):
             _check_matrices(source)
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {str(name)!r} is a local folder")
@@ -92,15 +126,19 @@ def load_model(
         _check_hub(source, revision)
     from transformer_lens.model_bridge import TransformerBridge
 
-    with quiet_transformers(), _one_line(f"cannot load the model {str(name)!r}"):
-        agreement = Agreement(device, check)
+    with quiet_transformers(), one_line(f"cannot load the model {str(name)!r}"):
+        loader = _Loader(device, Agreement(check))
+        given = {} if tokenizer is None else {"tokenizer": with_bos(tokenizer)}
         model: Any = TransformerBridge.boot_transformers(
-            source, device=device, dtype=precision, revision=revision, model_class=agreement
+            source, device=device, dtype=precision, revision=revision, model_class=loader, **given
         )
-        if model.tokenizer is not None:
-            remember_template(model.tokenizer, _template_before_hooking(model.tokenizer, source, revision))
+        if tokenizer is None and model.tokenizer is not None:
+            tokenizer = _as_published(model.tokenizer, source, revision)
+        if tokenizer is not None:
+            remember_template(model.tokenizer, template_of(tokenizer))
         round_rotations(model)
-        agreement.confirm(model.eval())
+        loader.agreement.confirm(model.eval())
+    remember_plain(model, Plain(loader.plain, tokenizer))
     model.cfg.model_name = known_as
     model.cfg.checked = check
     model.cfg.revision = revision  # so that the same weights can be loaded again
@@ -114,38 +152,54 @@ def full_name(name: str | Path) -> str:
     return os.path.abspath(Path(name).expanduser())
 
 
-def _template_before_hooking(tokenizer: Any, folder: str, revision: str | None) -> Template:
-    """The template of a tokenizer as it was published: hooking a model makes its tokenizer add a BOS, or an EOS."""
+def _converted(source: str, revision: str | None, dtype: torch.dtype) -> Plain | None:
+    """The plain model of a checkpoint in TransformerLens' former format; None if it is in Hugging Face's.
+
+    Of these, a revision is the label of a training checkpoint.
+    """
+    folder = Path(source)
+    if is_local(source):
+        config = folder / "config.json"
+        if not config.is_file() or not is_legacy_config(_settings(config)):
+            return None
+        _check_links(folder)
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {source!r} is a local folder")
+        return from_legacy_folder(folder, dtype=dtype)
+    if not is_legacy_name(source):
+        return None
+    if revision is not None and not revision.isdecimal():
+        raise ValueError(f"revision={revision!r} should be the number of a training checkpoint of {source!r}")
+    with hub_errors("model", source):
+        return from_legacy_hub(source, checkpoint=None if revision is None else int(revision), dtype=dtype)
+
+
+class _Loader:
+    """Loads a plain model for TransformerLens, which hooks a twin of it."""
+
+    def __init__(self, device: str | torch.device, agreement: Agreement) -> None:
+        self.agreement = agreement
+        self.plain: Any = None
+        self._device = device
+
+    def from_pretrained(self, source: str, **options: Any) -> Any:
+        """Load the plain model as the class for its architecture does, check its weights, and run it."""
+        from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+
+        architecture = next(iter(options["config"].architectures or ()), "")
+        kind = get_hf_model_class_for_architecture(architecture)
+        self.plain = checked_weights(kind, source, **options).to(self._device).eval()
+        self.agreement.run_plain(self.plain)
+        return twin(self.plain)
+
+
+def _as_published(tokenizer: Any, folder: str, revision: str | None) -> Any:
+    """A tokenizer without the changes of TransformerLens, which makes it add a BOS, or an EOS."""
     from transformer_lens.utilities.hf_utils import autotokenizer_with_special_token_compat
 
     source = str(tokenizer.name_or_path or folder)  # some architectures take their tokenizer from elsewhere
     of_model = {"revision": revision} if revision is not None and source == folder else {}
-    return template_of(autotokenizer_with_special_token_compat(source, trust_remote_code=False, **of_model))
-
-
-@usual_torch()
-def hooked(huggingface_model: Any, *, like: Model, check: bool = True) -> Model:
-    """Wrap a Hugging Face model in a `TransformerBridge`, with the name and tokenizer of the bridge `like`.
-
-    Raises:
-        ValueError: If the hooked model does not compute what the plain one does; not looked at without `check`, or if
-            `like` was loaded without.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    with quiet_transformers(), _one_line(f"cannot hook a {type(huggingface_model).__name__}"):
-        agreement = Agreement("cpu", check and getattr(like.cfg, "checked", True))
-        agreement.run_plain(huggingface_model)
-        bridge: Any = TransformerBridge.boot_transformers(
-            str(like.cfg.model_name),
-            hf_model=huggingface_model,
-            tokenizer=copy.deepcopy(like.tokenizer),
-            device="cpu",
-            dtype=next(huggingface_model.parameters()).dtype,
-        )
-        round_rotations(bridge)
-        agreement.confirm(bridge.eval())
-    return bridge
+    return autotokenizer_with_special_token_compat(source, trust_remote_code=False, **of_model)
 
 
 def model_source(model: Model) -> tuple[str, str | None]:
@@ -158,22 +212,33 @@ def _source(name: str) -> str:
 
 
 @usual_torch()
-def fresh_huggingface(model: Model) -> tuple[Any, Any]:
-    """Reload the plain Hugging Face model and tokenizer behind a hooked model, on the CPU.
+def plain_of(model: Model) -> Plain:
+    """The plain model and tokenizer behind a hooked model.
+
+    A model that was hooked by other means than `load_model` is read again from its name; one of TransformerLens' own
+    (`boot_native`) is built again.
 
     Raises:
-        OSError: If the files no longer exist.
-        ValueError: If a weight is not in the files.
+        OSError: If it has to be read again, and its files do not exist.
+        ValueError: If it has to be read again, and a weight is not in the files.
     """
-    from transformers import AutoTokenizer
+    known = known_plain(model)
+    if known is not None:
+        return known
+    if is_native(model.original_model):
+        return Plain(rebuilt(model), model.tokenizer)
+    from transformers import AutoConfig, AutoTokenizer
 
     source, revision = model_source(model)
     if is_local(source):
         _check_folder(source, source)
-    with quiet_transformers(), _one_line(f"cannot load the model {source!r} again"):
+    with quiet_transformers(), one_line(f"cannot load the model {source!r} again"):
         kind = type(model.original_model)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if config_hash(config) != config_hash(model.original_model.config):
+            raise ValueError("its config.json is now that of another model")
         plain = checked_weights(kind, source, revision=revision, dtype=model.cfg.dtype, trust_remote_code=False)
-        return plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        return Plain(plain.eval(), AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
 
 
 def checkpoints(name: str) -> tuple[str, ...]:
@@ -224,11 +289,17 @@ def _device(device: str | torch.device | None) -> str | torch.device:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model name is a local path, or looks like one."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    """Whether a model name is a local path, looks like one, or is that of a model in memory."""
+    return (
+        is_in_memory(name)
+        or Path(name).expanduser().exists()
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+    )
 
 
-def _check_folder(source: str, name: str) -> None:
+def _check_folder(source: str, name: str, *, needs_tokenizer: bool = True) -> None:
     """Raise an error, which calls the folder by `name`, unless `source` holds a model of possible sizes."""
     folder = Path(source)
     if folder.is_file():
@@ -243,8 +314,11 @@ def _check_folder(source: str, name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise FileNotFoundError(f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained")
+    if needs_tokenizer and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"the folder {name!r} has no tokenizer: put one there with tokenizer.save_pretrained, "
+            "or give load_model a tokenizer="
+        )
     if not _weight_files(folder):
         raise FileNotFoundError(f"the folder {name!r} has no weights: no .safetensors or .bin file")
     _check_links(folder)
@@ -257,6 +331,7 @@ def _check_folder(source: str, name: str) -> None:
             not isinstance(file, str) or Path(file).name != file for file in shards.values()
         ):
             raise ValueError(f"{str(folder / index)!r} names weights outside of its folder")
+    check_quantisation(folder, records["config.json"])
     _check_sizes(folder, records["config.json"])
 
 
@@ -402,40 +477,3 @@ def _http_error() -> type[Exception]:
     from huggingface_hub.utils import get_session
 
     return import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
-
-
-@contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn the multi-line errors of the loading libraries into one line that says what failed."""
-    try:
-        yield
-    except BaseException as error:  # a damaged file can raise almost anything
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust extension
-            raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), _place_of(error))
-        raise ValueError(f"{what}: {reason.strip()[:300]}") from error
-
-
-def _place_of(error: BaseException) -> str:
-    """The kind of an error that says nothing, and where it arose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return type(error).__name__ + (f" in {Path(frames[-1].filename).name}, {frames[-1].name}" if frames else "")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers, and never ask whether code that ships with a model may run: it may not."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import logging
-
-    patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -36,7 +36,10 @@ _PATIENCE = 30.0  # seconds to wait for another thread to leave a `with` block
 def check_model(model: Model) -> None:
     """Raise ValueError unless `model` is a hooked model on its raw weights."""
     if not hasattr(model, "cfg") or not hasattr(model, "run_with_hooks"):
-        raise ValueError(f"a {type(model).__name__} is not a model: pass one from load_model")
+        kind = type(model).__name__
+        if hasattr(model, "get_output_embeddings"):
+            raise ValueError(f"a {kind} is not hooked: pass load_model(model, tokenizer=...)")
+        raise ValueError(f"a {kind} is not a model: pass one from load_model")
     if getattr(model, "compatibility_mode", False) or getattr(model, "_weights_processed", False):
         raise ValueError(
             "masks apply to raw weights, but this model is in compatibility mode, in which weights are folded and "

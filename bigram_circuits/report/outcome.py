@@ -193,7 +193,7 @@ def training(run: Run, results: Results) -> Content:
     took = f"{rounded(outcome.seconds, 0)} seconds"
     took = f" and {took}" if outcome.attempts == 1 else f", in the last of {outcome.attempts} attempts ({took} in all)"
     says = (
-        f"The masks were learned in {len(last):,} steps{took}; learning stopped because {outcome.why}. "
+        f"The masks were learned in {len(last):,} steps{took}; learning stopped because {run.why}. "
         f"Cross-entropy went from {rounded(first.cross_entropy, 2)} to {rounded(end.cross_entropy, 2)} nats, "
         f"the share of weights kept from {percent(first.fraction)} to {percent(end.fraction)}."
     )

@@ -5,9 +5,6 @@ its records warn of in `ending.py`.
 """
 
 from bigram_circuits.runs.contents import (
-    STOPS as STOPS,
-)
-from bigram_circuits.runs.contents import (
     Checkpoint as Checkpoint,
 )
 from bigram_circuits.runs.contents import (
@@ -45,6 +42,9 @@ from bigram_circuits.runs.ending import (
 )
 from bigram_circuits.runs.ending import (
     too_short as too_short,
+)
+from bigram_circuits.runs.ending import (
+    why_stopped as why_stopped,
 )
 from bigram_circuits.runs.folder import RunFolder as RunFolder
 from bigram_circuits.runs.run import (

@@ -29,6 +29,7 @@ FORMAT = "bigram_circuits.run/2"
 FORMER = "bigram_circuits.run/1"  # of version 0.1.0, whose files do not name the run that they are of
 STOPS = {
     "decided": "nearly all gates were decided",
+    "planned": "its planned steps were done",
     "max_steps": "the maximum number of steps was reached",
     "unstable": "every attempt was unstable: do not trust the result",
 }
@@ -156,7 +157,8 @@ class Outcome(Record):
     """How learning ended."""
 
     stopped_because: str
-    """`decided` (few gates were undecided), `max_steps`, and, after the last retry, `unstable`."""
+    """`decided` (few gates were undecided), `planned` (the last step was done, with gates that are the mask itself),
+    `max_steps` (it was done with soft gates), and, after the last retry, `unstable`."""
     seconds: float = math.nan
     """Time spent learning, in seconds."""
     attempts: int = 1
@@ -167,11 +169,6 @@ class Outcome(Record):
     """Every time the loss was not finite or exploded. The abandoned steps are not in the history."""
     polish: PolishRecord | None = None
     """What `polish` changed afterwards; None if the mask was not polished."""
-
-    @property
-    def why(self) -> str:
-        """Why learning stopped, as a phrase."""
-        return STOPS[self.stopped_because]
 
     def __post_init__(self) -> None:
         if self.stopped_because not in STOPS:

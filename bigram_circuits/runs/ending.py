@@ -10,7 +10,7 @@ import numpy as np
 from bigram_circuits.evaluation import GAP_MATTERS
 from bigram_circuits.measures.words import percent
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.runs.contents import Outcome, StepRecord
+from bigram_circuits.runs.contents import STOPS, Outcome, StepRecord
 
 STILL_FALLING = 0.05
 """Fall of the cross-entropy in nats, from the last tenth of the steps but one to the last, from which more steps would
@@ -33,6 +33,14 @@ def cautions(history: Sequence[StepRecord], outcome: Outcome, config: SparsifyCo
     lost = lost_in_hardening(history, outcome) if config.hard_from == 1 else None  # else the mask itself was learned
     found = (too_short(history, outcome, config.max_steps), gap or lost)
     return tuple(one for one in found if one)
+
+
+def why_stopped(outcome: Outcome, config: SparsifyConfig) -> str:
+    """Say why learning stopped, and from which step its gates were hard if the recipe makes them so: a phrase."""
+    why = STOPS[outcome.stopped_because]
+    if outcome.stopped_because == "planned" and config.soft_steps is not None:
+        return f"{why}, with hard gates from step {config.soft_steps:,} on"
+    return why
 
 
 def too_short(history: Sequence[StepRecord], outcome: Outcome, max_steps: int) -> str | None:

@@ -24,7 +24,7 @@ from bigram_circuits.runs.contents import (
     StepRecord,
     read_config,
 )
-from bigram_circuits.runs.ending import cautions
+from bigram_circuits.runs.ending import cautions, why_stopped
 from bigram_circuits.runs.folder import CORE, RunFolder, check_belongs, check_links
 from bigram_circuits.storage.files import damaged, read_checked_json, whole_folder
 from bigram_circuits.storage.locks import holder
@@ -85,6 +85,11 @@ class Run:
     def last_attempt(self) -> list[StepRecord]:
         """The records of the attempt that gave the subnetwork."""
         return [one for one in self.history if one.attempt == self.history[-1].attempt]
+
+    @property
+    def why(self) -> str:
+        """Why learning stopped, as a phrase."""
+        return why_stopped(self.outcome, self.settings.recipe)
 
     @property
     def cautions(self) -> tuple[str, ...]:
@@ -160,7 +165,7 @@ class Run:
     def _repr_html_(self) -> str:
         """HTML for notebooks: the inputs, how learning ended, and the result."""
         asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
-        ended = f"Stopped after {len(self.history):,} steps: {self.outcome.why}."
+        ended = f"Stopped after {len(self.history):,} steps: {self.why}."
         shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, *map(sentence, self.cautions), self._answer()], shown)
 

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from transformers import GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import bigram_circuits as bc
 from bigram_circuits.analysis import trajectories
@@ -107,11 +107,50 @@ def test_revisions_of_a_hub_model(monkeypatch, folders):
     assert curves.notes["model"] == "EleutherAI/pythia-70m"
 
 
+def test_all_known_checkpoints_of_a_model_as_one_call(monkeypatch, folders):
+    asked = []
+
+    def load(name, *, revision, device, dtype):
+        asked.append((name, revision))
+        return loaded
+
+    loaded = bc.load_model(folders[0], device="cpu")
+    steps = bc.checkpoints("EleutherAI/pythia-70m")[::70]
+    assert len(steps) == 3
+    monkeypatch.setattr(trajectories, "load_model", load)
+    monkeypatch.setattr(trajectories, "known_checkpoints", lambda name: bc.checkpoints(name)[::70])
+    curves = trajectory("EleutherAI/pythia-70m", lambda model: {"layers": 2.0})
+    assert asked == [("EleutherAI/pythia-70m", step) for step in steps]
+    assert curves.points == steps
+
+
+def test_models_in_memory_by_name_or_in_order(folders, corpus, target):
+    plains = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    expected = trajectory(folders, total_weight, device="cpu").get("norm").tolist()
+    curves = trajectory(plains, total_weight)
+    assert curves.points == ("0", "1", "2")
+    assert curves.get("norm").tolist() == expected
+    mixed = {"before": plains[0], "then": bc.load_model(plains[1]), "after": folders[2]}
+    curves = trajectory(mixed, total_weight)
+    assert curves.points == ("before", "then", "after")
+    assert curves.get("norm").tolist() == expected
+    config = bc.SparsifyConfig(max_steps=2)
+    over = subnetworks_over_training(dict(zip("ab", plains, strict=False)), target, corpus, config)
+    again = subnetworks_over_training(folders[:2], target, corpus, config, device="cpu")
+    assert over.subnetworks["b"] == again.subnetworks["step1"]
+
+
 def test_bad_input_is_said_in_one_line(folders, tiny_folders, tmp_path):
     with pytest.raises(ValueError, match="at least one checkpoint"):
         trajectory([], total_weight)
     with pytest.raises(ValueError, match="must be a list of names"):
+        trajectory("step0", total_weight, model="EleutherAI/pythia-70m")
+    with pytest.raises(ValueError, match="must be a list of names"):
+        trajectory(str(folders[0]), total_weight)
+    with pytest.raises(ValueError, match="no training checkpoints of 'step0' are known"):
         trajectory("step0", total_weight)
+    with pytest.raises(ValueError, match="a int is not a model"):
+        trajectory([3], total_weight)
     with pytest.raises(ValueError, match="is given twice"):
         trajectory([folders[0], folders[0]], total_weight)
     with pytest.raises(ValueError, match=r"'gpt_neox' has weight matrices of other shapes than 'step0': blocks\.0"):

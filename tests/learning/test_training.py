@@ -74,7 +74,8 @@ def test_hard_gates_are_the_mask(tiny_model, target, corpus):
     )
     assert hard.gap.soft == hard.gap.hard != soft.gap.hard  # what was learned is what is kept
     assert len(hard.history) == QUICK.max_steps
-    assert hard.stopped_because == "decided"
+    assert (soft.stopped_because, hard.stopped_because) == ("decided", "planned")
+    assert hard.why == "its planned steps were done, with hard gates from step 12 on"
     final = hard.history[-1]
     assert final.fraction == pytest.approx(hard.subnetwork.fraction, abs=1e-3)
     exact = dataclasses.replace(QUICK, hard_from=0.3, target_fraction=0.05)
@@ -183,6 +184,7 @@ def test_straight_through_continues_with_the_momentum_of_its_checkpoint(
         Learner(tiny_model, QUICK, None, checkpoint)
     found = bc.find_subnetwork(tiny_model, StopsAt(target, 10_000, lambda: None), corpus, config, run_dir=tmp_path)
     assert found.subnetwork == expected.subnetwork
+    assert found.stopped_because == expected.stopped_because == "planned"
 
 
 def test_learning_goes_on_while_every_gate_is_open_or_the_share_is_not_due(tiny_model, target, corpus):

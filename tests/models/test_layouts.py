@@ -9,15 +9,15 @@ from bigram_circuits.models import layouts
 
 def refused_after(monkeypatch, model, change):
     """The error when the traced model's weights do not hold the numbers of one regular part of a parameter."""
-    hook = layouts.hooked
+    hook = layouts.hook
 
-    def hooked(small, **options):
+    def changed_hook(small, **options):
         bridge = hook(small, **options)
         with torch.no_grad():
             change({site.name.rsplit(".", 1)[1]: site.original for site in bc.weight_sites(bridge)})
         return bridge
 
-    monkeypatch.setattr(layouts, "hooked", hooked)
+    monkeypatch.setattr(layouts, "hook", changed_hook)
     with pytest.raises(ValueError, match="cannot trace the Hugging Face layout of GPTNeoXForCausalLM: ") as error:
         bc.huggingface_layout(model)
     assert "\n" not in str(error.value)

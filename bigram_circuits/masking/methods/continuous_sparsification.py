@@ -62,8 +62,7 @@ class ContinuousSparsification(Gates):
         cls, groups: Sequence[GateGroup], config: SparsifyConfig, *, seed: int, wanted: int | None, **start: Any
     ) -> ContinuousSparsification:
         """Build the gates with the recipe's growth of beta, or by default a growth fitted to its number of steps."""
-        # at least one: hard gates at a score of 0 are closed, all of them, and would never open
-        soft_steps = None if config.hard_from == 1 else max(1, round(config.hard_from * config.max_steps))
+        soft_steps = config.soft_steps
         if config.beta_growth is not None:
             growth = config.beta_growth
         elif soft_steps is None:
@@ -83,6 +82,11 @@ class ContinuousSparsification(Gates):
     def settles_at(self) -> int:
         """The step from which the gates are hard."""
         return self._soft_steps or 0
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the gates of the step set by `refresh` are the mask itself."""
+        return self._hard
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate: 1 while gates are soft, then a cosine that falls to 0."""

@@ -75,6 +75,11 @@ class StraightThrough(Gates):
         """Return the open gates; their number is fixed by the schedule, so there is nothing to differentiate."""
         return self.soft(place)
 
+    @property
+    def is_hard(self) -> bool:
+        """True: the gates of every step are a mask."""
+        return True
+
     def undecided(self, between: int, above: int) -> tuple[int, int]:
         """Count all gates as undecided until the last step, since the scores keep competing; then none."""
         return (0 if self._step == self._steps - 1 else len(self._open)), above
