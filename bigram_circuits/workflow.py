@@ -22,7 +22,7 @@ from typing import Any, overload
 from bigram_circuits.analysis.suite import analyze
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.experiments.falsification import falsify
-from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, open_reproduction
+from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, start_reproduction
 from bigram_circuits.experiments.reproduction import reproduce_model
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
 from bigram_circuits.learning.callbacks import Callback
@@ -355,8 +355,8 @@ def reproduce(
             `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `check_memory`.
 
     Returns:
-        All numbers in the folder. Models that cannot be loaded from the hub, and rows that a model does not support,
-        are named with the reason.
+        All numbers in the folder. The models that could not be loaded from the hub in this call, and the rows that a
+        model does not support, are named with the reason.
 
     Raises:
         ValueError: If paper, model, row or option does not exist, or the folder holds something else.
@@ -380,22 +380,23 @@ def reproduce(
 
     wanted = Reproduction(of.name, request.config, weights)
     folder = Path(out or _reproduction_folder(wanted, request.inputs, corpus))
-    result = open_reproduction(folder, wanted)
+    start_reproduction(folder, wanted)
     say(f"folder  {folder}")
     with lock_folder(folder):
-        result = load_reproduction(folder)  # again: another process may have gone on meanwhile
+        result = replace(load_reproduction(folder), unreachable={})  # again: another process may have gone on meanwhile
         for name, source in asked:
             try:
                 model = _load_asked(request.inputs, source, device)
             except OSError as error:
                 reason = " ".join(str(error).split())
                 result = replace(result, unreachable={**result.unreachable, name: reason})
-                result.save(folder)
                 say(f"{name}: could not be loaded: {reason}")
                 continue
             result = _reproduce(request, result, name, model, corpus, folder, chosen, say)
             del model
-    say(f"\n{result}\n\nthe table as Markdown: {folder / 'reproduction.md'}")
+        result.save(folder)
+    if not result.is_empty:
+        say(f"\n{result}\n\nthe table as Markdown: {folder / 'reproduction.md'}")
     return result
 
 

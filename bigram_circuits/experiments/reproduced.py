@@ -232,8 +232,8 @@ def load_reproduction(folder: str | os.PathLike[str]) -> Reproduction:
     return found
 
 
-def open_reproduction(folder: Path, wanted: Reproduction) -> Reproduction:
-    """Start a result in a folder, or go on with the one that is there.
+def start_reproduction(folder: Path, wanted: Reproduction) -> None:
+    """Start a result in a folder, unless one with the same settings is there.
 
     Raises:
         ValueError: If the folder holds a reproduction with other settings, or something else.
@@ -244,11 +244,10 @@ def open_reproduction(folder: Path, wanted: Reproduction) -> Reproduction:
         there = load_reproduction(folder)
         if (how := _how_they_differ(there, wanted)) is not None:
             raise ValueError(f"{str(folder)!r} holds another reproduction ({how}): choose another folder")
-        return there
+        return
     if folder.is_dir() and not all(is_lock(one) or is_leftover(one) for one in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and holds no reproduction: choose another folder")
     wanted.save(folder)
-    return wanted
 
 
 def _how_they_differ(there: Reproduction, wanted: Reproduction) -> str | None:
