@@ -21,6 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import tests.checking  # noqa: F401 (decorates the functions of the package, which is imported after it)
+
+# isort: split
 import bigram_circuits as bc
 
 settings.register_profile("tests", deadline=None, max_examples=60)  # a busy machine is no failure

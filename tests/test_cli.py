@@ -61,7 +61,10 @@ def quick(tiny_folders, text):
 
 WHOLE = pytest.param((), id="whole", marks=pytest.mark.slow)
 """No argument at all, as `make run` does it: minutes, and therefore a step of its own in .ci/run."""
-SHORTER = pytest.param(("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000"), id="shorter")
+SHORTER = pytest.param(
+    ("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000", "--held-out", "0.1", "--random-seeds", "1"),
+    id="shorter",
+)
 """Fewer and smaller steps, and less text."""
 
 
