@@ -7,38 +7,42 @@ only. Functions made within a function, anew at every call of it, are left to py
 `tests/conftest.py` imports this module before it imports the package.
 """
 
-import re
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
 
-_SHAPES = re.compile(r"\b(Bool|Complex|Float|Inexact|Int|Integer|Num|Real|Shaped|UInt)\d*\[")
 _jaxtyped = jaxtyping.jaxtyped
+_HINTS: dict[CodeType, dict[str, Any]] = {}
 
 
 def checked(decorated: Any, *, typechecker: Any) -> Any:
     """Check the arguments and results of a function, or of a dataclass, as annotated."""
-    if not isinstance(decorated, FunctionType) or _has_shapes(decorated):
+    if not isinstance(decorated, FunctionType):
+        return _jaxtyped(decorated, typechecker=typechecker)
+    hints = _hints_of(decorated)
+    if any("jaxtyping." in repr(hint) for hint in hints.values()):
         return _jaxtyped(decorated, typechecker=typechecker)
     if "<locals>" in decorated.__qualname__:
         return decorated
-    written = decorated.__annotations__
-    decorated.__annotations__ = {name: _meant(hint, decorated.__globals__) for name, hint in written.items()}
+    written, decorated.__annotations__ = decorated.__annotations__, hints
     wrapped = typechecker(decorated)
     decorated.__annotations__ = wrapped.__annotations__ = written
     return wrapped
 
 
-def _has_shapes(function: FunctionType) -> bool:
-    return any(_SHAPES.search(str(hint)) for hint in function.__annotations__.values())
+def _hints_of(function: FunctionType) -> dict[str, Any]:
+    """The annotations of a function, evaluated: Any for those whose names are there for type checkers only."""
+    code = function.__code__
+    if code not in _HINTS:
+        _HINTS[code] = {name: _evaluated(hint, function) for name, hint in function.__annotations__.items()}
+    return _HINTS[code]
 
 
-def _meant(hint: Any, names: dict[str, Any]) -> Any:
-    """An annotation that may be a string; Any where its names are there for type checkers only."""
+def _evaluated(hint: Any, function: FunctionType) -> Any:
     try:
-        return eval(hint, names) if isinstance(hint, str) else hint
-    except Exception:
+        return eval(hint, function.__globals__) if isinstance(hint, str) else hint
+    except NameError:
         return Any
 
 
