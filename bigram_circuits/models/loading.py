@@ -312,6 +312,8 @@ def _check_folder(source: str, name: str, *, needs_tokenizer: bool = True) -> No
             f"the folder {name!r} holds an adapter (adapter_config.json): merge it into its base model "
             f"(merge_and_unload), save that with save_pretrained, and load the result"
         )
+    if (folder / "progress.jsonl").is_file():
+        raise ValueError(f"the folder {name!r} holds a run, not a model: name the model that it was made with")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if needs_tokenizer and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
