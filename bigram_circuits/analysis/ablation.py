@@ -38,11 +38,11 @@ from bigram_circuits.analysis.components import (
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import Task, checked_task, measure
+from bigram_circuits.analysis.tasks import Task, as_task, checked_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
-from bigram_circuits.models.activations import NotShownError, record
+from bigram_circuits.models.activations import NotShownError, check_predicts_tokens, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
@@ -436,4 +436,5 @@ def _(subject: Subject) -> Curves:
 
 
 def _task(subject: Subject) -> Task:
-    return checked_task(subject.model, subject.sweep_text)
+    check_predicts_tokens(subject.model)
+    return as_task(subject.sweep_text, subject.model.cfg.d_vocab)
