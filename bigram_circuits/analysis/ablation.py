@@ -38,7 +38,7 @@ from bigram_circuits.analysis.components import (
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import Task, as_task, checked_task, measure
+from bigram_circuits.analysis.tasks import Task, checked_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
@@ -47,7 +47,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import as_target
+from bigram_circuits.targets.base import target_of
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
 WAYS = ("zero", "mean", "resample", "weights")
@@ -355,7 +355,7 @@ def stochastic_ablation(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
-    target = as_target(target, model.cfg.d_vocab)  # None is not allowed here,
+    target = target_of(target, model)  # None is not allowed here,
     subnetwork = as_subnetwork(subnetwork)  # nor here
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
@@ -436,4 +436,4 @@ def _(subject: Subject) -> Curves:
 
 
 def _task(subject: Subject) -> Task:
-    return as_task(subject.sweep_text, subject.model.cfg.d_vocab)
+    return checked_task(subject.model, subject.sweep_text)

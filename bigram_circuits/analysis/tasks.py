@@ -26,7 +26,14 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_seed
 from bigram_circuits.measures import statistics
-from bigram_circuits.models.activations import NotShownError, batch_size_for, check_tokens
+from bigram_circuits.models.activations import (
+    NotShownError,
+    batch_size_for,
+    check_predicts_tokens,
+    check_tokens,
+    n_outputs,
+    predicts_tokens,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.text.corpus import token_array
@@ -174,13 +181,19 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
 
 
 def checked_task(model: Model, tokens: Any) -> Task:
-    """A task, or text as one; raises ValueError if the model cannot read its token ids or lengths."""
+    """A task, or text as one; raises ValueError if the model cannot read its token ids or lengths.
+
+    Where a model's outputs are no tokens, only a task that says which outputs are right can be scored.
+    """
     check_model(model)
     task = as_task(tokens, model.cfg.d_vocab)
     check_tokens(model, task.tokens)
     for ids in (task.right, task.wrong):
-        if ids is not None and ids.max() >= model.cfg.d_vocab:
-            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
+        if ids is not None and ids.max() >= n_outputs(model):
+            what = "token ids" if predicts_tokens(model) else "ids of its outputs"
+            raise ValueError(f"{what} must be 0 to {n_outputs(model) - 1} for this model, but there is {ids.max()}")
+    if task.right is None:
+        check_predicts_tokens(model)
     return task
 
 
@@ -231,7 +244,8 @@ def measure(
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
             tokens = torch.from_numpy(np.asarray(task.tokens[part]).astype(np.int64)).to(model.cfg.device)
             logits = model(tokens) if hooks is None else model.run_with_hooks(tokens, fwd_hooks=[*hooks(index, part)])
-            rows.append(_batch_sums(logits, tokens, task, part, target))
+            own = statistics.surprisals(logits, tokens) if predicts_tokens(model) else torch.zeros_like(tokens[:, 1:])
+            rows.append(_batch_sums(logits, tokens, own.double(), task, part, target))
             if bar is not None:
                 bar.update(len(tokens))
     return np.concatenate(rows)
@@ -247,12 +261,12 @@ def batches(n: int, size: int, smallest: int = 1) -> Iterator[slice]:
 def _batch_sums(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Integer[Tensor, "batch pos"],
+    x: Float[Tensor, "batch pos_minus_1"],
     task: Task,
     part: slice,
     target: Any,
 ) -> Float[np.ndarray, "batch column"]:
     scored = torch.from_numpy(task.scored[part, 1:]).to(tokens.device)
-    x = statistics.surprisals(logits, tokens).double()
     if not torch.isfinite(x[scored]).all():
         raise ValueError("the model's surprisal of a scored token is not finite (NaN or infinity in its logits)")
     x = torch.where(scored, x, 0.0)
@@ -290,7 +304,8 @@ def repeated_random_tokens(
     """A block of random tokens, repeated: the task of induction heads (Olsson et al. 2022).
 
     All tokens after the first of the second block are scored: from there on, the previous token and its successor have
-    been seen before. Ids are drawn from all but the special ones, each at most once per block.
+    been seen before. Ids are drawn from all but the special ones, each at most once per block; from all, and without a
+    start token, if the model has no tokenizer.
 
     Args:
         model: From `load_model`.
@@ -300,12 +315,12 @@ def repeated_random_tokens(
         seed: Seed of the random tokens.
 
     Raises:
-        ValueError: If there is no tokenizer, the prompt does not fit the context, the block is longer than the
-            vocabulary or shorter than 2, or there is nothing to score.
+        ValueError: If the prompt does not fit the context, the block is longer than the vocabulary or shorter than 2,
+            or there is nothing to score.
     """
-    name, tokenizer = "repeated random tokens", _tokenizer(model)
+    name = "repeated random tokens"
     length = 2 * period if length is None else length
-    ids = np.setdiff1d(np.arange(min(len(tokenizer), model.cfg.d_vocab)), tokenizer.all_special_ids)
+    ids = _ordinary_ids(model)
     if not 2 <= period <= len(ids):
         kind = ValueError if period < 2 else NotShownError
         raise kind(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
@@ -473,6 +488,12 @@ def _tokenizer(model: Model) -> Any:
     return tokenizer
 
 
+def _ordinary_ids(model: Model) -> Integer[np.ndarray, " token"]:
+    """The ids of all tokens but the special ones; of all if there is no tokenizer."""
+    ids, tokenizer = np.arange(model.cfg.d_vocab), model.tokenizer
+    return ids if tokenizer is None else np.setdiff1d(ids[: len(tokenizer)], tokenizer.all_special_ids)
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -526,8 +547,7 @@ def _task(
     wrong: Integer[np.ndarray, "prompt wrong"] | None = None,
 ) -> Task:
     """Make a task from (token ids, number of last tokens that are scored), with the start token prepended."""
-    tokenizer = _tokenizer(model)
-    start = list(template_of(tokenizer).start)
+    start = [] if model.tokenizer is None else list(template_of(model.tokenizer).start)
     length = len(start) + max(len(ids) for ids, _ in rows)
     if length > model.cfg.n_ctx:
         raise NotShownError(f"the prompts of {name!r} have {length} tokens, more than the model's {model.cfg.n_ctx}")
