@@ -199,13 +199,13 @@ class BitMasks(Mapping[str, Tensor]):
 
     # --- set algebra ---
 
-    def __and__(self: M, other: M) -> M:
+    def __and__(self: M, other: Any) -> M:
         return self._combine(other, "&", np.bitwise_and)
 
-    def __or__(self: M, other: M) -> M:
+    def __or__(self: M, other: Any) -> M:
         return self._combine(other, "|", np.bitwise_or)
 
-    def __sub__(self: M, other: M) -> M:
+    def __sub__(self: M, other: Any) -> M:
         return self._combine(other, "-", lambda ours, theirs: ours & ~theirs)
 
     def __invert__(self: M) -> M:
@@ -218,7 +218,7 @@ class BitMasks(Mapping[str, Tensor]):
             packed[name] = flipped
         return self._derived(packed, f"~{operand(self.lineage)}")
 
-    def _combine(self: M, other: M, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> M:
+    def _combine(self: M, other: Any, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
         if not isinstance(other := getattr(other, self.noun, other), type(self)):
             return NotImplemented
         self._check_same_shapes(other._shapes, f"the other {self.noun}")
