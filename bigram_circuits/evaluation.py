@@ -77,11 +77,12 @@ class Evaluation:
 
     @property
     def by_loss(self) -> bool:
-        """Whether it is judged by cross-entropies, because its correlation with the target is undefined.
+        """Whether it is judged by cross-entropies, because correlations with the target are undefined.
 
-        So it is for targets that are sure of the next token, such as the answers of a task.
+        So they are, for every model, if the target is sure of what comes next, like the answers of a task.
         """
-        return math.isnan(self.subnetwork.surprisal_correlation)
+        known = [one for one in (self.subnetwork, self.full) if one is not None]
+        return all(math.isnan(one.surprisal_correlation) for one in known)
 
     @property
     def recovered(self) -> float:
@@ -213,6 +214,12 @@ class Evaluation:
     @property
     def _legend(self) -> list[str]:
         """What the columns mean."""
+        if self.by_loss:
+            counted = "" if self.positions is None else f" where {self.positions:,} held-out tokens are predicted"
+            return [
+                "r: undefined, since the target is sure of what comes next wherever it is defined.",
+                f"CE, KL: from the target, nats. loss: the masked model's own next-token loss{counted}, nats.",
+            ]
         where = ""
         if self.positions is not None and self.used is not None:
             where = f", on the {self.used:,} of {self.positions:,} held-out positions "
@@ -225,7 +232,7 @@ class Evaluation:
     def _spread(self, name: str) -> str:
         """Uncertainty of a row's correlation: its interval, or for random controls the deviation between seeds."""
         group = {"random": self.random, "full - random": self.full_minus_random}.get(name, ())
-        if len(group) > 1:
+        if len(group) > 1 and not self.by_loss:
             deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
             return f"sd {deviation:.3f}, {len(group)} seeds"
         low, high = self.interval(name)
@@ -314,7 +321,7 @@ def evaluate(
     draws = {name: statistics.bootstrap(rows) for name, rows in sums.items()}
     random = tuple(value for name, value in measured.items() if name.startswith("random "))
     without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
-    return Evaluation(
+    found = Evaluation(
         subnetwork=measured["subnetwork"],
         full=measured.get("full"),
         empty=measured.get("empty"),
@@ -323,12 +330,12 @@ def evaluate(
         full_minus_random=without,
         magnitude=measured.get("magnitude"),
         intervals={name: _intervals(rows) for name, rows in draws.items()},
-        advantage=_advantage(draws, by_loss=math.isnan(measured["subnetwork"].surprisal_correlation)),
         positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
         # rounding can make a KL of 0 negative
         mask_capacity=capacity(subnetwork, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
     )
+    return replace(found, advantage=_advantage(draws, by_loss=found.by_loss))
 
 
 @dataclass(frozen=True)
@@ -543,7 +550,8 @@ def _verdict(evaluation: Evaluation) -> str:
     """
     if not evaluation.advantage:
         return "Verdict: evaluated without controls, so no conclusion can be drawn."
-    if evaluation.by_loss and math.isnan(evaluation.advantage.get("full", (math.nan, math.nan))[0]):
+    is_undefined = math.isnan(evaluation.subnetwork.surprisal_correlation)
+    if is_undefined and math.isnan(evaluation.advantage.get("full", (math.nan, math.nan))[0]):
         return "Verdict: the subnetwork's correlation with the target is undefined."
     fraction = evaluation.subnetwork.fraction
     word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
@@ -583,6 +591,8 @@ def _by_loss_words(evaluation: Evaluation) -> str:
     if evaluation.full is None or evaluation.empty is None or math.isnan(share):
         return f"sufficiency is undefined, since the full model is not better than the empty subnetwork: {losses}"
     word = next(word for least, word in _SUFFICIENT if share >= least)
+    if value < evaluation.full.cross_entropy:
+        word += ", and better at it than the full model"
     gain = f"{100 * share:.1f}% of the full model's gain over the empty subnetwork"
     both = f"full {evaluation.full.cross_entropy:.3f}, empty {evaluation.empty.cross_entropy:.3f}"
     return f"{word}: {gain} ({both}), {losses}"

@@ -155,6 +155,9 @@ class TaskTarget(PlacedTarget):
         """The full model's distribution for `kl`, else the next token, at every position."""
         return NextTokenTarget() if self._full is None else self._full
 
+    def __repr__(self) -> str:
+        return f"TaskTarget({self.task!r}, {self.measure!r})"
+
     # --- rows ---
 
     def _rows_of(
