@@ -32,6 +32,7 @@ from .experiments.falsification import (
     falsify as falsify,
     load_falsification as load_falsification,
 )
+from .experiments.reproduced import Reproduction as Reproduction, load_reproduction as load_reproduction
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
     find_path as find_path,
@@ -74,6 +75,6 @@ from .tasks.task import Task as Task
 from .text.corpus import Corpus as Corpus, load_corpus as load_corpus
 from .text.counting import NGramCounter as NGramCounter, count_ngrams as count_ngrams
 from .text.ngrams import NGramTable as NGramTable
-from .workflow import study as study
+from .workflow import reproduce as reproduce, study as study
 
 __version__: str

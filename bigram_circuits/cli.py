@@ -16,7 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bigram_circuits.recipe import PARTS, Inputs, Option, Request, SparsifyConfig, options_of, whole
+from bigram_circuits.paper import PAPERS, ROWS
+from bigram_circuits.recipe import (
+    NOT_FOR_REPRODUCE,
+    NUMBERS,
+    PARTS,
+    Inputs,
+    Option,
+    Request,
+    SparsifyConfig,
+    options_of,
+    whole,
+)
 from bigram_circuits.storage.terminal import printable, signals_handled
 
 _EPILOG = """examples:
@@ -29,6 +40,7 @@ _EPILOG = """examples:
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
   bigram-circuits compare runs/mine runs/other
+  bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
   bigram-circuits export runs/mine --out my_masked_model
@@ -153,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     _add_find(commands, shared)
+    _add_reproduce(commands, shared)
     _add_work_on_runs(commands, shared)
     _add_exchange(commands, shared)
     for command in commands.choices.values():
@@ -175,6 +188,39 @@ def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, named by settings)"
     )
     find.add_argument("--fresh", action="store_true", help="start over if this run was started or finished before")
+
+
+def _add_reproduce(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """`reproduce`, with those options of `find` that a paper does not set."""
+    reproduce = commands.add_parser(
+        "reproduce", parents=[shared], help="measure a paper's numbers again: theirs, ours, and the difference"
+    )
+    reproduce.set_defaults(command=_reproduce)
+    reproduce.add_argument("paper", choices=list(PAPERS), metavar="PAPER", help=f"the paper: {', '.join(PAPERS)}")
+    reproduce.add_argument(
+        "--model", nargs="+", action="extend", metavar="M",
+        help="the paper's names, hub ids, folders, or NAME=FOLDER for a model of the paper in a folder (default: all "
+        "models of the paper)",
+    )  # fmt: skip
+    reproduce.add_argument("--rows", nargs="+", choices=list(ROWS), help="rows to measure (default: all but released)")
+    reproduce.add_argument("--released", action="store_true", help="also measure the masks that its authors released")
+    reproduce.add_argument(
+        "--recipe", choices=["ours", "paper"], default="ours",
+        help="how masks are learned; the paper's takes hours for each (default: ours)",
+    )  # fmt: skip
+    reproduce.add_argument(
+        "--sparsity-weights", type=NUMBERS.read, metavar=NUMBERS.metavar,
+        help="the sweep of lambda; 0 is always among them (default: the paper's)",
+    )  # fmt: skip
+    for part in PARTS:
+        group = reproduce.add_argument_group("how masks are learned") if part is SparsifyConfig else reproduce
+        for name, option in options_of(part).items():
+            if name not in NOT_FOR_REPRODUCE:
+                _add_option(group, name, option, part.__dataclass_fields__[name].default)
+    reproduce.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="the folder of numbers and runs; the same command goes on there (default: one under runs/)",
+    )  # fmt: skip
 
 
 def _add_option(group: Any, name: str, option: Option, default: Any) -> None:
@@ -313,6 +359,18 @@ def _find(arguments: argparse.Namespace) -> int:
         tell=_tell,
     )  # fmt: skip
     return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    names = [name for part in PARTS for name in options_of(part) if name not in NOT_FOR_REPRODUCE]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    from bigram_circuits.workflow import reproduce
+
+    result = reproduce(
+        arguments.paper, arguments.model, rows=arguments.rows, released=arguments.released, recipe=arguments.recipe,
+        sparsity_weights=arguments.sparsity_weights, out=arguments.out, device=arguments.device, tell=_tell, **given,
+    )  # fmt: skip
+    return _say("error: nothing could be measured", 1) if result.is_empty else 0
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, as_target, counted, entropy, top1_agreement
+from bigram_circuits.targets.base import Target, counted, entropy, target_of, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
@@ -306,7 +306,7 @@ def evaluate(
     check_tokens(model, array)
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
     conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
@@ -379,7 +379,7 @@ def measure(
         ValueError: As `evaluate`.
     """
     check_tokens(model, tokens)
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
     with progress(total=len(tokens), desc="evaluating", unit="sequence") as bar:
@@ -471,10 +471,7 @@ def _sums(
 def _batch_sums(
     logits: Float[Tensor, "batch pos d_vocab"], target: Target, tokens: Integer[Tensor, "batch pos"]
 ) -> Float[np.ndarray, "batch column"]:
-    x = statistics.surprisals(logits, tokens).double()
-    if not torch.isfinite(x).all():
-        raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
-    pairs = statistics.correlation_sums(x, target.surprisal(tokens).to(x))
+    x, pairs = _surprisal_sums(logits, target, tokens)
     cross_entropy = target.cross_entropy(logits, tokens).double()
     if not torch.isfinite(cross_entropy).all():
         raise ValueError("the target's cross-entropy is not finite (NaN or infinity) at a held-out position")
@@ -483,6 +480,22 @@ def _batch_sums(
     agree = top1_agreement(target, logits, tokens, n).to(cross_entropy)
     columns = (counts, x * counts, torch.ones_like(kl), cross_entropy, kl, agree)
     return torch.cat([pairs, torch.stack([column.sum(1) for column in columns], 1)], 1).cpu().numpy()
+
+
+def _surprisal_sums(
+    logits: Float[Tensor, "batch pos d_vocab"], target: Target, tokens: Integer[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos_minus_1"], Float[Tensor, "batch six"]]:
+    """The model's surprisals of the next token, and the sums for their correlation with the target's.
+
+    Where outputs are no tokens, surprisals are nan, and no position is used.
+    """
+    if not target.over_tokens:
+        x = torch.full(tokens[:, 1:].shape, torch.nan, dtype=torch.float64, device=logits.device)
+        return x, torch.zeros(len(x), 6, dtype=x.dtype, device=x.device)
+    x = statistics.surprisals(logits, tokens).double()
+    if not torch.isfinite(x).all():
+        raise ValueError("the model's surprisal of a held-out token is not finite (NaN or infinity in its logits)")
+    return x, statistics.correlation_sums(x, target.surprisal(tokens).to(x))
 
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:

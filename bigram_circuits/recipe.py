@@ -137,7 +137,7 @@ def _write_number(value: float | int) -> str:
 NUMBER = Kind(_number, "X", _write_number)
 ANY_NUMBER = Kind(_any_number, "X", _write_number)
 TEXT = Kind(str, "NAME")
-_NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
+NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
 _LAYERS = Kind(lambda text: tuple(whole(0).read(part) for part in text.split(",")), "I,J,..", _write_list)
 _UNITS = Kind(_granularity, "G", _write_granularity)
 _OPTION = "option"
@@ -490,7 +490,7 @@ class StudyOptions(Record):
     effort: str = option("normal", "--effort", TEXT, "how many steps our recipe takes", choices=lambda: EFFORTS)
     """How much effort our recipe makes: one of `EFFORTS`. Options that are given themselves take precedence."""
     sparsity_weights: tuple[float | int, ...] | None = option(
-        None, "--sparsity-weights", _NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
+        None, "--sparsity-weights", NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )
     """Find nested subnetworks along these weights of the penalty instead of a single one."""
     random_seeds: int = option(3, "--random-seeds", whole(1), "number of matched random controls")
@@ -591,6 +591,14 @@ class Request:
 
 PARTS = (Inputs, SparsifyConfig, StudyOptions)
 """The dataclasses that define options, in the order in which a command lists them."""
+
+
+NOT_FOR_REPRODUCE = frozenset(
+    {"model", "revision", "target", "order", "sparsity_weight", "target_fraction", "recipe", "sparsity_weights"}
+    | {"task", "measure", "force"}
+    | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
+)
+"""The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""
 
 
 def _changed(instance: Any) -> dict[str, Any]:

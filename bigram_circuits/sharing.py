@@ -16,6 +16,7 @@ import numpy as np
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import hub_errors, is_local, plain_of
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.unhooked import unhooked
 from bigram_circuits.published import MODEL_KEY
@@ -38,11 +39,17 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
         The folder.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, or the folder is not empty.
+        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model is no Hugging Face
+            model.
         OSError: If the folder cannot be written.
     """
     subnetwork = as_subnetwork(subnetwork)
     subnetwork.check_fits(model)
+    if is_native(model.original_model):
+        raise ValueError(
+            f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own (boot_native): "
+            f"export_masks or Subnetwork.save keep the masks"
+        )
     with whole_folder(folder, replace=False) as temporary:
         layout, plain, tokenizer = huggingface_layout(model), unhooked(model), plain_of(model).tokenizer
         state = plain.state_dict()

@@ -1,10 +1,12 @@
-"""A complete study as one function: find a subnetwork, evaluate it, analyse it, try to refute it, and write its page.
+"""Whole jobs as one function each, from names to files.
 
-`bigram-circuits find` calls `study` with the options of the command line.
+`study` finds a subnetwork, evaluates it, analyses it, tries to refute it, and writes its page; `reproduce` measures a
+paper's numbers again. `bigram-circuits find` and `bigram-circuits reproduce` call them with the options given.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -20,6 +22,8 @@ from typing import Any, overload
 from bigram_circuits.analysis.suite import analyze
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.experiments.falsification import falsify
+from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, start_reproduction
+from bigram_circuits.experiments.reproduction import reproduce_model
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
@@ -30,17 +34,19 @@ from bigram_circuits.learning.training import find_subnetwork, identity_of, run_
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.models.activations import check_length, shorter_than_context
 from bigram_circuits.models.identity import check_is, same_text
-from bigram_circuits.models.loading import full_name, load_model
+from bigram_circuits.models.loading import full_name, is_local, load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import short_name
-from bigram_circuits.recipe import DTYPES, Inputs, Request, SparsifyConfig
+from bigram_circuits.paper import PAPERS, ROWS, Paper
+from bigram_circuits.recipe import DTYPES, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
+from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
-from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
@@ -213,7 +219,7 @@ def _subjects(
     if "target" in named:
         target = inputs.kind_of_target.make(model, corpus, inputs.order)
     if named != given.keys():
-        return Subjects(model, corpus, target, names_of(model, as_target(target, model.cfg.d_vocab), corpus))
+        return Subjects(model, corpus, target, names_of(model, target_of(target, model), corpus))
     return Subjects(model, corpus, target, inputs)
 
 
@@ -330,6 +336,174 @@ def _path(
     return path
 
 
+# --- a paper's numbers again ---
+
+REPRODUCE_RECIPES: Mapping[str, str] = {"ours": "default", "paper": "paper"}
+"""The recipes of `reproduce`, as those of `study`."""
+RELEASED = "released"
+"""The row that is measured only if it is asked for."""
+
+
+def reproduce(
+    paper: str = "chang-bergen-2025",
+    models: Sequence[Model | str | Path] | None = None,
+    corpus: Any = "reference",
+    *,
+    rows: Sequence[str] | None = None,
+    released: bool = False,
+    recipe: str = "ours",
+    sparsity_weights: Sequence[float | int] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Reproduction:
+    """Measure a paper's numbers again, and put theirs, ours and the difference side by side.
+
+    This is what `bigram-circuits reproduce` does. What each row measures is said in `experiments/reproduction.py`.
+    Every number is written to the folder when it is measured, and every subnetwork has a run's folder in it: the same
+    call goes on where it was interrupted, and adds models and rows.
+
+    Args:
+        paper: Name of the paper, one of `paper.PAPERS`.
+        models: The paper's names, hub ids, folders, `NAME=FOLDER` for a folder that holds a model of the paper, or
+            models from `load_model`; by default all models of the paper. Theirs is empty for models that are not the
+            paper's.
+        corpus: As for `study`. The paper used other text, and r depends on it.
+        rows: Names of rows, of `paper.ROWS`; by default all but `released`.
+        released: Also measure the masks that the paper's authors released.
+        recipe: `"ours"`, or `"paper"` (`SparsifyConfig.paper()`), which takes hours for each subnetwork.
+        sparsity_weights: The sweep of lambda, by default the paper's; 0 is always among them.
+        out: The folder; by default one under `runs/`, named after paper and settings.
+        device: Device to load models to; by default CUDA if available, else the CPU.
+        tell: Called with lines of text that report progress and results, for example `print`.
+        **options: As for `study`: those of `SparsifyConfig`, except `sparsity_weight` and `target_fraction`; `effort`,
+            `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `check_memory`.
+
+    Returns:
+        All numbers in the folder. The models that could not be loaded from the hub in this call, and the rows that a
+        model does not support, are named with the reason.
+
+    Raises:
+        ValueError: If paper, model, row or option does not exist, or the folder holds something else.
+        FileNotFoundError: If a model folder does not exist.
+        OSError: If the text cannot be read, or the folder cannot be written.
+        MemoryError: If learning cannot fit the device.
+    """
+    of = PAPERS[_known("paper", paper, PAPERS)]
+    chosen = [_known("row", row, ROWS) for row in (rows if rows is not None else set(ROWS) - {RELEASED})]
+    chosen = [row for row in ROWS if row in chosen or (row == RELEASED and released)]
+    asked = _asked_models(of, models)
+    start = REPRODUCE_RECIPES[_known("recipe", recipe, REPRODUCE_RECIPES)]
+    wrong = next((name for name in options if name in NOT_FOR_REPRODUCE), None)
+    if wrong is not None:
+        raise ValueError(f"reproduce has no option {wrong!r}: the paper sets it, or it is given in another form")
+    sweep = of.sparsity_weights if sparsity_weights is None else sparsity_weights
+    weights = tuple(sorted({0.0, *map(float, sweep)}))
+    named = {"corpus": str(corpus)} if isinstance(corpus, str | Path) else {}
+    request = Request.of(recipe=start, sparsity_weights=weights, **named, **options)
+    say = tell or (lambda line: None)
+
+    wanted = Reproduction(of.name, request.config, weights)
+    folder = Path(out or _reproduction_folder(wanted, request.inputs, corpus))
+    start_reproduction(folder, wanted)
+    say(f"folder  {folder}")
+    with lock_folder(folder):
+        result = replace(load_reproduction(folder), unreachable={})  # again: another process may have gone on meanwhile
+        for name, source in asked:
+            try:
+                model = _load_asked(request.inputs, source, device)
+            except OSError as error:
+                reason = " ".join(str(error).split())
+                result = replace(result, unreachable={**result.unreachable, name: reason})
+                say(f"{name}: could not be loaded: {reason}")
+                continue
+            result = _reproduce(request, result, name, model, corpus, folder, chosen, say)
+            del model
+        result.save(folder)
+    if not result.is_empty:
+        say(f"\n{result}\n\nthe table as Markdown: {folder / 'reproduction.md'}")
+    return result
+
+
+def _reproduce(
+    request: Request,
+    result: Reproduction,
+    name: str,
+    model: Any,
+    corpus: Any,
+    folder: Path,
+    rows: Sequence[str],
+    say: Callable[[str], None],
+) -> Reproduction:
+    """Measure the rows of a model that was loaded."""
+    with in_use(model, "reproduce"):  # nobody edits its weights meanwhile
+        text = corpus if isinstance(corpus, Corpus) else _corpus(request.inputs, corpus, model)
+        target = request.inputs.kind_of_target.make(model, text, 2)
+        say(f"model   {name}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}, {model.cfg.device}")
+        say(f"text    {text!r}")
+        warn_of(_checked(request, Subjects(model, text, target, None)))
+        return reproduce_model(
+            model, target, text, result, name, folder, rows=rows, check_memory=request.options.check_memory, tell=say
+        )
+
+
+def _load_asked(inputs: Inputs, source: Any, device: str | None) -> Model:
+    """Load a model, or take the one that was given; raises OSError if that cannot be done."""
+    if source is None:
+        raise OSError("it has no name on the hub that is known here: give NAME=FOLDER")
+    return load_named(replace(inputs, model=source), device) if isinstance(source, str) else source
+
+
+def _asked_models(paper: Paper, models: Sequence[Model | str | Path] | None) -> list[tuple[str, Any]]:
+    """Each model that is asked for: its name in the result, and the model, or the name to load it by if it has one."""
+    if models is None:
+        models = [one.name for one in paper.models]
+    if isinstance(models, str | Path):
+        models = [models]
+    if not len(models):
+        raise ValueError("no model is named")
+    return [_asked_model(paper, one) for one in models]
+
+
+def _asked_model(paper: Paper, given: Model | str | Path) -> tuple[str, Any]:
+    if not isinstance(given, str | Path):
+        name = str(given.cfg.model_name)
+        known = paper.model_named(name)
+        return (known.name if known else name), given
+    name, source = None, str(given)
+    if isinstance(given, str) and "=" in given and not Path(given).expanduser().exists():
+        name, _, source = given.partition("=")
+        if paper.model_named(name) is None:
+            raise ValueError(_no_such("model of the paper", name, [one.name for one in paper.models]))
+    if (isinstance(given, Path) or is_local(source)) and not Path(source).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no model folder {source!r}")
+    known = paper.model_named(source if name is None else name)
+    if name is None and known is not None and not is_local(source):
+        return known.name, (known.hub[0] if known.hub else None)
+    return (known.name if known else full_name(source)), full_name(source)
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> str:
+    if name not in (there := list(known)):
+        raise ValueError(_no_such(kind, name, there))
+    return name
+
+
+def _no_such(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=3)
+    return f"there is no {kind} {name!r}: " + (
+        f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
+    )
+
+
+def _reproduction_folder(wanted: Reproduction, inputs: Inputs, corpus: Any) -> Path:
+    """The default folder for these settings: the same call always goes on with the same result."""
+    source = corpus.fingerprint if isinstance(corpus, Corpus) else inputs.to_json()
+    text = json.dumps([wanted.to_json(), source], sort_keys=True)
+    return Path("runs") / f"{wanted.paper}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
 # --- reopening a finished run ---
 
 
@@ -362,7 +536,7 @@ def reopen(
     subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus, task=task), device)
     if not another_text:
         check_text(run, subjects.corpus)
-        check_target(run, as_target(subjects.target, subjects.model.cfg.d_vocab))
+        check_target(run, target_of(subjects.target, subjects.model))
     check_model(run, subjects.model)
     return run, subjects
 

@@ -82,10 +82,10 @@ print(f"{loss.item():.2f} nats per token")
 # %% [markdown]
 # ## From here on, as with any model
 #
-# A model in memory is hooked as it is: its weights are shared, not copied, and `llama` stays a plain Hugging Face model.
-# One that was saved is loaded by the name of its folder, and one from the hub by its name there. A list of documents is
-# a corpus, as are text, JSONL and Parquet files, and datasets from the hub. Which documents are held out depends on
-# their content, so it is the same each time.
+# A model in memory is hooked as it is: its weights are shared, not copied, and `llama` stays a plain Hugging Face
+# model. One that was saved is loaded by the name of its folder, and one from the hub by its name there. A list of
+# documents is a corpus, as are text, JSONL and Parquet files, and datasets from the hub. Which documents are held out
+# depends on their content, so it is the same each time.
 
 # %%
 model = bc.load_model(llama, tokenizer=tokenizer)

@@ -138,21 +138,21 @@ REFUSED = {  # with what is said
         ), r"blocks\.0\.attn .*has no plain W_Q"),
     "mamba": (
         lambda: MambaConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
-        r"blocks\.0\.attn has no plain W_Q",
+        r"blocks\.0 has the weight mixer\.",
     ),
     "rwkv": (
         lambda: RwkvConfig(vocab_size=D_VOCAB, hidden_size=24, num_hidden_layers=2),
-        r"blocks\.0\.attn has no plain W_Q",
+        r"blocks\.0 has the weight attention\.",
     ),
     "jamba": (
         lambda: JambaConfig(**GROUPED, num_experts=2, attn_layer_period=2, attn_layer_offset=1),
-        r"blocks\.0\.attn has no plain W_Q",
+        r"blocks\.0\.mlp .*has no plain W_in",
     ),
     "qwen3_next": (
         lambda: Qwen3NextConfig(
             **GROUPED, num_experts=2, num_experts_per_tok=2, layer_types=["linear_attention", "full_attention"]
         ),
-        r"blocks\.0\.attn has no plain W_Q",
+        r"blocks\.0\.mlp .*has no plain W_in",
     ),
     "falcon_h1": (
         lambda: FalconH1Config(**GROUPED, mamba_d_ssm=16, mamba_n_heads=4, mamba_d_head=4, mamba_d_state=4),

@@ -23,6 +23,7 @@ from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
+    covariance_cosine,
     covariance_similarity,
     layer_rotations,
     linear_cka,
@@ -79,6 +80,7 @@ __all__ = [
     "by_neuron",
     "concentration",
     "cosine_to_unembedding",
+    "covariance_cosine",
     "covariance_similarity",
     "earlier_value",
     "exciting_tokens",

@@ -46,8 +46,8 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import as_target
-from bigram_circuits.tasks.task import Task, as_task, checked_task, measure
+from bigram_circuits.targets.base import target_of
+from bigram_circuits.tasks.task import Task, checked_task, measure
 from bigram_circuits.text.corpus import spread
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
@@ -356,7 +356,7 @@ def stochastic_ablation(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
-    target = as_target(target, model.cfg.d_vocab)  # None is not allowed here,
+    target = target_of(target, model)  # None is not allowed here,
     subnetwork = as_subnetwork(subnetwork)  # nor here
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
@@ -440,4 +440,4 @@ def _task(subject: Subject) -> Task:
     if subject.task is not None:
         places = np.arange(len(subject.task))[:, None].repeat(subject.task.tokens.shape[1], 1)
         return subject.task.select(spread(places, subject.sweep_tokens)[:, 0])
-    return as_task(subject.sweep_text, subject.model.cfg.d_vocab)
+    return checked_task(subject.model, subject.sweep_text)

@@ -32,7 +32,13 @@ from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, to
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import NotShownError, check_has_readout, readout, record
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_has_readout,
+    check_predicts_tokens,
+    readout,
+    record,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
@@ -193,6 +199,7 @@ def _contributions(
     model: Model, tokens: Integer[Tensor, "1 pos"], place: int, ids: list[int], by: str
 ) -> tuple[dict[str, Float[Tensor, " token"]], list[float]]:
     """The contributions of every component to the logits of some tokens at one position, and these logits."""
+    check_predicts_tokens(model)
     parts, final, logits = _components(model, tokens, place, by)
     check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
@@ -221,10 +228,12 @@ def _components(
     """What each component adds to the residual stream at one position, the final residual stream, and the logits."""
     blocks = range(model.cfg.n_layers)
     names = [in_block(0, "hook_resid_pre"), in_block(blocks[-1], "hook_resid_post")]
-    names += [in_block(layer, f"hook_{kind}_out") for layer in blocks for kind in COMPONENTS]
+    there = {weight.part for weight in map(WeightName.parse, (site.name for site in weight_sites(model)))}
+    written = [part for layer in blocks for kind in COMPONENTS if (part := PartName(kind, layer)) in there]
+    names += [_output(part) for part in written]
     post_norms = [layer for layer in blocks if hasattr(model.blocks[layer], "ln1_post")]
     if by == "head":
-        names += [in_block(layer, "attn.hook_z") for layer in blocks]
+        names += [in_block(part.layer, "attn.hook_z") for part in written if part.kind == "attn"]
         names += [in_block(layer, "ln1_post.hook_in") for layer in post_norms]
     embeddings = [name for name in ("embed.hook_out", "pos_embed.hook_out") if name in model.hook_dict]
     seen, logits = record(model, tokens, [*names, *embeddings])
@@ -235,15 +244,18 @@ def _components(
     rounding = max(1e-5, 2 * torch.finfo(model.W_U.dtype).eps * float(start.abs().max()))
     if len(both) == 2 and torch.allclose(both[0] + both[1], start, atol=rounding):
         parts = {name.partition(".")[0]: at[name] for name in embeddings}
-    for layer in blocks:
-        attention = at[in_block(layer, "hook_attn_out")]
-        if by == "head":
-            before_norm = at.get(in_block(layer, "ln1_post.hook_in"))
-            parts |= _heads(model, layer, at[in_block(layer, "attn.hook_z")], before_norm)
+    for part in written:
+        if by == "head" and part.kind == "attn":
+            before_norm = at.get(in_block(part.layer, "ln1_post.hook_in"))
+            parts |= _heads(model, part.layer, at[in_block(part.layer, "attn.hook_z")], before_norm)
         else:
-            parts[PartName("attn", layer).label] = attention
-        parts[PartName("mlp", layer).label] = at[in_block(layer, "hook_mlp_out")]
+            parts[part.label] = at[_output(part)]
     return parts, at[in_block(blocks[-1], "hook_resid_post")], logits[0, place].float()
+
+
+def _output(part: PartName) -> str:
+    """The hook point at which an attention or MLP writes to the residual stream."""
+    return in_block(part.layer, f"hook_{part.kind}_out")
 
 
 def _heads(
@@ -270,12 +282,14 @@ def _through_norm(
     model: Model, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_model"]:
     """Apply a norm to a part of the residual stream, with its scale frozen at the value for the sum; no bias."""
-    kind = "".join(letter for letter in str(model.cfg.normalization_type) if letter.isalpha())
+    inner = norm.original_component
+    if isinstance(inner, torch.nn.Identity):
+        return part
+    kind = _kind_of_norm(model, inner)
     if kind not in ("LN", "RMS"):
         raise NotShownError(
             f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
         )
-    inner = norm.original_component
     if kind == "LN":
         part, whole = part - part.mean(), whole - whole.mean()
     eps = next((getattr(inner, name) for name in ("eps", "variance_epsilon") if hasattr(inner, name)), model.cfg.eps)
@@ -284,6 +298,13 @@ def _through_norm(
     if weight is None:
         return part / scale
     return part * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)) / scale
+
+
+def _kind_of_norm(model: Model, inner: Any) -> str:
+    """LN or RMS; a final norm may be of another kind than those of the blocks (`final_rms`)."""
+    if "RMS" in type(inner).__name__:
+        return "RMS"
+    return str(model.cfg.normalization_type).upper().removesuffix("PRE")
 
 
 def _position(position: int, length: int) -> int:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, in_block, layer_of
@@ -85,6 +86,8 @@ def parse(what: Any, model: Model, subnetwork: Subnetwork | None = None) -> tupl
             if len(found) != 1:
                 raise ValueError(f"{name!r} should be one part of a model, but {item!r} stands for {len(found)}")
             parts.append(Part(str(name), found[0].components, found[0].subnetworks))
+    if not parts and what:
+        raise NotShownError(f"this model has none of the parts {what!r}")
     if not parts:
         raise ValueError(f"no part of the model is named: {_ALLOWED}")
     names = [part.name for part in parts]
@@ -96,15 +99,38 @@ def parse(what: Any, model: Model, subnetwork: Subnetwork | None = None) -> tupl
 
 @dataclass(frozen=True)
 class _Sizes:
-    """By layer: the number of heads, and of neurons."""
+    """The number of heads and of neurons, by layer; a layer without attention or MLP has no entry."""
 
-    heads: tuple[int, ...]
-    neurons: tuple[int, ...]
+    heads: Mapping[int, int]
+    neurons: Mapping[int, int]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers with weights to mask."""
+        return sorted({*self.heads, *self.neurons})
+
+    def parts(self, kind: str) -> list[PartName]:
+        """Every `head`, `attn`, `mlp` or `layer` of the model."""
+        if kind == "head":
+            return [PartName("head", layer, (index,)) for layer, count in self.heads.items() for index in range(count)]
+        there = {"attn": self.heads, "mlp": self.neurons, "layer": self.layers}
+        return [PartName(kind, layer) for layer in there[kind]]
+
+    def whole(self, name: PartName) -> tuple[PartName, ...]:
+        """The attention and MLP of a layer; any other part unchanged."""
+        if name.kind != "layer":
+            return (name,)
+        return tuple(part for kind in COMPONENTS for part in self.parts(kind) if part.layer == name.layer)
 
     def check(self, what: str, name: PartName) -> None:
-        if name.layer >= len(self.heads):
-            raise ValueError(f"{what!r}: there is no layer {name.layer}: layers are 0 to {len(self.heads) - 1}")
-        count = self.heads[name.layer] if name.kind == "head" else self.neurons[name.layer]
+        if name.layer not in self.layers:
+            raise ValueError(f"{what!r}: there is no layer {name.layer}: layers are 0 to {self.layers[-1]}")
+        if name.kind == "layer":
+            return
+        kind, counts = ("attention", self.heads) if name.kind in ("head", "attn") else ("MLP", self.neurons)
+        if name.layer not in counts:
+            raise ValueError(f"{what!r}: layer {name.layer} of this model has no {kind}")
+        count = counts[name.layer]
         wrong = next((index for index in name.indices if index >= count), None)
         if wrong is not None:
             one = name.kind.removesuffix("s")
@@ -114,12 +140,11 @@ class _Sizes:
 
 
 def _sizes(model: Model) -> _Sizes:
-    first = {matrix: {} for matrix in ("W_Q", "W_out")}
+    first: dict[str, dict[int, int]] = {matrix: {} for matrix in ("W_Q", "W_out")}
     for site in weight_sites(model):
         if site.matrix in first:
             first[site.matrix][site.layer] = site.shape[0]
-    layers = range(len(first["W_Q"]))
-    return _Sizes(tuple(first["W_Q"][i] for i in layers), tuple(first["W_out"][i] for i in layers))
+    return _Sizes(first["W_Q"], first["W_out"])
 
 
 def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None) -> list[Part]:
@@ -129,11 +154,8 @@ def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None)
     if not isinstance(item, str):
         raise ValueError(f"cannot read a part of a model from a {type(item).__name__}: {_ALLOWED}")
     text = " ".join(item.split())
-    layers = range(len(sizes.heads))
-    if text == "heads":
-        return [_part(PartName("head", i, (h,))) for i in layers for h in range(sizes.heads[i])]
     if text in _SWEEPS:
-        return [_part(PartName(text.removesuffix("s"), i)) for i in layers]
+        return [Part(name.label, sizes.whole(name)) for name in sizes.parts(text.removesuffix("s"))]
     components: list[PartName] = []
     subnetworks: list[Subnetwork] = []
     labels: list[str] = []
@@ -147,7 +169,7 @@ def _read(item: Any, sizes: _Sizes, model: Model, subnetwork: Subnetwork | None)
             labels.append(term)
         else:
             name = _named(term, item, sizes)
-            components += _whole(name)
+            components += sizes.whole(name)
             labels.append(name.label)
     return [Part(" + ".join(labels), tuple(components), tuple(subnetworks))]
 
@@ -161,15 +183,6 @@ def _named(term: str, whole: str, sizes: _Sizes) -> PartName:
         raise ValueError(f"cannot read {whole!r} as a part of a model: it names no neuron, as in 'L0N[1,5,7]'")
     sizes.check(whole, found)
     return found
-
-
-def _part(name: PartName) -> Part:
-    return Part(name.label, _whole(name))
-
-
-def _whole(name: PartName) -> tuple[PartName, ...]:
-    """The attention and MLP of a layer; any other part unchanged."""
-    return tuple(PartName(kind, name.layer) for kind in COMPONENTS) if name.kind == "layer" else (name,)
 
 
 def _weights(name: PartName, empty: Subnetwork, *, shared: bool) -> Subnetwork:
@@ -204,16 +217,14 @@ def coordinates(model: Model, part: Part) -> dict[str, Bool[Tensor, " _"]]:
     found: dict[str, Tensor] = {}
     for component in part.components:
         layer = component.layer
-        d_mlp, _ = shapes[str(WeightName(layer, "mlp", "W_out"))]
-        heads, d_head, d_model = shapes[str(WeightName(layer, "attn", "W_O"))]
-        if component.kind == "head":
-            name, mask = in_block(layer, "attn.hook_z"), torch.zeros(heads, d_head, dtype=torch.bool)
-            mask[list(component.indices)] = True
-        elif component.kind == "neurons":
-            name, mask = in_block(layer, "mlp.hook_post"), torch.zeros(d_mlp, dtype=torch.bool)
-            mask[list(component.indices)] = True
-        else:
+        whose, matrix = ("attn", "W_O") if component.kind in ("head", "attn") else ("mlp", "W_out")
+        *inputs, d_model = shapes[str(WeightName(layer, whose, matrix))]
+        if component.kind in COMPONENTS:
             name, mask = in_block(layer, f"hook_{component.kind}_out"), torch.ones(d_model, dtype=torch.bool)
+        else:
+            name = in_block(layer, "attn.hook_z" if component.kind == "head" else "mlp.hook_post")
+            mask = torch.zeros(inputs, dtype=torch.bool)
+            mask[list(component.indices)] = True
         found[name] = mask.flatten() | found.get(name, torch.zeros(mask.numel(), dtype=torch.bool))
     return found
 

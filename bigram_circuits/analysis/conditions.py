@@ -24,7 +24,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, as_subnetwork
-from bigram_circuits.targets.base import Target, as_target
+from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.text.corpus import in_order, token_array
 
 Conditions = Mapping[str, Subnetwork | None]
@@ -47,7 +47,7 @@ def check_arguments(
     kept = check_subnetwork(subnetwork)
     if kept is not None:
         kept.check_fits(model)
-    return kept, None if target is None else as_target(target, model.cfg.d_vocab)
+    return kept, None if target is None else target_of(target, model)
 
 
 def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence position"]:

@@ -16,6 +16,15 @@ which for centred X, Y is |X'Y|^2 / (|X'X| |Y'Y|), a normalised norm of their cr
 without bias (Song et al. 2012) on batches of tokens and averaged over them (Nguyen et al. 2021, arXiv 2010.15327): the
 biased estimate for independent activations grows with d_model / tokens, whereas this one has mean 0, and no covariance
 matrix is stored.
+
+Or the *Frobenius cosine of covariances* without their top singular dimension, as Chang and Bergen 2025 measure it,
+after Belrose et al. 2023 (arXiv 2303.08112): with S = X'X / n = sum_k s_k v_k v_k' of centred X and T of centred Y,
+
+    <S - s_1 v_1 v_1', T - t_1 w_1 w_1'> / (|S - s_1 v_1 v_1'| |T - t_1 w_1 w_1'|),
+
+each without its own first component, which a few directions of extreme variance would otherwise decide. CKA compares
+how the same tokens lie to each other, whatever the basis; this compares in which directions of the residual stream
+activations vary, whatever the tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +42,7 @@ from bigram_circuits.analysis.affine import AffineMaps, check_maps, fit_affine_l
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Batch,
+    Conditions,
     check_arguments,
     checked_text,
     conditions,
@@ -44,7 +54,12 @@ from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_t
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
-from bigram_circuits.models.activations import NotShownError, check_tokens, residual_streams
+from bigram_circuits.models.activations import (
+    NotShownError,
+    check_predicts_tokens,
+    check_tokens,
+    residual_streams,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
@@ -69,7 +84,11 @@ ROTATION_QUANTITIES = (
     Quantity("input_complex", "share", "eigenvalues of the map to the embedding that are not real"),
 )
 
-_CKA = (Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 for unrelated ones"),)
+_CKA = Quantity("cka", "", "linear CKA, unbiased: 1 for the same geometry, 0 for unrelated ones")
+_COVARIANCE_COSINE = Quantity(
+    "covariance_cosine", "", "Frobenius cosine of covariances without their top singular dimension: 1 for the same one"
+)
+_CONSTANT = 1e-12  # of the mean square of the activations: a covariance below this is rounding
 
 
 # --- cosine ---
@@ -161,6 +180,7 @@ class _Directions:
     """The unit vectors that a batch's residual streams are compared with."""
 
     def __init__(self, model: Model, target: Target | None) -> None:
+        check_predicts_tokens(model)
         _check_widths(model)
         self._embedding, self._unembedding = model.W_E.detach(), model.W_U.detach().T
         self._target = target
@@ -307,6 +327,20 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
     return float(_ratio(unbiased_hsic(both, both))[0, 1])
 
 
+def covariance_cosine(x: Float[Tensor, "token_x d"], y: Float[Tensor, "token_y d"]) -> float:
+    """Frobenius cosine of the covariances of two sets of activations, each without its top singular dimension.
+
+    The formula is at the top of this module. nan if one of them varies in at most one direction.
+
+    Raises:
+        ValueError: If there are fewer than 2 tokens in one of them.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"a covariance needs at least 2 tokens, not {min(len(x), len(y))}")
+    both = [_moments(one[None].double()) for one in (x, y.to(x.device))]
+    return float(_cosines(torch.cat([_without_top(*one) for one in both]))[0, 1])
+
+
 @usual_order
 @uses_model
 def covariance_similarity(
@@ -314,37 +348,63 @@ def covariance_similarity(
     subnetwork: SubnetworkLike | None = None,
     text: Any = None,
     *,
+    measure: str = "cka",
     max_tokens: int = 1 << 13,
     tokens_at_once: int = 512,
 ) -> Maps:
-    """Linear CKA between layers: within the full model, within the subnetwork, and between the two.
+    """Similarity between layers: within the full model, within the subnetwork, and between the two.
 
     Args:
         model: From `load_model`.
         subnetwork: If given, also measured: the subnetwork, and the full model against it.
         text: A `Corpus` (its held-out part) or token ids [sequence, position].
+        measure: `"cka"` (`linear_cka`), or `"covariance_cosine"` (the function of that name), the measure of Chang and
+            Bergen 2025.
         max_tokens: Use at most this many tokens, evenly spread over the text.
-        tokens_at_once: Tokens per estimate; more give less noise, at a cost that grows with the square for each layer.
+        tokens_at_once: Tokens per estimate of CKA; more give less noise, at a cost that grows with the square for each
+            layer. A covariance is always that of all tokens.
 
     Returns:
-        `Maps` [1, condition, layer, layer]. Conditions: `full`; with a subnetwork also `subnetwork`, and
+        `Maps` [1, condition, layer, layer] of the measure. Conditions: `full`; with a subnetwork also `subnetwork`, and
         `full (rows) and subnetwork`. A layer whose activations are the same for all tokens is nan.
 
     Raises:
-        ValueError: If there are fewer than 4 tokens in all or per estimate, or the model cannot read a token or a
-            sequence of this length.
+        ValueError: If there is no such measure, there are fewer than 4 tokens in all or per estimate, or the model
+            cannot read a token or a sequence of this length.
     """
     subnetwork, _ = check_arguments(model, subnetwork)
+    if measure not in _MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(_MEASURES)}, not {measure!r}")
     if tokens_at_once < 4:
         raise ValueError(f"tokens_at_once must be at least 4, not {tokens_at_once}")
     tokens = spread(token_array(text), max_tokens)
     if tokens.size < 4:
-        raise NotShownError(f"CKA needs at least 4 tokens, not {tokens.size}")
+        raise NotShownError(f"a similarity of layers needs at least 4 tokens, not {tokens.size}")
     check_tokens(model, tokens)
-    sums = covariance_sums(tokens, subnetwork, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
     named = {"full": None} if subnetwork is None else {"full": None, "subnetwork": subnetwork}
+    return _MEASURES[measure](model, tokens, named, tokens_at_once)
+
+
+def _by_cka(
+    model: Model, tokens: Integer[np.ndarray, "sequence position"], named: Conditions, tokens_at_once: int
+) -> Maps:
+    sums = covariance_sums(tokens, named.get("subnetwork"), max_tokens=int(tokens.size), tokens_at_once=tokens_at_once)
     observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
     return covariance_maps(model, sums)
+
+
+def _by_covariance_cosine(
+    model: Model, tokens: Integer[np.ndarray, "sequence position"], named: Conditions, tokens_at_once: int
+) -> Maps:
+    sums = {name: MomentSums() for name in named}
+    observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
+    similarity = _cosines(torch.cat([_without_top(*one.freeze()) for one in sums.values()]))
+    notes = {"tokens": int(tokens.size), "formula": "Frobenius cosine of covariances without the top dimension"}
+    return _similarity_maps(model, "Covariance similarity (Frobenius cosine)", _COVARIANCE_COSINE, similarity, notes)
+
+
+_MEASURES = {"cka": _by_cka, "covariance_cosine": _by_covariance_cosine}
+"""The measures of `covariance_similarity`."""
 
 
 def covariance_sums(
@@ -423,15 +483,23 @@ class CovarianceSums:
 def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
     """The result of `covariance_similarity`, from observers that have seen all of their text."""
     last = list(sums.values())[-1]
-    similarity, n_layers = _ratio(last.hsic).cpu().numpy(), model.cfg.n_layers + 1
+    notes = last.notes | {"formula": "linear CKA, unbiased HSIC"}
+    return _similarity_maps(model, "Covariance similarity (linear CKA)", _CKA, _ratio(last.hsic), notes)
+
+
+def _similarity_maps(
+    model: Model, title: str, quantity: Quantity, similarities: Float[Tensor, "a a"], notes: Mapping[str, Any]
+) -> Maps:
+    """Panels of a matrix whose rows and columns are the full model's layers, then, if measured, the subnetwork's."""
+    similarity, n_layers = similarities.cpu().numpy(), model.cfg.n_layers + 1
     panels = {"full": similarity[:n_layers, :n_layers]}
     if len(similarity) > n_layers:
         panels["subnetwork"] = similarity[n_layers:, n_layers:]
         panels["full (rows) and subnetwork"] = similarity[:n_layers, n_layers:]
     names = layer_names(model)
     return Maps(
-        "Covariance similarity (linear CKA)", _CKA, "layer", names, "layer", names, tuple(panels),
-        np.stack(list(panels.values()))[None], notes=last.notes | {"formula": "linear CKA, unbiased HSIC"},
+        title, (quantity,), "layer", names, "layer", names, tuple(panels), np.stack(list(panels.values()))[None],
+        notes=notes,
     )  # fmt: skip
 
 
@@ -448,6 +516,59 @@ def _ratio(hsic: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
     own = hsic.diagonal()
     known = torch.where(own > 0, own, torch.nan)
     return hsic / torch.outer(known, known).sqrt()
+
+
+class MomentSums:
+    """An observer that accumulates mean and covariance of every layer's residual stream.
+
+    Sums are relative to the first batch's means, so that centring loses no precision.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._shift: Tensor | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch."""
+        x = batch.residual.flatten(1, 2)
+        if self._shift is None:
+            self._shift = x.double().mean(1, keepdim=True)
+            self._sum = torch.zeros_like(self._shift[:, 0])
+            self._products = torch.zeros(len(x), x.shape[2], x.shape[2], dtype=torch.float64, device=x.device)
+        for layer, rows in enumerate(x):  # one layer in float64 at a time
+            moved = rows.double() - self._shift[layer]
+            self._products[layer] += moved.T @ moved
+            self._sum[layer] += moved.sum(0)
+        self._n += x.shape[1]
+
+    def freeze(self) -> tuple[Float[Tensor, "layer d"], Float[Tensor, "layer d d"]]:
+        """Mean and covariance by layer."""
+        assert self._shift is not None, "no text was added"
+        moved = self._sum / self._n
+        covariance = self._products / self._n - moved[:, :, None] * moved[:, None]
+        return self._shift[:, 0] + moved, covariance
+
+
+def _moments(x: Float[Tensor, "layer token d"]) -> tuple[Float[Tensor, "layer d"], Float[Tensor, "layer d d"]]:
+    """Mean and covariance of the rows."""
+    centred = x - x.mean(1, keepdim=True)
+    return x.mean(1), centred.transpose(1, 2) @ centred / x.shape[1]
+
+
+def _without_top(mean: Float[Tensor, "layer d"], covariance: Float[Tensor, "layer d d"]) -> Float[Tensor, "layer d d"]:
+    """Covariances without their largest principal component; nan where nothing but rounding is left."""
+    variances, directions = torch.linalg.eigh(covariance)
+    top = directions[..., -1]
+    rest = covariance - variances[:, -1, None, None] * top[:, :, None] * top[:, None]
+    size = mean.square().sum(1) + covariance.diagonal(dim1=1, dim2=2).sum(1)
+    constant = torch.linalg.matrix_norm(rest) <= _CONSTANT * size
+    return torch.where(constant[:, None, None], torch.nan, rest)
+
+
+def _cosines(matrices: Float[Tensor, "a d d"]) -> Float[Tensor, "a a"]:
+    """Frobenius cosine of each pair of matrices."""
+    unit = _unit(matrices.flatten(1))
+    return unit @ unit.T
 
 
 # --- steps of `analyze` ---

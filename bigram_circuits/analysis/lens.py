@@ -43,6 +43,7 @@ from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import (
     NotShownError,
+    check_predicts_tokens,
     check_tokens,
     lens_log_probs,
     readout,
@@ -149,6 +150,7 @@ class LensSums:
 
     def __init__(self, model: Model, target: Any = None, maps: AffineMaps | None = None) -> None:
         """Start from zero; with `maps`, the residual stream is mapped first."""
+        check_predicts_tokens(model)
         self._model, self._target, self._maps = model, target, maps
         self._rows: list[Float[np.ndarray, "sequence layer column"]] = []
 
@@ -254,6 +256,7 @@ def _prompt_lens(
     maps: Mapping[str, AffineMaps] | None,
     top_k: int,
 ) -> Maps:
+    check_predicts_tokens(model)
     values, texts = [], []
     following = torch.cat([tokens[0, 1:], tokens[0, :1]])  # the last one is overwritten: it has no next token
     for name, subnetwork in named.items():

@@ -264,6 +264,8 @@ def max_activating_tokens(
     d_mlp = {site.layer: site.shape[0] for site in weight_sites(model) if site.matrix == "W_out"}
     if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in neurons):
         raise ValueError(f"neurons must be (layer, neuron) pairs, not {neurons!r}")
+    if not d_mlp:
+        raise NotShownError("this model has no MLP, so it has no neurons")
     for layer, index in neurons:
         if layer not in d_mlp:
             raise ValueError(f"there is no layer {layer}: layers are 0 to {max(d_mlp)}")

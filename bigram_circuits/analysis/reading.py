@@ -26,11 +26,11 @@ from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_wo
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
-from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.activations import NotShownError, check_predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.subnetwork import SubnetworkLike
-from bigram_circuits.targets.base import PlacedTarget, as_target, entropy
+from bigram_circuits.targets.base import PlacedTarget, entropy, target_of
 from bigram_circuits.text.corpus import spread
 
 _PASSAGES, _LENGTH = 4, 64  # number of passages, and tokens in each
@@ -95,6 +95,7 @@ def _passages(
     seed: int,
 ) -> Maps:
     """`passages` for chosen token ids."""
+    check_predicts_tokens(model)
     tokens = torch.from_numpy(chosen.astype(np.int64)).to(model.cfg.device)
     shown: dict[str, tuple[Float[np.ndarray, "passage pos"], _Words]] = {}
     with torch.no_grad():
@@ -148,6 +149,7 @@ def next_tokens(
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
+    check_predicts_tokens(model)
     if not 1 <= top_k <= model.cfg.d_vocab:
         raise ValueError(f"top_k must be from 1 to {model.cfg.d_vocab}, not {top_k}")
     subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
@@ -240,7 +242,7 @@ def faithfulness_by_token(
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")
     subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, text)
-    target = as_target(target, model.cfg.d_vocab)  # None is not allowed here
+    target = target_of(target, model)  # None is not allowed here
     by_name = conditions(subnetwork, seed=seed)
     return _by_token(model, array, by_name, target, most=most, min_count=min_count, top_k=top_k, seed=seed)
 
@@ -259,6 +261,7 @@ def _by_token(
     """`faithfulness_by_token` on checked arguments."""
     if isinstance(target, PlacedTarget):
         raise NotShownError("the target is defined at some places of a sequence, not after every token")
+    check_predicts_tokens(model)
     if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
         raise NotShownError(f"KL needs the target's entropy, but {target.kind} has none")
     counts = np.bincount(_current(array, target).ravel(), minlength=model.cfg.d_vocab)

@@ -22,7 +22,7 @@ from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import as_target
+from bigram_circuits.targets.base import target_of
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import Corpus
 
@@ -110,7 +110,7 @@ def analyze(
     """
     subnetwork = as_subnetwork(subnetwork)
     check_arguments(model, subnetwork, seed=seed)
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
     of = Origin(subnetwork=subnetwork.checksum, text=corpus.fingerprint, source=corpus.source)

@@ -198,7 +198,7 @@ def subnetworks_over_training(
         for key in ("subnetwork", "random"):
             rows[-1][key] |= {
                 "fraction": one.fraction,
-                "share_in_first_mlp": one.by_component()[0, "mlp"].kept / one.kept if one.kept else math.nan,
+                "share_in_first_mlp": _share_in_first_mlp(one),
             }
         found[name] = one
     last = found[names[-1]]
@@ -207,6 +207,12 @@ def subnetworks_over_training(
         row["subnetwork"]["jaccard_with_last"] = jaccard(one, last)
     notes = {"model": model, "target": type(target).__name__, "corpus": corpus.source, "seed": seed}
     return SubnetworksOverTraining(_curves("Subnetworks over training", names, rows, notes), found)
+
+
+def _share_in_first_mlp(subnetwork: Subnetwork) -> float:
+    """Share of the kept weights in the first layer's MLP; nan if nothing is kept, or there is no such MLP."""
+    first = subnetwork.by_component().get((0, "mlp"))
+    return first.kept / subnetwork.kept if first and subnetwork.kept else math.nan
 
 
 def _each(

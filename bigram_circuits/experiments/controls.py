@@ -1,4 +1,4 @@
-"""What a finding is tried against: models that learned nothing, and targets that mean nothing."""
+"""What a finding is tried against: models that learned nothing, models without blocks, targets that mean nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bigram_circuits.measures.statistics import correlation, correlation_sums, surprisals
+from bigram_circuits.models import native
+from bigram_circuits.models.activations import batch_size_for, check_has_readout, readout
 from bigram_circuits.models.hooking import hooked
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.unhooked import unhooked
+from bigram_circuits.progress import steps as counted
 from bigram_circuits.targets.base import Target, as_target
-from bigram_circuits.text.corpus import in_order
+from bigram_circuits.text.corpus import batch_of, in_order
 
 RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED = "re-initialised blocks", "everything re-initialised", "shuffled blocks"
 _AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
@@ -72,7 +77,7 @@ class RenamedTarget(Target):
 
 @uses_model
 def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False) -> Model:
-    """Copy a model and re-initialise its blocks as Hugging Face does; everything else stays as trained.
+    """Copy a model and re-initialise its blocks as its library does; everything else stays as trained.
 
     Args:
         model: From `load_model`.
@@ -83,9 +88,7 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
     """
     plain = unhooked(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = type(plain)(plain.config).to(plain.dtype)
+    untrained = _untrained(plain, seed)
     if not everything:
         place = next(iter(huggingface_layout(model).places.values())).parameter
         blocks = place[: place.index(next(part for part in place.split(".") if part.isdigit()))]
@@ -97,6 +100,15 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
     what = RANDOM_MODEL if everything else RANDOM_BLOCKS
     other.cfg.model_name = f"{model.cfg.model_name} with {what} (seed {seed})"
     return other
+
+
+def _untrained(plain: Any, seed: int) -> Any:
+    """A model like `plain`, with new weights."""
+    if is_native(plain):
+        return native.untrained(plain, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(plain)(plain.config).to(plain.dtype)
 
 
 @uses_model
@@ -122,6 +134,87 @@ def with_shuffled_blocks(model: Model, seed: int = 0) -> Model:
     other = hooked(plain.to(model.cfg.device), like=model)
     other.cfg.model_name = f"{model.cfg.model_name} with {SHUFFLED} (seed {seed})"
     return other
+
+
+@uses_model
+def correlation_without_blocks(
+    model: Model,
+    target: Target,
+    tokens: Integer[np.ndarray, "sequence position"],
+    linear: Float[Tensor, "d_model d_model"] | None = None,
+) -> float:
+    """Pearson r with a target's surprisals of embedding, linear map if given, final norm and unembedding.
+
+    No block takes part; position embeddings that a model adds before its first block do. Positions count by the
+    zero-probability rule of `measures/statistics.py`.
+
+    Args:
+        model: From `load_model`.
+        target: The target.
+        tokens: Held-out token ids.
+        linear: From `learn_linear_map`; a row vector times it is what the final norm reads.
+
+    Raises:
+        ValueError: If the model does not compute its logits from the residual stream with final norm and unembedding.
+    """
+    rows = []
+    with torch.inference_mode():
+        for cpu_batch in in_order(tokens, batch_size_for(model, tokens.shape[1])):
+            batch = cpu_batch.to(model.cfg.device)
+            x = surprisals(_without_blocks(model, batch, linear), batch).double()
+            rows.append(correlation_sums(x, target.surprisal(batch).to(x)).cpu())
+    return float(correlation(torch.cat(rows).sum(0).numpy()))
+
+
+@uses_model
+def learn_linear_map(
+    model: Model,
+    target: Target,
+    tokens: Integer[np.ndarray, "sequence position"],
+    *,
+    steps: int = 400,
+    batch_size: int = 16,
+    learning_rate: float | int = 1e-2,
+    seed: int = 0,
+) -> Float[Tensor, "d_model d_model"]:
+    """Learn the linear map between a model's embedding and its final norm that best reproduces a target.
+
+    Learned by gradient on the target's mean cross-entropy: Adam, from the identity, with a learning rate that falls
+    linearly to 0. Embedding, final norm and unembedding stay as they are.
+
+    Args:
+        model: From `load_model`.
+        target: The target.
+        tokens: Token ids to learn on.
+        steps: Number of steps.
+        batch_size: Sequences per step.
+        learning_rate: Initial learning rate.
+        seed: Seed of the data order.
+
+    Raises:
+        ValueError: If the model does not compute its logits from the residual stream with final norm and unembedding.
+    """
+    device = model.cfg.device
+    linear = torch.eye(model.cfg.d_model, device=device).requires_grad_()
+    optimizer = torch.optim.Adam([linear], lr=learning_rate)
+    for step in counted(range(steps), steps, desc="learning a linear map", unit="step"):
+        batch = batch_of(tokens, batch_size, step=step, seed=seed).to(device)
+        loss = target.cross_entropy(_without_blocks(model, batch, linear), batch).mean()
+        (linear.grad,) = torch.autograd.grad(loss, [linear])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        optimizer.step()
+    return linear.detach()
+
+
+def _without_blocks(
+    model: Model, tokens: Integer[Tensor, "batch pos"], linear: Float[Tensor, "d_model d_model"] | None
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits read from the residual stream before the first block."""
+    check_has_readout(model, model.cfg.d_model)
+    with torch.no_grad():
+        embedded = model(tokens, stop_at_layer=0)  # what the first block would read
+    return readout(model, embedded if linear is None else (embedded.float() @ linear).to(embedded))
 
 
 def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:

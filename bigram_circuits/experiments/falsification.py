@@ -73,6 +73,7 @@ from bigram_circuits.measures.quantities import (
 )
 from bigram_circuits.measures.results import Curves, Effects, Result, load_result_and_origin
 from bigram_circuits.measures.statistics import STATISTICS, Statistic
+from bigram_circuits.models.activations import check_predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
@@ -80,7 +81,7 @@ from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import PlacedTarget, Target, as_target
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (
@@ -233,7 +234,8 @@ def falsify(
     config = config or SparsifyConfig()
     found = as_subnetwork(found)
     found.check_fits(model)
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
+    check_predicts_tokens(model)
     own, kept = found.kept, _sizes_in_weights(model, config, found, sizes)
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:

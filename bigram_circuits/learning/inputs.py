@@ -17,12 +17,12 @@ from jaxtyping import Integer
 
 from bigram_circuits.measures.statistics import surprisals
 from bigram_circuits.measures.words import listed, percent
-from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward
+from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward, predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import InputCheck
-from bigram_circuits.targets.base import as_target
+from bigram_circuits.targets.base import target_of
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.tasks.task import ability
 from bigram_circuits.text.corpus import Corpus, hash_of_tokenizer, in_order, spread
@@ -72,7 +72,7 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
     Raises:
         ValueError: If model, text and target do not fit together at all.
     """
-    config, target = config or SparsifyConfig(), as_target(target, model.cfg.d_vocab)
+    config, target = config or SparsifyConfig(), target_of(target, model)
     for part in (corpus.train, corpus.held_out):
         if len(part):
             check_tokens(model, part)
@@ -88,6 +88,7 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
         losses=_losses(model, corpus, counts),
     )
     says = [
+        *_about_attention(model),
         *_about_tokens(found, model.tokenizer, corpus, ids),
         *_about_loss(found),
         *_about_frequency(model.tokenizer, counts),
@@ -108,6 +109,17 @@ def warn_of(check: InputCheck) -> None:
     """Emit each warning of a check as an `InputWarning`."""
     for line in check.warnings:
         warnings.warn(line, InputWarning, stacklevel=3)
+
+
+# --- does the model predict the next token? ---
+
+
+def _about_attention(model: Model) -> Iterator[str]:
+    if predicts_tokens(model) and getattr(model.cfg, "attention_dir", "causal") != "causal":
+        yield (
+            "the model attends to later tokens (attention_dir), so it can read the next token instead of predicting "
+            "it: its surprisals say nothing of prediction"
+        )
 
 
 # --- has the model tokens for the text? ---
@@ -162,7 +174,7 @@ def _losses(model: Model, corpus: Corpus, counts: Integer[np.ndarray, " d_vocab"
     These are the positions of at most 16 sequences whose next token is in the training text. None if there are none, or
     the model's loss is not finite, which learning reports.
     """
-    if not len(corpus.held_out) or corpus.context_length < 2:
+    if not len(corpus.held_out) or corpus.context_length < 2 or not predicts_tokens(model):
         return None
     tokens = spread(corpus.held_out, _SEQUENCES * corpus.context_length)
     following = tokens[:, 1:]

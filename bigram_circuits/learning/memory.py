@@ -35,7 +35,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import PlacedTarget, Target, as_target
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
@@ -183,7 +183,7 @@ def forecast_memory(
     if mode not in (None, *CHECKS_OF_MEMORY):
         raise ValueError(f"check_memory must be one of {', '.join(CHECKS_OF_MEMORY)}, not {mode!r}")
     config = config or SparsifyConfig()
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     within = None if within is None else as_subnetwork(within)
     check_tokens(model, corpus.train)
     counted = _count_gates(weight_sites(model), config)

@@ -25,7 +25,7 @@ from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import progress
 from bigram_circuits.runs import PolishRecord
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, as_target, logits_at
+from bigram_circuits.targets.base import Target, logits_at, target_of
 from bigram_circuits.text.corpus import Corpus, batch_of
 
 _PARTS = 16  # parts of the text, whose gradients give the curvature
@@ -109,7 +109,7 @@ def polish(
     """
     kept, among = as_subnetwork(subnetwork), None if within is None else as_subnetwork(within)
     _check(sparsity_weight, passes=passes, most=most, sequences=sequences)
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     for one in filter(None, (kept, among)):
         one.check_fits(model)
     if len(corpus.train) == 0:

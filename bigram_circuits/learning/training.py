@@ -32,7 +32,7 @@ from bigram_circuits.learning.polish import polish_on
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import gated
 from bigram_circuits.masking.gates import group_gates
-from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
+from bigram_circuits.models.activations import check_tokens, lean_forward, n_outputs, recomputed
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
@@ -51,7 +51,7 @@ from bigram_circuits.runs import (
 )
 from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import PlacedTarget, Target, as_target
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus, batch_of
 
 __all__ = ["FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory", "run_settings"]
@@ -123,7 +123,7 @@ def find_subnetwork(
         KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     within = None if within is None else as_subnetwork(within)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
@@ -194,7 +194,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
 
             # record the step, and roll back if the loss exploded
             record = learner.record(step, cross_entropy.item(), penalty, undecided, due, sparsity_weight)
-            what = explosion(record, history, model.cfg.d_vocab)
+            what = explosion(record, history, n_outputs(model))
             what = what or (None if learner.is_finite() else "the gradient is not finite")
             if what:
                 raise _Exploded(what, step, learner.good, learner.seconds)
@@ -336,7 +336,7 @@ def run_settings(
     model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
 ) -> RunSettings:
     """The settings that determine a run's result; a run folder belongs to one such set."""
-    target = as_target(target, model.cfg.d_vocab)
+    target = target_of(target, model)
     return RunSettings(
         model=ModelIdentity(
             name=model.cfg.model_name,

@@ -85,6 +85,7 @@ def group_gates(
     wrong = [layer for layer in layers or () if not 0 <= layer <= last]
     if wrong:
         raise ValueError(f"there is no layer {wrong[0]}: layers are 0 to {last}")
+    _check_has(granularity, {site.component for site in sites})
     groups: list[GateGroup] = []
     stretches: dict[tuple[int, str], tuple[int, int]] = {}
     end = 0
@@ -101,6 +102,14 @@ def group_gates(
     if not groups:
         raise ValueError(f"nothing to mask: granularity {dict(granularity)} and layers {layers} leave no weights")
     return tuple(groups)
+
+
+def _check_has(granularity: Mapping[str, str], components: set[str]) -> None:
+    """Raise ValueError if a unit is of a component that the model lacks; one unit for both may be of either alone."""
+    lacking = [component for component in granularity if component not in components]
+    if lacking and not (components & set(granularity) and len(set(granularity.values())) == 1):
+        what = {"attn": "attention", "mlp": "MLP"}[lacking[0]]
+        raise ValueError(f"this model has no {what}, but granularity {dict(granularity)} needs one")
 
 
 # --- the gates of a model --------------------------------------------------------------------------------------------

@@ -116,6 +116,26 @@ def batch_size_for(model: Model, length: int, *, streams: bool = False) -> int:
     return max(1, min(_TOKENS_AT_ONCE, _NUMBERS_AT_ONCE // per_token) // length)
 
 
+def n_outputs(model: Model) -> int:
+    """Number of logits at a position: the size of the vocabulary, unless `d_vocab_out` in the `cfg` is another."""
+    found = getattr(model.cfg, "d_vocab_out", None) or 0
+    return found if found > 0 else model.cfg.d_vocab
+
+
+def predicts_tokens(model: Model) -> bool:
+    """Whether the logits are of the tokens that a model reads, not of values of their own (`d_vocab_out`, tracr)."""
+    return n_outputs(model) == model.cfg.d_vocab and getattr(model.cfg, "predicts_tokens", True)
+
+
+def check_predicts_tokens(model: Model) -> None:
+    """Raise NotShownError if a model's outputs are no tokens."""
+    if not predicts_tokens(model):
+        raise NotShownError(
+            f"this model's {n_outputs(model)} outputs are not the {model.cfg.d_vocab} tokens that it reads, so that it "
+            f"predicts no next token"
+        )
+
+
 def check_tokens(model: Model, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]) -> None:
     """Raise ValueError if token ids are outside the model's vocabulary or sequences exceed its context length."""
     check_model(model)
@@ -227,17 +247,29 @@ def lean_forward(model: Model) -> Iterator[None]:
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 
-    config = model.original_model.config.get_text_config()
-    cached = getattr(config, "use_cache", None)
-    config.use_cache = False
     try:
-        with _forwards({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), _forwards({module: functools.partial(lean, module) for module in changed}):
             yield
     finally:
-        config.use_cache = cached
         for module in model.modules():
             if getattr(module, "_pattern", None) is not None:
                 module._pattern = None  # the last attention pattern would keep its whole autograd graph alive
+
+
+@contextlib.contextmanager
+def _without_cache(model: Model) -> Iterator[None]:
+    """Within the `with` block, a Hugging Face model keeps no key-value cache; TransformerLens' own models have none."""
+    config = getattr(model.original_model, "config", None)
+    if config is None:
+        yield
+        return
+    config = config.get_text_config()
+    cached = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = cached
 
 
 @contextlib.contextmanager

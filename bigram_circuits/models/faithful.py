@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
+from bigram_circuits.models.native import is_native
 from bigram_circuits.storage.records import shown
 
 _PROBE = 16  # tokens of the forward pass that is compared
@@ -134,10 +135,11 @@ class Agreement:
         self._logits: Tensor | None = None
 
     def run_plain(self, model: Any) -> None:
-        """Run a plain Hugging Face model on the probe's tokens, and keep its logits."""
+        """Run a plain model on the probe's tokens, and keep its logits."""
         if self._check:
             with torch.no_grad():
-                self._logits = model(_probe(model).to(model.device)).logits.float().cpu()
+                found = model(_probe(model).to(next(model.parameters()).device))
+                self._logits = (found if isinstance(found, Tensor) else found.logits).float().cpu()
 
     def confirm(self, model: Any) -> None:
         """Raise ValueError unless the hooked model's logits are the plain model's, within the precision's rounding."""
@@ -159,6 +161,10 @@ class Agreement:
 
 def _probe(model: Any) -> Integer[Tensor, "one pos"]:
     """Token ids for the forward pass: spread over the vocabulary, the same for the plain and the hooked model."""
-    config = model.config.get_text_config()
-    length = min(_PROBE, getattr(config, "max_position_embeddings", None) or _PROBE)
-    return (7919 * torch.arange(length) + 13).remainder(config.vocab_size)[None]
+    if is_native(model):
+        context, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
+    else:
+        config = model.config.get_text_config()
+        context, d_vocab = getattr(config, "max_position_embeddings", None), config.vocab_size
+    length = min(_PROBE, context or _PROBE)
+    return (7919 * torch.arange(length) + 13).remainder(d_vocab)[None]

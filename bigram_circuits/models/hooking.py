@@ -8,6 +8,7 @@ from typing import Any
 
 from bigram_circuits.models.faithful import Agreement
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.plain import Plain, known_plain, remember_plain, twin
 from bigram_circuits.models.precision import round_rotations
 from bigram_circuits.models.quiet import one_line, quiet_transformers
@@ -38,7 +39,7 @@ def hook(plain: Any, *, tokenizer: Any, name: str, check: bool = True) -> Model:
     with quiet_transformers(), one_line(f"cannot hook a {type(plain).__name__}"):
         agreement = Agreement(check)
         wrapped = twin(plain).eval()
-        if type(plain).__name__ == "NativeModel":
+        if is_native(plain):
             described: dict[str, Any] = {"architecture": _NATIVE, "tl_config": copy.deepcopy(plain.cfg)}
         else:
             force_eager_attention(wrapped)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.state import memo, uses_model
 from bigram_circuits.models.weights import fused_modules, weight_sites
 from bigram_circuits.names import short_hash
@@ -42,6 +43,12 @@ _NO_MATTER = re.compile(  # settings that logits in eval mode do not depend on
     r"attn_impl|id2label|label2id|num_labels|problem_type|chunk_size_feed_forward|gradient_checkpointing|summary_.*|"
     r"router_aux_loss_coef|is_(encoder_)?decoder|pretraining_tp|task_specific_params|tokenizer_class|cache_.*"
 )
+
+_OF_NATIVE = (  # settings of TransformerLens' own models that logits depend on, but for sizes that weights show
+    "n_heads", "n_key_value_heads", "normalization_type", "final_rms", "eps", "act_fn", "gated_mlp", "attention_dir",
+    "attn_scale", "use_attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap", "positional_embedding_type",
+    "rotary_dim", "rotary_base", "rope_scaling", "n_ctx",
+)  # fmt: skip
 
 
 @uses_model
@@ -106,8 +113,19 @@ def same_text(one: str | None, other: str | None) -> bool:
 
 def config_hash(config: Any) -> str:
     """Hash the settings of a Hugging Face configuration that logits depend on, but for those left at their defaults."""
-    settings = json.dumps(_settings(config), sort_keys=True, default=str)
-    return hashlib.sha256(settings.encode()).hexdigest()[:_LONGEST]
+    return _digest_of_settings(_settings(config))
+
+
+def config_hash_of(module: Any) -> str:
+    """The `config_hash` of a module, hooked or not; of TransformerLens' `NativeModel`, of the settings in its `cfg`."""
+    if not is_native(module):
+        return config_hash(module.config)
+    return _digest_of_settings({name: getattr(module.cfg, name, None) for name in _OF_NATIVE})
+
+
+def _digest_of_settings(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_LONGEST]
 
 
 def _parts(whole: str) -> Mapping[str, str]:
@@ -151,7 +169,7 @@ def _hash_of(model: Model) -> str:
     jobs["maskable"] = (canonical, torch.bfloat16, hashlib.blake2b(digest_size=16))
     with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(jobs)))) as pool:
         digests = dict(zip(jobs, pool.map(lambda job: _digest_of(*job), jobs.values()), strict=True))
-    digests["config"] = config_hash(model.original_model.config)
+    digests["config"] = config_hash_of(model.original_model)
     return ",".join(f"{name}:{digest}" for name, digest in digests.items())
 
 

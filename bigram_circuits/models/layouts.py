@@ -13,6 +13,8 @@ Instead of a table for each architecture, the mapping is observed:
    mask is one strided copy.
 4. The other blocks must have the same parameter names, up to the block number, and the same shapes. This is checked
    against the real configuration.
+
+The parameters of TransformerLens' own models (`boot_native`) are mapped in the same way.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from torch import Tensor
 
 from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import build, is_native
 from bigram_circuits.models.state import memo, usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
 
 _TRACED_VOCABULARY = 16
+_TRACED_CONTEXT = 2
 _SHOWN = 3  # names listed in an error message
 
 
@@ -218,16 +222,8 @@ def _group(along: Tensor) -> int:
 
 
 def _numbered_model(model: Model) -> tuple[Any, dict[str, range]]:
-    """Build a one-block Hugging Face model with the real widths and numbered elements; return it and the ranges."""
-    config = copy.deepcopy(model.original_model.config)
-    n_layers = len(model.blocks)
-    for key, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == n_layers:
-            setattr(config, key, value[:1])  # has one entry per block
-        if key.endswith("_token_id") and value is not None:
-            setattr(config, key, 0)
-    config.num_hidden_layers, config.vocab_size = 1, _TRACED_VOCABULARY
-    small = _on_meta(model, config).double().to_empty(device="cpu")
+    """Build a one-block plain model with the real widths and numbered elements; return it and the ranges."""
+    small = (_small_native(model) if is_native(model.original_model) else _small_huggingface(model)).double()
     starts: dict[str, range] = {}
     end = 0
     for name, parameter in small.named_parameters():
@@ -238,13 +234,29 @@ def _numbered_model(model: Model) -> tuple[Any, dict[str, range]]:
     return small, starts
 
 
+def _small_native(model: Model) -> Any:
+    return build(
+        model.original_model.cfg, n_layers=1, d_vocab=_TRACED_VOCABULARY, d_vocab_out=-1, n_ctx=_TRACED_CONTEXT
+    )
+
+
+def _small_huggingface(model: Model) -> Any:
+    config = copy.deepcopy(model.original_model.config)
+    n_layers = len(model.blocks)
+    for key, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == n_layers:
+            setattr(config, key, value[:1])  # has one entry per block
+        if key.endswith("_token_id") and value is not None:
+            setattr(config, key, 0)
+    config.num_hidden_layers, config.vocab_size = 1, _TRACED_VOCABULARY
+    return _on_meta(model, config).to_empty(device="cpu")
+
+
 def _state_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes in the state dict of the Hugging Face model behind a hooked one."""
-    return {
-        name: tuple(value.shape)
-        for name, value in _on_meta(model, model.original_model.config).state_dict().items()
-        if isinstance(value, Tensor)
-    }
+    """Return the names and shapes in the state dict of the plain model behind a hooked one."""
+    wrapped = model.original_model
+    plain = build(wrapped.cfg) if is_native(wrapped) else _on_meta(model, wrapped.config)
+    return {name: tuple(value.shape) for name, value in plain.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _on_meta(model: Model, config: Any) -> Any:

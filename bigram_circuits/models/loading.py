@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from bigram_circuits.models.converted import from_legacy_folder, from_legacy_hub, is_legacy_config, is_legacy_name
 from bigram_circuits.models.faithful import Agreement, checked_weights
-from bigram_circuits.models.hooking import with_bos
+from bigram_circuits.models.hooking import hook, with_bos
 from bigram_circuits.models.identity import config_hash
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native, rebuilt
 from bigram_circuits.models.objects import check_tokenizer, hook_object
 from bigram_circuits.models.plain import Plain, known_plain, remember_plain, twin
 from bigram_circuits.models.precision import round_rotations
+from bigram_circuits.models.quantised import check_folder as check_quantisation
 from bigram_circuits.models.quiet import one_line, quiet_transformers
 from bigram_circuits.models.state import usual_torch
 from bigram_circuits.names import is_in_memory
@@ -74,8 +77,10 @@ def load_model(
     Args:
         name: `"reference"` (the small trained model in this package), a Hugging Face hub id, or a local folder
             written by `save_pretrained` with a model and a tokenizer. A folder of that name takes precedence over the
-            hub; a `Path` is always a folder. Or an object: a Hugging Face causal language model (fine-tuned, edited,
-            with adapters merged, compiled), or a `TransformerBridge`, which is returned as it is.
+            hub; a `Path` is always a folder. Models in TransformerLens' former format (a `config.json` with its own
+            settings, and a `.pth` file; `NeelNanda/...` on the hub) are converted. Or an object: a Hugging Face causal
+            language model (fine-tuned, edited, with adapters merged, compiled), TransformerLens' `NativeModel`, a model
+            that tracr has compiled, or a `TransformerBridge`, which is returned as it is.
         tokenizer: A Hugging Face tokenizer: that of a model in memory, or one to use instead of a folder's. A model in
             memory can do without, but then takes token ids only.
         revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
@@ -105,6 +110,12 @@ def load_model(
     check_tokenizer(tokenizer)
     if is_in_memory(known_as):
         raise ValueError(f"the model {str(name)!r} was an object in memory: pass the object")
+    converted = _converted(source, revision, precision)
+    if converted is not None:
+        tokenizer = converted.tokenizer if tokenizer is None else tokenizer
+        model = hook(converted.model.to(device), tokenizer=tokenizer, name=known_as, check=check)
+        model.cfg.revision = revision
+        return model
     if is_local(source):
         _check_folder(source, str(name), needs_tokenizer=tokenizer is None)
         with quiet_transformers(), one_line(f"cannot load the model {str(name)!r}"):
@@ -139,6 +150,28 @@ def full_name(name: str | Path) -> str:
     if isinstance(name, str) and (name == "reference" or not is_local(name)):
         return name
     return os.path.abspath(Path(name).expanduser())
+
+
+def _converted(source: str, revision: str | None, dtype: torch.dtype) -> Plain | None:
+    """The plain model of a checkpoint in TransformerLens' former format; None if it is in Hugging Face's.
+
+    Of these, a revision is the label of a training checkpoint.
+    """
+    folder = Path(source)
+    if is_local(source):
+        config = folder / "config.json"
+        if not config.is_file() or not is_legacy_config(_settings(config)):
+            return None
+        _check_links(folder)
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {source!r} is a local folder")
+        return from_legacy_folder(folder, dtype=dtype)
+    if not is_legacy_name(source):
+        return None
+    if revision is not None and not revision.isdecimal():
+        raise ValueError(f"revision={revision!r} should be the number of a training checkpoint of {source!r}")
+    with hub_errors("model", source):
+        return from_legacy_hub(source, checkpoint=None if revision is None else int(revision), dtype=dtype)
 
 
 class _Loader:
@@ -182,7 +215,8 @@ def _source(name: str) -> str:
 def plain_of(model: Model) -> Plain:
     """The plain model and tokenizer behind a hooked model.
 
-    A model that was hooked by other means than `load_model` is read again from its name.
+    A model that was hooked by other means than `load_model` is read again from its name; one of TransformerLens' own
+    (`boot_native`) is built again.
 
     Raises:
         OSError: If it has to be read again, and its files do not exist.
@@ -191,6 +225,8 @@ def plain_of(model: Model) -> Plain:
     known = known_plain(model)
     if known is not None:
         return known
+    if is_native(model.original_model):
+        return Plain(rebuilt(model), model.tokenizer)
     from transformers import AutoConfig, AutoTokenizer
 
     source, revision = model_source(model)
@@ -295,6 +331,7 @@ def _check_folder(source: str, name: str, *, needs_tokenizer: bool = True) -> No
             not isinstance(file, str) or Path(file).name != file for file in shards.values()
         ):
             raise ValueError(f"{str(folder / index)!r} names weights outside of its folder")
+    check_quantisation(folder, records["config.json"])
     _check_sizes(folder, records["config.json"])
 
 

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.models.converted import from_tracr, is_tracr
 from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.native import is_native
 from bigram_circuits.models.plain import HOOKS, twin
+from bigram_circuits.models.quantised import check_module
 from bigram_circuits.models.state import check_model
 from bigram_circuits.names import name_in_memory
 
@@ -23,8 +26,8 @@ def hook_object(
     """Hook a model that is an object in memory; see `load_model`.
 
     Args:
-        given: A Hugging Face causal language model, also compiled, or a `TransformerBridge`, which is returned as it
-            is.
+        given: A Hugging Face causal language model or TransformerLens' `NativeModel`, also compiled, or a
+            `TransformerBridge`, which is returned as it is.
         tokenizer: A Hugging Face tokenizer, or None.
         device: Where to copy the weights to; None: they stay where they are, and are shared.
         dtype: Precision to copy the weights to; None: they stay as they are, and are shared.
@@ -35,8 +38,14 @@ def hook_object(
     """
     if hasattr(given, "cfg") and hasattr(given, "run_with_hooks"):
         return _as_it_is(given, tokenizer, device, dtype)
+    if is_tracr(given):
+        check_tokenizer(tokenizer)
+        plain = from_tracr(given).model.to(device=device, dtype=dtype)
+        return hook(plain, tokenizer=tokenizer, name=name_in_memory("tracr"), check=check)
     plain = getattr(given, "_orig_mod", given)  # what torch.compile wraps
-    _check_kind(plain)
+    if not is_native(plain):
+        _check_kind(plain)
+    check_module(plain)
     check_tokenizer(tokenizer)
     _check_weights(plain)
     _check_hooks(plain)
@@ -139,5 +148,5 @@ def _kind_of(hook: Any) -> str:
 
 def _label(plain: Any) -> str:
     """What the model is called: the last part of the name that it was loaded from, or its class."""
-    name = str(getattr(plain.config, "_name_or_path", "") or "").rstrip("/\\")
+    name = str(getattr(getattr(plain, "config", None), "_name_or_path", "") or "").rstrip("/\\")
     return name.replace("\\", "/").rsplit("/", 1)[-1] or type(plain).__name__

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bigram_circuits.models.faithful import Agreement
-from bigram_circuits.models.identity import config_hash, other_tensors
+from bigram_circuits.models.identity import config_hash_of, other_tensors
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import plain_of
 from bigram_circuits.models.model import Model
@@ -28,7 +28,7 @@ def unhooked(model: Model) -> Any:
     """
     plain = plain_of(model).model
     edited = f"the model {model.cfg.model_name!r} is not the plain model that it was hooked from"
-    if config_hash(plain.config) != config_hash(model.original_model.config):
+    if config_hash_of(plain) != config_hash_of(model.original_model):
         raise ValueError(f"{edited}: the configurations differ; load it again")
     copied = twin(plain).eval()
     for tensor in (*copied.parameters(), *copied.buffers()):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.quantised import check_layer
 from bigram_circuits.models.state import in_use
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
@@ -125,9 +126,9 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
     """List every maskable weight of a `TransformerBridge`, block by block.
 
     Raises:
-        ValueError: If the model cannot be masked as a whole: it has no blocks, a block's attention or MLP is not made
-            of plain weight matrices that fit together, a block has further weight matrices (mixtures of experts,
-            state-space and hybrid blocks), or blocks share weights.
+        ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP,
+            one is not made of plain weight matrices that fit together, a block has further weight matrices (mixtures of
+            experts, state-space and hybrid blocks), blocks share weights, or weights are quantised.
     """
     with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
         return _weight_sites(model)
@@ -138,6 +139,8 @@ def _weight_sites(model: Model) -> tuple[WeightSite, ...]:
     if blocks is None or len(blocks) == 0:
         raise ValueError(f"{type(model).__name__} has no transformer blocks to mask: pass a model from load_model")
     sites = tuple(site for layer, block in enumerate(blocks) for site in _block_sites(model, layer, block))
+    if not sites:
+        raise ValueError("this model cannot be masked: no block has an attention or an MLP")
     owners: dict[int, str] = {}
     for site in sites:
         if (other := owners.setdefault(id(site.original), site.name)) != site.name:
@@ -146,10 +149,12 @@ def _weight_sites(model: Model) -> tuple[WeightSite, ...]:
 
 
 def _block_sites(model: Model, layer: int, block: Any) -> list[WeightSite]:
-    sites = [*_attention_sites(model, layer, block), *_mlp_sites(layer, block)]
-    for component in COMPONENTS:
-        _check_nothing_is_left_out(in_block(layer, component), getattr(block, component), sites)
-    _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=(block.attn, block.mlp))
+    parts = {name: part for name in COMPONENTS if (part := getattr(block, name, None)) is not None}
+    sites = [*(_attention_sites(model, layer, block) if "attn" in parts else ())]
+    sites += _mlp_sites(layer, block) if "mlp" in parts else ()
+    for component, part in parts.items():
+        _check_nothing_is_left_out(in_block(layer, component), part, sites)
+    _check_nothing_is_left_out(f"blocks.{layer}", block, sites, but=tuple(parts.values()))
     return sites
 
 
@@ -220,14 +225,16 @@ def _leaves(layer: int, block: nn.Module, component: str, table: dict[str, tuple
         module = getattr(getattr(part, attribute, None), "original_component", None)
         if module is None and attribute == "gate":
             continue  # an MLP without a gate
+        name = str(WeightName(layer, component, matrix))
         weight = None if module is None else _stored_weight(module)
+        if module is not None:
+            check_layer(name, module, weight)
         if weight is None or weight.ndim != 2:
             kind = type(getattr(part, "original_component", part)).__name__
             what = in_block(layer, component) + ("" if part is None else f" ({kind})")
             raise ValueError(f"this model cannot be masked: {what} has no plain {matrix}")
         outputs, inputs = weight.shape
         stored_axes = linear_axes
-        name = str(WeightName(layer, component, matrix))
         if not isinstance(module, nn.Linear):  # Hugging Face's Conv1D stores [in, out]
             if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
                 raise ValueError(

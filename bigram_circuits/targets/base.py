@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from bigram_circuits.models.activations import n_outputs, predicts_tokens
+from bigram_circuits.models.model import Model
 from bigram_circuits.text.corpus import Corpus
 from bigram_circuits.text.ngrams import NGramTable
 
@@ -32,6 +34,8 @@ class Target(ABC):
     """The positions at which it is defined."""
     fingerprint: str | None = None
     """Distinguishes it from other targets of the same class."""
+    over_tokens: bool = True
+    """Whether it is a distribution over the next token; False: over outputs of a model that are no tokens."""
 
     @abstractmethod
     def cross_entropy(
@@ -107,6 +111,7 @@ class _Foreign(Target):
         self.d_vocab = getattr(target, "d_vocab", None)
         self.positions = getattr(target, "positions", Target.positions)
         self.fingerprint = getattr(target, "fingerprint", None)
+        self.over_tokens = getattr(target, "over_tokens", True)
 
     @property
     def kind(self) -> str:
@@ -144,7 +149,7 @@ def as_target(target: Any, d_vocab: int) -> Target:
     Raises:
         ValueError: If it lacks one of these methods, or its vocabulary has another size.
     """
-    taken = target if isinstance(target, Target) else _foreign(target)
+    taken = _as_is(target)
     if taken.d_vocab not in (None, d_vocab):
         raise ValueError(
             f"the target was counted over a vocabulary of {taken.d_vocab}, but the model's is {d_vocab}: "
@@ -153,10 +158,30 @@ def as_target(target: Any, d_vocab: int) -> Target:
     return taken
 
 
+def target_of(target: Any, model: Model) -> Target:
+    """`as_target`, for the outputs of a model.
+
+    Raises:
+        ValueError: As `as_target`; and if the target is of the next token, but the model's outputs are no tokens.
+    """
+    taken = as_target(target, model.cfg.d_vocab) if predicts_tokens(model) else _as_is(target)
+    if taken.over_tokens != predicts_tokens(model):
+        outputs = "tokens" if predicts_tokens(model) else f"{n_outputs(model)} values, no tokens"
+        raise ValueError(
+            f"the target ({taken.kind}) does not fit: the outputs of this model are {outputs}; a ModelTarget of this "
+            f"model does"
+        )
+    return taken if predicts_tokens(model) else as_target(taken, n_outputs(model))
+
+
 def is_target(target: Any) -> bool:
     """Whether an object can be used as a target."""
     needed = ("cross_entropy", "surprisal")
     return not isinstance(target, type) and all(callable(getattr(target, name, None)) for name in needed)
+
+
+def _as_is(target: Any) -> Target:
+    return target if isinstance(target, Target) else _foreign(target)
 
 
 def _foreign(target: Any) -> Target:

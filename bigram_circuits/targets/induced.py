@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.activations import check_tokens, n_outputs, predicts_tokens
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
@@ -51,9 +51,11 @@ class InducedTarget(Target):
             self._make(model, tokens, max_contexts)
 
     def _make(self, model: Model, tokens: Integer[np.ndarray, "sequence position"], max_contexts: int | None) -> None:
-        self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
-        counts = np.bincount(np.asarray(tokens).ravel(), minlength=self.d_vocab)
-        contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or self.d_vocab)]
+        self.d_vocab = n_outputs(model)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.over_tokens = predicts_tokens(model)
+        n_tokens = model.cfg.d_vocab
+        counts = np.bincount(np.asarray(tokens).ravel(), minlength=n_tokens)
+        contexts = np.argsort(-counts, kind="stable")[: min(int((counts > 0).sum()), max_contexts or n_tokens)]
         size = 4 * len(contexts) * self.d_vocab
         if size > 2e9:
             raise ValueError(
@@ -61,7 +63,7 @@ class InducedTarget(Target):
                 f"more than 2: give max_contexts={int(2e9 / 4 / self.d_vocab)} or fewer"
             )
         device = model.cfg.device
-        self._row = torch.full((self.d_vocab,), len(contexts), dtype=torch.long, device=device)
+        self._row = torch.full((n_tokens,), len(contexts), dtype=torch.long, device=device)
         self._row[torch.from_numpy(contexts).to(device)] = torch.arange(len(contexts), device=device)
         self._probs = self._fit(model, np.asarray(tokens), len(contexts))
         self.fingerprint = f"induced {weight_hash(model)} {len(contexts)} {int(counts.sum())}"
@@ -99,7 +101,9 @@ class InducedTarget(Target):
         return torch.cat(losses).view(tokens.shape)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """Return -log P(actual next token) in nats."""
+        """Return -log P(actual next token) in nats; inf if the model's outputs are no tokens."""
+        if not self.over_tokens:
+            return torch.full(tokens[:, 1:].shape, torch.inf, dtype=torch.float32, device=tokens.device)
         return -self._probs[self._row[tokens[:, :-1].long()], tokens[:, 1:].long()].log()
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:

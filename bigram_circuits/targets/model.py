@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.models.activations import check_tokens
+from bigram_circuits.models.activations import check_tokens, n_outputs, predicts_tokens
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, in_use, memo
@@ -17,7 +17,8 @@ from bigram_circuits.targets.base import Target, TargetKind
 class ModelTarget(Target):
     """A model's own next-token distribution: the target of optimal pruning.
 
-    The model may be the one that is being masked; the target always uses its full weights.
+    The model may be the one that is being masked; the target always uses its full weights. If the model's outputs are
+    no tokens (`d_vocab_out`), it is the distribution over these.
     """
 
     d_vocab: int
@@ -26,7 +27,8 @@ class ModelTarget(Target):
         """Take a model from `load_model`."""
         check_model(model)
         self.model = model
-        self.d_vocab = model.cfg.d_vocab  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.d_vocab = n_outputs(model)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.over_tokens = predicts_tokens(model)
 
     @property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -58,7 +60,9 @@ class ModelTarget(Target):
         return -(self.log_probs(tokens).exp() * logits.float().log_softmax(-1)).sum(-1)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
-        """Return the full model's surprisal of the actual next token, in nats."""
+        """Return the full model's surprisal of the actual next token, in nats; inf if its outputs are no tokens."""
+        if not self.over_tokens:
+            return torch.full(tokens[:, 1:].shape, torch.inf, dtype=torch.float32, device=tokens.device)
         following = tokens[:, 1:, None].long()
         return -self.log_probs(tokens)[:, :-1].gather(2, following).squeeze(2)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Integer
 
 from bigram_circuits.measures.statistics import check_seed
 from bigram_circuits.models.activations import NotShownError
@@ -68,7 +69,8 @@ def repeated_random_tokens(
     """A block of random tokens, repeated: the task of induction heads (Olsson et al. 2022).
 
     All tokens after the first of the second block are scored: from there on, the previous token and its successor have
-    been seen before. Ids are drawn from all but the special ones, each at most once per block.
+    been seen before. Ids are drawn from all but the special ones, each at most once per block; from all, and without a
+    start token, if the model has no tokenizer.
 
     Args:
         model: From `load_model`.
@@ -78,12 +80,12 @@ def repeated_random_tokens(
         seed: Seed of the random tokens.
 
     Raises:
-        ValueError: If there is no tokenizer, the prompt does not fit the context, the block is longer than the
-            vocabulary or shorter than 2, or there is nothing to score.
+        ValueError: If the prompt does not fit the context, the block is longer than the vocabulary or shorter than 2,
+            or there is nothing to score.
     """
-    name, tokenizer = "repeated random tokens", _tokenizer(model)
+    name = "repeated random tokens"
     length = 2 * period if length is None else length
-    ids = np.setdiff1d(np.arange(min(len(tokenizer), model.cfg.d_vocab)), tokenizer.all_special_ids)
+    ids = _ordinary_ids(model)
     if not 2 <= period <= len(ids):
         kind = ValueError if period < 2 else NotShownError
         raise kind(f"period must be 2 to {len(ids)}, the number of tokens to draw from, not {period}")
@@ -252,6 +254,12 @@ def _tokenizer(model: Model) -> Any:
     return tokenizer
 
 
+def _ordinary_ids(model: Model) -> Integer[np.ndarray, " token"]:
+    """The ids of all tokens but the special ones; of all if there is no tokenizer."""
+    ids, tokenizer = np.arange(model.cfg.d_vocab), model.tokenizer
+    return ids if tokenizer is None else np.setdiff1d(ids[: len(tokenizer)], tokenizer.all_special_ids)
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
@@ -311,8 +319,8 @@ def _task(
     rows: Sequence[Row] | None = None,
 ) -> Task:
     """Make a task from (token ids, number of last tokens that are scored), with the start token prepended."""
-    tokenizer = _tokenizer(model)
-    tokens, scored = padded(ids, template_of(tokenizer).start)
+    tokenizer = model.tokenizer
+    tokens, scored = padded(ids, () if tokenizer is None else template_of(tokenizer).start)
     if tokens.shape[1] > model.cfg.n_ctx:
         raise NotShownError(
             f"the prompts of {name!r} have {tokens.shape[1]} tokens, more than the model's {model.cfg.n_ctx}"
@@ -320,5 +328,6 @@ def _task(
     return Task(
         name, tokens, scored, chance,
         right=None if right is None else filled(right), wrong=None if wrong is None else filled(wrong),
-        rows=None if rows is None else tuple(rows), tokenizer_hash=hash_of_tokenizer(tokenizer),
+        rows=None if rows is None else tuple(rows),
+        tokenizer_hash="none" if tokenizer is None else hash_of_tokenizer(tokenizer),
     )  # fmt: skip

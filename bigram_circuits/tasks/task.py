@@ -21,7 +21,13 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bigram_circuits.measures import statistics
-from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.activations import (
+    batch_size_for,
+    check_predicts_tokens,
+    check_tokens,
+    n_outputs,
+    predicts_tokens,
+)
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.recipe import HELD_OUT_ROWS
@@ -286,13 +292,19 @@ def as_task(tokens: Any, d_vocab: int) -> Task:
 
 
 def checked_task(model: Model, tokens: Any) -> Task:
-    """A task, or text as one; raises ValueError if the model cannot read its token ids or lengths."""
+    """A task, or text as one; raises ValueError if the model cannot read its token ids or lengths.
+
+    Where a model's outputs are no tokens, only a task that says which outputs are right can be scored.
+    """
     check_model(model)
     task = as_task(tokens, model.cfg.d_vocab)
     check_tokens(model, task.tokens)
     for ids in (task.right, task.wrong):
-        if ids is not None and ids.max() >= model.cfg.d_vocab:
-            raise ValueError(f"token ids must be 0 to {model.cfg.d_vocab - 1} for this model, but there is {ids.max()}")
+        if ids is not None and ids.max() >= n_outputs(model):
+            what = "token ids" if predicts_tokens(model) else "ids of its outputs"
+            raise ValueError(f"{what} must be 0 to {n_outputs(model) - 1} for this model, but there is {ids.max()}")
+    if task.right is None:
+        check_predicts_tokens(model)
     return task
 
 
@@ -352,7 +364,8 @@ def measure(
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
             tokens = torch.from_numpy(np.asarray(task.tokens[part]).astype(np.int64)).to(model.cfg.device)
             logits = model(tokens) if hooks is None else model.run_with_hooks(tokens, fwd_hooks=[*hooks(index, part)])
-            rows.append(_batch_sums(logits, tokens, task, part, target))
+            own = statistics.surprisals(logits, tokens) if predicts_tokens(model) else torch.zeros_like(tokens[:, 1:])
+            rows.append(_batch_sums(logits, tokens, own.double(), task, part, target))
             if bar is not None:
                 bar.update(len(tokens))
     return np.concatenate(rows)
@@ -368,12 +381,12 @@ def batches(n: int, size: int, smallest: int = 1) -> Iterator[slice]:
 def _batch_sums(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Integer[Tensor, "batch pos"],
+    x: Float[Tensor, "batch pos_minus_1"],
     task: Task,
     part: slice,
     target: Any,
 ) -> Float[np.ndarray, "batch column"]:
     scored = torch.from_numpy(task.scored[part, 1:]).to(tokens.device)
-    x = statistics.surprisals(logits, tokens).double()
     if not torch.isfinite(x[scored]).all():
         raise ValueError("the model's surprisal of a scored token is not finite (NaN or infinity in its logits)")
     x = torch.where(scored, x, 0.0)

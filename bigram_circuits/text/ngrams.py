@@ -190,6 +190,7 @@ class NGramTable:
         return cls(order=2, d_vocab=len(bigram), levels=levels)
 
     positions = slice(None)  # it makes a prediction at every position
+    over_tokens = True
     kind = "NGramTable"
 
     @property

@@ -151,6 +151,8 @@ def test_too_little_text(tiny_model):
     )
     refused(lambda: analysis.ablate(tiny_model, "L0.mlp", TEXT[:1], by="resample"), "another sequence")
     refused(lambda: analysis.linear_cka(torch.zeros(3, 2), torch.zeros(3, 2)), "at least 4 tokens")
+    refused(lambda: analysis.covariance_cosine(torch.zeros(1, 2), torch.zeros(3, 2)), "at least 2 tokens, not 1")
+    refused(lambda: analysis.covariance_similarity(tiny_model, TEXT, measure="r"), "measure must be one of cka")
 
 
 def test_a_short_batch_still_counts(tiny_model):

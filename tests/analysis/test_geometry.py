@@ -8,6 +8,7 @@ import bigram_circuits as bc
 from bigram_circuits.analysis import geometry
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
+    covariance_cosine,
     covariance_similarity,
     layer_rotations,
     linear_cka,
@@ -181,4 +182,60 @@ def test_too_few_tokens_are_told(tiny_model):
 
 def test_a_constant_layer_has_no_similarity():
     assert np.isnan(linear_cka(torch.ones(10, 3), activations(10, 3, 0)))
-    assert geometry._CKA[0].name == "cka"
+    assert geometry._CKA.name == "cka"
+
+
+# --- the Frobenius cosine of covariances ---
+
+
+def cosine_by_numpy(x, y):
+    """From singular values of centred activations, as one would do it with all of them in memory."""
+    rests = []
+    for one in (np.asarray(x, dtype=float), np.asarray(y, dtype=float)):
+        _, values, directions = np.linalg.svd(one - one.mean(0), full_matrices=False)
+        values[0] = 0
+        rests.append((directions.T * values**2) @ directions / len(one))
+    return (rests[0] * rests[1]).sum() / np.linalg.norm(rests[0]) / np.linalg.norm(rests[1])
+
+
+def test_the_cosine_of_covariances_is_that_of_numpy():
+    x = activations(60, 7, 0) * torch.arange(1, 8) + 5
+    y = x @ activations(7, 7, 1)
+    assert covariance_cosine(x, y[:40]) == pytest.approx(cosine_by_numpy(x, y[:40]), abs=1e-9)
+    assert covariance_cosine(x, 3 * x + 100) == pytest.approx(1, abs=1e-9)
+    outlier = torch.zeros(7)
+    outlier[2] = 1
+    loud = y + 1e3 * activations(60, 1, 2) * outlier  # a direction of extreme variance in one of them hides nothing
+    assert covariance_cosine(y, loud) < 1 - 1e-3
+    assert covariance_cosine(loud, loud.flip(0)) == pytest.approx(1, abs=1e-9)
+
+
+def test_the_cosine_of_covariances_depends_on_the_basis_and_cka_does_not():
+    x = activations(100, 20, 0) * torch.arange(1, 21)
+    turned = x @ torch.linalg.qr(activations(20, 20, 1)).Q
+    assert linear_cka(x, turned) == pytest.approx(1, abs=1e-4)
+    assert covariance_cosine(x, turned) < 0.9
+
+
+def test_activations_along_one_line_have_no_cosine():
+    line = torch.linspace(0, 1, 10, dtype=torch.float64)[:, None] * torch.arange(3) + 7
+    assert np.isnan(covariance_cosine(line, activations(10, 3, 0)))
+    with pytest.raises(ValueError, match="at least 2 tokens, not 1"):
+        covariance_cosine(torch.ones(1, 3), activations(10, 3, 0))
+
+
+def test_layers_by_the_cosine_of_covariances(any_model, random_tokens):
+    some = ~bc.Subnetwork.empty(any_model).keep_layer(1)
+    found = covariance_similarity(any_model, some, random_tokens, measure="covariance_cosine")
+    streams = []
+    for kept in (bc.Subnetwork.full(any_model), some):
+        with torch.no_grad(), bc.masked(any_model, kept):
+            streams.append(residual_streams(any_model, torch.from_numpy(random_tokens))[0].flatten(1, 2).numpy())
+    full, alone = streams
+    for name, rows, columns in (
+        ("full", full, full), ("subnetwork", alone, alone), ("full (rows) and subnetwork", full, alone),
+    ):  # fmt: skip
+        wanted = [[cosine_by_numpy(x, y) for y in columns] for x in rows]
+        np.testing.assert_allclose(found.get("covariance_cosine", name), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="measure must be one of cka, covariance_cosine, not 'cosine'"):
+        covariance_similarity(any_model, random_tokens, measure="cosine")

@@ -11,6 +11,7 @@ from transformers import GPT2Config
 
 import bigram_circuits as bc
 from bigram_circuits import analysis
+from bigram_circuits.experiments.controls import correlation_without_blocks, learn_linear_map
 from bigram_circuits.models import state
 from tests.conftest import D_VOCAB, save_tiny
 
@@ -81,6 +82,11 @@ USES = {
     "prompt_cosine": lambda m, t, c: analysis.cosine_to_unembedding(m, half(m), t, "abcdef").values,
     "rotations": lambda m, t, c: analysis.layer_rotations(m, half(m), c).values,
     "covariance": lambda m, t, c: analysis.covariance_similarity(m, half(m), c).values,
+    "covariance_cosine": lambda m, t, c: (
+        analysis.covariance_similarity(m, half(m), c, measure="covariance_cosine").values
+    ),
+    "without_blocks": lambda m, t, c: correlation_without_blocks(m, t, c.held_out),
+    "linear_map": lambda m, t, c: learn_linear_map(m, t, c.train, steps=2, batch_size=2),
     "ablate": lambda m, t, c: analysis.ablate(m, ["L0H1", "L1.mlp", "complement"], half(m), t, c, seeds=1).values,
     "ablate_means": lambda m, t, c: analysis.ablate(m, "mlps", half(m), t, c, by="mean", seeds=0).values,
     "stochastic": lambda m, t, c: analysis.stochastic_ablation(m, half(m), t, c, shares=(0, 0.5), draws=1).values,

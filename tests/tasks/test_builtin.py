@@ -147,8 +147,8 @@ def test_what_cannot_be_expressed_is_said(tiny_model, name, options, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_needs_a_tokenizer(name):
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "repeated_random_tokens"])
+def test_a_task_of_text_needs_a_tokenizer(name):
     with pytest.raises(ValueError, match="no tokenizer"):
         TASKS[name](Stand(None))
 
