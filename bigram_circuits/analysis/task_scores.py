@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -33,12 +35,12 @@ _WITH_WRONG = (
 
 
 @uses_model
-def measure_task(model: Model, task: Task, subnetwork: SubnetworkLike | None = None, *, seed: int = 0) -> Effects:
+def measure_task(model: Model, task: Any, subnetwork: SubnetworkLike | None = None, *, seed: int = 0) -> Effects:
     """Measure a model at the answers of a task, under each condition.
 
     Args:
         model: From `load_model`.
-        task: From `load_task`, or one of `TASKS`.
+        task: A `Task` from `load_task`, or one of `TASKS`.
         subnetwork: If given, also measured: the subnetwork, its complement, and a matched random one.
         seed: Seed of the matched random subnetwork.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ class TaskTarget(PlacedTarget):
     `kl` asks for what the model does, mistakes included. A correlation of surprisals is defined for `kl` alone.
     """  # noqa: E501
 
-    def __init__(self, task: Task, measure: str = "loss", *, model: Model | None = None) -> None:
-        """Take a task and a measure, one of `MEASURES`; `kl` needs the full model.
+    def __init__(self, task: Any, measure: str = "loss", *, model: Model | None = None) -> None:
+        """Take a `Task` and a measure, one of `MEASURES`; `kl` needs the full model.
 
         Raises:
             ValueError: If there is no such measure, it needs wrong answers and the task has none, it needs a model, or
@@ -47,7 +48,8 @@ class TaskTarget(PlacedTarget):
             raise ValueError(f"a TaskTarget is made of a Task, such as load_task returns, not of {type(task).__name__}")
         if measure not in MEASURES:
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, not {measure!r}")
-        self.task, self.measure = task, measure
+        self.task: Task = task
+        self.measure = measure
         self._measure: Measure = MEASURES[measure]
         if self._measure.needs_wrong and task.wrong is None:
             raise ValueError(f"the measure {measure} needs wrong answers, but the task {task.name!r} has none")
