@@ -278,7 +278,7 @@ def test_the_analyses_of_a_task_are_of_its_answers(tiny_folders, choices, capsys
     assert found.names == ("full", "subnetwork", "complement", "random")
     assert found.get("preferred")["full"] == 1
     assert found.notes["rows"] == len(task.split()[1])
-    assert run.analyses["ablation_heads"].notes["sequences"] == len(task.split()[1])
+    assert run.analyses["ablation_heads"].notes["prompts"] == len(task.split()[1])
     assert "defined at some places of a sequence" in run.left_out["faithful_tokens"]
     assert "The answers of the task" in (run.path / "report.html").read_text()
     capsys.readouterr()
