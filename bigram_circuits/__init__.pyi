@@ -10,6 +10,7 @@ from .analysis import (
     layer_rotations as layer_rotations,
     load_result as load_result,
     logit_lens as logit_lens,
+    measure_task as measure_task,
     overlap as overlap,
     sufficiency as sufficiency,
 )
@@ -69,6 +70,9 @@ from .targets.base import Target as Target
 from .targets.induced import InducedTarget as InducedTarget
 from .targets.model import ModelTarget as ModelTarget
 from .targets.next_token import NextTokenTarget as NextTokenTarget
+from .tasks.rows import TaskWarning as TaskWarning, load_task as load_task
+from .tasks.target import TaskTarget as TaskTarget
+from .tasks.task import Task as Task
 from .text.corpus import Corpus as Corpus, load_corpus as load_corpus
 from .text.counting import NGramCounter as NGramCounter, count_ngrams as count_ngrams
 from .text.ngrams import NGramTable as NGramTable

@@ -218,7 +218,7 @@ class BitMasks(Mapping[str, Tensor]):
             packed[name] = flipped
         return self._derived(packed, f"~{operand(self.lineage)}")
 
-    def _combine(self: M, other: Any, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
+    def _combine(self, other: Any, sign: str, operation: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
         if not isinstance(other := getattr(other, self.noun, other), type(self)):
             return NotImplemented
         self._check_same_shapes(other._shapes, f"the other {self.noun}")

@@ -35,6 +35,7 @@ _EPILOG = """examples:
   bigram-circuits find EleutherAI/pythia-70m --corpus wikitext:wikitext-2-raw-v1
   bigram-circuits find ./my_model --corpus texts/ --sparsity-weight 5 --out runs/mine
   bigram-circuits find --falsify                          also try to refute the finding
+  bigram-circuits find ./my_model --task capitals.jsonl   which weights answer these prompts?
   bigram-circuits evaluate runs/mine
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
@@ -305,6 +306,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
         "--corpus", metavar="SOURCE",
         help="where to read its text from (default: where it was; must be given for a run made elsewhere)",
     )  # fmt: skip
+    command.add_argument("--task", metavar="FILE", help="where to read its task from, likewise")
 
 
 def _add_copy(command: argparse.ArgumentParser) -> None:
@@ -389,7 +391,7 @@ def _reopened(arguments: argparse.Namespace, *, with_evaluation: bool) -> Iterat
     from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.workflow import reopen
 
-    names: dict[str, Any] = {"model": arguments.model, "corpus": arguments.corpus}
+    names: dict[str, Any] = {"model": arguments.model, "corpus": arguments.corpus, "task": arguments.task}
     if arguments.out is None:
         with _run_to_write(arguments.run) as folder:
             run, of = reopen(arguments.run, arguments.device, **names)

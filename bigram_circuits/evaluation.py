@@ -35,7 +35,7 @@ from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, entropy, target_of, top1_agreement
+from bigram_circuits.targets.base import Target, counted, entropy, target_of, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
 
 Interval = tuple[float, float]
@@ -65,7 +65,8 @@ class Evaluation:
     intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     """95% bootstrap intervals over sequences: condition -> quantity -> (low, high)."""
     advantage: Mapping[str, Interval] = field(default_factory=dict)
-    """95% paired bootstrap intervals of the subnetwork's correlation minus a control's, by control."""
+    """95% paired bootstrap intervals of the subnetwork's correlation minus a control's, by control; where the
+    subnetwork's correlation is undefined (`by_loss`), of the control's cross-entropy minus the subnetwork's."""
     positions: int | None = None
     """Next-token positions evaluated; None if a summary of several runs did not record it."""
     used: int | None = None
@@ -73,6 +74,27 @@ class Evaluation:
     mask_capacity: MaskCapacity | None = None
     """Whether the mask itself could hold the target, from its bits and those of a table with the subnetwork's KL; None
     without controls, and for targets whose bits cannot be counted: any but tables of at most 2**23 n-grams."""
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether it is judged by cross-entropies, because correlations with the target are undefined.
+
+        So they are, for every model, if the target is sure of what comes next, like the answers of a task.
+        """
+        known = [one for one in (self.subnetwork, self.full) if one is not None]
+        return all(math.isnan(one.surprisal_correlation) for one in known)
+
+    @property
+    def recovered(self) -> float:
+        """Share of the full model's gain in cross-entropy over the empty subnetwork that the subnetwork keeps.
+
+        (CE of the empty subnetwork - its own) / (CE of the empty subnetwork - CE of the full model). nan without
+        controls, and where the full model gains nothing.
+        """
+        if self.full is None or self.empty is None or not self.full.cross_entropy < self.empty.cross_entropy:
+            return math.nan
+        gain = self.empty.cross_entropy - self.full.cross_entropy
+        return (self.empty.cross_entropy - self.subnetwork.cross_entropy) / gain
 
     @property
     def necessity(self) -> tuple[float, float]:
@@ -192,6 +214,12 @@ class Evaluation:
     @property
     def _legend(self) -> list[str]:
         """What the columns mean."""
+        if self.by_loss:
+            counted = "" if self.positions is None else f" where {self.positions:,} held-out tokens are predicted"
+            return [
+                "r: undefined, since the target is sure of what comes next wherever it is defined.",
+                f"CE, KL: from the target, nats. loss: the masked model's own next-token loss{counted}, nats.",
+            ]
         where = ""
         if self.positions is not None and self.used is not None:
             where = f", on the {self.used:,} of {self.positions:,} held-out positions "
@@ -204,7 +232,7 @@ class Evaluation:
     def _spread(self, name: str) -> str:
         """Uncertainty of a row's correlation: its interval, or for random controls the deviation between seeds."""
         group = {"random": self.random, "full - random": self.full_minus_random}.get(name, ())
-        if len(group) > 1:
+        if len(group) > 1 and not self.by_loss:
             deviation = float(np.std([one.surprisal_correlation for one in group], ddof=1))
             return f"sd {deviation:.3f}, {len(group)} seeds"
         low, high = self.interval(name)
@@ -293,7 +321,7 @@ def evaluate(
     draws = {name: statistics.bootstrap(rows) for name, rows in sums.items()}
     random = tuple(value for name, value in measured.items() if name.startswith("random "))
     without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
-    return Evaluation(
+    found = Evaluation(
         subnetwork=measured["subnetwork"],
         full=measured.get("full"),
         empty=measured.get("empty"),
@@ -302,16 +330,12 @@ def evaluate(
         full_minus_random=without,
         magnitude=measured.get("magnitude"),
         intervals={name: _intervals(rows) for name, rows in draws.items()},
-        advantage={
-            name: statistics.interval(statistics.correlation(draws["subnetwork"]) - statistics.correlation(rows))
-            for name, rows in draws.items()
-            if name in ("full", "empty", "magnitude") or name.startswith("random ")
-        },
         positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
         # rounding can make a KL of 0 negative
         mask_capacity=capacity(subnetwork, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
     )
+    return replace(found, advantage=_advantage(draws, by_loss=found.by_loss))
 
 
 @dataclass(frozen=True)
@@ -451,10 +475,10 @@ def _batch_sums(
     cross_entropy = target.cross_entropy(logits, tokens).double()
     if not torch.isfinite(cross_entropy).all():
         raise ValueError("the target's cross-entropy is not finite (NaN or infinity) at a held-out position")
-    n = cross_entropy.shape[1]
+    n, counts = cross_entropy.shape[1], counted(target, tokens).to(x)
     kl = cross_entropy - entropy(target, tokens, n).to(cross_entropy)
     agree = top1_agreement(target, logits, tokens, n).to(cross_entropy)
-    columns = (torch.ones_like(x), x, torch.ones_like(kl), cross_entropy, kl, agree)
+    columns = (counts, x * counts, torch.ones_like(kl), cross_entropy, kl, agree)
     return torch.cat([pairs, torch.stack([column.sum(1) for column in columns], 1)], 1).cpu().numpy()
 
 
@@ -476,6 +500,18 @@ def _surprisal_sums(
 
 def _intervals(draws: Float[np.ndarray, "draw column"]) -> dict[str, Interval]:
     return {name: statistics.interval(statistics.STATISTICS[name](draws)) for name in _WITH_INTERVALS}
+
+
+def _advantage(draws: Mapping[str, Float[np.ndarray, "draw column"]], *, by_loss: bool) -> dict[str, Interval]:
+    """Intervals of how much closer to the target the subnetwork is than each control."""
+    own, closeness = draws["subnetwork"], statistics.STATISTICS["surprisal_correlation"]
+    if by_loss:
+        closeness = lambda rows: -statistics.mean(rows, "cross_entropy")  # noqa: E731
+    return {
+        name: statistics.interval(closeness(own) - closeness(rows))
+        for name, rows in draws.items()
+        if name in ("full", "empty", "magnitude") or name.startswith("random ")
+    }
 
 
 def _mean(values: tuple[Faithfulness, ...]) -> Faithfulness:
@@ -506,7 +542,7 @@ _SUFFICIENT = (
     (0.8, "only partly sufficient"),
     (-math.inf, "NOT sufficient"),
 )
-"""Least correlation with the target's surprisals, and the word for it."""
+"""Least correlation with the target's surprisals, or share recovered of the full model's gain, and the word for it."""
 _NECESSARY = ((10.0, "necessary"), (3.0, "fairly necessary"), (-math.inf, "hardly necessary"))
 """Least rise in loss, in times that of as many random weights, and the word for it."""
 _NEEDED = 0.1
@@ -525,10 +561,11 @@ def _verdict(evaluation: Evaluation) -> str:
 
     A control is beaten if the paired interval of the difference in correlation lies above 0.
     """
-    if math.isnan(evaluation.subnetwork.surprisal_correlation):
-        return "Verdict: the subnetwork's correlation with the target is undefined."
     if not evaluation.advantage:
         return "Verdict: evaluated without controls, so no conclusion can be drawn."
+    is_undefined = math.isnan(evaluation.subnetwork.surprisal_correlation)
+    if is_undefined and math.isnan(evaluation.advantage.get("full", (math.nan, math.nan))[0]):
+        return "Verdict: the subnetwork's correlation with the target is undefined."
     fraction = evaluation.subnetwork.fraction
     word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
     return (
@@ -538,21 +575,40 @@ def _verdict(evaluation: Evaluation) -> str:
 
 def _sufficiency(evaluation: Evaluation) -> str:
     """How closely the subnetwork follows the target, and which controls do so less closely."""
-    r, (low, high) = evaluation.subnetwork.surprisal_correlation, evaluation.interval("subnetwork")
-    interval = "" if math.isnan(low) else f" (95% interval {low:.3f} to {high:.3f})"
     beaten, unbeaten = [], []
     for prefix, label in _CONTROLS.items():
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
         if pairs:
             (beaten if all(math.isnan(low) or low > 0 for low, _ in pairs) else unbeaten).append(label)
-    word = next(word for least, word in _SUFFICIENT if r >= least)
-    words = [f"{word}: r = {r:.3f}{interval}"]
+    side = "below" if evaluation.by_loss else "above"
+    words = [_by_loss_words(evaluation) if evaluation.by_loss else _by_correlation_words(evaluation)]
     if beaten:
-        words.append(f"above that of {listed(beaten)} (95% paired intervals)")
+        words.append(f"{side} that of {listed(beaten)} (95% paired intervals)")
     if unbeaten:
-        words.append(f"NOT shown to be above that of {listed(unbeaten)}")
+        words.append(f"NOT shown to be {side} that of {listed(unbeaten)}")
     return ", ".join(words)
+
+
+def _by_correlation_words(evaluation: Evaluation) -> str:
+    r, (low, high) = evaluation.subnetwork.surprisal_correlation, evaluation.interval("subnetwork")
+    interval = "" if math.isnan(low) else f" (95% interval {low:.3f} to {high:.3f})"
+    return f"{next(word for least, word in _SUFFICIENT if r >= least)}: r = {r:.3f}{interval}"
+
+
+def _by_loss_words(evaluation: Evaluation) -> str:
+    """How much of the full model's gain over the empty subnetwork is kept, and the cross-entropies."""
+    share, value = evaluation.recovered, evaluation.subnetwork.cross_entropy
+    low, high = evaluation.interval("subnetwork", "cross_entropy")
+    losses = f"cross-entropy {value:.3f} nats (95% interval {low:.3f} to {high:.3f})"
+    if evaluation.full is None or evaluation.empty is None or math.isnan(share):
+        return f"sufficiency is undefined, since the full model is not better than the empty subnetwork: {losses}"
+    word = next(word for least, word in _SUFFICIENT if share >= least)
+    if value < evaluation.full.cross_entropy:
+        word += ", and better at it than the full model"
+    gain = f"{100 * share:.1f}% of the full model's gain over the empty subnetwork"
+    both = f"full {evaluation.full.cross_entropy:.3f}, empty {evaluation.empty.cross_entropy:.3f}"
+    return f"{word}: {gain} ({both}), {losses}"
 
 
 def _necessity(evaluation: Evaluation) -> str:

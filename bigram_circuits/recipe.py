@@ -14,6 +14,7 @@ import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 from bigram_circuits.registry import FolderOf
@@ -24,8 +25,14 @@ METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
 """The masking methods by name: gate classes, one module each in `masking/methods/`."""
 TARGETS: FolderOf[Any] = FolderOf("targets", "TARGET")
 """The targets that have a name on the command line, one module each in `targets/`."""
+MEASURES: FolderOf[Any] = FolderOf("tasks.measures", "MEASURE")
+"""What masks may be asked for at the answers of a task, one module each in `tasks/measures/`."""
 UNITS = {"weight": ("attn", "mlp"), "neuron": ("mlp",), "head": ("attn",), "block": ("attn", "mlp")}
 """The units that a gate may control, and the components that have them."""
+HELD_OUT = 0.05
+"""Share of the documents of a text that are held out by default."""
+HELD_OUT_ROWS = 0.3
+"""Share of a task's rows that are held out by default: there are fewer of them."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -367,10 +374,25 @@ class Inputs(Record):
     """Name of the target."""
     order: int = option(2, "--order", Kind(int, "N"), "order of the n-gram target", choices=lambda: (1, 2, 3))
     """Order of the n-gram target."""
+    task: str | None = option(
+        None, "--task", Kind(str, "FILE"), "reproduce the answers of a task instead: JSON lines with prompt and answer "
+        "(and, if wanted, wrong and counterfactual), which are also the text",
+    )  # fmt: skip
+    """A file of a task, which takes the place of text and target."""
+    measure: str = option(
+        "loss", "--measure", TEXT, "of a task: make its answers likely, prefer right to wrong ones, or keep the "
+        "model's own distribution", choices=lambda: MEASURES,
+    )  # fmt: skip
+    """What masks are asked for at the answers of a task: one of `MEASURES`."""
+    force: bool = option(False, "--force", None, "go on although the full model is not shown to do the task")
+    """Go on although the full model is not shown to do the task better than guessing."""
     text_column: str = option("text", "--text-column", TEXT, "field or column that holds the text of a record")
     """The field that holds the text, in JSON, tables and datasets."""
-    held_out: float | int = option(0.05, "--held-out", NUMBER, "share of the documents to hold out for evaluation")
-    """Share of the documents to hold out for evaluation."""
+    held_out: float | int | None = option(
+        None, "--held-out", NUMBER, "share of the documents to hold out for evaluation",
+        says=f"{HELD_OUT}, of a task's rows {HELD_OUT_ROWS}",
+    )  # fmt: skip
+    """Share of the documents, or of a task's rows, to hold out for evaluation; None: 0.05, of a task's rows 0.3."""
     bos: str | None = option(
         None, "--bos", TEXT,
         "where to put a BOS: at the start of every sequence and document, of every document, or nowhere; 'earlier' is "
@@ -394,10 +416,35 @@ class Inputs(Record):
                 "order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
                 "context_length": (lambda v: v is None or _is_whole(v, 2), "a whole number of at least 2"),
                 "max_tokens": (lambda v: v is None or _is_whole(v, 1), "a whole number of at least 1"),
-                "held_out": (lambda v: 0 < v < 1, "a share of the documents, above 0 and below 1"),
+                "held_out": (lambda v: v is None or 0 < v < 1, "a share of the documents, above 0 and below 1"),
                 "text_column": (lambda v: isinstance(v, str) and bool(v), "the name of a field"),
+                "force": (lambda v: isinstance(v, bool), _YES_OR_NO),
             },
         )
+        _check_choice("measure", self.measure, MEASURES)
+        if self.task is None:
+            if (self.measure, self.force) != ("loss", False):
+                raise ValueError("measure and force belong to a task: give its file (--task)")
+            return
+        for name in ("corpus", "target", "order", "context_length", "max_tokens", "text_column"):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"a task brings its own text and target: leave {name} out")
+
+    @property
+    def share_held_out(self) -> float | int:
+        """`held_out`, or its default."""
+        if self.held_out is not None:
+            return self.held_out
+        return HELD_OUT if self.task is None else HELD_OUT_ROWS
+
+    @property
+    def target_words(self) -> tuple[str, str]:
+        """The name of the target and a phrase that describes it."""
+        if self.task is None:
+            kind = TARGETS[self.target.replace("-", "_")]
+            return kind.label(self.order), kind.meaning(self.order)
+        name = name_of_file(self.task)
+        return name, f"{MEASURES[self.measure].meaning} the task {name}"
 
     @property
     def kind_of_target(self) -> Any:
@@ -417,6 +464,11 @@ class Inputs(Record):
             **{("model" if name == "name" else name): value for name, value in model.items()},
             **{("corpus" if name == "source" else name): value for name, value in corpus.items()},
         }
+
+
+def name_of_file(path: str) -> str:
+    """The name of a task's file, without folder and endings."""
+    return PurePath(path).name.partition(".")[0]
 
 
 def spelled(name: str) -> str:
@@ -543,6 +595,7 @@ PARTS = (Inputs, SparsifyConfig, StudyOptions)
 
 NOT_FOR_REPRODUCE = frozenset(
     {"model", "revision", "target", "order", "sparsity_weight", "target_fraction", "recipe", "sparsity_weights"}
+    | {"task", "measure", "force"}
     | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""

@@ -47,6 +47,8 @@ from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.tasks.rows import load_task
+from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
 
 
@@ -67,6 +69,8 @@ class Subjects:
     def load(cls, inputs: Inputs, device: str | None = None) -> Subjects:
         """Load model and text and make the target, from their names."""
         model = load_named(inputs, device)
+        if inputs.task is not None:
+            return _of_task(inputs, model)
         corpus = _corpus(inputs, inputs.corpus, model)
         return cls(model, corpus, inputs.kind_of_target.make(model, corpus, inputs.order), inputs)
 
@@ -107,21 +111,25 @@ def study(
         callbacks: As for `find_subnetwork`.
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
-            `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `revision`, `dtype`,
-            `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `random_seeds`, `analysis`,
-            `falsify`, `falsify_seeds`, `check_memory`.
+            `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `task`, `measure`, `force`,
+            `revision`, `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`,
+            `random_seeds`, `analysis`, `falsify`, `falsify_seeds`, `check_memory`.
 
     Returns:
         The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
 
     Raises:
-        ValueError: If an option does not exist or has a value that is not allowed, or model, text and target do not
-            fit together.
+        ValueError: If an option does not exist or has a value that is not allowed, model, text and target do not
+            fit together, or the full model is not shown to do the task.
         OSError: If something cannot be loaded, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
     """
     started = time.monotonic()
     names = {"model": model, "corpus": corpus, "target": target}
+    if options.get("task") is not None:
+        if not isinstance(corpus, str) or not isinstance(target, str):
+            raise ValueError("a task brings its own text and target: leave corpus and target out")
+        options["task"] = os.path.abspath(Path(options["task"]).expanduser())
     named = {name: str(value) for name, value in names.items() if isinstance(value, str | Path)}
     if isinstance(model, str | Path):
         named["model"] = full_name(model)
@@ -174,14 +182,21 @@ def _checked(request: Request, subjects: Subjects) -> InputCheck:
     """What may be wrong with the inputs.
 
     Raises:
-        ValueError: If nothing is held out, so that a study would end in an error.
+        ValueError: If nothing is held out, so that a study would end in an error, or the full model is not shown to do
+            the task.
     """
     if not len(subjects.corpus.held_out):
         raise ValueError(
             f"the held-out part of the corpus {subjects.corpus.source!r} is empty, but a study measures on it: hold "
             "out some of the text, or use find_subnetwork alone"
         )
-    return check_inputs(subjects.model, subjects.target, subjects.corpus, request.config)
+    checked = check_inputs(subjects.model, subjects.target, subjects.corpus, request.config)
+    if checked.ability is not None and not checked.ability.able and not request.inputs.force:
+        raise ValueError(
+            f"{checked.ability}: a subnetwork of a model that cannot do a task explains nothing; give another task or "
+            "model, or go on in spite of it (--force)"
+        )
+    return checked
 
 
 def _subjects(
@@ -196,6 +211,9 @@ def _subjects(
     if "model" in named:
         model = load_named(inputs, device)
     group_gates(weight_sites(model), config.unit_of, config.layers)  # before the text, which may take long to read
+    if inputs.task is not None:
+        found = _of_task(inputs, model)
+        return found if "model" in named else replace(found, inputs=None)
     corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:
@@ -203,6 +221,14 @@ def _subjects(
     if named != given.keys():
         return Subjects(model, corpus, target, names_of(model, target_of(target, model), corpus))
     return Subjects(model, corpus, target, inputs)
+
+
+def _of_task(inputs: Inputs, model: Model) -> Subjects:
+    """The subjects of a study on a task, read from its file."""
+    task = load_task(inputs.task, tokenizer=model.tokenizer, bos=inputs.bos)
+    check_length(model, task.tokens.shape[1], "give shorter prompts")
+    target = TaskTarget(task, inputs.measure, model=model)
+    return Subjects(model, task.corpus(inputs.share_held_out), target, inputs)
 
 
 def load_named(inputs: Inputs, device: str | None = None) -> Model:
@@ -219,7 +245,7 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
     check_length(model, length, "give a --context-length of at most that")
     corpus = load_corpus(
         source, tokenizer=model.tokenizer, context_length=length, max_tokens=inputs.max_tokens,
-        held_out=inputs.held_out, text_column=inputs.text_column, bos=inputs.bos,
+        held_out=inputs.share_held_out, text_column=inputs.text_column, bos=inputs.bos,
     )  # fmt: skip
     if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
         print(printable(f"bigram-circuits: note: {corpus.source}: {corpus.reading}"), file=sys.stderr)
@@ -487,6 +513,7 @@ def reopen(
     *,
     model: str | None = None,
     corpus: str | None = None,
+    task: str | None = None,
     another_text: bool = False,
 ) -> tuple[Run, Subjects]:
     """Load a finished run, and rebuild its model, text and target from their names.
@@ -498,6 +525,7 @@ def reopen(
         device: Device to load the model to; by default CUDA if available, else the CPU.
         model: Where its model is to be read from instead.
         corpus: Where its text is to be read from instead.
+        task: Where its task is to be read from instead.
         another_text: Whether the text may be another one than that of the run.
 
     Raises:
@@ -505,7 +533,7 @@ def reopen(
             to other weights than the model's, or the text is another one.
     """
     run = load_run(folder)
-    subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus), device)
+    subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus, task=task), device)
     if not another_text:
         check_text(run, subjects.corpus)
         check_target(run, target_of(subjects.target, subjects.model))
@@ -513,8 +541,15 @@ def reopen(
     return run, subjects
 
 
-def inputs_of(run: Run, *, model: str | None = None, corpus: str | None = None, only_model: bool = False) -> Inputs:
-    """The names of a run's model and text; `model` and `corpus`, if given, replace them.
+def inputs_of(
+    run: Run,
+    *,
+    model: str | None = None,
+    corpus: str | None = None,
+    task: str | None = None,
+    only_model: bool = False,
+) -> Inputs:
+    """The names of a run's model and text, or task; those that are given replace them.
 
     Whatever name a run contains that was made elsewhere, it is not opened unless it is given again: it may be any file
     of this machine. Only what comes with the package is.
@@ -522,16 +557,16 @@ def inputs_of(run: Run, *, model: str | None = None, corpus: str | None = None, 
     Raises:
         ValueError: If the run was made from objects, or a name must be given again; the message says how.
     """
-    given = {"model": model} if only_model else {"model": model, "corpus": corpus}
+    given = {"model": model} if only_model else {"model": model, "corpus": corpus, "task": task}
     if run.rebuild is None:
-        return _named_now(run, given)
+        return _named_now(run, {name: value for name, value in given.items() if name != "task"})
     recorded = {name: getattr(run.rebuild, name) for name in given}
     if model is None and is_in_memory(recorded["model"]):
         raise ValueError(
             f"the model of the run in {str(run.path)!r} was an object in memory: say with --model M where to read it "
             f"from, or go on in Python"
         )
-    unsaid = [name for name, value in given.items() if value is None and recorded[name] != "reference"]
+    unsaid = [name for name, value in given.items() if value is None and recorded[name] not in ("reference", None)]
     if unsaid and not run.made_here:
         again = " ".join(f"--{name} {shlex.quote(recorded[name])}" for name in unsaid)
         raise ValueError(

@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm, trange
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from bigram_circuits.analysis.tasks import Ability, ability, repeated_random_tokens
 from bigram_circuits.measures.statistics import surprisals
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.storage.files import write_text
+from bigram_circuits.tasks.builtin import repeated_random_tokens
+from bigram_circuits.tasks.task import Ability, ability
 from bigram_circuits.text.corpus import Corpus, document_position, in_order, load_corpus
 from bigram_circuits.text.counting import count_ngrams
 from bigram_circuits.text.reference import reference_documents

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import bigram_circuits as bc
 from bigram_circuits import cli
 from bigram_circuits.recipe import Inputs
-from bigram_circuits.workflow import Subjects, reopen
-from tests.conftest import UNFIT_INPUTS
+from bigram_circuits.workflow import Subjects, inputs_of, reopen
+from tests.conftest import UNFIT_INPUTS, byte_tokenizer
 from tests.text.test_tokenizers import hooked, sentencepiece
 
 pytestmark = UNFIT_INPUTS
@@ -231,3 +231,86 @@ def test_one_model_is_hashed_once_in_a_study(tiny_model, tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 257, (16, 16))
     bc.study(tiny_model, bc.Corpus.from_tokens(tokens, tokens[:4]), target="model", out=tmp_path / "run", **QUICK)
     assert len(hashed) <= 2  # the target is made before
+
+
+@pytest.fixture
+def choices(tiny_folders, tmp_path):
+    """A task that the tiny model can do: of two letters, the one it prefers is right; and the same the other way."""
+    model = bc.load_model(tiny_folders["gpt_neox"], device="cpu")
+    rows = []
+    for n in range(40):
+        ids = torch.tensor([[0, *model.tokenizer.encode(f"row {n:02d}" + "x" * (n % 2))]])
+        with torch.no_grad():
+            logits = model(ids)[0, -1]
+        right, wrong = sorted("ab", key=lambda letter: -logits[model.tokenizer.encode(letter)[0]].item())
+        rows.append({"prompt": f"row {n:02d}" + "x" * (n % 2), "answer": right, "wrong": wrong})
+    for name, ends in (("can", ("answer", "wrong")), ("cannot", ("wrong", "answer"))):
+        lines = [{"prompt": row["prompt"], "answer": row[ends[0]], "wrong": row[ends[1]]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_a_study_of_a_task(tiny_folders, choices, capsys):
+    model, path, folder = str(tiny_folders["gpt_neox"]), choices / "can.jsonl", choices / "run"
+    quick = ["--max-steps", "4", "--batch-size", "8", "--random-seeds", "1", "--no-analysis", "--out", str(folder)]
+    command = ["find", model, "--task", str(path), "--measure", "logit_difference", *quick]
+    assert cli.main(command) == 0
+    assert "Verdict" in capsys.readouterr().out
+    run = bc.load_run(folder)
+    assert run.checked.ability.preferred == 1
+    assert run.rebuild.target_words == ("can", "the choice between right and wrong answers of the task can")
+    page = (folder / "report.html").read_text()
+    assert "which weights of" in page
+    assert "enough to reproduce the choice between right and wrong answers of the task can" in page
+    assert f"--task {path} --measure logit_difference" in page
+    assert cli.main(command) == 0
+    assert "found before" in capsys.readouterr().out
+    before = run.evaluation.to_json()
+    assert cli.main(["evaluate", str(folder), "--random-seeds", "1"]) == 0
+    assert bc.load_run(folder).evaluation.to_json() == before
+
+
+@pytest.mark.slow
+def test_the_analyses_of_a_task_are_of_its_answers(tiny_folders, choices, capsys):
+    options = {"max_steps": 4, "batch_size": 8, "random_seeds": 1}
+    run = bc.study(tiny_folders["gpt_neox"], task=choices / "can.jsonl", out=choices / "run", **options)
+    found, task = run.analyses["task"], bc.load_task(choices / "can.jsonl", tokenizer=byte_tokenizer())
+    assert found.names == ("full", "subnetwork", "complement", "random")
+    assert found.get("preferred")["full"] == 1
+    assert found.notes["rows"] == len(task.split()[1])
+    assert run.analyses["ablation_heads"].notes["prompts"] == len(task.split()[1])
+    assert "defined at some places of a sequence" in run.left_out["faithful_tokens"]
+    assert "The answers of the task" in (run.path / "report.html").read_text()
+    capsys.readouterr()
+
+
+def test_a_task_that_the_model_cannot_do_needs_force(tiny_folders, choices, capsys):
+    model, path = tiny_folders["gpt_neox"], choices / "cannot.jsonl"
+    options = {"max_steps": 2, "batch_size": 8, "random_seeds": 1, "analysis": False}
+    with pytest.raises(ValueError, match=r"right preferred in 0% \(guessing 50%\): the model is NOT shown .*--force"):
+        bc.study(model, task=path, out=choices / "run", **options)
+    run = bc.study(model, task=path, out=choices / "run", force=True, **options)
+    assert "NOT shown" in run.checked.warnings[0]
+    assert run.rebuild.force
+    for wrong, message in (
+        ({"corpus": "reference", "target": "model"}, "a task brings its own text and target: leave target out"),
+        ({"corpus": ["a text"]}, "leave corpus and target out"),
+        ({"context_length": 5}, "leave context_length out"),
+        ({"measure": "r"}, "measure must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bc.study(model, task=path, **wrong)
+    with pytest.raises(ValueError, match="measure and force belong to a task"):
+        bc.study(model, measure="kl")
+    capsys.readouterr()
+
+
+def test_the_task_of_a_foreign_run_is_not_opened(tiny_folders, choices):
+    run = bc.study(tiny_folders["gpt_neox"], task=choices / "can.jsonl", out=choices / "run", measure="kl", **QUICK)
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["rebuild"]["task"] == str(choices / "can.jsonl")
+    foreign = bc.load_run(run.path)
+    object.__setattr__(foreign, "made_here", False)
+    with pytest.raises(ValueError, match=r"add --model .* --task .*can.jsonl"):
+        inputs_of(foreign)
+    assert inputs_of(foreign, model="m", task="t.jsonl").task == "t.jsonl"

@@ -8,6 +8,7 @@ random subnetwork on the same text.
 | what would each layer predict? | `logit_lens`, `affine_lens` (`fit_affine_lens`, `refine_affine_lens`) |
 | where does the residual stream point, how do layers rotate it? | `cosine_to_unembedding`, `layer_rotations`, `covariance_similarity` |
 | what is necessary? | `ablate`, `stochastic_ablation` |
+| how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
 | which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
@@ -43,20 +44,19 @@ from bigram_circuits.analysis.overlap import overlap, overlaps
 from bigram_circuits.analysis.reading import faithfulness_by_token, next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze
-from bigram_circuits.analysis.tasks import (
+from bigram_circuits.analysis.task_scores import measure_task
+from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
+from bigram_circuits.measures.quantities import Quantity
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result, load_result
+from bigram_circuits.tasks.builtin import (
     TASKS,
-    Ability,
-    Task,
-    ability,
     earlier_value,
     greater_than,
     indirect_object,
     ordered_sequences,
     repeated_random_tokens,
 )
-from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
-from bigram_circuits.measures.quantities import Quantity
-from bigram_circuits.measures.results import Curves, Effects, Maps, Result, load_result
+from bigram_circuits.tasks.task import Ability, Task, ability
 
 __all__ = [
     "TASKS",
@@ -96,6 +96,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "max_activating_tokens",
+    "measure_task",
     "next_tokens",
     "ordered_sequences",
     "overlap",

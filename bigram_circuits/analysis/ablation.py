@@ -38,7 +38,6 @@ from bigram_circuits.analysis.components import (
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import Task, as_task, checked_task, measure
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
@@ -48,6 +47,8 @@ from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import target_of
+from bigram_circuits.tasks.task import Task, as_task, checked_task, measure
+from bigram_circuits.text.corpus import spread
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
 WAYS = ("zero", "mean", "resample", "weights")
@@ -437,4 +438,7 @@ def _(subject: Subject) -> Curves:
 
 def _task(subject: Subject) -> Task:
     check_predicts_tokens(subject.model)
+    if subject.task is not None:
+        places = np.arange(len(subject.task))[:, None].repeat(subject.task.tokens.shape[1], 1)
+        return subject.task.select(spread(places, subject.sweep_tokens)[:, 0])
     return as_task(subject.sweep_text, subject.model.cfg.d_vocab)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bigram_circuits.masking.apply import masked
 from bigram_circuits.measures.conditions import COMPARED
+from bigram_circuits.measures.statistics import check_seed
 from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
@@ -67,12 +68,6 @@ def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Sub
 def check_subnetwork(subnetwork: Any) -> Subnetwork | None:
     """Return it as a `Subnetwork`, or None if it is None; raises ValueError if it is neither."""
     return None if subnetwork is None else as_subnetwork(subnetwork)
-
-
-def check_seed(seed: Any) -> None:
-    """Raise ValueError unless it is a whole number of at least 0."""
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
 def reduced_to(model: Model, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:

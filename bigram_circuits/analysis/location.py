@@ -26,7 +26,6 @@ from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Conditions,
     check_arguments,
-    check_seed,
     checked_text,
     conditions,
     reduced_to,
@@ -35,6 +34,7 @@ from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
+from bigram_circuits.measures.statistics import check_seed
 from bigram_circuits.models.activations import NotShownError, batch_size_for, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model

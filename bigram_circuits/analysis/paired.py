@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits.analysis.conditions import reduced_to
-from bigram_circuits.analysis.tasks import Hooks, Task, measure, per_place
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.statistics import Statistic
 from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.tasks.task import Hooks, Task, measure, per_place
 
 _DRAWS = 1000
 

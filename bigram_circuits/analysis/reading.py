@@ -30,7 +30,7 @@ from bigram_circuits.models.activations import NotShownError, check_predicts_tok
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.subnetwork import SubnetworkLike
-from bigram_circuits.targets.base import entropy, target_of
+from bigram_circuits.targets.base import PlacedTarget, entropy, target_of
 from bigram_circuits.text.corpus import spread
 
 _PASSAGES, _LENGTH = 4, 64  # number of passages, and tokens in each
@@ -259,6 +259,8 @@ def _by_token(
     seed: int,
 ) -> Maps:
     """`faithfulness_by_token` on checked arguments."""
+    if isinstance(target, PlacedTarget):
+        raise NotShownError("the target is defined at some places of a sequence, not after every token")
     check_predicts_tokens(model)
     if target.entropy(torch.from_numpy(array[:1].astype(np.int64))) is None:
         raise NotShownError(f"KL needs the target's entropy, but {target.kind} has none")

@@ -24,6 +24,7 @@ from bigram_circuits.analysis.conditions import Conditions, conditions
 from bigram_circuits.measures.results import Result
 from bigram_circuits.models.model import Model
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.tasks.task import Task
 from bigram_circuits.text.corpus import Corpus, spread
 
 TOKENS = 5 << 12
@@ -55,6 +56,8 @@ class Subject:
     """Maximum number of held-out tokens to measure each ablation on."""
     fit_tokens: int = FIT_TOKENS
     """Maximum number of training tokens to fit affine maps on."""
+    task: Task | None = None
+    """The held-out rows, if the target is of a task."""
 
     @cached_property
     def prompt(self) -> Integer[np.ndarray, " position"]:

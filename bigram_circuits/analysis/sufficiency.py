@@ -23,7 +23,6 @@ from scipy.special import log_ndtr
 from bigram_circuits.analysis.components import matched_counts, parse, random_within
 from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
-from bigram_circuits.analysis.tasks import COLUMNS, ability, checked_task, repeated_random_tokens
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
@@ -32,6 +31,8 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.tasks.builtin import repeated_random_tokens
+from bigram_circuits.tasks.task import COLUMNS, ability, checked_task
 
 
 @uses_model

@@ -23,6 +23,7 @@ from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import target_of
+from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES_SHOWN = 3
@@ -100,7 +101,8 @@ def analyze(
         `max_activating_tokens`. Necessity: `ablation_components`, `ablation_heads`, `stochastic_ablation`. Comparison
         with the largest weights: `overlap_magnitude`. Sufficiency: `induction`, for single heads added to the
         subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the best
-        of them with every other.
+        of them with every other. For a `TaskTarget` also `task` (`measure_task`); ablations then change the loss at the
+        answers, and what looks at text uses the prompts of the most common length, without padding.
 
     Raises:
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
@@ -112,7 +114,10 @@ def analyze(
     for part in (corpus.train, corpus.held_out):
         checked_text(model, part)
     of = Origin(subnetwork=subnetwork.checksum, text=corpus.fingerprint, source=corpus.source)
-    return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens))
+    task = None
+    if isinstance(target, TaskTarget):
+        task, corpus = target.task_of(corpus.held_out), target.unpadded(corpus)
+    return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens, task))
 
 
 def _run(of: Origin, subject: Subject) -> Analyses:

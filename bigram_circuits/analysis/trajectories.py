@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from bigram_circuits.analysis.arguments import usual_order
-from bigram_circuits.analysis.conditions import check_seed, check_subnetwork, conditions
+from bigram_circuits.analysis.conditions import check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.measures.statistics import check_seed
 from bigram_circuits.models.loading import checkpoints as known_checkpoints
 from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model

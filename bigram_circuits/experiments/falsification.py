@@ -13,7 +13,7 @@ them with the loss without random ones.) A larger mask can do more, so everythin
 - on the model with the entries of every maskable matrix shuffled, so that only their places are untrained;
 - on the first three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
 - for a nonsense target: the same distribution under a random permutation s of the vocabulary,
-  P'(y | x) = P(s(y) | s(x));
+  P'(y | x) = P(s(y) | s(x)); for a task, its answers dealt to its prompts at random;
 - with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
 
 Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
@@ -81,7 +81,7 @@ from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (
@@ -246,7 +246,7 @@ def falsify(
     trained = attempts.curve(TRAINED, model, target, [size for size in kept if size != own])
     trained[own] = measure(model, found, target, corpus.held_out)
     free = attempts.free(TRAINED, model, target)
-    nonsense = RenamedTarget(target, model.cfg.d_vocab, seed=config.seed)
+    nonsense = _nonsense(target, model.cfg.d_vocab, config.seed)
     meaningless = attempts.at(NONSENSE, model, nonsense, own)[1]
     again = {FOUND: found}
     reseeded: dict[str, Measured] = {}
@@ -295,6 +295,13 @@ def falsify(
     if folder is not None:
         result.save(folder)
     return result
+
+
+def _nonsense(target: Target, d_vocab: int, seed: int) -> Target:
+    """A target of the same shape that means nothing."""
+    if isinstance(target, PlacedTarget):
+        return target.nonsense(seed)
+    return RenamedTarget(target, d_vocab, seed=seed)
 
 
 def _sizes_in_weights(

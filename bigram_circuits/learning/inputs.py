@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import InputCheck
 from bigram_circuits.targets.base import target_of
+from bigram_circuits.tasks.target import TaskTarget
+from bigram_circuits.tasks.task import ability
 from bigram_circuits.text.corpus import Corpus, hash_of_tokenizer, in_order, spread
 from bigram_circuits.text.coverage import ContextCoverage, context_coverage, count_tokens
 from bigram_circuits.text.ngrams import NGramTable
@@ -73,6 +76,8 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
     for part in (corpus.train, corpus.held_out):
         if len(part):
             check_tokens(model, part)
+    if isinstance(target, TaskTarget):
+        return _of_task(model, target, corpus, config)
     counts = count_tokens(corpus.train, model.cfg.d_vocab)
     ids = _inexpressible_ids(model.tokenizer, corpus)
     table = target if isinstance(target, NGramTable) else None
@@ -90,7 +95,14 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
         *_about_contexts(found, table, corpus),
         *_about_size(corpus, config),
     ]
-    return InputCheck(found.inexpressible, found.contexts, found.used, found.losses, tuple(says))
+    return replace(found, warnings=tuple(says))
+
+
+def _of_task(model: Model, target: TaskTarget, corpus: Corpus, config: SparsifyConfig) -> InputCheck:
+    """What may be wrong with a task: the full model cannot do it, or there are few rows."""
+    able = ability(model, target.task)
+    says = [*_about_tokenizer(model.tokenizer, corpus), *_about_rows(corpus, config)]
+    return InputCheck(ability=able, warnings=tuple(says if able.able else [str(able), *says]))
 
 
 def warn_of(check: InputCheck) -> None:
@@ -125,16 +137,20 @@ def _inexpressible_ids(tokenizer: Any, corpus: Corpus) -> Integer[np.ndarray, " 
 def _about_tokens(
     found: InputCheck, tokenizer: Any, corpus: Corpus, ids: Integer[np.ndarray, " token"] | None
 ) -> Iterator[str]:
-    if tokenizer is not None and ids is None and corpus.tokenizer_hash != "none":
-        yield (
-            "the text was tokenised by another tokenizer than the model's, so its tokens mean something else to the "
-            "model: load it with tokenizer=model.tokenizer"
-        )
+    yield from _about_tokenizer(tokenizer, corpus)
     if ids is not None and (found.inexpressible or 0.0) >= MOST_INEXPRESSIBLE:
         yield (
             f"{percent(found.inexpressible)} of the text's tokens stand for what the model's tokenizer has no tokens "
             f"for, for example {_example(tokenizer, corpus, ids)}: give a text in the language, script and format "
             "that the model was made for"
+        )
+
+
+def _about_tokenizer(tokenizer: Any, corpus: Corpus) -> Iterator[str]:
+    if tokenizer is not None and corpus.tokenizer_hash not in ("none", hash_of_tokenizer(tokenizer)):
+        yield (
+            "the text was tokenised by another tokenizer than the model's, so its tokens mean something else to the "
+            "model: load it with tokenizer=model.tokenizer"
         )
 
 
@@ -233,6 +249,20 @@ def _about_contexts(found: InputCheck, table: NGramTable | None, corpus: Corpus)
         yield (
             f"the {name} gives the next token a probability above 0 at only {percent(found.used)} of the held-out "
             "positions, and r describes no others: give more text, or one whose parts are more alike"
+        )
+
+
+def _about_rows(corpus: Corpus, config: SparsifyConfig) -> Iterator[str]:
+    n_train, n_held_out = len(corpus.train), len(corpus.held_out)
+    if n_held_out < FEWEST_SEQUENCES:
+        yield (
+            f"the held-out part of the task has {n_held_out} rows, too few for intervals (a bootstrap over rows): give "
+            "more rows, or a larger share (--held-out)"
+        )
+    if n_train < config.batch_size:
+        yield (
+            f"the training part of the task has {n_train} rows, fewer than a batch of {config.batch_size}, so that all "
+            "steps see the same ones: give more rows, or use smaller batches (--batch-size)"
         )
 
 

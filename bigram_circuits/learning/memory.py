@@ -35,7 +35,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
@@ -269,6 +269,8 @@ def _peaks(
     within: Subnetwork | None,
 ) -> tuple[float, float, float]:
     """Predict the peak memory of a step in bytes, for one sequence, for two, and for a batch of this recipe."""
+    if isinstance(target, PlacedTarget):
+        target = target.everywhere()
     length = tokens.shape[1]
     part = min(length, _LONGEST) // 2
     flat = tokens.reshape(-1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bigram_circuits.models.model import Model
 from bigram_circuits.names import name_in_memory
-from bigram_circuits.recipe import DTYPES, TARGETS, Inputs, spelled
+from bigram_circuits.recipe import DTYPES, HELD_OUT, TARGETS, Inputs, spelled
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import Corpus
 
@@ -35,7 +35,8 @@ def names_of(model: Model, target: Target, corpus: Corpus) -> Inputs | None:
     order = getattr(target, "order", Inputs.order)
     return replace(
         of_model, corpus=text.source, context_length=text.context_length, max_tokens=text.max_tokens,
-        held_out=text.held_out, text_column=text.text_column, bos=text.bos, target=name, order=order,
+        held_out=None if text.held_out == HELD_OUT else text.held_out, text_column=text.text_column, bos=text.bos,
+        target=name, order=order,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import progress
 from bigram_circuits.runs import PolishRecord
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.targets.base import Target, logits_at, target_of
 from bigram_circuits.text.corpus import Corpus, batch_of
 
 _PARTS = 16  # parts of the text, whose gradients give the curvature
@@ -217,7 +217,7 @@ class _Search:
         for part in self.tokens.split(-(-len(self.tokens) // _PARTS)):
             logits = self.model(part)
             loss = self.target.cross_entropy(logits, part)
-            surprisal = self._of_own_labels(logits[:, self.target.positions].float().log_softmax(-1))
+            surprisal = self._of_own_labels(logits_at(self.target, logits, part).float().log_softmax(-1))
             own = torch.autograd.grad(surprisal, switches, retain_graph=True)
             gradient += _joined(torch.autograd.grad(loss.sum(), switches))
             squares += _joined(own).square()
@@ -225,7 +225,7 @@ class _Search:
         gradient, half = gradient / positions, squares / (2 * positions)
         return half - gradient, half + gradient
 
-    def _of_own_labels(self, log_probs: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, ""]:
+    def _of_own_labels(self, log_probs: Float[Tensor, "place d_vocab"]) -> Float[Tensor, ""]:
         """The summed surprisal of labels drawn from the distributions themselves."""
         drawn = torch.rand(log_probs.shape[:-1], generator=self.labels, dtype=torch.float32).to(log_probs.device)
         upto = log_probs.detach().exp().cumsum(-1)

@@ -64,17 +64,19 @@ def explosion(record: StepRecord, history: Sequence[StepRecord], d_vocab: int) -
     return None
 
 
-def is_unstable(cross_entropies: Sequence[float], recovery_steps: int) -> bool:
+def is_unstable(cross_entropies: Sequence[float], recovery_steps: int, *, few: bool = False) -> bool:
     """Whether a run's CE jumped and did not recover in time (Chang and Bergen 2025).
 
     A jump is a step whose CE exceeds the mean of the 10 before it by more than 0.25 nats or 25%. It recovered if a
     later step, at least `recovery_steps` before the end, is back below that limit. Where the CE is so small that
-    batches differ by more than 25%, as on a solved task, four standard deviations of those 10 steps replace the 25%.
+    batches differ by more than 25%, as on a solved task, four standard deviations of those 10 steps replace the 25%;
+    with `few` predictions in a batch, such as one for each prompt, they replace both where they are larger.
     """
     values = np.asarray(cross_entropies)
     for step in range(10, len(values)):
         before, noise = values[step - 10 : step].mean(), values[step - 10 : step].std(ddof=1)
-        limit = before + min(0.25, max(0.25 * before, 4 * noise))
+        rise = min(0.25, max(0.25 * before, 4 * noise))
+        limit = before + (max(rise, 4 * noise) if few else rise)
         if values[step] > limit and not (values[step + 1 : len(values) - recovery_steps] <= limit).any():
             return True
     return False

@@ -51,7 +51,7 @@ from bigram_circuits.runs import (
 )
 from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
-from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus, batch_of
 
 __all__ = ["FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory", "run_settings"]
@@ -206,7 +206,8 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSu
             _keep(job, learner, step + 1)
     if gates.is_hard and len(history) == config.max_steps:
         stopped_because = "planned"
-    if is_unstable([record.cross_entropy for record in history[gates.settles_at :]], config.recovery_steps):
+    settled = [record.cross_entropy for record in history[gates.settles_at :]]
+    if is_unstable(settled, config.recovery_steps, few=isinstance(target, PlacedTarget)):
         stopped_because = "unstable"
     return _end(job, learner, history, stopped_because)
 

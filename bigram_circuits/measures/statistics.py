@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,12 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     share = np.full(len(sums), 1 / len(sums))
     return np.stack([rng.multinomial(len(sums), share) @ sums for _ in range(draws)])
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless it is a whole number of at least 0."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"a seed must be a whole number, 0 or more, not {seed!r}")
 
 
 def interval(values: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[float, float]:

@@ -80,8 +80,8 @@ def training(steps: Sequence[StepRecord]) -> Any:
     return dressed(figure, 560)
 
 
-def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
-    """Dots with error bars, from (name, value, low, high); the first row is on top."""
+def controls(rows: Sequence[tuple[str, float, float, float]], axis: str) -> Any:
+    """Dots with error bars, from (name, value, low, high); the first row is on top. `axis` says what the value is."""
     import plotly.graph_objects as go
 
     known = [row for row in rows if not math.isnan(row[1])]
@@ -94,7 +94,7 @@ def controls(rows: Sequence[tuple[str, float, float, float]]) -> Any:
             marker={"size": 11, "color": colour_of(key) or MUTED}, **bars,
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title="r with the target's surprisals")
+    figure.update_xaxes(title=axis)
     dressed(figure, 90 + 32 * len(known))
     return figure.update_layout(margin_t=8)
 

@@ -124,6 +124,21 @@ def _activating(tokens: Maps) -> Numbers:
     return Numbers(tokens.title, columns, rows, is_open=True)
 
 
+@section("task", "The answers of the task")
+def task(run: Run, results: Results) -> Content:
+    """What the model answers under each condition."""
+    found = results.effects("task")
+    if not found:
+        return Content([])
+    accuracy, losses = found.get("accuracy"), found.get("loss")
+    parts = [f"{percent(accuracy[n])} ({label_of(n)}, {rounded(losses[n], 2)} nats)" for n in found.names]
+    says = (
+        f"Of {found.notes['rows']:,} held-out rows, the right answer is the most likely one in {listed(parts)}; in "
+        f"brackets, the surprisal of the answer, which for guessing is {rounded(found.notes['loss_of_guessing'], 2)}."
+    )
+    return Content([says], result_blocks(found, found.title, ""))
+
+
 @section("needed", "What the model and the subnetwork need")
 def needed(run: Run, results: Results) -> Content:
     """The rise in loss when components or heads are ablated, and r as everything else is removed."""

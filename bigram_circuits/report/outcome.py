@@ -38,14 +38,21 @@ def controls(run: Run, results: Results) -> Content:
         says.append(f"Zero-probability rule: {ZERO_RULE}: {used:,} of {n:,} held-out positions ({percent(used / n)}).")
     says += _loss_words(evaluation)
     blocks: list[Block] = []
-    if len(rows) > 1:
+    if len(rows) > 1 and evaluation.by_loss:
+        ends = [evaluation.interval(row.name, "cross_entropy") for row in rows]
+        losses = [(row.name, row.numbers.cross_entropy, *pair) for row, pair in zip(rows, ends, strict=True)]
+        figure = figures.controls(losses, "cross-entropy from the target (nats)")
+        blocks.append(Chart("Cross-entropy from the target: subnetwork and controls", _BY_LOSS, figure))
+    elif len(rows) > 1:
         words = f"{_closest(rows)} {_INTERVALS}".strip()
-        dots = [(row.name, row.r, *row.ends) for row in rows]
-        blocks.append(Chart("r with the target: subnetwork and controls", words, figures.controls(dots)))
+        figure = figures.controls([(row.name, row.r, *row.ends) for row in rows], "r with the target's surprisals")
+        blocks.append(Chart("r with the target: subnetwork and controls", words, figure))
     blocks += [_control_table(rows), Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows))]
     advantage = [[label_of(name), *ends] for name, ends in evaluation.advantage.items()]
     if advantage:
         caption = "r of the subnetwork minus r of each control: 95% paired bootstrap intervals"
+        if evaluation.by_loss:
+            caption = "Cross-entropy of each control minus that of the subnetwork: 95% paired bootstrap intervals"
         blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
     seeds = [
         [label_of(f"{name} {seed}"), *(getattr(numbers, key) for key in _COLUMNS)]
@@ -58,6 +65,7 @@ def controls(run: Run, results: Results) -> Content:
 
 
 _MOST_STEPS = 60  # rows of the training table
+_BY_LOSS = "The correlation with the target is undefined, since it is sure of every answer. Error bars: 95% intervals."
 _INTERVALS = "Error bars: 95% bootstrap intervals over sequences; for random controls, the range over seeds."
 _COLUMNS = {
     "surprisal_correlation": "r",
@@ -227,6 +235,8 @@ def _input_words(run: Run) -> list[str]:
             f"once; {percent(found.held_out_once)} of the held-out positions have one of these, and "
             f"{percent(found.held_out_unseen)} a context that it does not have"
         )
+    if checked.ability:
+        facts.append(f"the full model on the task {checked.ability}")
     if checked.losses:
         facts.append(
             f"on a few held-out sequences, the model's next-token loss was {rounded(checked.losses[0], 2)} nats, that "

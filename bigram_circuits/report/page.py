@@ -77,7 +77,8 @@ def opening(run: Run) -> Opening:
     tried = load_falsification(run.path / "falsify", run)
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
     marks = [("of weights kept", percent(run.subnetwork.fraction))]
-    marks += [(words, rounded(rows[name].r)) for name, words in _MARKS.items() if name in rows]
+    value, of = ("cross_entropy", "cross-entropy") if run.evaluation.by_loss else ("surprisal_correlation", "r")
+    marks += [(f"{of} {w}", rounded(getattr(rows[n].numbers, value))) for n, w in _MARKS.items() if n in rows]
     answer = f"{kept}; {_what_remains(run, rows)}"
     held = f" {run.evaluation.mask_capacity.says}" if run.evaluation.mask_capacity else ""
     verdict = f"{run.evaluation.verdict}{refuted}{held} {_doubts(run)}".strip()
@@ -96,7 +97,10 @@ def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:
     """How far the subnetwork is surprised by the same tokens as the target, and random weights are."""
     own, reader = rows["subnetwork"], reader_of(run)
     if math.isnan(own.r):
-        return f"the correlation of what remains with the surprisals of {reader} is undefined."
+        numbers = {name: rounded(row.numbers.cross_entropy) for name, row in rows.items()}
+        others = [f"{words} {numbers[name]}" for name, words in _OTHERS.items() if name in numbers]
+        than = f" ({', '.join(others)})" if others else ""
+        return f"what remains has a cross-entropy of {numbers['subnetwork']} nats from {reader}{than}."
     how = next(words for least, words in _SAME if own.r >= least)
     interval = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
     chance = f"; as many random weights: {rounded(rows['random'].r)}" if "random" in rows else ""
@@ -142,8 +146,9 @@ def _starts(run: Run) -> str:
 
 
 _MARKS = {
-    "subnetwork": "r with the target",
-    "random": "r of matched random weights",
-    "full": "r of the full model",
+    "subnetwork": "with the target",
+    "random": "of matched random weights",
+    "full": "of the full model",
 }
-"""The rows of which r is shown large at the top, and what stands beside it."""
+"""The rows of which r, or the cross-entropy, is shown large at the top, and what stands beside it."""
+_OTHERS = {"full": "the full model", "empty": "the empty subnetwork", "random": "as many random weights"}

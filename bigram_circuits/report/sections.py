@@ -70,7 +70,7 @@ class Sections:
 
 SECTIONS = Sections(
     first=(
-        "controls", "refuted", "training",
+        "controls", "task", "refuted", "training",
         "where", "needed", "layers", "passage", "read", "tokens", "heads", "attribution", "overlap", "lacks",
     ),
     last=("other", "again"),

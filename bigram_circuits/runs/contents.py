@@ -23,6 +23,7 @@ from bigram_circuits.storage.files import damaged, read_checked_json
 from bigram_circuits.storage.origin import is_signed, sign
 from bigram_circuits.storage.records import opened, parse_record, shown
 from bigram_circuits.storage.typed import Record
+from bigram_circuits.tasks.task import Ability
 from bigram_circuits.text.coverage import ContextCoverage
 
 FORMAT = "bigram_circuits.run/2"
@@ -189,6 +190,8 @@ class InputCheck(Record):
     losses: tuple[float, float] | None = None
     """Next-token loss (nats) of the model and of the training text's unigram distribution, on a few held-out
     sequences."""
+    ability: Ability | None = None
+    """Whether the full model can do the task; None for other targets."""
     warnings: tuple[str, ...] = ()
     """What may be wrong, and what to do about it: a sentence each."""
 

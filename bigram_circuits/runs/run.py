@@ -154,8 +154,7 @@ class Run:
     def target_words(self) -> tuple[str, str]:
         """The name of its target and a phrase that describes it."""
         if self.rebuild is not None:
-            kind, order = self.rebuild.kind_of_target, self.rebuild.order
-            return kind.label(order), kind.meaning(order)
+            return self.rebuild.target_words
         kind = self.settings.target.kind or "target"
         return kind, f"the target {kind}"
 

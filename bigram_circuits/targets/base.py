@@ -2,7 +2,8 @@
 
 A target is a distribution over the next token. It needs `cross_entropy` and `surprisal`; everything else has a default
 in `Target`. A target may be defined at some positions only: `cross_entropy` then returns [batch, n] for those n
-positions, `positions` selects them, and `entropy` and `top1` refer to the same ones.
+positions, `positions` selects them, and `entropy` and `top1` refer to the same ones. If the positions differ between
+sequences, it is a `PlacedTarget`.
 
 To give a target a name on the command line, add a module with a `TARGET` to this folder.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.activations import n_outputs, predicts_tokens
@@ -69,6 +70,37 @@ class Target(ABC):
 
 
 Target.register(NGramTable)  # it implements the full interface
+
+
+class PlacedTarget(Target):
+    """A target at places that differ between sequences, such as the answers to prompts, and on known sequences alone.
+
+    Its `cross_entropy`, `entropy` and `agreement` have one value for a sequence, [batch, 1].
+    """
+
+    @abstractmethod
+    def counted(self, tokens: Integer[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_1"]:
+        """Return where the prediction of the next token counts in the model's loss."""
+
+    @abstractmethod
+    def agreement(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch 1"]:
+        """Return 1 where the model's most likely answer is the target's, else 0."""
+
+    @abstractmethod
+    def read(
+        self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+    ) -> Float[Tensor, "place d_vocab"]:
+        """Return the logits at its places, of all sequences one after the other."""
+
+    @abstractmethod
+    def nonsense(self, seed: int) -> PlacedTarget:
+        """Return a target of the same shape that means nothing, on the same sequences."""
+
+    @abstractmethod
+    def everywhere(self) -> Target:
+        """Return a target on any sequences whose cost is about that of this one or higher, to forecast it."""
 
 
 class _Foreign(Target):
@@ -170,10 +202,28 @@ def top1_agreement(
     target: Target, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"], n: int
 ) -> Float[Tensor, "batch n"]:
     """Return 1 where model and target agree on the most likely token, else 0; nan if the target does not know it."""
+    if isinstance(target, PlacedTarget):
+        return target.agreement(logits, tokens)
     theirs = target.top1(tokens)
     if theirs is None:
         return _unknown(tokens, n)
     return (logits.argmax(-1)[:, target.positions] == theirs).float()
+
+
+def logits_at(
+    target: Target, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
+) -> Float[Tensor, "place d_vocab"]:
+    """Return the logits at the positions of a target, of all sequences one after the other."""
+    if isinstance(target, PlacedTarget):
+        return target.read(logits, tokens)
+    return logits[:, target.positions].flatten(0, 1)
+
+
+def counted(target: Target, tokens: Integer[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_1"]:
+    """Return where the prediction of the next token counts in the model's loss: everywhere, except for some targets."""
+    if isinstance(target, PlacedTarget):
+        return target.counted(tokens)
+    return torch.ones(tokens[:, 1:].shape, dtype=torch.bool, device=tokens.device)
 
 
 def _unknown(tokens: Integer[Tensor, "batch pos"], n: int) -> Float[Tensor, "batch n"]:

@@ -119,7 +119,7 @@ class Corpus:
             length = context_length or max((int(one.sum(1).max()) for one in masks if len(one)), default=0)
             parts = [_cut(ids[one], length) for ids, one in zip(parts, masks, strict=True)]
         _warn_of_padding([part for part, (_, one) in zip(parts, found, strict=True) if one is None])
-        return cls(parts[0], parts[1], source, counts, _fingerprint(*parts), tokenizer_hash="none")
+        return cls(parts[0], parts[1], source, counts, fingerprint_of(*parts), tokenizer_hash="none")
 
     @property
     def context_length(self) -> int:
@@ -201,7 +201,7 @@ def load_corpus(
     tokenized = _tokenize(opened, tokenizer, layout, salt, limit, without_token)
     train, rest, counts = _split(tokenized, held_out, context_length, layout.every, opened.description)
     return Corpus(
-        train, rest, opened.description, counts, _fingerprint(train, rest), hash_of_tokenizer(tokenizer),
+        train, rest, opened.description, counts, fingerprint_of(train, rest), hash_of_tokenizer(tokenizer),
         layout.words(tokenizer), opened.reading,
         _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(without_token),
     )  # fmt: skip
@@ -532,7 +532,8 @@ class _TokenFile:
             return np.memmap(file, dtype=np.int32, mode="r", shape=shape)
 
 
-def _fingerprint(*arrays: Integer[np.ndarray, "_ _"]) -> str:
+def fingerprint_of(*arrays: Integer[np.ndarray, "_ _"]) -> str:
+    """Hash the arrays of a corpus, as in `Corpus.fingerprint`."""
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(repr(array.shape).encode())

@@ -10,9 +10,10 @@ import bigram_circuits as bc
 from bigram_circuits.analysis import ablation
 from bigram_circuits.analysis.ablation import WAYS, ablate, mean_activations, stochastic_ablation
 from bigram_circuits.analysis.components import coordinates, matched_counts, parse, random_coordinates, random_within
-from bigram_circuits.analysis.tasks import TASKS, Task, as_task
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.tasks.builtin import TASKS
+from bigram_circuits.tasks.task import Task, as_task
 from tests.conftest import D_VOCAB
 
 

@@ -8,8 +8,9 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits import analysis
-from bigram_circuits.analysis.conditions import check_seed, check_subnetwork
+from bigram_circuits.analysis.conditions import check_subnetwork
 from bigram_circuits.analysis.prompts import _token_ids
+from bigram_circuits.measures.statistics import check_seed
 from tests.conftest import D_VOCAB, save_tiny
 
 from .test_all_architectures import CONFIGS

@@ -12,9 +12,9 @@ from bigram_circuits import analysis
 from bigram_circuits.analysis.ablation import _Replace
 from bigram_circuits.analysis.components import coordinates, parse
 from bigram_circuits.analysis.sufficiency import log_p_of_fall
-from bigram_circuits.analysis.tasks import as_task, batches
 from bigram_circuits.measures import results, statistics
 from bigram_circuits.models.activations import residual_streams
+from bigram_circuits.tasks.task import as_task, batches
 from tests.conftest import D_VOCAB
 
 

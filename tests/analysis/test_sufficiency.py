@@ -8,8 +8,9 @@ from scipy.stats import norm
 
 from bigram_circuits.analysis.components import random_within
 from bigram_circuits.analysis.sufficiency import log_p_of_fall, random_additions, sufficiency
-from bigram_circuits.analysis.tasks import TASKS, Task
 from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.tasks.builtin import TASKS
+from bigram_circuits.tasks.task import Task
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,10 @@ def half(model):
     return bc.Subnetwork.full(model).random_like().drop_layer(1)
 
 
+def rows(model):
+    return bc.load_task([{"prompt": "ab", "answer": "c"}, {"prompt": "d", "answer": "ef"}], tokenizer=model.tokenizer)
+
+
 def probabilities(model):
     with torch.no_grad():
         return bc.ModelTarget(model).log_probs(torch.from_numpy(TEXT[:2]))
@@ -98,6 +102,10 @@ USES = {
     "next_tokens": lambda m, t, c: analysis.next_tokens(m, half(m), t, ["ab", "c"]).values,
     "by_token": lambda m, t, c: analysis.faithfulness_by_token(m, half(m), t, c, min_count=1).values,
     "faithfulness_to": lambda m, t, c: analysis.faithfulness_to(half(m), t, c)(m),
+    "measure_task": lambda m, t, c: analysis.measure_task(m, rows(m), half(m)).values,
+    "TaskTarget": lambda m, t, c: bc.evaluate(
+        m, half(m), bc.TaskTarget(rows(m), "kl", model=m), rows(m).tokens, controls=False
+    ).to_json(),
     "ability": lambda m, t, c: analysis.ability(m, analysis.repeated_random_tokens(m, prompts=2, period=4)),
 }
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import bigram_circuits as bc
 from bigram_circuits.analysis.prompts import prompt_tokens, token_id, token_words
-from bigram_circuits.analysis.tasks import repeated_random_tokens
+from bigram_circuits.tasks.builtin import repeated_random_tokens
 from bigram_circuits.text.corpus import token_array
 from bigram_circuits.text.tokenizers import Template, shown_tokens, template_of
 from tests.conftest import byte_tokenizer, save_tiny

@@ -9,10 +9,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bigram_circuits.analysis import tasks
-from bigram_circuits.analysis.tasks import TASKS, Task, ability, as_task, checked_task, measure, per_place
 from bigram_circuits.measures import statistics
 from bigram_circuits.targets.next_token import NextTokenTarget
+from bigram_circuits.tasks import builtin
+from bigram_circuits.tasks import task as module
+from bigram_circuits.tasks.builtin import TASKS
+from bigram_circuits.tasks.task import Task, ability, as_task, checked_task, measure, per_place
 
 
 class Stand:
@@ -26,8 +28,8 @@ class Stand:
 @pytest.fixture(scope="module")
 def word_model():
     """A tokenizer of whole words, in which years are two tokens of two digits."""
-    words = [*tasks._NAMES, *tasks._OWNERS, *tasks._THINGS, *tasks._PLACES, *tasks._OBJECTS, *tasks._NOUNS]
-    words += [word for listed in tasks._WORDS_IN_ORDER.values() for word in listed]
+    words = [*builtin._NAMES, *builtin._OWNERS, *builtin._THINGS, *builtin._PLACES, *builtin._OBJECTS, *builtin._NOUNS]
+    words += [word for listed in builtin._WORDS_IN_ORDER.values() for word in listed]
     words += [f"{number:02d}" for number in range(100)] + list(",.")
     sentence = "When and went to the gave a it After came handed While were at passed The lasted from year has"
     words += sentence.split()
@@ -73,7 +75,7 @@ def test_repeated_random_tokens_repeat(tiny_model):
 
 def test_ordered_sequences_go_on(word_model):
     task = TASKS["ordered_sequences"](word_model, prompts=1000)
-    lists = list(tasks._WORDS_IN_ORDER.values())
+    lists = list(builtin._WORDS_IN_ORDER.values())
     for row in range(len(task)):
         words = [word for word in words_of(word_model, task, row) if word != ","]
         listed = next(one for one in lists if words[0] in one)
@@ -87,7 +89,7 @@ def test_answers_of_several_tokens_are_scored_whole(tiny_model):
     task = TASKS["ordered_sequences"](tiny_model, prompts=20, shown=(2,))
     for tokens, scored in zip(task.tokens, task.scored, strict=True):
         answer = tiny_model.tokenizer.decode(tokens[scored])
-        assert answer.strip() in {word for listed in tasks._WORDS_IN_ORDER.values() for word in listed}
+        assert answer.strip() in {word for listed in builtin._WORDS_IN_ORDER.values() for word in listed}
     assert task.chance < math.log(7)  # spread over the letters
 
 
@@ -146,7 +148,7 @@ def test_what_cannot_be_expressed_is_said(tiny_model, name, options, words):
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "repeated_random_tokens"])
-def test_a_task_in_words_needs_a_tokenizer(name):
+def test_a_task_of_text_needs_a_tokenizer(name):
     with pytest.raises(ValueError, match="no tokenizer"):
         TASKS[name](Stand(None))
 
@@ -171,8 +173,8 @@ def test_text_is_a_task_with_every_prediction_scored(tiny_model, random_tokens):
     with torch.no_grad():
         logits = tiny_model(torch.from_numpy(random_tokens))
     expected = statistics.surprisals(logits, torch.from_numpy(random_tokens)).double().sum(1)
-    np.testing.assert_allclose(sums[:, tasks.COLUMNS.index("surprisal")], expected, rtol=1e-5)
-    assert (sums[:, tasks.COLUMNS.index("places")] == 15).all()
+    np.testing.assert_allclose(sums[:, module.COLUMNS.index("surprisal")], expected, rtol=1e-5)
+    assert (sums[:, module.COLUMNS.index("places")] == 15).all()
     assert (sums[:, 0] == 15).all()
     assert as_task(task, 5) is task
 
@@ -219,7 +221,7 @@ def test_tokens_outside_the_vocabulary_are_refused(tiny_model):
 
 
 def test_batches_are_even():
-    assert list(tasks.batches(5, 4, 2)) == [slice(0, 2), slice(2, 5)]
-    assert list(tasks.batches(1, 4, 2)) == [slice(0, 1)]
-    assert list(tasks.batches(3, 1, 2)) == [slice(0, 3)]
-    assert list(tasks.batches(6, 3)) == [slice(0, 3), slice(3, 6)]
+    assert list(module.batches(5, 4, 2)) == [slice(0, 2), slice(2, 5)]
+    assert list(module.batches(1, 4, 2)) == [slice(0, 1)]
+    assert list(module.batches(3, 1, 2)) == [slice(0, 3)]
+    assert list(module.batches(6, 3)) == [slice(0, 3), slice(3, 6)]
