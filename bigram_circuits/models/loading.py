@@ -170,6 +170,7 @@ def _converted(source: str, revision: str | None, dtype: torch.dtype) -> Plain |
         return None
     if revision is not None and not revision.isdecimal():
         raise ValueError(f"revision={revision!r} should be the number of a training checkpoint of {source!r}")
+    _check_hub(source, None)
     with hub_errors("model", source):
         return from_legacy_hub(source, checkpoint=None if revision is None else int(revision), dtype=dtype)
 
