@@ -105,6 +105,7 @@ def results():
             "surprisal_correlation", points=(0, 0.5, 1), axis="share_removed", conditions=("subnetwork", "random")
         ),
         "overlap_magnitude": effects("intersection", "kept_a", "share_of_a_in_b", "expected", things=("all", "x")),
+        "task": effects("loss", "accuracy", things=CONDITIONS, rows=12, loss_of_guessing=1.5),
         "induction": effects("fall_in_loss", **losses),
         "induction_pairs": effects("fall_in_loss", things=("head 0.0 + head 0.1",), **losses),
         "of_tomorrow": effects("surprise", things=(HOSTILE,)),

@@ -41,6 +41,9 @@ OTHER = {  # for every option a value that is not its default
     "bos": "document",
     "target": "next-token",
     "order": 3,
+    "task": "rows with spaces.jsonl",
+    "measure": "kl",
+    "force": True,
     "method": "hard_concrete",
     "granularity": {"attn": "head", "mlp": "weight"},
     "layers": (0, 2),
@@ -90,7 +93,8 @@ def test_every_field_is_an_option_and_has_another_value_here():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_the_command_of_an_option_is_read_as_it_was_asked(name):
-    asked = Request.of(**{name: OTHER[name]})
+    with_task = {"task": OTHER["task"]} if name in ("measure", "force") else {}
+    asked = Request.of(**with_task, **{name: OTHER[name]})
     assert parsed(asked.command()) == asked
     assert OTHER[name] in (getattr(asked.inputs, name, None), getattr(asked.config, name, None)) or hasattr(
         asked.options, name
@@ -103,7 +107,7 @@ def test_the_command_of_an_option_is_read_as_it_was_asked(name):
         assert asked != plain
 
 
-LEFT_OUT = ("sparsity_weights", "effort", "polish")
+LEFT_OUT = ("sparsity_weights", "effort", "polish", "task", "measure", "force")
 """Options that do not go with the others."""
 
 

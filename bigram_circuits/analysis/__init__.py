@@ -10,7 +10,7 @@ random subnetwork on the same text.
 | what is necessary? | `ablate`, `stochastic_ablation` |
 | how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
-| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns` |
+| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how does it develop over training? | `trajectory`, `subnetworks_over_training` |
@@ -28,6 +28,7 @@ from bigram_circuits.analysis.geometry import (
     layer_rotations,
     linear_cka,
 )
+from bigram_circuits.analysis.heads import head_scores
 from bigram_circuits.analysis.layers import layer_by_layer
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
@@ -88,6 +89,7 @@ __all__ = [
     "faithfulness_to",
     "fit_affine_lens",
     "greater_than",
+    "head_scores",
     "indirect_object",
     "layer_by_layer",
     "layer_rotations",

@@ -102,6 +102,7 @@ USES = {
     "next_tokens": lambda m, t, c: analysis.next_tokens(m, half(m), t, ["ab", "c"]).values,
     "by_token": lambda m, t, c: analysis.faithfulness_by_token(m, half(m), t, c, min_count=1).values,
     "faithfulness_to": lambda m, t, c: analysis.faithfulness_to(half(m), t, c)(m),
+    "head_scores": lambda m, t, c: analysis.head_scores(m, half(m), prompts=2, period=4).values,
     "measure_task": lambda m, t, c: analysis.measure_task(m, rows(m), half(m)).values,
     "TaskTarget": lambda m, t, c: bc.evaluate(
         m, half(m), bc.TaskTarget(rows(m), "kl", model=m), rows(m).tokens, controls=False
