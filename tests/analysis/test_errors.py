@@ -352,8 +352,10 @@ def test_every_public_function_is_here():
     in_their_own_tests = {
         "analyze",
         "exciting_tokens",
+        "head_scores",
         "layer_by_layer",
         "load_result",
+        "measure_task",
         "next_tokens",
         "passages",
         "subnetworks_over_training",

@@ -224,7 +224,7 @@ def test_nan_in_the_loss_is_an_error_and_nothing_is_kept_as_a_result(tiny_folder
 
 def test_an_unstable_run_is_tried_again_with_another_order(tiny_model, target, corpus, monkeypatch, tmp_path):
     verdicts = iter([True, True, False])
-    monkeypatch.setattr(training, "is_unstable", lambda *_: next(verdicts))
+    monkeypatch.setattr(training, "is_unstable", lambda *_, **__: next(verdicts))
     config = dataclasses.replace(QUICK, retries=3, max_steps=5)
     found = bc.find_subnetwork(tiny_model, target, corpus, config, run_dir=tmp_path)
     assert {record["attempt"] for record in found.history} == {2}
@@ -232,7 +232,7 @@ def test_an_unstable_run_is_tried_again_with_another_order(tiny_model, target, c
     attempts = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert [record["attempt"] for record in attempts] == [0] * 5 + [1] * 5 + [2] * 5
     assert attempts[0]["cross_entropy"] != attempts[5]["cross_entropy"]
-    monkeypatch.setattr(training, "is_unstable", lambda *_: True)
+    monkeypatch.setattr(training, "is_unstable", lambda *_, **__: True)
     assert bc.find_subnetwork(tiny_model, target, corpus, config).stopped_because == "unstable"
 
 
