@@ -41,6 +41,7 @@ from bigram_circuits.recipe import EFFORTS
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
     "paper": lambda **size: bc.SparsifyConfig.paper(retries=0, **size),
     "ours": lambda **size: bc.SparsifyConfig(**size),
+    "polished": lambda **size: bc.SparsifyConfig(polish=4, **size),
     "thorough": lambda **size: bc.SparsifyConfig(**EFFORTS["thorough"], **size),
 }
 """Settings by recipe name, as functions of the size (a sparsity weight or a target fraction) and the seed."""

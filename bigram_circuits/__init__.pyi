@@ -15,6 +15,7 @@ from .analysis import (
     sufficiency as sufficiency,
 )
 from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
+from .circuit import Circuit as Circuit
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,

@@ -38,7 +38,7 @@ from bigram_circuits.models.loading import full_name, is_local, load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.names import short_name
+from bigram_circuits.names import is_in_memory, short_name
 from bigram_circuits.paper import PAPERS, ROWS, Paper
 from bigram_circuits.recipe import DTYPES, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
 from bigram_circuits.report.page import write_report
@@ -561,6 +561,11 @@ def inputs_of(
     if run.rebuild is None:
         return _named_now(run, {name: value for name, value in given.items() if name != "task"})
     recorded = {name: getattr(run.rebuild, name) for name in given}
+    if model is None and is_in_memory(recorded["model"]):
+        raise ValueError(
+            f"the model of the run in {str(run.path)!r} was an object in memory: say with --model M where to read it "
+            f"from, or go on in Python"
+        )
     unsaid = [name for name, value in given.items() if value is None and recorded[name] not in ("reference", None)]
     if unsaid and not run.made_here:
         again = " ".join(f"--{name} {shlex.quote(recorded[name])}" for name in unsaid)

@@ -136,7 +136,8 @@ over.to_dataframe()[["checkpoint", "kl", "surprisal_correlation", "mean_surprisa
 # own](../docs/own-target.md) needs.
 #
 # ```python
-# model = bc.load_model("EleutherAI/pythia-70m")                        # or a folder, or (yours, tokenizer=tokenizer)
+# model = bc.load_model("EleutherAI/pythia-70m")                        # or "meta-llama/Llama-3.2-1B", or a folder
+# model = bc.load_model(yours, tokenizer=tokenizer)                     # or a model in memory
 # corpus = bc.load_corpus("path/to/texts", tokenizer=model.tokenizer)   # or "name:configuration" of a dataset
 # found = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(), run_dir="runs/pythia-70m")
 # ```

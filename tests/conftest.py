@@ -21,6 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import tests.checking  # noqa: F401 (decorates the functions of the package, which is imported after it)
+
+# isort: split
 import bigram_circuits as bc
 
 settings.register_profile("tests", deadline=None, max_examples=60)  # a busy machine is no failure
@@ -29,7 +32,7 @@ settings.load_profile("tests")
 UNFIT_INPUTS = pytest.mark.filterwarnings("ignore::bigram_circuits.InputWarning")
 """For tests of whole studies of untrained models and deliberately small texts, which `study` warns of."""
 
-LONGEST = ("test_cli.py", "test_docs.py", "test_notebooks.py", "test_planted_circuits.py")
+LONGEST = ("test_cli.py", "test_docs.py", "test_all_architectures.py", "test_notebooks.py", "test_planted_circuits.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -128,7 +131,8 @@ def reference_model():
 
 @pytest.fixture(scope="session")
 def reference_corpus(reference_model):
-    return bc.load_corpus("reference", tokenizer=reference_model.tokenizer)
+    """A part of the reference text: all of it takes several seconds to read."""
+    return bc.load_corpus("reference", tokenizer=reference_model.tokenizer, max_tokens=150_000)
 
 
 @pytest.fixture(scope="session")

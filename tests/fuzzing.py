@@ -302,7 +302,7 @@ def tensors_forged(rng: random.Random, data: bytes) -> bytes:
     if CONTENT in metadata:
         metadata[CONTENT] = content_checksum(arrays)
     if "kept" in metadata and rng.random() < 0.7:
-        from bigram_circuits.subnetwork import _checksum
+        from bigram_circuits.bitmasks import _checksum
 
         metadata["checksum"] = _checksum(arrays)
         if rng.random() < 0.5:

@@ -61,8 +61,17 @@ def quick(tiny_folders, text):
 
 WHOLE = pytest.param((), id="whole", marks=pytest.mark.slow)
 """No argument at all, as `make run` does it: minutes, and therefore a step of its own in .ci/run."""
-SHORTER = pytest.param(("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000"), id="shorter")
-"""Fewer and smaller steps, and less text."""
+SHORTER = pytest.param(
+    ("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000", "--held-out", "0.1", "--random-seeds", "1"),
+    id="shorter",
+)
+"""Fewer and smaller steps, less text, and smaller samples for the analyses."""
+SMALLER_SAMPLES = """
+import functools, sys
+from bigram_circuits import cli, workflow
+workflow.analyze = functools.partial(workflow.analyze, tokens=3_000, sweep_tokens=1_000, fit_tokens=10_000)
+sys.exit(cli.main())
+"""
 
 
 @pytest.fixture(scope="module", params=[SHORTER, WHOLE])
@@ -70,7 +79,8 @@ def main_job(tmp_path_factory, request):
     """`bigram-circuits find` in an empty folder."""
     folder = tmp_path_factory.mktemp("main_job")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    result = subprocess.run([*COMMAND, "find", *request.param], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-c", SMALLER_SAMPLES] if request.param else COMMAND
+    result = subprocess.run([*command, "find", *request.param], cwd=folder, capture_output=True, text=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert result.returncode == 0, result.stderr[-2000:]
     assert "warning" not in result.stderr  # its inputs fit

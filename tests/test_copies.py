@@ -48,6 +48,7 @@ def values(tiny_model, tmp_path_factory):
         kept.by_weight()["blocks.0.attn.W_Q"], bc.activation_points(tiny_model)[0], bc.huggingface_layout(tiny_model),
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
+        bc.Circuit.full(tiny_model),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}
@@ -59,7 +60,7 @@ def content(value):
         return ("tensor", str(value.dtype), value.tolist())
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), repr(value.tolist()))
-    if isinstance(value, bc.Subnetwork):
+    if isinstance(value, bc.Subnetwork | bc.Circuit):
         return (value.checksum, value.lineage, value.model_name, value.weight_hash, dict(value.shapes))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [content(getattr(value, one.name)) for one in dataclasses.fields(value)]

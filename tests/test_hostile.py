@@ -566,9 +566,12 @@ def calls():
 
 
 def test_nothing_that_can_run_code_reads_a_file():
-    forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "torch.load", "pickle.load", "pickle.loads"}
+    forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads"}
     forbidden |= {"marshal.loads", "shelve.open", "joblib.load", "pickle.Unpickler", "yaml.load", "np.fromregex"}
     for path, node, name in calls():
+        if name == "torch.load":  # restricted to tensors
+            assert any(key.arg == "weights_only" and ast.unparse(key.value) == "True" for key in node.keywords)
+            continue
         assert name not in forbidden, f"{path}:{node.lineno} calls {name}"
         assert not name.startswith(("subprocess.", "cloudpickle.", "dill.")), f"{path}:{node.lineno} calls {name}"
         if name in ("np.load", "numpy.load"):
@@ -588,7 +591,7 @@ def test_code_that_comes_with_a_model_is_never_trusted():
 
 def test_only_the_doors_to_the_hub_use_a_network():
     network = {"socket", "ssl", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "webbrowser"}
-    doors = {"loading.py", "published.py", "sharing.py", "sources.py"}
+    doors = {"converted.py", "loading.py", "published.py", "sharing.py", "sources.py"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

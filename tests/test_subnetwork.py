@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bigram_circuits as bc
-from bigram_circuits.subnetwork import Count, Subnetwork
+from bigram_circuits.bitmasks import Count
+from bigram_circuits.subnetwork import Subnetwork
 
 SHAPES = {  # two layers with grouped queries; the sizes of the bytes' last bits differ
     f"blocks.{layer}.{name}": shape
@@ -164,7 +165,7 @@ def test_bits_after_the_last_weight_are_refused(tmp_path):
     forged = Subnetwork._from_packed(shapes, packed, None, None, "found")
     assert forged.kept == 5
     forged.save(tmp_path / "forged.safetensors")
-    with pytest.raises(ValueError, match="W_in has bits after its last weight"):
+    with pytest.raises(ValueError, match="W_in has bits after the last of its weights"):
         Subnetwork.load(tmp_path / "forged.safetensors")
 
 

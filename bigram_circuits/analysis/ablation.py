@@ -41,13 +41,13 @@ from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
-from bigram_circuits.models.activations import NotShownError, record
+from bigram_circuits.models.activations import NotShownError, check_predicts_tokens, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import target_of
-from bigram_circuits.tasks.task import Task, checked_task, measure
+from bigram_circuits.tasks.task import Task, as_task, checked_task, measure
 from bigram_circuits.text.corpus import spread
 
 _SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the complement's weights, to be removed
@@ -437,7 +437,8 @@ def _(subject: Subject) -> Curves:
 
 
 def _task(subject: Subject) -> Task:
+    check_predicts_tokens(subject.model)
     if subject.task is not None:
         places = np.arange(len(subject.task))[:, None].repeat(subject.task.tokens.shape[1], 1)
         return subject.task.select(spread(places, subject.sweep_tokens)[:, 0])
-    return checked_task(subject.model, subject.sweep_text)
+    return as_task(subject.sweep_text, subject.model.cfg.d_vocab)

@@ -32,7 +32,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from scipy.signal import convolve
 
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.measures import statistics
@@ -315,6 +314,8 @@ def _probability(log_p: float) -> float:
 
 def _log_upper_tail(cells: Sequence[Cell]) -> float:
     """Log of P(X >= observed) for X the total overlap of independent cells."""
+    from scipy.signal import convolve  # takes a second to import, which every command would wait for
+
     observed = sum(cell.both for cell in cells)
     settled = sum(cell.least for cell in cells if cell.least == cell.most)
     cells = [cell for cell in cells if cell.most > cell.least]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigram_circuits.models.model import Model
+from bigram_circuits.names import name_in_memory
 from bigram_circuits.recipe import DTYPES, HELD_OUT, TARGETS, Inputs, spelled
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import Corpus
@@ -40,9 +41,11 @@ def names_of(model: Model, target: Target, corpus: Corpus) -> Inputs | None:
 
 
 def _name_of_model(model: Model) -> Inputs | None:
-    """The name of a model that `load_model` loaded by name."""
+    """The name that `load_model` loaded a model by, or that of a model in memory; None if its precision has none."""
     cfg: Any = model.cfg
     name, dtype = str(cfg.model_name), str(cfg.dtype).removeprefix("torch.")
-    if not hasattr(cfg, "revision") or dtype not in DTYPES or not (Path(name).is_dir() or _ON_HUB.fullmatch(name)):
+    if dtype not in DTYPES:
         return None
+    if not hasattr(cfg, "revision") or not (Path(name).is_dir() or _ON_HUB.fullmatch(name)):
+        return Inputs(model=name_in_memory(name), dtype=dtype)
     return Inputs(model=name, revision=cfg.revision, dtype=dtype)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.gates import Gates
+from bigram_circuits.masking.nodes import circuit_applied
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
@@ -22,21 +24,34 @@ from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 
 
 @contextmanager
-def masked(model: Model, subnetwork: SubnetworkLike) -> Iterator[Any]:
+def masked(
+    model: Model, subnetwork: SubnetworkLike | Circuit, *, replace: str = "zero", text: Any = None, seed: int = 0
+) -> Iterator[Any]:
     """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
+
+    Of a `Circuit`, the value of every node that it does not keep is replaced (`replace`); nodes of other units are as
+    they were.
 
     Within the block, only the calling thread can use this model in functions of this package; another thread waits up
     to half a minute for the end of the block.
 
     Args:
         model: From `load_model`.
-        subnetwork: The weights to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork`.
+        subnetwork: The weights to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork`. Or a
+            `Circuit`: the nodes to keep.
+        replace: Of a circuit: `zero`; `mean`, over `text`; or `resample`, from another sequence of the same batch.
+        text: For `mean`: token ids, or a corpus, whose held-out part is taken.
+        seed: Seed of the pairs of `resample`.
 
     Raises:
         ValueError: If the subnetwork's names or shapes do not match the model's, the model is already masked, or it is
-            in compatibility mode.
+            in compatibility mode; or if `replace` is unknown or lacks its text.
         RuntimeError: If another thread keeps the model masked.
     """
+    if isinstance(subnetwork, Circuit):
+        with circuit_applied(model, subnetwork, replace, text, seed):
+            yield model
+        return
     kept = as_subnetwork(subnetwork)
 
     def mask(site: WeightSite) -> nn.Module:

@@ -170,6 +170,7 @@ def _converted(source: str, revision: str | None, dtype: torch.dtype) -> Plain |
         return None
     if revision is not None and not revision.isdecimal():
         raise ValueError(f"revision={revision!r} should be the number of a training checkpoint of {source!r}")
+    _check_hub(source, None)
     with hub_errors("model", source):
         return from_legacy_hub(source, checkpoint=None if revision is None else int(revision), dtype=dtype)
 
@@ -312,6 +313,8 @@ def _check_folder(source: str, name: str, *, needs_tokenizer: bool = True) -> No
             f"the folder {name!r} holds an adapter (adapter_config.json): merge it into its base model "
             f"(merge_and_unload), save that with save_pretrained, and load the result"
         )
+    if (folder / "progress.jsonl").is_file():
+        raise ValueError(f"the folder {name!r} holds a run, not a model: name the model that it was made with")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the folder {name!r} is not a model: it has no config.json")
     if needs_tokenizer and not any((folder / file).is_file() for file in _TOKENIZER_FILES):

@@ -55,6 +55,10 @@ if TYPE_CHECKING:
             """Run a forward pass with functions at hook points."""
             ...
 
+        def hooks(self, *args: Any, **kwargs: Any) -> Any:
+            """A context in which functions are at hook points."""
+            ...
+
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
             """Run a forward pass and return its output and all activations."""
             ...

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from einops import rearrange
 from jaxtyping import Shaped
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.quantised import check_layer
-from bigram_circuits.models.state import in_use
+from bigram_circuits.models.state import in_use, memo
 from bigram_circuits.names import COMPONENTS, WeightName, in_block
 
 _ATTENTION = {
@@ -42,6 +43,8 @@ _MLP = {
     "gate": ("W_gate", "d_model d_mlp", "d_mlp d_model"),
     "out": ("W_out", "d_mlp d_model", "d_model d_mlp"),
 }
+
+_LISTED = "weight_sites"  # their key in the memo; a model that is dropped during the call is not kept alive by it
 
 
 class WeightGate(nn.Module, ABC):
@@ -123,7 +126,7 @@ class WeightSite:
 
 
 def weight_sites(model: Model) -> tuple[WeightSite, ...]:
-    """List every maskable weight of a `TransformerBridge`, block by block.
+    """List every maskable weight of a `TransformerBridge`, block by block; once within a call of a public function.
 
     Raises:
         ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP,
@@ -131,7 +134,13 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
             experts, state-space and hybrid blocks), blocks share weights, or weights are quantised.
     """
     with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
-        return _weight_sites(model)
+        known = memo()
+        if known is None:
+            return _weight_sites(model)
+        listed: WeakKeyDictionary[Model, tuple[WeightSite, ...]] = known.setdefault(_LISTED, WeakKeyDictionary())
+        if model not in listed:
+            listed[model] = _weight_sites(model)
+        return listed[model]
 
 
 def _weight_sites(model: Model) -> tuple[WeightSite, ...]:

@@ -13,6 +13,7 @@ from bigram_circuits.experiments.verdicts import free_name
 from bigram_circuits.measures.conditions import CONDITIONS, label_of
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
+from bigram_circuits.names import is_in_memory
 from bigram_circuits.recipe import Request, StudyOptions
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Code, Content, Numbers
@@ -295,7 +296,7 @@ def again(run: Run, results: Results) -> Content:
 
 def command_line(run: Run) -> str | None:
     """The `bigram-circuits find` command that reproduces a run; None if no command can."""
-    if run.rebuild is None or run.settings.within is not None:
+    if run.rebuild is None or is_in_memory(run.rebuild.model) or run.settings.within is not None:
         return None
     seeds = len(run.evaluation.random) if run.evaluation else 0
     options = StudyOptions(random_seeds=seeds) if seeds else StudyOptions()
@@ -305,4 +306,6 @@ def command_line(run: Run) -> str | None:
 def _why_no_command(run: Run) -> str:
     if run.rebuild is None:
         return "This run was made in Python from objects, so no command reproduces it; its settings are below."
+    if is_in_memory(run.rebuild.model):
+        return "This run was made in Python with a model in memory, so no command reproduces it; settings are below."
     return "This run looked only inside another subnetwork, so no single command reproduces it."

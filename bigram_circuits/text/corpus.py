@@ -35,7 +35,8 @@ from bigram_circuits.text.sources import Source, open_source
 from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, template_of, unknown_token, words_without_token
 
 _IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
-_BATCH_CHARACTERS = 1 << 20  # characters tokenised at once
+_FIRST_CHARACTERS = 1 << 16  # characters tokenised at first: a little text is read quickly;
+_BATCH_CHARACTERS = 1 << 20  # twice as many each time, up to this number
 _SMALL_CORPUS_DOCUMENTS = 512  # with fewer documents, the held-out part is topped up to one full sequence
 DEFAULT_CONTEXT_LENGTH = 128
 """Tokens in a sequence, as in the paper."""
@@ -431,7 +432,7 @@ def _tokenize(
 
 def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch: list[tuple[str, str]] = []
-    characters = 0
+    characters, most = 0, _FIRST_CHARACTERS
     for key, text in documents:
         if not text.strip():
             continue
@@ -439,9 +440,9 @@ def _batches_of_text(documents: Iterable[tuple[str, str]]) -> Iterator[list[tupl
             raise ValueError(f"the document {shown(text)} contains an unpaired surrogate")
         batch.append((key, text))
         characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= most:
             yield batch
-            batch, characters = [], 0
+            batch, characters, most = [], 0, min(2 * most, _BATCH_CHARACTERS)
     if batch:
         yield batch
 

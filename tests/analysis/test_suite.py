@@ -78,11 +78,11 @@ def test_wrong_arguments_are_errors_and_not_left_out(tiny_model):
 
 def test_arguments_are_checked_at_the_door_alone(tiny_model, monkeypatch):
     checked = []
-    for name, home in (("as_target", base), ("check_tokens", activations)):
+    for name, home in (("target_of", base), ("check_tokens", activations)):
         real = getattr(home, name)
         for module in {conditions, suite, *(import_module(step.__module__) for step in suite.analyses().values())}:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *a, name=name, real=real: checked.append(name) or real(*a))
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
     analyze(tiny_model, some, TARGET, bc.Corpus.from_tokens(TOKENS, TOKENS))
-    assert checked == ["as_target", "check_tokens", "check_tokens"]  # of both parts of the text
+    assert checked == ["target_of", "check_tokens", "check_tokens"]  # of both parts of the text

@@ -46,9 +46,10 @@ def knowing(tiny_folders):
 # --- nothing is said of what fits ---
 
 
-def test_nothing_is_said_of_the_reference_model_and_its_text(reference_model, reference_corpus):
-    target = bc.count_ngrams(reference_corpus.train, 2, d_vocab=reference_model.cfg.d_vocab)
-    found = bc.check_inputs(reference_model, target, reference_corpus)
+def test_nothing_is_said_of_the_reference_model_and_its_text(reference_model):
+    corpus = bc.load_corpus("reference", tokenizer=reference_model.tokenizer)
+    target = bc.count_ngrams(corpus.train, 2, d_vocab=reference_model.cfg.d_vocab)
+    found = bc.check_inputs(reference_model, target, corpus)
     assert found.warnings == ()
     assert str(found) == "nothing to warn of"
     assert found.losses[0] < found.losses[1] - 2

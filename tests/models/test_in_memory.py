@@ -185,20 +185,26 @@ def test_a_run_of_a_model_in_memory_is_reopened_with_the_object_or_a_folder(tmp_
 
     plain = make("gpt2")
     model = bc.load_model(plain, tokenizer=byte_tokenizer())
-    (tmp_path / "text.txt").write_text("the value of the name of the list of the value\n\n" * 40)
+    (tmp_path / "text.txt").write_text(
+        "".join(f"{n}: the value of the name of the list\n" * 9 + "\n" for n in range(40))
+    )
     run = bc.study(
         model, tmp_path / "text.txt", max_steps=3, context_length=16, analysis=False, random_seeds=1,
         out=tmp_path / "run",
     )  # fmt: skip
-    assert run.rebuild is None
-    assert cli.main(["evaluate", str(tmp_path / "run")]) == 1
-    assert "was made in Python from objects" in capsys.readouterr().err
+    assert run.rebuild.model == "GPT2LMHeadModel (in memory)"
+    assert run.target_words[0] == "bigram"
+    for command in ("evaluate", "analyze"):
+        assert cli.main([command, str(tmp_path / "run")]) == 1
+        assert "was an object in memory: say with --model M where to read it from" in capsys.readouterr().err
     plain.save_pretrained(tmp_path / "saved")
     byte_tokenizer().save_pretrained(tmp_path / "saved")
-    again = ["--model", str(tmp_path / "saved"), "--corpus", str(tmp_path / "text.txt"), "--device", "cpu"]
+    again = ["--model", str(tmp_path / "saved"), "--device", "cpu"]
     assert cli.main(["evaluate", str(tmp_path / "run"), *again]) == 0
     assert cli.main(["report", str(tmp_path / "run")]) == 0
-    assert "GPT2LMHeadModel (in memory)" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The bigram subnetwork of GPT2LMHeadModel (in memory)" in page
+    assert "made in Python with a model in memory, so no command reproduces it" in page
 
 
 # --- kinds of objects ---

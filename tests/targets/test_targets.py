@@ -87,7 +87,8 @@ def test_the_induced_bigram_is_the_mean_prediction_given_the_token(tiny_model, t
 def test_an_induced_bigram_too_large_for_memory_is_refused(tiny_model, random_tokens, monkeypatch):
     with pytest.raises(ValueError, match="there are no tokens"):
         bc.InducedTarget(tiny_model, random_tokens[:0])
-    monkeypatch.setattr(tiny_model.cfg, "d_vocab", 10**8)
+    for size in ("d_vocab", "d_vocab_out"):
+        monkeypatch.setattr(tiny_model.cfg, size, 10**8)
     with pytest.raises(ValueError, match="GB, more than 2: give max_contexts="):
         bc.InducedTarget(tiny_model, random_tokens)
 

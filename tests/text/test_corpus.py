@@ -165,7 +165,8 @@ def test_the_fingerprint_tells_splits_and_lengths_apart_and_nothing_else(load):
 
 @pytest.mark.parametrize("held_out", [0.0, 0.25])
 def test_max_tokens_bounds_both_parts_together_and_stops_reading(load, monkeypatch, held_out):
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(module, "_FIRST_CHARACTERS", 300)
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 600)
     read = []
     corpus = load((read.append(text) or text for text in STORIES), max_tokens=500, held_out=held_out)
     assert 500 - 2 * 16 < corpus.train.size + corpus.held_out.size <= 500
@@ -191,6 +192,7 @@ def test_a_large_corpus_lives_on_disk_with_the_same_content(load, monkeypatch):
 
 def test_memory_does_not_grow_with_the_text(load, monkeypatch):
     monkeypatch.setattr(module, "_IN_MEMORY_TOKENS", 10_000)
+    monkeypatch.setattr(module, "_FIRST_CHARACTERS", 5_000)
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 5_000)
 
     def peak(n_documents):

@@ -1,0 +1,205 @@
+"""A circuit: an immutable set of a model's nodes (heads, neurons, attention and MLP outputs, coordinates)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from bigram_circuits.bitmasks import BitMasks, Count, operand
+from bigram_circuits.models.identity import weight_hash
+from bigram_circuits.models.model import Model
+from bigram_circuits.models.nodes import UNITS, node_sites
+from bigram_circuits.models.state import uses_model
+from bigram_circuits.names import PartName, head_label, in_block, neuron_label, short_name
+from bigram_circuits.storage.records import shown
+from bigram_circuits.storage.terminal import printable
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+
+_POINT = re.compile(r"[A-Za-z_][\w.]*")
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_NODE = re.compile(r"(?P<point>[\w.]+)\[(?P<index>\d+)\]")
+_UNIT_AT = {point: unit for unit, point in UNITS.items()}
+
+
+class Circuit(BitMasks):
+    """An immutable mapping from hook points to boolean masks of their nodes, True where a node is kept.
+
+    `a & b`, `a | b`, `a - b` and `~a` are set operations on circuits over the same nodes; `==` compares the masks.
+    """
+
+    noun = "circuit"
+    units = "nodes"
+    file_format = "bigram_circuits.circuit/1"
+
+    @classmethod
+    def full(cls, model: Model, units: str | Iterable[str] = ("head", "neuron")) -> Circuit:
+        """Keep all nodes of these units; see `node_sites`."""
+        return cls._constant(model, units, True, "full")
+
+    @classmethod
+    def empty(cls, model: Model, units: str | Iterable[str] = ("head", "neuron")) -> Circuit:
+        """Keep none of the nodes of these units."""
+        return cls._constant(model, units, False, "empty")
+
+    @classmethod
+    def _constant(cls, model: Model, units: str | Iterable[str], value: bool, lineage: str) -> Circuit:
+        return _circuit(model, cls, units, value, lineage)
+
+    @classmethod
+    def touched_by(cls, subnetwork: SubnetworkLike, model: Model) -> Circuit:
+        """The heads and neurons of which a subnetwork keeps any weight that writes to the residual stream."""
+        kept = as_subnetwork(subnetwork)
+        kept.check_fits(model)
+        masks = {}
+        for name, mask in Circuit.full(model).items():
+            layer, unit = _place(name)
+            matrix = f"blocks.{layer}.attn.W_O" if unit == "head" else f"blocks.{layer}.mlp.W_out"
+            masks[name] = kept[matrix].flatten(1).any(1) & mask
+        lineage = f"nodes of {operand(kept.lineage)}"
+        return cls(masks, model_name=kept.model_name, weight_hash=kept.weight_hash, lineage=lineage)
+
+    def weights(self, model: Model) -> Subnetwork:
+        """The weights that the kept heads and neurons own: all others are dropped, and what has no node here is kept.
+
+        With grouped queries, a key and value head is kept as long as a query head of its group is.
+
+        Raises:
+            ValueError: If a node is neither a head nor a neuron, or the circuit does not fit the model.
+        """
+        self.check_fits(model)
+        masks, empty = dict(Subnetwork.full(model).items()), Subnetwork.empty(model)
+        for name, mask in self.items():
+            layer, unit = _place(name)
+            component = {"head": "attn", "neuron": "mlp"}.get(unit)
+            if component is None:
+                raise ValueError(f"the nodes of {name} own no weights: only heads and neurons do")
+            kept, owned = mask.nonzero().flatten().tolist(), empty
+            if unit == "neuron":
+                owned = empty.add_neurons(layer, kept)
+            else:
+                for head in kept:
+                    owned = owned.add_head(layer, head)
+            masks |= {weight: owned[weight] for weight in masks if weight.startswith(in_block(layer, component))}
+        lineage = f"weights of {operand(self.lineage)}"
+        return Subnetwork(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Labels of the nodes that are kept: `L0H3`, `L0N711`, `L0.attn`, `L0.mlp`, `blocks.0.hook_resid_post[5]`."""
+        return tuple(_label(name, index) for name, mask in self.items() for index in mask.nonzero().flatten().tolist())
+
+    def keep(self, *labels: str) -> Circuit:
+        """Return a copy that also keeps the nodes of these labels.
+
+        Raises:
+            ValueError: If a label is not that of a node here.
+        """
+        return self._edit(labels, True)
+
+    def drop(self, *labels: str) -> Circuit:
+        """Return a copy without the nodes of these labels.
+
+        Raises:
+            ValueError: If a label is not that of a node here.
+        """
+        return self._edit(labels, False)
+
+    def _edit(self, labels: Iterable[str], value: bool) -> Circuit:
+        masks = dict(self.items())
+        names = list(labels)
+        for label in names:
+            name, index = self._find(label)
+            masks[name][index] = value
+        sign = "|" if value else "-"
+        lineage = f"{operand(self.lineage, sign)} {sign} {f' {sign} '.join(names)}" if names else self.lineage
+        return type(self)(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+
+    def _find(self, label: str) -> tuple[str, int]:
+        """The hook point and index of a label."""
+        part, node = PartName.parse(label), _NODE.fullmatch(label)
+        if part is not None and part.kind != "layer" and len(part.indices) <= 1:
+            unit = part.kind.removesuffix("s")
+            name, index = f"blocks.{part.layer}.{UNITS[unit]}", part.indices[0] if part.indices else 0
+        elif node is not None:
+            name, index = node["point"], int(node["index"])
+        else:
+            raise ValueError(f"{shown(label)} is not the label of a node, such as L0H3, L0N711, L0.attn or L0.mlp")
+        if name not in self or index >= self.shapes[name][0]:
+            raise ValueError(f"this circuit is over other nodes than {label}")
+        return name, index
+
+    def by_layer(self) -> dict[int, Count]:
+        """Count kept nodes by layer; -1 are nodes before the first block."""
+        return self._by(lambda name: _place(name)[0])
+
+    def by_unit(self) -> dict[str, Count]:
+        """Count kept nodes by unit: `head`, `neuron`, `attn`, `mlp`, or the name of a hook point."""
+        return self._by(lambda name: _place(name)[1])
+
+    def _by(self, key: Any) -> dict[Any, Count]:
+        counts: dict[Any, Count] = {}
+        for name, mask in self.items():
+            before = counts.get(key(name), Count(0, 0))
+            counts[key(name)] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
+        return counts
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The units, and other hook points, of its nodes, as `node_sites` takes them."""
+        return tuple(dict.fromkeys(_place(name)[1] for name in self))
+
+    def check_fits(self, model: Model) -> None:
+        """Raise ValueError unless the model has these hook points, with as many nodes."""
+        there = {site.name: (site.count,) for site in node_sites(model, self.asked)}
+        self._check_same_shapes({name: there.get(name) for name in self}, "the model")
+
+    @classmethod
+    def _check_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if not _POINT.fullmatch(name):
+                raise ValueError(f"{shown(name)} is not the name of a hook point, such as 'blocks.0.attn.hook_z'")
+            if len(shape) != 1 or shape[0] < 1:
+                raise ValueError(f"the nodes of {name} have shape {shape}, but should be a list")
+
+    def __repr__(self) -> str:
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
+        words = f"{self.lineage}: {self.kept:,} of {self.total:,} nodes, {100 * self.fraction:.3g}%{of}"
+        return f"Circuit({printable(words)})"
+
+
+@uses_model
+def _circuit(model: Model, kind: type[Circuit], units: Any, value: bool, lineage: str) -> Circuit:
+    masks = {site.name: torch.full((site.count,), value) for site in node_sites(model, units)}
+    return kind(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
+
+
+def as_circuit(given: Any) -> Circuit:
+    """Return a circuit, or the one that a `FoundCircuit` holds.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    found = given if isinstance(given, Circuit) else getattr(given, "circuit", None)
+    if not isinstance(found, Circuit):
+        raise ValueError(f"a {type(given).__name__} is no circuit: pass a Circuit, or what find_circuit returned")
+    return found
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Layer and unit of a hook point's nodes; the hook point's own name if it has none of the usual units."""
+    found = _IN_BLOCK.fullmatch(name)
+    if found is None:
+        return -1, name
+    return int(found[1]), _UNIT_AT.get(found[2], name)
+
+
+def _label(name: str, index: int) -> str:
+    layer, unit = _place(name)
+    if unit == "head":
+        return head_label(layer, index)
+    if unit == "neuron":
+        return neuron_label(layer, index)
+    return PartName(unit, layer).label if unit in UNITS else f"{name}[{index}]"
