@@ -27,15 +27,17 @@ from bigram_circuits.text.corpus import Corpus
 class TaskTarget(PlacedTarget):
     """The answers of a task as a target. Its sequences are the task's rows, from `task.corpus()`.
 
-    | measure | what is minimised, in nats per answer | agreement (`top1_agreement`) |
-    |---|---|---|
-    | `loss` | -log P(answer), the sum over its tokens | each token of the answer is the most likely one |
-    | `logit_difference` | -log(P(right) / P(right or wrong)) = softplus(-d), d the logit difference | a right token is more likely than every wrong one |
-    | `kl` | cross-entropy from the full model's distribution (KL plus its entropy), the sum over the answer's tokens | the full model's most likely tokens |
+    What is minimised, in nats per answer, and when an answer counts as given (`top1_agreement`):
+
+    - `loss`: -log P(answer), the sum over its tokens; each of them is the most likely one.
+    - `logit_difference`: -log(P(right) / P(right or wrong)) = softplus(-d), d the logit difference; a right token is
+      more likely than every wrong one.
+    - `kl`: cross-entropy from the full model's distribution (KL plus its entropy), the sum over the answer's tokens;
+      each is the full model's most likely one.
 
     With `loss` and `logit_difference` a mask may do better than the model, and then explains more than the model does;
     `kl` asks for what the model does, mistakes included. A correlation of surprisals is defined for `kl` alone.
-    """  # noqa: E501
+    """
 
     def __init__(self, task: Any, measure: str = "loss", *, model: Model | None = None) -> None:
         """Take a `Task` and a measure, one of `MEASURES`; `kl` needs the full model.
@@ -81,7 +83,7 @@ class TaskTarget(PlacedTarget):
         """The rows of the task that a text consists of, for example `corpus.held_out`.
 
         Raises:
-            NotShownError: If a sequence is none of them.
+            ValueError: If a sequence is none of them.
         """
         return self.task.select(self._rows_of(tokens))
 
@@ -91,7 +93,7 @@ class TaskTarget(PlacedTarget):
         If the training part has none of a length that the held-out part has, the corpus as it is.
 
         Raises:
-            NotShownError: If a sequence is not a row of the task.
+            ValueError: If a sequence is not a row of the task.
         """
         parts = [np.asarray(part) for part in (corpus.train, corpus.held_out)]
         ends = [self.task.ends[self._rows_of(part)] + 1 for part in parts]
