@@ -27,13 +27,13 @@ from bigram_circuits.text.corpus import Corpus
 class TaskTarget(PlacedTarget):
     """The answers of a task as a target. Its sequences are the task's rows, from `task.corpus()`.
 
-    What is minimised, in nats per answer, and what `top1_agreement` counts, by measure:
+    What is minimised, in nats per answer, and when an answer counts as given (`top1_agreement`):
 
-    - `loss`: -log P(answer), the sum over its tokens; whether each token of the answer is the most likely one.
-    - `logit_difference`: -log(P(right) / P(right or wrong)) = softplus(-d), with the logit difference d; whether a
-      right token is more likely than every wrong one.
+    - `loss`: -log P(answer), the sum over its tokens; each of them is the most likely one.
+    - `logit_difference`: -log(P(right) / P(right or wrong)) = softplus(-d), d the logit difference; a right token is
+      more likely than every wrong one.
     - `kl`: cross-entropy from the full model's distribution (KL plus its entropy), the sum over the answer's tokens;
-      whether the most likely tokens are the full model's.
+      each is the full model's most likely one.
 
     With `loss` and `logit_difference` a mask may do better than the model, and then explains more than the model does;
     `kl` asks for what the model does, mistakes included. A correlation of surprisals is defined for `kl` alone.
