@@ -217,7 +217,7 @@ class Evaluation:
         if self.by_loss:
             counted = "" if self.positions is None else f" where {self.positions:,} held-out tokens are predicted"
             return [
-                "r: undefined, since the target is equally surprised everywhere, as one sure of its answers is.",
+                "r: undefined, since the target's surprisals do not vary (it is sure of its answers), or it has none.",
                 f"CE, KL: from the target, nats. loss: the masked model's own next-token loss{counted}, nats.",
             ]
         where = ""

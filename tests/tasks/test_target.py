@@ -145,7 +145,7 @@ def test_an_evaluation_counts_the_answers_alone(tiny_model):
     gain = found.empty.cross_entropy - found.full.cross_entropy
     assert math.isnan(found.recovered) == (gain <= 0)
     assert "cross-entropy" in found.verdict
-    assert "undefined, since the target is sure" in str(found)
+    assert "undefined, since the target's surprisals do not vary" in str(found)
     assert repr(Evaluation.from_json(json.loads(json.dumps(found.to_json())))) == repr(found)
 
 
