@@ -348,7 +348,7 @@ def smoke(arguments: argparse.Namespace, folder: Path) -> None:
     recipes = dict(RECIPES)
     try:
         for name, recipe in recipes.items():
-            RECIPES[name] = lambda recipe=recipe, **size: replace(recipe(**size), max_steps=4)
+            RECIPES[name] = lambda recipe=recipe, **size: replace(recipe(**size), max_steps=4, polish=0)
         run_all(arguments)
         report(arguments)
     finally:
