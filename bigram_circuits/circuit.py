@@ -12,7 +12,7 @@ from bigram_circuits.bitmasks import BitMasks, Count, operand
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, node_sites
-from bigram_circuits.models.state import uses_model
+from bigram_circuits.models.state import in_use
 from bigram_circuits.names import PartName, head_label, in_block, neuron_label, short_name
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.terminal import printable
@@ -46,7 +46,9 @@ class Circuit(BitMasks):
 
     @classmethod
     def _constant(cls, model: Model, units: str | Iterable[str], value: bool, lineage: str) -> Circuit:
-        return _circuit(model, cls, units, value, lineage)
+        with in_use(model, "Circuit"):
+            masks = {site.name: torch.full((site.count,), value) for site in node_sites(model, units)}
+            return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     @classmethod
     def touched_by(cls, subnetwork: SubnetworkLike, model: Model) -> Circuit:
@@ -168,24 +170,6 @@ class Circuit(BitMasks):
         of = f" of {short_name(self.model_name)}" if self.model_name else ""
         words = f"{self.lineage}: {self.kept:,} of {self.total:,} nodes, {100 * self.fraction:.3g}%{of}"
         return f"Circuit({printable(words)})"
-
-
-@uses_model
-def _circuit(model: Model, kind: type[Circuit], units: Any, value: bool, lineage: str) -> Circuit:
-    masks = {site.name: torch.full((site.count,), value) for site in node_sites(model, units)}
-    return kind(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
-
-
-def as_circuit(given: Any) -> Circuit:
-    """Return a circuit, or the one that a `FoundCircuit` holds.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    found = given if isinstance(given, Circuit) else getattr(given, "circuit", None)
-    if not isinstance(found, Circuit):
-        raise ValueError(f"a {type(given).__name__} is no circuit: pass a Circuit, or what find_circuit returned")
-    return found
 
 
 def _place(name: str) -> tuple[int, str]:
