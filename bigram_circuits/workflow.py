@@ -44,6 +44,7 @@ from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
@@ -281,12 +282,12 @@ def _examine(request: Request, subjects: Subjects, folder: RunFolder, found: Fou
     evaluation = evaluate(model, found.mask, target, corpus.held_out, seeds=options.random_seeds)
     folder.write_evaluation(evaluation, identity_of(corpus))
     say(f"\n{evaluation}\n\n{found.mask.table()}\n")
-    if options.analysis:
+    if options.analysis and isinstance(found.mask, Subnetwork):
         analyses = analyze(model, found.mask, target, corpus)
         analyses.save(folder.path / "analysis")
         say(f"{analyses}\n")
     write_report(folder.path)
-    if options.falsify:
+    if options.falsify and isinstance(found.mask, Subnetwork):
         tried = falsify(
             model, target, corpus, request.config,
             found=found.mask, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",
