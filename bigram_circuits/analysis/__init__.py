@@ -10,7 +10,7 @@ random subnetwork on the same text.
 | what is necessary? | `ablate`, `stochastic_ablation` |
 | how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
-| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores` |
+| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores`, `retrieval_scores`, `successor_scores` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how does it develop over training? | `trajectory`, `subnetworks_over_training` |
@@ -28,7 +28,7 @@ from bigram_circuits.analysis.geometry import (
     layer_rotations,
     linear_cka,
 )
-from bigram_circuits.analysis.heads import head_scores
+from bigram_circuits.analysis.heads import head_scores, retrieval_scores, successor_scores
 from bigram_circuits.analysis.layers import layer_by_layer
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
@@ -106,8 +106,10 @@ __all__ = [
     "passages",
     "refine_affine_lens",
     "repeated_random_tokens",
+    "retrieval_scores",
     "stochastic_ablation",
     "subnetworks_over_training",
+    "successor_scores",
     "sufficiency",
     "trajectory",
     "whole_neurons",

@@ -358,7 +358,9 @@ def test_every_public_function_is_here():
         "measure_task",
         "next_tokens",
         "passages",
+        "retrieval_scores",
         "subnetworks_over_training",
+        "successor_scores",
     }
     functions = {name for name in analysis.__all__ if inspect.isfunction(getattr(analysis, name))}
     missing = {name for name in functions if f"analysis.{name}(" not in text} - plain - in_their_own_tests

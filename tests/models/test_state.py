@@ -103,6 +103,7 @@ USES = {
     "by_token": lambda m, t, c: analysis.faithfulness_by_token(m, half(m), t, c, min_count=1).values,
     "faithfulness_to": lambda m, t, c: analysis.faithfulness_to(half(m), t, c)(m),
     "head_scores": lambda m, t, c: analysis.head_scores(m, half(m), prompts=2, period=4).values,
+    "retrieval_scores": lambda m, t, c: analysis.retrieval_scores(m, half(m), prompts=2, pairs=2).values,
     "measure_task": lambda m, t, c: analysis.measure_task(m, rows(m), half(m)).values,
     "TaskTarget": lambda m, t, c: bc.evaluate(
         m, half(m), bc.TaskTarget(rows(m), "kl", model=m), rows(m).tokens, controls=False
@@ -228,6 +229,7 @@ def test_every_public_function_of_a_model_is_here():
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
         "refine_affine_lens",
+        "successor_scores",  # needs a tokenizer of whole words
     }  # fmt: skip
     text = inspect.getsource(inspect.getmodule(test_each_module_gets_back_its_own_mode))
     for of in (bc, analysis):
