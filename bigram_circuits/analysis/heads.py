@@ -101,9 +101,8 @@ def retrieval_scores(
         because the tokens of the answer are not found in the list.
 
     Raises:
-        ValueError: If an argument is out of range.
-        NotShownError: If there is no tokenizer, the prompts do not fit the context, no answer is found in its prompt,
-            or the model does not show its attention patterns.
+        ValueError: If an argument is out of range, there is no tokenizer, the prompts do not fit the context, no answer
+            is found in its prompt, or the model does not show its attention patterns.
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)
     task = earlier_value(model, prompts=prompts, pairs=pairs, seed=seed)
@@ -155,7 +154,7 @@ def successor_scores(
         quantity's meaning, and in `notes` as `chance`, with the numbers of ordinals by list.
 
     Raises:
-        NotShownError: If there is no tokenizer, it has too few ordinals as single tokens, or the model lacks an MLP in
+        ValueError: If there is no tokenizer, it has too few ordinals as single tokens, or the model lacks an MLP in
             block 0 (with `through_mlp`), a hook point, or a final norm and unembedding that read what heads write.
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)

@@ -7,7 +7,7 @@
 | `attn`, `mlp` | what it adds to the residual stream | `blocks.i.hook_attn_out`, `blocks.i.hook_mlp_out` |
 
 Any other hook point with an activation [batch, pos, d] can be named, for example `blocks.1.hook_resid_post`: each of
-its coordinates is a node.
+its coordinates is a node. So are the latents of a dictionary within `spliced`: `blocks.1.hook_resid_post.features`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _has(model: Model, name: str) -> bool:
     part: object = model
     for step in name.split("."):
         part = getattr(part, step, None) if not step.isdigit() else _item(part, int(step))
-    return part is not None
+    return part is not None or name in model.hook_dict
 
 
 def _item(parts: object, index: int) -> object:

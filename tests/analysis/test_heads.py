@@ -108,10 +108,8 @@ class Gpt2:
         return self.norm("ln_f", x)
 
     def mlp(self, x):
-        h = (
-            self.norm("h.0.ln_2", x) @ self.w["transformer.h.0.mlp.c_fc.weight"]
-            + self.w["transformer.h.0.mlp.c_fc.bias"]
-        )
+        at = "transformer.h.0.mlp"
+        h = self.norm("h.0.ln_2", x) @ self.w[f"{at}.c_fc.weight"] + self.w[f"{at}.c_fc.bias"]
         h = h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) / 2
         return h @ self.w[f"{at}.c_proj.weight"] + self.w[f"{at}.c_proj.bias"]
 
