@@ -20,6 +20,7 @@ from bigram_circuits.models.activations import (
     check_predicts_tokens,
     record,
 )
+from bigram_circuits.models.interventions import intervened
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
@@ -242,16 +243,16 @@ def _written_for(
     unplaced = [("pos_embed.hook_out", zeros)] if "pos_embed.hook_out" in model.hook_dict else []
     blocks = range(model.cfg.n_layers)
     if through_mlp:
-        with model.hooks(fwd_hooks=[*unplaced, (in_block(0, "hook_attn_out"), zeros)]):
+        with intervened(model, [*unplaced, (in_block(0, "hook_attn_out"), zeros)]):
             seen, _ = record(model, tokens, [first, in_block(0, "hook_mlp_out")])
         read = seen[in_block(0, "hook_mlp_out")]
     else:
-        with model.hooks(fwd_hooks=unplaced):
+        with intervened(model, unplaced):
             seen, _ = record(model, tokens, [first])
         read = seen[first]
     inputs = [(in_block(layer, "hook_resid_pre"), _returning(lambda _: read)) for layer in blocks if layer > 0]
     points = [in_block(layer, "attn.hook_z") for layer in blocks]
-    with model.hooks(fwd_hooks=[*unplaced, *inputs]):
+    with intervened(model, [*unplaced, *inputs]):
         seen, _ = record(model, tokens, points)
     return torch.stack([_through_output(model, layer, seen[point][:, 0]) for layer, point in enumerate(points)])
 

@@ -202,6 +202,7 @@ def _relu(dictionary: Dictionary, a: Float[Tensor, "*rows d_sae"]) -> Float[Tens
 
 
 def _above_threshold(dictionary: Dictionary, a: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
+    assert dictionary.threshold is not None
     h = a + dictionary.b_enc
     return h.relu() * (h > dictionary.threshold)
 
@@ -217,6 +218,7 @@ def _top_k(dictionary: Dictionary, a: Float[Tensor, "*rows d_sae"]) -> Float[Ten
 
 def _gated(dictionary: Dictionary, a: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_sae"]:
     assert dictionary.r_mag is not None
+    assert dictionary.b_gate is not None
     return (a * dictionary.r_mag.exp() + dictionary.b_enc).relu() * (a + dictionary.b_gate > 0)
 
 
@@ -295,36 +297,35 @@ def load_dictionary(folder: str | os.PathLike[str]) -> Dictionary:
     return found
 
 
+_FORMER = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings of a dictionary under the names of SAELens 6, with those of its `metadata` beside the others."""
     with opened(path) as file:
         try:
-            config = parse_json(file.read())
+            record = parse_json(file.read())
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
-    metadata = config.get("metadata") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(metadata, dict | None):
-        raise ValueError(f"{str(path)!r} should be a record with names, not {shown(config)}")
-    former = {
-        "hook_point": "hook_name",
-        "hook_point_head_index": "hook_head_index",
-        "activation_fn_str": "activation_fn",
-    }
-    config = {former.get(name, name): value for name, value in {**(metadata or {}), **config}.items()}
+    metadata = record.get("metadata") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(metadata, dict | None):
+        raise ValueError(f"{str(path)!r} should be a record with names, not {shown(record)}")
+    config: dict[str, Any] = {_FORMER.get(name, name): value for name, value in {**(metadata or {}), **record}.items()}
     config.setdefault("architecture", "standard")
     if config["architecture"] == "standard" and config.get("activation_fn") == "topk":
         config |= {"architecture": "topk", "k": (config.get("activation_fn_kwargs") or {}).get("k")}
     scaled = config.get("normalize_activations")
-    config["normalize_activations"] = {None: "none", False: "none", True: "expected_average_only_in"}.get(
-        scaled, scaled
-    )
+    if scaled is None or isinstance(scaled, bool):
+        config["normalize_activations"] = "expected_average_only_in" if scaled else "none"
     return config
 
 
 def _supported(config: Mapping[str, Any]) -> str:
     """The architecture of a dictionary. Raises ValueError if it, or how it is used, is not supported."""
-    architecture = {"matryoshka_batchtopk": "batchtopk"}.get(config["architecture"], config["architecture"])
-    if architecture not in _ARCHITECTURES:
+    architecture, head = config["architecture"], config.get("hook_head_index")
+    if architecture == "matryoshka_batchtopk":
+        architecture = "batchtopk"
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ValueError(f"its architecture is {shown(architecture)}, not one of {', '.join(_ARCHITECTURES)}")
     activation = config.get("activation_fn", "relu")
     if activation not in ("relu", "topk"):
@@ -336,10 +337,8 @@ def _supported(config: Mapping[str, Any]) -> str:
         )
     if config.get("finetuning_scaling_factor"):
         raise ValueError("it has a finetuning_scaling_factor, which is not supported")
-    if config.get("hook_head_index") is not None:
-        raise ValueError(
-            f"it is of head {shown(config['hook_head_index'])} alone, not of all that is at its hook point"
-        )
+    if head is not None:
+        raise ValueError(f"it is of the head {shown(head)} alone, not of all that is at its hook point")
     return architecture
 
 

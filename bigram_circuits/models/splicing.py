@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +62,8 @@ def spliced(model: Model, dictionaries: Mapping[str | tuple[str, str], Any]) -> 
 
     Their hook points can be used like others, by name: with `run_with_hooks`, `run_with_cache`, `activation_points`, in
     a `Circuit`, and to learn gates for. Afterwards the model is as it was, also after an exception. Blocks can be
-    nested; another thread that uses the model waits. Hooks that are added inside the block to the hook point of a
-    dictionary see what it has written there, and do not change what it reads.
+    nested; another thread that uses the model waits. Hooks at the hook point of a dictionary see what it has written
+    there, and do not change what it reads.
 
     Args:
         model: From `load_model`.
@@ -119,7 +119,7 @@ def _check_apart(model: Model, splices: list[_Splice]) -> None:
     """Raise ValueError if two dictionaries write at one hook point, or one is there already."""
     points = [model.hook_dict[splice.writes] for splice in splices]
     for splice, point in zip(splices, points, strict=True):
-        if points.count(point) > 1 or splice.name in model.hook_dict:
+        if points.count(point) > 1 or hasattr(point, FEATURES):
             raise ValueError(f"there can be only one dictionary at {splice.writes}")
 
 
@@ -165,30 +165,45 @@ def _disturbed(value: Tensor, hook: Any) -> Tensor:
 
 @contextmanager
 def _within(model: Model, splice: _Splice) -> Iterator[None]:
-    """Within the `with` block, activations pass through one dictionary."""
+    """Within the `with` block, activations pass through one dictionary.
+
+    This is not done by hooks, which may be switched off, but by what the hook points themselves compute.
+    """
     from transformer_lens.hook_points import HookPoint
 
     latents, read = HookPoint(), {}
     latents.name = splice.name
+    source, sink = model.hook_dict[splice.reads], model.hook_dict[splice.writes]
 
-    def keep(x: Tensor, hook: Any) -> None:
-        read["x"] = x
+    def keep(value: Any) -> Any:
+        read["x"] = _shown_to_hooks(source, value)
+        return value
 
-    def replace(out: Tensor, hook: Any) -> Tensor | None:
-        if splice.reads == splice.writes:
-            read["x"] = out
-        if "x" not in read:
+    def replace(value: Any) -> Any:
+        out = _shown_to_hooks(sink, value)
+        x = out if source is sink else read.pop("x", None)
+        if x is None:
             raise RuntimeError(f"this forward pass reaches {splice.writes}, but not {splice.reads} before it")
-        return _replaced(splice, latents, read.pop("x"), out)
+        changed = _replaced(splice, latents, x, out)
+        if changed is None:
+            return value
+        return changed if sink.hook_conversion is None else sink.hook_conversion.revert(changed)
 
     with ExitStack() as stack:
-        if splice.reads != splice.writes:
-            stack.enter_context(_hooked(model.hook_dict[splice.reads], keep))
-        stack.enter_context(_hooked(model.hook_dict[splice.writes], replace))
-        registry: dict[str, Any] = vars(model)["_hook_registry"]  # outside of the module tree: no module is added
-        registry[splice.name] = latents
-        stack.callback(registry.pop, splice.name)
+        # plain attributes, so that the model gets no new modules, and a registry that lists what has a name
+        for point in (source, sink):
+            stack.enter_context(_noticed(point))
+        if source is not sink:
+            stack.enter_context(_entered(vars(source), "forward", keep))
+        stack.enter_context(_entered(vars(sink), "forward", replace))
+        stack.enter_context(_entered(vars(sink), FEATURES, latents))
+        stack.enter_context(_entered(vars(model)["_hook_registry"], splice.name, latents))
         yield
+
+
+def _shown_to_hooks(point: Any, value: Any) -> Any:
+    """An activation in the layout that hooks of this point see."""
+    return value if point.hook_conversion is None else point.hook_conversion.convert(value)
 
 
 def _replaced(splice: _Splice, point: Any, x: Tensor, out: Tensor) -> Tensor | None:
@@ -206,11 +221,27 @@ def _replaced(splice: _Splice, point: Any, x: Tensor, out: Tensor) -> Tensor | N
 
 
 @contextmanager
-def _hooked(point: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the `with` block, a function is at a hook point, also after `reset_hooks`."""
-    handle = point.add_hook(function, is_permanent=True)
+def _noticed(point: Any) -> Iterator[None]:
+    """Within the `with` block, a hook point has a hook: without, norms compute what it shows without gradients."""
+    handle = point.add_hook(_nothing, is_permanent=True)
     try:
         yield
     finally:
         handle.hook.remove()
         point.fwd_hooks = [one for one in point.fwd_hooks if one is not handle]
+
+
+def _nothing(value: Any, hook: Any) -> None:
+    """A hook that changes nothing."""
+
+
+@contextmanager
+def _entered(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Within the `with` block, a name has a value."""
+    before = {name: names[name]} if name in names else {}
+    names[name] = value
+    try:
+        yield
+    finally:
+        del names[name]
+        names.update(before)
