@@ -310,7 +310,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     metadata = record.get("metadata") if isinstance(record, dict) else None
     if not isinstance(record, dict) or not isinstance(metadata, dict | None):
         raise ValueError(f"{str(path)!r} should be a record with names, not {shown(record)}")
-    config: dict[str, Any] = {_FORMER.get(name, name): value for name, value in {**(metadata or {}), **record}.items()}
+    values: dict[str, Any] = {**(metadata or {}), **record}
+    config = {_FORMER.get(name, name): value for name, value in values.items()}
     config.setdefault("architecture", "standard")
     if config["architecture"] == "standard" and config.get("activation_fn") == "topk":
         config |= {"architecture": "topk", "k": (config.get("activation_fn_kwargs") or {}).get("k")}
