@@ -41,20 +41,20 @@ class Dictionary:
 
     architecture: str
     """`standard`, `gated`, `jumprelu`, `topk`, `batchtopk`, `transcoder` or `jumprelu_transcoder`."""
-    W_enc: Float[Tensor, "d_in d_sae"]
-    """The encoder."""
-    b_enc: Float[Tensor, " d_sae"]
-    """Its bias; of a gated one, that of the magnitudes (`b_mag`)."""
-    W_dec: Float[Tensor, "d_sae d_out"]
-    """The decoder: a direction for each latent."""
-    b_dec: Float[Tensor, " d_out"]
-    """Its bias."""
-    threshold: Float[Tensor, " d_sae"] | None = None
-    """What a latent must exceed, if the architecture has thresholds."""
-    b_gate: Float[Tensor, " d_sae"] | None = None
-    """The bias of the gates of a gated one."""
-    r_mag: Float[Tensor, " d_sae"] | None = None
-    """Logarithms of the scales of the magnitudes of a gated one."""
+    W_enc: Tensor
+    """The encoder, [d_in, d_sae]."""
+    b_enc: Tensor
+    """Its bias, [d_sae]; of a gated one, that of the magnitudes (`b_mag`)."""
+    W_dec: Tensor
+    """The decoder, [d_sae, d_out]: a direction for each latent."""
+    b_dec: Tensor
+    """Its bias, [d_out]."""
+    threshold: Tensor | None = None
+    """What a latent must exceed, [d_sae], if the architecture has thresholds."""
+    b_gate: Tensor | None = None
+    """The bias of the gates of a gated one, [d_sae]."""
+    r_mag: Tensor | None = None
+    """Logarithms of the scales of the magnitudes of a gated one, [d_sae]."""
     k: int | None = None
     """How many latents of a `topk` one are not 0."""
     hook_name: str | None = None

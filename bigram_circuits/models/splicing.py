@@ -45,12 +45,12 @@ class _Splice:
         """The hook point of the latents."""
         return f"{self.writes}.{FEATURES}"
 
-    def encode(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos d_sae"]:
+    def encode(self, x: Float[Tensor, "batch pos ..."]) -> Tensor:
+        """Latents, which should be [batch, pos, d_sae]."""
         return self.dictionary.encode(x.flatten(2))
 
-    def decode(
-        self, f: Float[Tensor, "batch pos d_sae"], x: Float[Tensor, "batch pos ..."]
-    ) -> Float[Tensor, "batch pos d_out"]:
+    def decode(self, f: Tensor, x: Float[Tensor, "batch pos ..."]) -> Tensor:
+        """What latents that were read from x stand for, which should be [batch, pos, d_out]."""
         if isinstance(self.dictionary, Dictionary):
             return self.dictionary.decode(f, x.flatten(2))
         return self.dictionary.decode(f)
