@@ -352,6 +352,7 @@ def test_every_public_function_is_here():
     in_their_own_tests = {
         "analyze",
         "exciting_tokens",
+        "feature_tokens",
         "head_scores",
         "layer_by_layer",
         "load_result",
