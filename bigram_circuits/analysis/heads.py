@@ -141,8 +141,9 @@ def successor_scores(
 
     Days, months and numbers are those of `ordered_sequences`, as far as they are single tokens. The logits are those
     of what the head writes, read through the final norm and the unembedding: W_U . ln(W_OV . ln(E(token))), with the
-    head's own biases (successor scores of Gould et al. 2023, arXiv 2312.09230). E(token) has no position; for heads
-    after block 0 it is what block 0's MLP writes when it reads the token's embedding, as in that paper.
+    head's own biases (successor scores of Gould et al. 2023, arXiv 2312.09230). E(token) has no position
+    (where a model adds one that no hook point shows, as XGLM does, it has the first); for heads after block 0 it is
+    what block 0's MLP writes when it reads the token's embedding, as in that paper.
 
     Args:
         model: From `load_model`.
