@@ -20,13 +20,8 @@ def random(*shape, seed=0):
 
 
 def weights(d_out=D_IN):
-    usual = {
-        "W_enc": random(D_IN, D_SAE),
-        "b_enc": random(D_SAE),
-        "W_dec": random(D_SAE, d_out),
-        "b_dec": random(d_out),
-    }
-    return usual | more
+    shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, d_out), "b_dec": (d_out,)}
+    return {name: random(*shape) for name, shape in shapes.items()}
 
 
 def save(folder, tensors, **config):
