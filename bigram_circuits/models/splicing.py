@@ -88,8 +88,8 @@ def spliced(model: Model, dictionaries: Mapping[str | tuple[str, str], Any]) -> 
         _check_apart(model, splices)
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that other numerics follow where TransformerLens cannot edit in place
-            _check_fit(model, splices)
-        for splice in splices:
+            reached = _check_fit(model, splices)
+        for splice in sorted(splices, key=lambda splice: reached.index(splice.writes)):  # what reads there comes later
             stack.enter_context(_within(model, splice))
         yield model
 
@@ -121,19 +121,25 @@ def _check_apart(model: Model, splices: list[_Splice]) -> None:
     for splice, point in zip(splices, points, strict=True):
         if points.count(point) > 1 or hasattr(point, FEATURES):
             raise ValueError(f"there can be only one dictionary at {splice.writes}")
+        if "forward" in vars(point):
+            raise ValueError(
+                f"a dictionary of an enclosing `with` block reads at {splice.writes}: give both to one `spliced`"
+            )
 
 
-def _check_fit(model: Model, splices: list[_Splice]) -> None:
-    """Raise ValueError unless every dictionary fits the activations at its hook points, and changes matter there."""
+def _check_fit(model: Model, splices: list[_Splice]) -> list[str]:
+    """Raise ValueError unless every dictionary fits the activations at its hook points, and changes matter there.
+
+    Returns:
+        The names of the hook points, in the order in which a forward pass reaches them.
+    """
     tokens = torch.arange(2, device=model.cfg.device)[None] % model.cfg.d_vocab
     seen, logits = record(model, tokens, [name for splice in splices for name in (splice.reads, splice.writes)])
     order = list(seen)
     for splice in splices:
         x, out = seen[splice.reads], seen[splice.writes]
         if order.index(splice.reads) > order.index(splice.writes):
-            raise ValueError(
-                f"{splice.reads} is reached after {splice.writes}, but a dictionary writes what it has read"
-            )
+            raise ValueError(f"{splice.reads} is reached after {splice.writes}, which is to be written from it")
         for name, value in ((splice.reads, x), (splice.writes, out)):
             if value.ndim < 3 or value.shape[:2] != (1, 2):
                 raise NotShownError(f"the activation {name} has the axes {list(value.shape)}, not [batch, pos, ...]")
@@ -156,6 +162,7 @@ def _check_fit(model: Model, splices: list[_Splice]) -> None:
         another = model.run_with_hooks(tokens, fwd_hooks=[(splice.writes, _disturbed)])
         if torch.equal(another, logits):
             raise NotShownError(f"the logits do not depend on what a hook writes at {splice.writes}")
+    return order
 
 
 def _disturbed(value: Tensor, hook: Any) -> Tensor:
@@ -174,12 +181,15 @@ def _within(model: Model, splice: _Splice) -> Iterator[None]:
     latents, read = HookPoint(), {}
     latents.name = splice.name
     source, sink = model.hook_dict[splice.reads], model.hook_dict[splice.writes]
+    at_source, at_sink = source.forward, sink.forward  # the identity, or what other dictionaries do there
 
     def keep(value: Any) -> Any:
+        value = at_source(value)
         read["x"] = _shown_to_hooks(source, value)
         return value
 
     def replace(value: Any) -> Any:
+        value = at_sink(value)
         out = _shown_to_hooks(sink, value)
         x = out if source is sink else read.pop("x", None)
         if x is None:

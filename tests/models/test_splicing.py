@@ -124,6 +124,23 @@ def test_a_transcoder_writes_where_it_does_not_read(tiny_model, tokens):
                 model.hook_dict[place[1]](torch.zeros(1, 2, D_MODEL))
 
 
+def test_dictionaries_that_share_a_hook_point(tiny_model, tokens):
+    """Two transcoders read what an autoencoder at the same hook point has written, whatever their order."""
+    at, first, second = "blocks.0.ln2.hook_out", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"
+    coders = {(at, second): a_dictionary(seed=5), (at, first): a_dictionary(seed=6), at: a_dictionary(seed=7)}
+    logits = tiny_model(tokens)
+    with bc.spliced(tiny_model, coders) as model, torch.no_grad():
+        assert torch.equal(model(tokens), logits)
+        with model.hooks(fwd_hooks=[(f"{at}.features", lambda f, hook: f * 3)]):
+            _, cache = model.run_with_cache(tokens)
+    for name in (first, second):
+        latents = numpy_latents(cache[at].numpy(), coders[at, name])
+        np.testing.assert_allclose(cache[f"{name}.features"], latents, rtol=1e-4, atol=1e-4)
+    outer, inner = bc.spliced(tiny_model, {(at, first): a_dictionary()}), bc.spliced(tiny_model, {at: a_dictionary()})
+    with outer, pytest.raises(ValueError, match="an enclosing `with` block reads at"), inner:
+        pass
+
+
 # --- as nodes ---
 
 
