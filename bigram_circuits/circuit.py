@@ -15,10 +15,9 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, node_sites
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.names import PartName, WeightName, head_label, in_block, neuron_label, short_name
+from bigram_circuits.names import PartName, WeightName, head_label, in_block, neuron_label
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.storage.records import CONTENT, check_content, content_checksum, shown
-from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _POINT = re.compile(r"[A-Za-z_][\w.]*")
@@ -154,6 +153,15 @@ class Circuit(BitMasks):
         masks = {name: self.get(name, mask) for name, mask in Subnetwork.full(model).items()}
         return Subnetwork(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=self.lineage)
 
+    def with_weights(self, weights: Subnetwork) -> Circuit:
+        """The same nodes, with other masks of the weight matrices that it masks."""
+        masks = {name: weights[name] if WeightName.is_one(name) else mask for name, mask in self.items()}
+        made = type(self)(
+            masks, model_name=self.model_name, weight_hash=self.weight_hash,
+            lineage=f"{operand(self.lineage)}, weights of {operand(weights.lineage)}",
+        )  # fmt: skip
+        return self._inherit(made)
+
     @property
     def masks_weights(self) -> bool:
         """Whether it holds masks of weight matrices."""
@@ -218,6 +226,10 @@ class Circuit(BitMasks):
         """Count kept nodes by unit: `head`, `neuron`, `attn`, `mlp`, or the name of a hook point."""
         return self._by(lambda name: _place(name)[1])
 
+    def by_place(self) -> dict[tuple[int, str], Count]:
+        """Count kept nodes by layer and unit."""
+        return self._by(_place)
+
     def _by(self, key: Any) -> dict[Any, Count]:
         counts: dict[Any, Count] = {}
         for name, mask in self.items():
@@ -248,11 +260,6 @@ class Circuit(BitMasks):
                 continue
             if len(shape) != 1 or shape[0] < 1:
                 raise ValueError(f"the nodes of {name} have shape {shape}, but should be a list")
-
-    def __repr__(self) -> str:
-        of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        words = f"{self.lineage}: {self.kept:,} of {self.total:,} nodes, {100 * self.fraction:.3g}%{of}"
-        return f"Circuit({printable(words)})"
 
 
 def _unpickled(make: Any, arguments: Any, replacement: Replacement) -> Circuit:
