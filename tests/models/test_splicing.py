@@ -171,6 +171,20 @@ def test_latents_are_nodes_of_circuits(tiny_model, tokens, replace):
         bc.masked(tiny_model, dropped).__enter__()
 
 
+def test_circuits_of_latents_are_learned_and_evaluated(tiny_model, random_tokens):
+    corpus, name = bc.Corpus.from_tokens(random_tokens, random_tokens[::-1].copy()), FEATURES
+    config = bc.SparsifyConfig(max_steps=3, batch_size=2, target_fraction=0.5)
+    with bc.spliced(tiny_model, {POINT: a_dictionary()}) as model:
+        target = bc.ModelTarget(model)
+        found = bc.find_circuit(model, target, corpus, config, units=name, check_memory="off")
+        assert (list(found.circuit), found.circuit.kept) == ([name], D_SAE // 2)
+        learned, full = (
+            bc.evaluate(model, circuit, target, random_tokens, controls=False).subnetwork.kl
+            for circuit in (found.circuit, bc.Circuit.full(model, name))
+        )
+    assert learned > 1e-4 > abs(full)
+
+
 def test_gradients_reach_gates_and_earlier_layers(tiny_model, tokens):
     """Also where blocks are computed again in the backward pass; in numbers, by differences."""
     place, name = ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"), "blocks.1.hook_mlp_out.features"
