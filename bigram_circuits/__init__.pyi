@@ -17,6 +17,10 @@ from .analysis import (
 from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
 from .circuit import Circuit as Circuit
 from .replacement import Replacement as Replacement
+from .experiments.faithfulness_curves import (
+    FaithfulnessCurves as FaithfulnessCurves,
+    faithfulness_curves as faithfulness_curves,
+)
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,
@@ -46,6 +50,7 @@ from .learning.inputs import InputWarning as InputWarning, check_inputs as check
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
 from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_circuit as find_circuit, find_subnetwork as find_subnetwork
+from .masking.effects import node_effects as node_effects
 from .masking.apply import gated as gated, masked as masked, replaced as replaced
 from .measures.statistics import Faithfulness as Faithfulness
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points

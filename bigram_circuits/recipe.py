@@ -378,6 +378,16 @@ steps, for a first look. `thorough` takes about five times as many, most of them
 gates find something that is lost when they become 0 or 1 (docs/method.md has numbers)."""
 
 
+def for_nodes(target_fraction: float | int | None) -> dict[str, Any]:
+    """The options of our recipe for nodes that differ from its defaults.
+
+    There are far fewer nodes than weights, and most of them matter a little. AdamW moves all scores at the same speed,
+    so it hardly ranks them in a few hundred steps; straight-through adds up what each contributes. Without a share to
+    keep, gates are 0 or 1 from half of the steps on.
+    """
+    return {"hard_from": 0.5} if target_fraction is None else {"method": "straight_through", "max_steps": 200}
+
+
 # --- model, text and target by name ---
 
 
@@ -599,7 +609,10 @@ class Request:
         changes = {name: some[name] for name in options_of(SparsifyConfig) if name in some}
         if options.sparsity_weights is not None and changes.keys() & {"sparsity_weight", "target_fraction"}:
             raise ValueError("sparsity_weights cannot be combined with sparsity_weight or target_fraction")
-        return cls(inputs, RECIPES[options.recipe](**{**EFFORTS[options.effort], **changes}), options)
+        ours = EFFORTS[options.effort]
+        if changes.get("units") and options.recipe == "default" and options.effort == "normal":
+            ours = {} if "method" in changes else for_nodes(changes.get("target_fraction"))
+        return cls(inputs, RECIPES[options.recipe](**{**ours, **changes}), options)
 
     def command(self) -> str:
         """The `bigram-circuits find` command for this request."""

@@ -38,6 +38,11 @@ def values(tiny_model, tmp_path_factory):
     neurons = analysis.whole_neurons(kept, threshold=0)
     task = analysis.repeated_random_tokens(tiny_model, prompts=2, period=4)
     dictionary = bc.Dictionary("standard", torch.eye(24), torch.zeros(24), torch.eye(24), torch.zeros(24))
+    of_nodes = {"units": "head", "config": bc.SparsifyConfig(max_steps=1, batch_size=2), "check_memory": "off"}
+    circuit = bc.find_circuit(tiny_model, target, corpus, **of_nodes)
+    curves = bc.faithfulness_curves(
+        tiny_model, bc.ModelTarget(tiny_model), corpus, **of_nodes, sizes=(0.5,), methods=("random",)
+    )
     listed = [
         kept, found, evaluation, evaluation.subnetwork, found.gap, found.history[0], load_run(folder), CONFIG, corpus,
         target, bc.NextTokenTarget(), bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
@@ -49,7 +54,8 @@ def values(tiny_model, tmp_path_factory):
         kept.by_weight()["blocks.0.attn.W_Q"], bc.activation_points(tiny_model)[0], bc.huggingface_layout(tiny_model),
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
-        bc.Circuit.full(tiny_model), dictionary, analysis.feature_tokens(tiny_model, dictionary),
+        bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
+        dictionary, analysis.feature_tokens(tiny_model, dictionary),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}

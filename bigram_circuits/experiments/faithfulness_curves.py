@@ -168,7 +168,7 @@ def faithfulness_curves(
         model: From `load_model`.
         task: As for `find_circuit`.
         corpus: As for `find_circuit`.
-        config: The recipe of `learned`; its `target_fraction` is replaced.
+        config: The recipe of `learned`, whose `target_fraction` is replaced; by default as for `find_circuit`.
         units: As for `find_circuit`; no weights.
         replace: As for `find_circuit`.
         measure: As for `find_circuit`.
@@ -191,7 +191,7 @@ def faithfulness_curves(
         raise ValueError(f"sizes must be shares of the nodes, above 0 and below 1, not {list(sizes)}")
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds and steps must be at least 1, not {seeds} and {steps}")
-    target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, None, measure)
+    target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, sizes[0], measure)
     if "weight" in (config.units or ()):
         raise ValueError("methods are compared on nodes: leave weight out of units")
     check_tokens(model, corpus.held_out)

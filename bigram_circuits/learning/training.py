@@ -41,7 +41,7 @@ from bigram_circuits.models.identity import check_is, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import note, progress
-from bigram_circuits.recipe import Inputs, SparsifyConfig
+from bigram_circuits.recipe import Inputs, SparsifyConfig, for_nodes
 from bigram_circuits.runs import (
     Checkpoint,
     CorpusIdentity,
@@ -165,7 +165,8 @@ def find_circuit(
         task: A `Task` (from `load_task`, for example), a `TaskTarget`, or any other target, which then needs a corpus.
         corpus: The circuit is learned on its training part. By default that of the task, 70% of its rows; hold out
             others with `task.corpus(held_out=...)`.
-        config: The recipe; `SparsifyConfig()` by default. The next three arguments change it.
+        config: The recipe, which the next three arguments change. By default ours for nodes (`for_nodes`): with a
+            `target_fraction` straight-through, else continuous sparsification with hard gates from half of the steps.
         units: What has a gate: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one or several; and `weight`
             for single weights, of the components in `config.granularity`. By default the recipe's, or heads and
             neurons.
@@ -209,7 +210,7 @@ def as_behaviour(
     Raises:
         ValueError: As `find_circuit`.
     """
-    config = config or SparsifyConfig()
+    config = config or SparsifyConfig(**for_nodes(target_fraction), target_fraction=target_fraction)
     changes: dict[str, Any] = {
         "units": config.units or ("head", "neuron"),
         "replace": replace or config.replace,

@@ -72,6 +72,16 @@ def probabilities(model):
 USES = {
     "evaluate": lambda m, t, c: bc.evaluate(m, half(m), t, c.held_out, seeds=1).to_json(),
     "find_subnetwork": lambda m, t, c: bc.find_subnetwork(m, t, c, CONFIG, check_memory="off").subnetwork.checksum,
+    "find_circuit": lambda m, t, c: bc.find_circuit(m, t, c, CONFIG, units="head", check_memory="off").circuit.checksum,
+    "replaced": lambda m, t, c: [
+        value.tolist() for value in bc.replaced(m, bc.Circuit.full(m), "mean", text=c).replacement.means.values()
+    ],
+    "node_effects": lambda m, t, c: [
+        score.tolist() for score in bc.node_effects(m, bc.Circuit.full(m, "head"), t, c.held_out).values()
+    ],
+    "faithfulness_curves": lambda m, t, c: bc.faithfulness_curves(
+        m, bc.ModelTarget(m), c, CONFIG, units="head", sizes=(0.5,), methods=("attribution",)
+    ).curves.to_dataframe(),
     "polish": lambda m, t, c: bc.polish(m, half(m), t, c, most=8, passes=1).subnetwork.checksum,
     "granularity": lambda m, t, c: (
         bc.find_subnetwork(

@@ -76,6 +76,11 @@ class StraightThrough(Gates):
         return self.soft(place)
 
     @property
+    def settles_at(self) -> int:
+        """The step from which as many gates are open as in the end."""
+        return self._steps // 2
+
+    @property
     def is_hard(self) -> bool:
         """True: the gates of every step are a mask."""
         return True
