@@ -16,6 +16,7 @@ from .analysis import (
 )
 from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
 from .circuit import Circuit as Circuit
+from .replacement import Replacement as Replacement
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,
@@ -45,7 +46,7 @@ from .learning.inputs import InputWarning as InputWarning, check_inputs as check
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
 from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_subnetwork as find_subnetwork
-from .masking.apply import gated as gated, masked as masked
+from .masking.apply import gated as gated, masked as masked, replaced as replaced
 from .measures.statistics import Faithfulness as Faithfulness
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
 from .models.identity import same_model as same_model, weight_hash as weight_hash

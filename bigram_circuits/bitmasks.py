@@ -67,6 +67,8 @@ class BitMasks(Mapping[str, Tensor]):
     """What its units are called: `weights`."""
     file_format: ClassVar[str]
     """The format of its file, with a version."""
+    more_metadata: ClassVar[tuple[str, ...]] = ()
+    """Keys of its file's metadata besides those of all masks."""
 
     def __init__(
         self,
@@ -135,7 +137,11 @@ class BitMasks(Mapping[str, Tensor]):
 
     def _derived(self: M, packed: dict[str, np.ndarray], lineage: str) -> M:
         """Build masks of the same model with other bits."""
-        return self._from_packed(self._shapes, packed, self.model_name, self.weight_hash, lineage)
+        return self._inherit(self._from_packed(self._shapes, packed, self.model_name, self.weight_hash, lineage))
+
+    def _inherit(self: M, made: M) -> M:
+        """Give masks derived from these what they have besides masks: nothing, unless a subclass says so."""
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickle: a copy in another process is as immutable as this one."""
@@ -225,7 +231,7 @@ class BitMasks(Mapping[str, Tensor]):
         packed = {name: operation(bits, other._packed[name]) for name, bits in self._packed.items()}
         lineage = f"{operand(self.lineage, sign)} {sign} {operand(other.lineage)}"
         hash_of_both = self.weight_hash if same_model(self.weight_hash, other.weight_hash) else None
-        return self._from_packed(self._shapes, packed, self.model_name, hash_of_both, lineage)
+        return self._inherit(self._from_packed(self._shapes, packed, self.model_name, hash_of_both, lineage))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BitMasks):
@@ -241,6 +247,11 @@ class BitMasks(Mapping[str, Tensor]):
     def checksum(self) -> str:
         """Hash of all masks: equal exactly when the masks are."""
         return _checksum(self._packed)
+
+    def constant(self: M, value: bool) -> M:
+        """Return masks of the same shapes that keep everything, or nothing."""
+        whole = {name: np.packbits(np.full(int(np.prod(shape)), value)) for name, shape in self._shapes.items()}
+        return self._derived(whole, "full" if value else "empty")
 
     # --- counts ---
 
@@ -276,8 +287,14 @@ class BitMasks(Mapping[str, Tensor]):
             "total": str(self.total),
             "checksum": self.checksum,
         }
+        arrays, more = self._besides()
+        arrays, metadata = {**self._packed, **arrays}, {**metadata, **more}
         with whole_file(path) as temporary:
-            write_tensors(temporary, self._packed, metadata | {HEADER: header_checksum(self._packed, metadata)})
+            write_tensors(temporary, arrays, metadata | {HEADER: header_checksum(arrays, metadata)})
+
+    def _besides(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, str]]:
+        """What a file holds besides masks, arrays and metadata: nothing, unless a subclass says so."""
+        return {}, {}
 
     @classmethod
     def load(cls: type[M], path: str | os.PathLike[str], model: Model | None = None, *, follow_links: bool = True) -> M:
@@ -310,18 +327,18 @@ class BitMasks(Mapping[str, Tensor]):
         return loaded
 
     @classmethod
-    def _from_file(cls: type[M], packed: dict[str, np.ndarray], metadata: Mapping[str, str]) -> M:
-        check_header(packed, metadata, set(_METADATA))
-        missing = [name for name in _METADATA if name not in metadata]
+    def _from_file(cls: type[M], arrays: dict[str, np.ndarray], metadata: Mapping[str, str]) -> M:
+        check_header(arrays, metadata, {*_METADATA, *cls.more_metadata})
+        missing = [name for name in (*_METADATA, *cls.more_metadata) if name not in metadata]
         if missing:
             raise ValueError(f"its header lacks its {missing[0]}")
         shapes = cls._shapes_of(metadata["shapes"])
         wanted = {name: (-(-math.prod(shape) // 8),) for name, shape in shapes.items()}
+        packed = {name: arrays[name] for name in shapes if name in arrays}
         if any(bits.dtype != np.uint8 for bits in packed.values()) or (
             {name: bits.shape for name, bits in packed.items()} != wanted
         ):
             raise ValueError("its tensors do not match the names and shapes in its header")
-        packed = {name: packed[name] for name in shapes}
         for name, shape in shapes.items():
             unused = -math.prod(shape) % 8
             if packed[name][-1] & ((1 << unused) - 1):
@@ -335,7 +352,13 @@ class BitMasks(Mapping[str, Tensor]):
                 f"it should keep {shown(metadata['kept'])} of {shown(metadata['total'])} {cls.units}, "
                 f"but keeps {loaded.kept} of {loaded.total}"
             )
+        loaded._read_besides({name: array for name, array in arrays.items() if name not in shapes}, metadata)
         return loaded
+
+    def _read_besides(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+        """Take what a file holds besides masks; raises ValueError if that is something else."""
+        if arrays:
+            raise ValueError("its tensors do not match the names and shapes in its header")
 
     @classmethod
     def _shapes_of(cls, text: str) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from bigram_circuits.bitmasks import BitMasks, Count, operand
@@ -13,26 +14,75 @@ from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, node_sites
 from bigram_circuits.models.state import in_use
-from bigram_circuits.names import PartName, head_label, in_block, neuron_label, short_name
-from bigram_circuits.storage.records import shown
+from bigram_circuits.models.weights import weight_sites
+from bigram_circuits.names import PartName, WeightName, head_label, in_block, neuron_label, short_name
+from bigram_circuits.replacement import Replacement
+from bigram_circuits.storage.records import CONTENT, check_content, content_checksum, shown
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _POINT = re.compile(r"[A-Za-z_][\w.]*")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _NODE = re.compile(r"(?P<point>[\w.]+)\[(?P<index>\d+)\]")
+_MEAN = "mean."  # before a hook point's name, the name of its means in a file
+WEIGHT = "weight"
+"""The unit of single weights."""
 _UNIT_AT = {point: unit for unit, point in UNITS.items()}
 
 
 class Circuit(BitMasks):
     """An immutable mapping from hook points to boolean masks of their nodes, True where a node is kept.
 
-    `a & b`, `a | b`, `a - b` and `~a` are set operations on circuits over the same nodes; `==` compares the masks.
+    `a & b`, `a | b`, `a - b` and `~a` are set operations on circuits over the same nodes; `==` compares the masks. A
+    circuit says what takes the place of the nodes that it drops (`replacement`); the result of an operation has that of
+    the first circuit.
+
+    It may also hold masks of weight matrices, by their canonical names (`units="weight"`).
     """
 
     noun = "circuit"
     units = "nodes"
     file_format = "bigram_circuits.circuit/1"
+    more_metadata = ("replace", "seed")
+
+    _replacement = Replacement()
+
+    @property
+    def replacement(self) -> Replacement:
+        """What takes the place of the nodes that are dropped; zero unless `replaced` or `find_circuit` made it."""
+        return self._replacement
+
+    def with_replacement(self, replacement: Replacement) -> Circuit:
+        """The same nodes, with something else in the place of those that are dropped."""
+        made = self.named(self.lineage)
+        made._replacement = replacement
+        return made
+
+    def _inherit(self, made: Any) -> Any:
+        made._replacement = self._replacement
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Support pickle: a copy in another process is as immutable as this one."""
+        make, arguments = super().__reduce__()
+        return _unpickled, (make, arguments, self._replacement)
+
+    def _besides(self) -> tuple[Mapping[str, np.ndarray], Mapping[str, str]]:
+        arrays = {_MEAN + name: mean for name, mean in self._replacement.means.items()}
+        metadata = {"replace": self._replacement.kind, "seed": str(self._replacement.seed)}
+        return arrays, metadata | ({CONTENT: content_checksum(arrays)} if arrays else {})
+
+    def _read_besides(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+        if arrays:
+            check_content(arrays, metadata)
+        means = {name.removeprefix(_MEAN): array for name, array in arrays.items()}
+        for name, mean in means.items():
+            nodes = self._shapes.get(name, (0,))[-1]
+            if not nodes or mean.dtype != np.float32 or mean.ndim not in (1, 2) or mean.shape[-1] % nodes:
+                raise ValueError(f"the mean of {name} does not match the names and shapes in its header")
+        if not metadata["seed"].isdecimal():
+            raise ValueError(f"its seed is {shown(metadata['seed'])}, not a whole number")
+        self._replacement = Replacement(metadata["replace"], means, int(metadata["seed"]))
 
     @classmethod
     def full(cls, model: Model, units: str | Iterable[str] = ("head", "neuron")) -> Circuit:
@@ -46,8 +96,14 @@ class Circuit(BitMasks):
 
     @classmethod
     def _constant(cls, model: Model, units: str | Iterable[str], value: bool, lineage: str) -> Circuit:
+        wanted = [units] if isinstance(units, str) else list(units)
         with in_use(model, "Circuit"):
-            masks = {site.name: torch.full((site.count,), value) for site in node_sites(model, units)}
+            masks = {}
+            if wanted != [WEIGHT]:
+                sites = node_sites(model, [unit for unit in wanted if unit != WEIGHT])
+                masks = {site.name: torch.full((site.count,), value) for site in sites}
+            if WEIGHT in wanted:
+                masks |= {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
             return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
 
     @classmethod
@@ -66,15 +122,19 @@ class Circuit(BitMasks):
     def weights(self, model: Model) -> Subnetwork:
         """The weights that the kept heads and neurons own: all others are dropped, and what has no node here is kept.
 
+        Of weight matrices that are masked here, these weights are kept.
+
         With grouped queries, a key and value head is kept as long as a query head of its group is.
 
         Raises:
             ValueError: If a node is neither a head nor a neuron, or the circuit does not fit the model.
         """
         self.check_fits(model)
-        masks, empty = dict(Subnetwork.full(model).items()), Subnetwork.empty(model)
+        masks, empty = dict(self.masked_weights(model).items()), Subnetwork.empty(model)
         for name, mask in self.items():
             layer, unit = _place(name)
+            if unit == WEIGHT:
+                continue
             component = {"head": "attn", "neuron": "mlp"}.get(unit)
             if component is None:
                 raise ValueError(f"the nodes of {name} own no weights: only heads and neurons do")
@@ -84,14 +144,30 @@ class Circuit(BitMasks):
             else:
                 for head in kept:
                     owned = owned.add_head(layer, head)
-            masks |= {weight: owned[weight] for weight in masks if weight.startswith(in_block(layer, component))}
+            inside = [weight for weight in masks if weight.startswith(in_block(layer, component))]
+            masks |= {weight: masks[weight] & owned[weight] for weight in inside}
         lineage = f"weights of {operand(self.lineage)}"
         return Subnetwork(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+
+    def masked_weights(self, model: Model) -> Subnetwork:
+        """The masks of weight matrices that it holds; matrices without one are kept whole."""
+        masks = {name: self.get(name, mask) for name, mask in Subnetwork.full(model).items()}
+        return Subnetwork(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=self.lineage)
+
+    @property
+    def masks_weights(self) -> bool:
+        """Whether it holds masks of weight matrices."""
+        return any(_place(name)[1] == WEIGHT for name in self)
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """Labels of the nodes that are kept: `L0H3`, `L0N711`, `L0.attn`, `L0.mlp`, `blocks.0.hook_resid_post[5]`."""
-        return tuple(_label(name, index) for name, mask in self.items() for index in mask.nonzero().flatten().tolist())
+        return tuple(
+            _label(name, index)
+            for name, mask in self.items()
+            if mask.ndim == 1
+            for index in mask.nonzero().flatten().tolist()
+        )
 
     def keep(self, *labels: str) -> Circuit:
         """Return a copy that also keeps the nodes of these labels.
@@ -117,7 +193,8 @@ class Circuit(BitMasks):
             masks[name][index] = value
         sign = "|" if value else "-"
         lineage = f"{operand(self.lineage, sign)} {sign} {f' {sign} '.join(names)}" if names else self.lineage
-        return type(self)(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+        made = type(self)(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+        return self._inherit(made)
 
     def _find(self, label: str) -> tuple[str, int]:
         """The hook point and index of a label."""
@@ -150,12 +227,16 @@ class Circuit(BitMasks):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The units, and other hook points, of its nodes, as `node_sites` takes them."""
-        return tuple(dict.fromkeys(_place(name)[1] for name in self))
+        """The units, and other hook points, of its nodes, as `node_sites` takes them; `weight` is none of them."""
+        return tuple(dict.fromkeys(unit for _, unit in map(_place, self) if unit != WEIGHT))
 
     def check_fits(self, model: Model) -> None:
-        """Raise ValueError unless the model has these hook points, with as many nodes."""
-        there = {site.name: (site.count,) for site in node_sites(model, self.asked)}
+        """Raise ValueError unless the model has these hook points, with as many nodes, and these weight matrices."""
+        there: dict[str, tuple[int, ...]] = {}
+        if self.asked:
+            there = {site.name: (site.count,) for site in node_sites(model, self.asked)}
+        if self.masks_weights:
+            there |= {site.name: site.shape for site in weight_sites(model)}
         self._check_same_shapes({name: there.get(name) for name in self}, "the model")
 
     @classmethod
@@ -163,6 +244,8 @@ class Circuit(BitMasks):
         for name, shape in shapes.items():
             if not _POINT.fullmatch(name):
                 raise ValueError(f"{shown(name)} is not the name of a hook point, such as 'blocks.0.attn.hook_z'")
+            if WeightName.is_one(name):
+                continue
             if len(shape) != 1 or shape[0] < 1:
                 raise ValueError(f"the nodes of {name} have shape {shape}, but should be a list")
 
@@ -172,11 +255,17 @@ class Circuit(BitMasks):
         return f"Circuit({printable(words)})"
 
 
+def _unpickled(make: Any, arguments: Any, replacement: Replacement) -> Circuit:
+    return make(*arguments).with_replacement(replacement)
+
+
 def _place(name: str) -> tuple[int, str]:
-    """Layer and unit of a hook point's nodes; the hook point's own name if it has none of the usual units."""
+    """Layer and unit of a hook point's nodes, or of a matrix's weights; the hook point's own name if it is no unit."""
     found = _IN_BLOCK.fullmatch(name)
     if found is None:
         return -1, name
+    if WeightName.is_one(name):
+        return int(found[1]), WEIGHT
     return int(found[1]), _UNIT_AT.get(found[2], name)
 
 

@@ -89,6 +89,13 @@ class WeightName:
             raise ValueError(f"{name!r} is not the name of a weight matrix, such as 'blocks.0.attn.W_Q'")
         return cls(int(found[1]), found[2], found[3])
 
+    @classmethod
+    def is_one(cls, name: str) -> bool:
+        """Whether a name is that of a weight matrix that can be masked, and not, for example, of a hook point."""
+        found = _WEIGHT.fullmatch(name)
+        matrices = {"attn": ATTENTION_MATRICES, "mlp": MLP_MATRICES}
+        return found is not None and found[3] in matrices.get(found[2], ())
+
     def __str__(self) -> str:
         return in_block(self.layer, f"{self.component}.{self.matrix}")
 

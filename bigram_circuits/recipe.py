@@ -29,6 +29,8 @@ MEASURES: FolderOf[Any] = FolderOf("tasks.measures", "MEASURE")
 """What masks may be asked for at the answers of a task, one module each in `tasks/measures/`."""
 UNITS = {"weight": ("attn", "mlp"), "neuron": ("mlp",), "head": ("attn",), "block": ("attn", "mlp")}
 """The units that a gate may control, and the components that have them."""
+REPLACEMENTS = ("zero", "mean", "mean_by_position", "resample", "counterfactual")
+"""What may take the place of a node that is dropped; see `replacement`."""
 HELD_OUT = 0.05
 """Share of the documents of a text that are held out by default."""
 HELD_OUT_ROWS = 0.3

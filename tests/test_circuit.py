@@ -1,11 +1,15 @@
 """Circuits: sets of nodes, applied through hooks, compared with plain Hugging Face hooks and with weight masks."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 import bigram_circuits as bc
 from bigram_circuits.models.loading import plain_of
+from bigram_circuits.recipe import REPLACEMENTS
+from bigram_circuits.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +84,19 @@ PARTS = {
 }
 
 
+OTHERS = torch.randint(0, 257, (3, 12), generator=torch.Generator().manual_seed(4))
+
+
+def donor_tokens(replace):
+    """What the full model reads where activations of it take the place of others."""
+    if replace.startswith("mean"):
+        return torch.from_numpy(TEXT)
+    if replace == "counterfactual":
+        return OTHERS
+    order = np.random.default_rng(0).permutation(len(TOKENS))
+    return TOKENS[[int(order[np.flatnonzero(order == row)[0] - 1]) for row in range(len(TOKENS))]]
+
+
 def plain_logits(model, circuit, replace):
     """The logits of the plain model with the inputs of its output matrices replaced by pre-hooks."""
     plain = plain_of(model).model
@@ -89,15 +106,12 @@ def plain_logits(model, circuit, replace):
     def add(path, hook):
         handles.append(plain.get_submodule(path).register_forward_pre_hook(hook))
 
-    def collecting(path):
-        return lambda module, inputs: seen.setdefault(path, []).append(inputs[0].double())
-
     with torch.no_grad():
-        if replace == "mean":
+        if replace != "zero":
             for pattern in parts:
-                for layer in range(2):
-                    add(pattern.format(layer), collecting(pattern.format(layer)))
-            plain(torch.from_numpy(TEXT))
+                for path in (pattern.format(layer) for layer in range(2)):
+                    add(path, lambda module, inputs, path=path: seen.__setitem__(path, inputs[0]))
+            plain(donor_tokens(replace))
             for handle in handles:
                 handle.remove()
         for layer in range(2):
@@ -107,12 +121,11 @@ def plain_logits(model, circuit, replace):
                 def change(module, inputs, path=path, kept=kept):
                     (x,) = inputs
                     inside = kept.repeat_interleave(x.shape[-1] // len(kept))
-                    other = torch.zeros_like(x)
+                    other = torch.zeros_like(x) if replace == "zero" else seen[path]
                     if replace == "mean":
-                        other = torch.cat(seen[path]).mean((0, 1)).to(x).expand_as(x)
-                    if replace == "resample":
-                        order = np.random.default_rng(0).permutation(len(x))
-                        other = x[[int(order[(np.flatnonzero(order == row)[0] - 1)]) for row in range(len(x))]]
+                        other = other.double().mean((0, 1)).to(x).expand_as(x)
+                    if replace == "mean_by_position":
+                        other = other.double().mean(0).to(x).expand_as(x)
                     return (torch.where(inside, x, other),)
 
                 add(path, change)
@@ -122,14 +135,60 @@ def plain_logits(model, circuit, replace):
     return found
 
 
-@pytest.mark.parametrize("replace", ["zero", "mean", "resample"])
-def test_replaced_nodes_are_what_plain_hooks_make_of_them(any_model, some, replace):
+@pytest.fixture
+def pairs():
+    scored = np.zeros(TOKENS.shape, dtype=bool)
+    scored[:, -1] = True
+    return Task("pairs", TOKENS.numpy(), scored, 1.0, counterfactual=OTHERS.numpy())
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_replaced_nodes_are_what_plain_hooks_make_of_them(any_model, some, replace, pairs):
     whole = logits(any_model)
-    with bc.masked(any_model, some, replace=replace, text=TEXT if replace == "mean" else None):
+    text = {"mean": TEXT, "mean_by_position": TEXT, "counterfactual": pairs}.get(replace)
+    expected = plain_logits(any_model, some, replace)
+    with bc.masked(any_model, some, replace=replace, text=text):
         found = logits(any_model)
-    assert torch.allclose(found, plain_logits(any_model, some, replace), atol=1e-5)
+        any_model.reset_hooks()
+        assert torch.equal(logits(any_model), found)
+        seen = []  # the passes of the full model that a replacement needs are nobody else's
+        any_model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x))])
+        assert len(seen) == 1
+        if replace == "mean_by_position":
+            with pytest.raises(ValueError, match="knows 12 positions, but there is a sequence of 13"):
+                any_model(torch.zeros(3, 13, dtype=torch.long))
+    assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, whole, atol=1e-2)
     assert torch.equal(logits(any_model), whole)
+    again = bc.replaced(any_model, some, replace, text=text)
+    with bc.masked(any_model, ~~pickle.loads(pickle.dumps(again))):
+        assert torch.equal(logits(any_model), found)
+
+
+def test_the_full_model_can_be_asked_while_nodes_are_replaced(any_model):
+    """A target that compares with the full model sees it, not the masked one."""
+    whole = bc.ModelTarget(any_model).log_probs(TOKENS)
+    with bc.masked(any_model, bc.Circuit.empty(any_model), replace="resample"):
+        assert torch.equal(bc.ModelTarget(any_model).log_probs(TOKENS), whole)
+
+
+def test_means_leave_padding_out(any_model):
+    tokens, scored = TEXT.copy(), np.zeros(TEXT.shape, dtype=bool)
+    tokens[3:, 7:] = 0
+    scored[:3, 11], scored[3:, 6] = True, True
+    task = Task("padded", tokens, scored, 1.0)
+    found = bc.replaced(any_model, bc.Circuit.empty(any_model, "neuron"), "mean", text=task).replacement.means
+    each = any_model.run_with_cache(torch.from_numpy(tokens))[1]["blocks.1.mlp.hook_post"].detach().numpy()
+    expected = np.concatenate([each[:3].reshape(-1, 40), each[3:, :7].reshape(-1, 40)]).mean(0)
+    assert np.allclose(found["blocks.1.mlp.hook_post"], expected, atol=1e-6)
+
+
+def test_generation_sees_every_position(any_model):
+    circuit = bc.replaced(any_model, bc.Circuit.empty(any_model), "mean_by_position", text=TEXT)
+    with bc.masked(any_model, circuit):
+        written = any_model.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, verbose=False)
+        for end in range(4, 8):
+            assert any_model(written[:, :end]).argmax(-1)[0, -1] == written[0, end]
 
 
 # --- the value ---
@@ -201,7 +260,10 @@ def test_bad_input(any_model, tiny_model):
             call()
         assert "\n" not in str(error.value)
     for options, said in (
-        ({"replace": "nothing"}, "replace must be one of zero, mean, resample, not 'nothing'"),
+        (
+            {"replace": "nothing"},
+            "replace must be one of zero, .* counterfactual, not 'nothing'",
+        ),
         ({"replace": "mean"}, "replace='mean' needs a text to average over"),
     ):
         with pytest.raises(ValueError, match=said), bc.masked(any_model, full, **options):

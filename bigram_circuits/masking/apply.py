@@ -6,9 +6,9 @@ Masks are torch parametrizations of the leaf modules whose weights the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,47 @@ from torch.nn.utils import parametrize
 
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.gates import Gates
-from bigram_circuits.masking.nodes import circuit_applied
+from bigram_circuits.masking.nodes import nodes_replaced
+from bigram_circuits.masking.replacing import make_replacement
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import in_use
+from bigram_circuits.models.nodes import NodeSite, node_sites
+from bigram_circuits.models.state import in_use, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
-from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
+from bigram_circuits.names import WeightName
+from bigram_circuits.replacement import Replacement
+from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+
+Mask: TypeAlias = Subnetwork | Circuit
+"""What `masked` can reduce a model to."""
+
+if TYPE_CHECKING:
+
+    class HasCircuit(Protocol):
+        """Holds a circuit, such as a `FoundCircuit`."""
+
+        @property
+        def circuit(self) -> Circuit:
+            """The circuit."""
+            ...
+
+    MaskLike: TypeAlias = SubnetworkLike | Circuit | HasCircuit
+else:
+    MaskLike = Any  # beartype need not look for the attribute: `as_mask` does
+
+
+def as_mask(given: Any) -> Mask:
+    """Return a subnetwork or circuit, or the one that a `FoundSubnetwork`, `FoundCircuit` or `Run` holds.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    found = given if isinstance(given, Circuit) else getattr(given, "circuit", None)
+    return found if isinstance(found, Circuit) else as_subnetwork(given)
 
 
 @contextmanager
 def masked(
-    model: Model, subnetwork: SubnetworkLike | Circuit, *, replace: str = "zero", text: Any = None, seed: int = 0
+    model: Model, subnetwork: MaskLike, *, replace: str | None = None, text: Any = None, seed: int = 0
 ) -> Iterator[Any]:
     """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
 
@@ -37,30 +68,69 @@ def masked(
 
     Args:
         model: From `load_model`.
-        subnetwork: The weights to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork`. Or a
-            `Circuit`: the nodes to keep.
-        replace: Of a circuit: `zero`; `mean`, over `text`; or `resample`, from another sequence of the same batch.
-        text: For `mean`: token ids, or a corpus, whose held-out part is taken.
-        seed: Seed of the pairs of `resample`.
+        subnetwork: The weights to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork`. Or
+            the nodes to keep: a `Circuit`, or what holds one, such as a `FoundCircuit`.
+        replace: What takes the place of a circuit's nodes, as for `replaced`; by default what the circuit says.
+        text: As for `replaced`.
+        seed: As for `replaced`.
 
     Raises:
         ValueError: If the subnetwork's names or shapes do not match the model's, the model is already masked, or it is
             in compatibility mode; or if `replace` is unknown or lacks its text.
         RuntimeError: If another thread keeps the model masked.
     """
-    if isinstance(subnetwork, Circuit):
-        with circuit_applied(model, subnetwork, replace, text, seed):
+    kept = as_mask(subnetwork)
+    with in_use(model, "masked", block=True):
+        kept.check_fits(model)
+        if replace is not None and isinstance(kept, Circuit):
+            kept = replaced(model, kept, replace, text=text, seed=seed)
+        with reduced(model, kept):
             yield model
+
+
+@contextmanager
+def reduced(model: Model, kept: Mask) -> Iterator[None]:
+    """`masked` for a mask that was checked."""
+    if isinstance(kept, Circuit):
+        nodes = {name: mask for name, mask in kept.items() if not mask.all() and not WeightName.is_one(name)}
+        sites = [site for site in node_sites(model, kept.asked) if site.name in nodes] if nodes else []
+        with ExitStack() as stack:
+            if kept.masks_weights:
+                stack.enter_context(reduced(model, kept.masked_weights(model)))
+            stack.enter_context(nodes_replaced(model, sites, nodes.__getitem__, kept.replacement))
+            yield
         return
-    kept = as_subnetwork(subnetwork)
 
     def mask(site: WeightSite) -> nn.Module:
         return _Mask(site.to_stored(kept[site.name]).contiguous().to(site.original.device))
 
-    with in_use(model, "masked", block=True):
-        kept.check_fits(model)
-        with _parametrized(model, mask):
-            yield model
+    with _parametrized(model, mask):
+        yield
+
+
+@uses_model
+def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed: int = 0) -> Circuit:
+    """The same nodes, with something else in the place of those that are dropped.
+
+    Args:
+        model: From `load_model`.
+        circuit: A `Circuit`, or what holds one.
+        replace: `zero`; `mean`, over the positions of `text`; `mean_by_position`, over its sequences, at the same
+            position; `resample`, the value in another sequence of the same batch; or `counterfactual`, the value in the
+            paired prompt. All but zero are values in the full model.
+        text: For means: token ids [sequence, position], a corpus (its held-out part), or a task (its prompts, without
+            padding). For `counterfactual`: a task whose rows have counterfactuals.
+        seed: Seed of the pairs of `resample`.
+
+    Raises:
+        ValueError: If there is no such replacement, it lacks its text, or it is no circuit of this model.
+    """
+    given = as_mask(circuit)
+    if not isinstance(given, Circuit):
+        raise ValueError("a Subnetwork has no nodes to replace: give a Circuit")
+    given.check_fits(model)
+    names = [name for name in given if not WeightName.is_one(name)]
+    return given.with_replacement(make_replacement(model, names, replace, text, seed))
 
 
 @contextmanager
@@ -75,6 +145,16 @@ def gated(model: Model, gates: Gates) -> Iterator[Any]:
         return _Gate(gates, site.name) if site.name in gates.names else None
 
     with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate):
+        yield model
+
+
+@contextmanager
+def nodes_gated(model: Model, gates: Gates, sites: Sequence[NodeSite], replacement: Replacement) -> Iterator[Any]:
+    """Within the `with` block, the nodes of these sites are replaced as far as their soft gates are closed.
+
+    As for `gated`, which gates the weights among `gates`, if there are any.
+    """
+    with gated(model, gates), nodes_replaced(model, sites, gates.of_nodes, replacement):
         yield model
 
 

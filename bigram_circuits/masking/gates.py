@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,14 +35,36 @@ UNDECIDED, DECIDED = 0.1, 0.9
 
 
 @dataclass(frozen=True)
-class GateGroup:
-    """The gates of one weight matrix: a contiguous range of all gates, and how each is broadcast over the weights."""
+class Slots:
+    """Places that are gated one by one and are no weights: the nodes of a hook point."""
 
-    site: WeightSite
-    """The weight matrix."""
+    name: str
+    """The hook point."""
+    original: Float[Tensor, "..."] = field(repr=False, compare=False)
+    """Ones, in the shape of the mask."""
+    cost: int = 1
+    """What each counts towards the size of a mask."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mask."""
+        return tuple(self.original.shape)
+
+    @property
+    def size(self) -> int:
+        """What all of them count."""
+        return self.original.numel() * self.cost
+
+
+@dataclass(frozen=True)
+class GateGroup:
+    """The gates of one weight matrix or hook point: a contiguous range of all gates, and how each is broadcast."""
+
+    site: WeightSite | Slots
+    """The weight matrix, or the nodes."""
     unit: str
-    """What one gate governs: a `weight`, a `neuron` (a row of W_out and a column of W_in and W_gate), a `head`, or a
-    `block` (all matrices of a block's attention or MLP)."""
+    """What one gate governs: a `weight`, a `neuron` (a row of W_out and a column of W_in and W_gate), a `head`, a
+    `block` (all matrices of a block's attention or MLP), or a `node`, which need not count as one weight."""
     start: int
     """Index of the first gate; the matrices of a head, neuron or block share their gates."""
     count: int
@@ -59,10 +81,11 @@ class GateGroup:
         With grouped-query attention a gate governs a query head. A key and value head is shared by a group of query
         heads and takes the largest of their gates, so it is kept as long as any head of the group is.
         """
-        if self.unit == "weight":
+        if self.unit in ("weight", "node"):
             return own.view(self.site.original.shape)
         if self.unit == "block":
             return own.view(1, 1)
+        assert isinstance(self.site, WeightSite), "of a node, the gate is the mask"
         along_rows = self.site.stored_axes.startswith(("(", "d_mlp"))
         if self.unit == "head":
             heads = self.site.shape[0]
@@ -160,7 +183,7 @@ class Gates(nn.Module, ABC):
         self.scores = nn.Parameter(scores)
         self.threshold = 0.0  # gates are open above it; changed by `set_threshold`
         self._group_of = {group.site.name: group for group in groups}
-        self._single = all(group.unit == "weight" for group in groups)
+        self._single = all(group.unit == "weight" or group.site.size == group.count for group in groups)
 
     @classmethod
     def check_config(cls, config: SparsifyConfig) -> None:
@@ -242,6 +265,12 @@ class Gates(nn.Module, ABC):
             return _GatedWeight.apply(self.scores, weight, self, group.place)
         soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
         return weight * group.spread(soft).to(weight.dtype)
+
+    def of_nodes(self, name: str) -> Float[Tensor, "..."]:
+        """Return the soft gates of a hook point's nodes, in the shape of their mask."""
+        group = self._group_of[name]
+        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
+        return group.spread(soft)
 
     @torch.no_grad()
     def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
@@ -347,7 +376,7 @@ class Gates(nn.Module, ABC):
         if self._single:
             stretches = {(0, len(self.scores)): list(self.groups)}
         for (start, end), groups in stretches.items():
-            if groups[0].unit == "weight":
+            if self._single or groups[0].unit == "weight":
                 yield from ((slice(at, min(at + at_once, end)), []) for at in range(start, end, at_once))
             else:
                 yield slice(start, end), groups

@@ -55,8 +55,8 @@ if TYPE_CHECKING:
             """Run a forward pass with functions at hook points."""
             ...
 
-        def hooks(self, *args: Any, **kwargs: Any) -> Any:
-            """A context in which functions are at hook points."""
+        def add_hook(self, *args: Any, **kwargs: Any) -> None:
+            """Add a function at a hook point."""
             ...
 
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:

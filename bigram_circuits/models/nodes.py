@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from bigram_circuits.models.activations import NotShownError, record
+from bigram_circuits.models.interventions import hook_point
 from bigram_circuits.models.model import Model
 from bigram_circuits.names import in_block
 
@@ -73,27 +74,15 @@ def _points(model: Model, unit: str) -> Sequence[str]:
     """The hook points of a unit."""
     if unit in UNITS:
         there = [in_block(layer, UNITS[unit]) for layer in range(model.cfg.n_layers)]
-        there = [name for name in there if _has(model, name)]
+        there = [name for name in there if hook_point(model, name) is not None]
         if not there:
             raise NotShownError(f"this model has no nodes of the unit {unit!r}")
         return there
-    if not _has(model, unit):
+    if hook_point(model, unit) is None:
         near = difflib.get_close_matches(unit, [*UNITS, *model.hook_dict], 3)
         hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise ValueError(f"{unit!r} is neither a unit ({', '.join(UNITS)}) nor a hook point of this model{hint}")
     return [unit]
-
-
-def _has(model: Model, name: str) -> bool:
-    """Whether a model has a hook point, under this name or as an alias."""
-    part: object = model
-    for step in name.split("."):
-        part = getattr(part, step, None) if not step.isdigit() else _item(part, int(step))
-    return part is not None
-
-
-def _item(parts: object, index: int) -> object:
-    return parts[index] if isinstance(parts, Sequence | torch.nn.ModuleList) and index < len(parts) else None
 
 
 def _site(unit: str, name: str, value: Float[Tensor, "..."]) -> NodeSite:

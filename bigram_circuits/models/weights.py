@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bigram_circuits.models.interventions import not_intervened
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.quantised import check_layer
 from bigram_circuits.models.state import in_use, memo
@@ -63,12 +64,13 @@ class WeightGate(nn.Module, ABC):
 
 @contextmanager
 def full_weights(model: Model) -> Iterator[None]:
-    """Within the `with` block, a masked or gated model runs with all its weights."""
+    """Within the `with` block, a masked or gated model runs with all its weights and nodes."""
     gates = [module for module in model.modules() if isinstance(module, WeightGate) and module.active]
     for gate in gates:
         gate.active = False
     try:
-        yield
+        with not_intervened(model):
+            yield
     finally:
         for gate in gates:
             gate.active = True

@@ -22,6 +22,7 @@ from bigram_circuits.tasks.answers import Answers
 from bigram_circuits.tasks.measures.base import AtAnswers, Measure
 from bigram_circuits.tasks.task import Task
 from bigram_circuits.text.corpus import Corpus
+from bigram_circuits.text.known import KnownSequences
 
 
 class TaskTarget(PlacedTarget):
@@ -59,11 +60,8 @@ class TaskTarget(PlacedTarget):
             raise ValueError(f"the measure {measure} compares with the full model: give it as model=")
         self._full = ModelTarget(model) if model is not None and self._measure.needs_model else None
         self._asked = np.arange(len(task))  # the row whose answer is asked for in each row
-        self._tokens = np.ascontiguousarray(task.tokens, dtype=np.int32)
-        ends = (task.ends + 1).tolist()
-        self._lengths = sorted(set(ends), reverse=True)
-        self._row = {self._tokens[row, :end].tobytes(): row for row, end in enumerate(ends)}
-        found = self._rows_of(self._tokens)
+        self._known = KnownSequences(task.tokens, task.ends)
+        found = self._rows_of(self._known.tokens)
         if not np.array_equal(found, np.arange(len(task))):
             row = int((found != np.arange(len(task))).argmax())
             raise ValueError(f"prompts {row} and {found[row]} of the task {task.name!r} have the same tokens")
@@ -72,7 +70,7 @@ class TaskTarget(PlacedTarget):
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """A hash of tokens, answers and measure, and, for `kl`, of the model's weights as they are now."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self._tokens, self.task.scored, self.task.right, self.task.wrong, self._asked):
+        for array in (self._known.tokens, self.task.scored, self.task.right, self.task.wrong, self._asked):
             digest.update(
                 b"none" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()
             )
@@ -168,18 +166,13 @@ class TaskTarget(PlacedTarget):
         self, tokens: Integer[Tensor, "batch pos"] | Integer[np.ndarray, "batch pos"]
     ) -> Integer[np.ndarray, " batch"]:
         """The rows of the task that sequences are, padded or not."""
-        array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
-        return np.array([self._row_of(ids) for ids in array.astype(np.int32)], dtype=np.int64)
-
-    def _row_of(self, ids: Integer[np.ndarray, " pos"]) -> int:
-        for length in self._lengths:
-            row = self._row.get(ids[:length].tobytes()) if length <= len(ids) else None
-            if row is not None and np.array_equal(ids[length:], self._tokens[row, length : len(ids)]):
-                return row
-        raise NotShownError(
-            f"the target is defined on the prompts of the task {self.task.name!r} alone, but there is another "
-            "sequence: use task.corpus(), or a part of it"
-        )
+        rows = self._known.find(tokens)
+        if (rows < 0).any():
+            raise NotShownError(
+                f"the target is defined on the prompts of the task {self.task.name!r} alone, but there is another "
+                "sequence: use task.corpus(), or a part of it"
+            )
+        return rows
 
     def _wanted(self, tokens: Integer[Tensor, "batch pos"], device: torch.device) -> tuple[Answers, AtAnswers | None]:
         """Where the answers of sequences are predicted, with the answers asked for, and the full model's there."""
@@ -188,7 +181,7 @@ class TaskTarget(PlacedTarget):
         own, wanted = (self.task.answers.at(index, device) for index in (torch.from_numpy(rows), asked))
         theirs = None
         if self._full is not None:
-            others = torch.from_numpy(self._tokens[asked.numpy()].astype(np.int64)).to(tokens.device)
+            others = torch.from_numpy(self._known.tokens[asked.numpy()].astype(np.int64)).to(tokens.device)
             same = bool((asked.numpy() == rows).all())
             theirs = wanted.read(self._full.log_probs(tokens if same else others).to(device))
         return Answers(own.places, wanted.right, wanted.wrong), theirs
