@@ -48,6 +48,7 @@ from .learning.polish import Polished as Polished, polish as polish
 from .learning.training import find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked, replaced as replaced
 from .measures.statistics import Faithfulness as Faithfulness
+from .models.edges import EdgeSite as EdgeSite, edge_sites as edge_sites
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
 from .models.identity import same_model as same_model, weight_hash as weight_hash
 from .models.layouts import Layout as Layout, huggingface_layout as huggingface_layout

@@ -339,6 +339,7 @@ class BitMasks(Mapping[str, Tensor]):
             {name: bits.shape for name, bits in packed.items()} != wanted
         ):
             raise ValueError("its tensors do not match the names and shapes in its header")
+        cls._check_shapes(shapes)
         for name, shape in shapes.items():
             unused = -math.prod(shape) % 8
             if packed[name][-1] & ((1 << unused) - 1):
@@ -366,9 +367,7 @@ class BitMasks(Mapping[str, Tensor]):
         shapes = parse_json(text)
         if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
             raise ValueError("the shapes in its header are not shapes by name")
-        found = {name: tuple(shape) for name, shape in shapes.items()}
-        cls._check_shapes(found)
-        return found
+        return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:

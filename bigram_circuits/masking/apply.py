@@ -7,7 +7,7 @@ Masks are torch parametrizations of the leaf modules whose weights the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.edges import edges_replaced
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.masking.nodes import nodes_replaced
 from bigram_circuits.masking.replacing import make_replacement
+from bigram_circuits.models.edges import edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
 from bigram_circuits.models.state import in_use, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
-from bigram_circuits.names import WeightName
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
@@ -61,7 +62,7 @@ def masked(
     """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
 
     Of a `Circuit`, the value of every node that it does not keep is replaced (`replace`); nodes of other units are as
-    they were.
+    they were. Of edges, every reader reads what the writers of its kept edges write, and a replacement from the others.
 
     Within the block, only the calling thread can use this model in functions of this package; another thread waits up
     to half a minute for the end of the block.
@@ -92,12 +93,16 @@ def masked(
 def reduced(model: Model, kept: Mask) -> Iterator[None]:
     """`masked` for a mask that was checked."""
     if isinstance(kept, Circuit):
-        nodes = {name: mask for name, mask in kept.items() if not mask.all() and not WeightName.is_one(name)}
+        nodes = {name: mask for name, mask in kept.items() if not mask.all() and mask.ndim == 1}
+        edges = {site.name: kept[site.name] for site in kept.edge_sites}
         sites = [site for site in node_sites(model, kept.asked) if site.name in nodes] if nodes else []
         with ExitStack() as stack:
             if kept.masks_weights:
                 stack.enter_context(reduced(model, kept.masked_weights(model)))
-            stack.enter_context(nodes_replaced(model, sites, nodes.__getitem__, kept.replacement))
+            if sites:
+                stack.enter_context(nodes_replaced(model, sites, nodes.__getitem__, kept.replacement))
+            if not all(mask.all() for mask in edges.values()):
+                stack.enter_context(edges_replaced(model, edges.__getitem__, kept.replacement))
             yield
         return
 
@@ -129,8 +134,8 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
     if not isinstance(given, Circuit):
         raise ValueError("a Subnetwork has no nodes to replace: give a Circuit")
     given.check_fits(model)
-    names = [name for name in given if not WeightName.is_one(name)]
-    return given.with_replacement(make_replacement(model, names, replace, text, seed))
+    with edges_exposed(model) if given.edge_sites else nullcontext():
+        return given.with_replacement(make_replacement(model, given.replaced_points, replace, text, seed))
 
 
 @contextmanager
@@ -206,6 +211,8 @@ def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) 
             # `unsafe` skips a trial call; our parametrizations preserve shape and dtype
             parametrize.register_parametrization(site.leaf, "weight", parametrization, unsafe=True)
             done.append(site)
+            kind = type(site.leaf)  # made for this leaf; TransformerLens tells by the name how a weight is stored
+            kind.__name__ = kind.__mro__[1].__name__
             site.leaf.train(training)  # new modules start in training mode
         yield
     finally:

@@ -1,7 +1,7 @@
 """Apply masks or gates of edges to a live model: hooks give every reader its own sum of what writers write.
 
-With gates g, a reader reads b + sum over writers w of g_w out_w + (1 - g_w) out'_w, where out_w is what w writes in this
-forward pass, out'_w its replacement, and b the biases of W_O before it, which belong to no head. It is computed as
+With gates g, a reader reads b + sum over writers w of g_w out_w + (1 - g_w) out'_w, where out_w is what w writes in
+this forward pass, out'_w its replacement, and b the biases of W_O before it, which belong to no head. It is computed as
 
     b + sum_w out'_w + sum_w g_w (out_w - out'_w),
 
@@ -12,66 +12,57 @@ of readers. What no reader of a hook point keeps is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bigram_circuits.masking.replacing import Replacer
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.edges import EdgeLayout, EdgeSite, WriterSite, attention_biases, edge_layout, edges_exposed
+from bigram_circuits.models.interventions import Hook, intervened
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.state import in_use
+from bigram_circuits.replacement import Replacement
 
-Gate = Callable[[str], Shaped[Tensor, "reader writer"]]
-"""Gates by the hook point of their readers: booleans, or numbers, which may require gradients."""
+Gate = Callable[[str], Bool[Tensor, "reader writer"] | Float[Tensor, "reader writer"]]
+"""Name of the readers' hook point -> one value per edge: whether it is kept, or its soft gate."""
 
-_APPLIED: WeakSet[Any] = WeakSet()
-
-
-class Replacement(Protocol):
-    """What a reader reads instead of what a writer writes."""
-
-    def at(self, name: str, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The replacement of the activation `value` at the hook point `name`, broadcastable to its shape."""
-        ...
+_REPLACED: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
-def edges_applied(
-    model: Model, gate: Gate | Mapping[str, Shaped[Tensor, "reader writer"]], replacement: Replacement | None = None
-) -> Iterator[Any]:
-    """Within the `with` block, every reader of a model reads from each writer as much as its gate says.
+def edges_replaced(model: Model, gate: Gate, replacement: Replacement) -> Iterator[None]:
+    """Within the `with` block, every reader reads from each writer as much as their edge's gate is open.
 
-    The model's parameters are left as they are: freeze those that need no gradient. A forward pass must reach the
-    logits, and cannot be recomputed in the backward pass.
+    Hold the model meanwhile (`in_use`). A forward pass must reach the final norm, and must not be recomputed in the
+    backward pass (`recomputed`).
 
     Args:
         model: From `load_model`.
-        gate: Masks or gates [reader, writer] by the hook point of the readers (`edge_sites`): a mapping, or a function,
-            which is called in every forward pass.
-        replacement: What is read from a writer whose gate is 0; None: zero.
+        gate: Asked for the gates of a hook point of readers (`edge_sites`) in every forward pass.
+        replacement: What takes the place of what a writer writes, at the hook points of writers.
 
     Raises:
-        NotShownError: If the model has no edges.
-        ValueError: If its edges are masked already; in a forward pass, if gates have another shape.
-        RuntimeError: If another thread keeps the model masked.
+        NotShownError: If the model has no edges; or in a forward pass that is recomputed.
+        ValueError: If its edges are replaced already, or the replacement lacks something; in a forward pass, if gates
+            have another shape.
     """
-    with in_use(model, "masked", block=True):
-        if model in _APPLIED:
-            raise ValueError("the edges of this model are masked already: leave that `with` block first")
-        layout = edge_layout(model)
-        gates = gate.__getitem__ if isinstance(gate, Mapping) else gate
-        streams = _Streams(layout, gates, replacement, attention_biases(model))
-        with edges_exposed(model), model.hooks(fwd_hooks=streams.hooks()):
-            _APPLIED.add(model)
-            try:
-                yield model
-            finally:
-                _APPLIED.discard(model)
+    if model in _REPLACED:
+        raise ValueError("the edges of this model are masked already: leave that `with` block first")
+    layout = edge_layout(model)
+    replacer = Replacer(model, replacement, [source.name for source in layout.sources])
+    streams = _Streams(layout, gate, replacer, attention_biases(model))
+    with edges_exposed(model), replacer.ready(), intervened(model, streams.hooks()):
+        _REPLACED.add(model)
+        try:
+            yield
+        finally:
+            _REPLACED.discard(model)
 
 
 class _Streams:
@@ -81,18 +72,18 @@ class _Streams:
         self,
         layout: EdgeLayout,
         gate: Gate,
-        replacement: Replacement | None,
+        replacer: Replacer,
         biases: tuple[Float[Tensor, " d_model"] | None, ...],
     ) -> None:
         self._layout = layout
         self._gate = gate
-        self._replacement = replacement
+        self._replacer = replacer
         self._biases = biases
         self._written: dict[str, Float[Tensor, "writer number"]] = {}
         self._shared: dict[str, Float[Tensor, "..."]] = {}  # what is read of a hook point whatever the gates
 
-    def hooks(self) -> list[tuple[str, Callable[..., Any]]]:
-        writing = [(source.name, self._writing(source)) for source in self._layout.sources]
+    def hooks(self) -> list[Hook]:
+        writing: list[Hook] = [(source.name, self._writing(source)) for source in self._layout.sources]
         return writing + [(site.name, self._reading(site)) for site in self._layout.sites]
 
     def _writing(self, source: WriterSite) -> Callable[..., None]:
@@ -102,8 +93,8 @@ class _Streams:
             if first:
                 self._forget()
             shared = value.new_zeros(value.shape[-1]) if bias is None else bias
-            if self._replacement is not None:
-                other = self._replacement.at(source.name, value)
+            if not self._replacer.is_zero:
+                other = self._replacer.at(source.name, value)
                 value = value - other
                 other = other.expand_as(value)
                 shared = shared + (other.sum(2) if source.heads else other)
@@ -124,7 +115,7 @@ class _Streams:
             if any(source.name not in self._written for source in sources):
                 raise NotShownError("edges cannot be masked in a forward pass that is recomputed in the backward pass")
             batch, pos, d_model = value.shape[0], value.shape[1], value.shape[-1]
-            shared = sum(self._shared[source.name] for source in sources)
+            shared = functools.reduce(torch.add, (self._shared[source.name] for source in sources))
             total = shared.expand(site.count, batch, pos, d_model).clone(memory_format=torch.contiguous_format)
             rows, start = total.view(site.count, -1), 0
             for source in sources:

@@ -30,7 +30,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bigram_circuits.models.activations import NotShownError, record
@@ -118,14 +118,53 @@ class EdgeLayout:
             ValueError: If the label is not that of an edge here.
         """
         name = EdgeName.parse(label)
-        for site in self.sites:
-            if name.reader in site.readers and name.writer in site.writers:
-                return site.name, site.readers.index(name.reader), site.writers.index(name.writer)
-        if name.reader in (shared := [one for site in self.sites for one in site.readers]):
-            raise ValueError(f"there is no edge {label}: {name.reader} does not read from {name.writer}")
-        near = difflib.get_close_matches(name.reader, shared, 1)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise ValueError(f"there is no edge {label}: nothing here is called {name.reader}{hint}")
+        if name.reader not in self._readers:
+            near = difflib.get_close_matches(name.reader, self._readers, 1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise ValueError(f"there is no edge {label} here: nothing is called {name.reader}{hint}")
+        site, index = self._readers[name.reader]
+        if name.writer not in site.writers:
+            raise ValueError(f"there is no edge {label} here: {name.reader} does not read from {name.writer}")
+        return site.name, index, site.writers.index(name.writer)
+
+    @functools.cached_property
+    def _readers(self) -> dict[str, tuple[EdgeSite, int]]:
+        """The site and the index in it of each reader, by label."""
+        return {reader: (site, index) for site in self.sites for index, reader in enumerate(site.readers)}
+
+    def on_path(self, masks: Mapping[str, Bool[Tensor, "reader writer"]]) -> frozenset[str]:
+        """Labels of the writers that lie on a path of kept edges from `embed` to `logits`.
+
+        Args:
+            masks: The kept edges, by the hook point of their readers.
+        """
+        reads = {  # what each reader, in the order of the forward pass, reads from
+            reader: {site.writers[writer] for writer in masks[site.name][index].nonzero().flatten().tolist()}
+            for site in self.sites
+            for index, reader in enumerate(site.readers)
+        }
+        feeds: dict[str, list[set[str]]] = {writer: [] for source in self.sources for writer in source.writers}
+        for site in self.sites[:-1]:
+            for index, reader in enumerate(site.readers):
+                for writer in self._served(site, index):
+                    feeds[writer].append(reads[reader])
+        reached = {EMBED}
+        for writer, read in feeds.items():
+            if any(one & reached for one in read):
+                reached.add(writer)
+        needed = set(reads[LOGITS])
+        for writer, read in reversed(feeds.items()):
+            if writer in needed:
+                needed = needed.union(*read)
+        return frozenset(reached & needed)
+
+    def _served(self, site: EdgeSite, index: int) -> tuple[str, ...]:
+        """Labels of the writers that a reader is a part of: its head or MLP, or all heads of a key-value head."""
+        if site.kind == "mlp":
+            return site.readers
+        heads = next(one.writers for one in self.sources if one.heads and one.layer == site.layer)
+        group = len(heads) // site.count
+        return heads[index * group : (index + 1) * group]
 
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> EdgeLayout:
@@ -134,25 +173,35 @@ class EdgeLayout:
         Raises:
             ValueError: If there is none.
         """
-        found: dict[int, dict[str, tuple[int, ...]]] = {}
-        for name, shape in shapes.items():
-            layer, kind = edge_place(name) or (None, None)
-            if kind is None or len(shape) != 2:
-                raise ValueError(f"the mask of {name} has shape {shape}, but is not one of edges [readers, writers]")
-            if layer is not None:
-                found.setdefault(layer, {})[kind] = shape
-        if sorted(found) != list(range(len(found))) or any(len(kinds) < len(POINTS) for kinds in found.values()):
-            raise ValueError(f"masks of edges should be of the {', '.join(POINTS)} of every block, but are not")
+        places = {edge_place(name): name for name in shapes}
         blocks, writers = list[_Block](), 1
-        for _, kinds in sorted(found.items()):
-            blocks.append(_Block(kinds["q"][0], kinds["k"][0], parallel=kinds["mlp"][1] == writers))
-            writers += kinds["q"][0] + 1
-        layout = _layout(tuple(blocks))
-        wanted = {site.name: site.shape for site in layout.sites}
-        for name in (*wanted, *shapes):
-            if wanted.get(name) != shapes.get(name):
-                raise ValueError(f"the mask of {name} has shape {shapes.get(name)}, but should have {wanted.get(name)}")
-        return layout
+
+        def check(layer: int | None, kind: str, rows: int | None, *columns: int) -> tuple[int, int]:
+            name = places.pop((layer, kind), None)
+            if name is None:
+                raise ValueError(f"there is no mask of the edges into {kind} of block {layer}")
+            shape = shapes[name]
+            if len(shape) != 2 or shape[0] < 1 or rows not in (None, shape[0]) or shape[1] not in columns:
+                wanted = f"({'heads' if rows is None else rows}, {' or '.join(map(str, columns))})"
+                raise ValueError(f"the mask of {name} has shape {shape}, but should have {wanted}")
+            return shape[0], shape[1]
+
+        while any(place is not None and place[0] == len(blocks) for place in places):
+            layer = len(blocks)
+            heads, _ = check(layer, "q", None, writers)
+            key_values, _ = check(layer, "k", None, writers)
+            check(layer, "v", key_values, writers)
+            _, read = check(layer, "mlp", 1, writers, writers + heads)
+            if heads % key_values:
+                raise ValueError(
+                    f"{key_values} key-value heads cannot be shared evenly by {heads} heads of block {layer}"
+                )
+            blocks.append(_Block(heads, key_values, parallel=read == writers))
+            writers += heads + 1
+        check(None, LOGITS, 1, writers)
+        if places:
+            raise ValueError(f"{next(iter(places.values()))} is not a hook point of readers in {len(blocks)} blocks")
+        return _layout(tuple(blocks))
 
 
 @dataclass(frozen=True)
