@@ -17,6 +17,7 @@ from .analysis import (
 from .capacity import MaskCapacity as MaskCapacity, could_mask_hold_it as could_mask_hold_it
 from .circuit import Circuit as Circuit
 from .replacement import Replacement as Replacement
+from .eap import export_eap as export_eap, import_eap as import_eap
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,
