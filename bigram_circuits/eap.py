@@ -48,9 +48,8 @@ def import_eap(path: str | os.PathLike[str], model: Model, *, size: int | None =
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is no such file, or of another model; if it keeps an edge for some of the heads that share
-            keys or values; or if no edge is in the graph, but there are scores, as in MIB's `importances.json`, and no
-            `size`.
-        NotShownError: If the model has no edges.
+            keys or values; if no edge is in the graph, but there are scores, as in MIB's `importances.json`, and no
+            `size`; or if the model has no edges.
     """
     with in_use(model, "import_eap"):
         empty = Circuit.empty(model, EDGE)

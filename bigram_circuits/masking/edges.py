@@ -122,9 +122,10 @@ class _Streams:
                 part = gates[:, start : start + len(source.writers)]
                 start += len(source.writers)
                 if part.dtype != torch.bool or bool(part.any()):
-                    rows.addmm_(part.to(rows), self._written[source.name])
+                    rows.addmm_(part.to(rows), self._written[source.name].to(rows.dtype))
             if last:
                 self._forget()
+            total = total.to(value.dtype)
             return total[0] if value.ndim == 3 else total.permute(1, 2, 0, 3)
 
         return hook

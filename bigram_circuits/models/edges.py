@@ -289,8 +289,8 @@ def edge_sites(model: Model) -> tuple[EdgeSite, ...]:
         model: From `load_model`.
 
     Raises:
-        NotShownError: If the model has no edges: what its heads and MLPs write is not simply added, or their inputs
-            cannot be replaced one by one.
+        ValueError: If the model has no edges: what its heads and MLPs write is not simply added, or their inputs cannot
+            be replaced one by one.
     """
     return edge_layout(model).sites
 
