@@ -33,9 +33,8 @@ from smoke import write_text
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bigram_circuits as bc
-from bigram_circuits.learning.learner import make_gates
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.identity import weight_hash
-from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.recipe import EFFORTS
 
 RECIPES: dict[str, Callable[..., bc.SparsifyConfig]] = {
@@ -123,16 +122,11 @@ def watched(budgets: Iterable[int]) -> Iterator[Steps]:
 
 def as_subnetwork(model: Any, config: bc.SparsifyConfig, scores: torch.Tensor) -> bc.Subnetwork:
     """Build the mask that a run would have ended with, given these scores."""
-    sites = weight_sites(model)
-    gates, wanted = make_gates(sites, config, config.seed, None)
+    candidates = Candidates(model, config)
+    gates, wanted = candidates.gates(config, config.seed, None)
     with torch.no_grad():
         gates.scores.copy_(scores)
-    masks = gates.masks(wanted)
-    return bc.Subnetwork(
-        {site.name: site.from_stored(masks[site.name]) for site in sites},
-        model_name=model.cfg.model_name,
-        weight_hash=weight_hash(model),
-    )
+    return candidates.mask(gates, wanted, None)
 
 
 def run_all(arguments: argparse.Namespace) -> None:

@@ -42,11 +42,11 @@ from .experiments.sparsity_path import (
     sparsity_path as sparsity_path,
 )
 from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
-from .learning.found import FoundSubnetwork as FoundSubnetwork
+from .learning.found import FoundCircuit as FoundCircuit, FoundSubnetwork as FoundSubnetwork
 from .learning.inputs import InputWarning as InputWarning, check_inputs as check_inputs
 from .learning.memory import MemoryForecast as MemoryForecast, forecast_memory as forecast_memory
 from .learning.polish import Polished as Polished, polish as polish
-from .learning.training import find_subnetwork as find_subnetwork
+from .learning.training import find_circuit as find_circuit, find_subnetwork as find_subnetwork
 from .masking.apply import gated as gated, masked as masked, replaced as replaced
 from .measures.statistics import Faithfulness as Faithfulness
 from .models.edges import EdgeSite as EdgeSite, edge_sites as edge_sites

@@ -21,8 +21,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bigram_circuits.measures import html
 from bigram_circuits.models.identity import check_is, same_model
 from bigram_circuits.models.model import Model
+from bigram_circuits.names import short_name
 from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     HEADER,
@@ -34,9 +36,11 @@ from bigram_circuits.storage.records import (
     shown,
     write_tensors,
 )
+from bigram_circuits.storage.terminal import printable
 
 _METADATA = ("format", "shapes", "model_name", "weight_hash", "lineage", "kept", "total", "checksum")
 _RANDOM_BLOCK = 1 << 20  # units drawn at once
+_LAYERS_SHOWN = 16  # rows of a notebook's table
 
 
 M = TypeVar("M", bound="BitMasks")
@@ -270,6 +274,48 @@ class BitMasks(Mapping[str, Tensor]):
         """Kept / total, 0 to 1."""
         return self.kept / self.total
 
+    @property
+    def units_here(self) -> str:
+        """What the units of these masks are called, where a subclass tells more than one kind."""
+        return self.units
+
+    @abstractmethod
+    def by_place(self) -> dict[tuple[int, str], Count]:
+        """Count kept units by layer and what they are units of: a component, or a kind of node."""
+
+    def table(self) -> str:
+        """Format where the kept units are, by layer and what they are of: share of all kept, and share kept there."""
+        counts, kept = self.by_place(), max(self.kept, 1)
+        columns = sorted({column for _, column in counts})
+        lines = [f"where the kept {self.units_here} are (share of them; in brackets, share kept there)"]
+        lines.append(f"{'layer':<8}" + "".join(f"{column:>20}" for column in columns))
+        for layer in sorted({layer for layer, _ in counts}):
+            here = [counts.get((layer, column)) for column in columns]
+            cells = [f"{100 * one.kept / kept:.1f}% ({100 * one.fraction:.2f}%)" if one else "" for one in here]
+            lines.append(f"{layer:<8}" + "".join(f"{cell:>20}" for cell in cells))
+        totals = [sum(n.kept for (_, c), n in counts.items() if c == column) for column in columns]
+        lines.append(f"{'all':<8}" + "".join(f"{f'{100 * total / kept:.1f}%':>20}" for total in totals))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
+        words = f"{self.lineage}: {self.kept:,} of {self.total:,} {self.units_here}, {100 * self.fraction:.3g}%{of}"
+        return f"{type(self).__name__}({printable(words)})"
+
+    def _repr_html_(self) -> str:
+        """Build the notebook view: how many units are kept, and where."""
+        counts = self.by_place()
+        columns = sorted({column for _, column in counts})
+        rows = [
+            [str(layer), *(_words(counts.get((layer, column))) for column in columns)]
+            for layer in sorted({layer for layer, _ in counts})
+        ]
+        of = f" of {short_name(self.model_name)}" if self.model_name else ""
+        says = f"{self.kept:,} of {self.total:,} {self.units_here} kept ({100 * self.fraction:.3g}%){of}"
+        title = f"{self.units_here.capitalize()} kept by layer"
+        table = html.table(["layer", *columns], html.shortened(rows, _LAYERS_SHOWN), title)
+        return html.summary(f"{type(self).__name__}: {self.lineage}", [says], table)
+
     # --- files ---
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -368,6 +414,11 @@ class BitMasks(Mapping[str, Tensor]):
         if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
             raise ValueError("the shapes in its header are not shapes by name")
         return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _words(count: Count | None) -> str:
+    """Format a count as a table cell."""
+    return f"{count.kept:,} ({100 * count.fraction:.2f}%)" if count else ""
 
 
 def _random_mask(rng: np.random.Generator, size: int, kept: int) -> np.ndarray:

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.names import ATTENTION_MATRICES, WeightName
 from bigram_circuits.storage.typed import Record
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.coding import MOST_ENTRIES
 
@@ -68,7 +68,7 @@ _GRADES = (
 """Ratios below which they hold, the answer, and what follows."""
 
 
-def could_mask_hold_it(subnetwork: SubnetworkLike, table: Any, kl: float) -> MaskCapacity:
+def could_mask_hold_it(subnetwork: MaskLike, table: Any, kl: float) -> MaskCapacity:
     """Count the bits of a mask, and those of a table of n-grams that is as good as the subnetwork.
 
     A mask keeps k of the n weights of a matrix: one of C(n, k) choices, so log2 C(n, k) bits, and log2(n + 1) for k
@@ -81,7 +81,8 @@ def could_mask_hold_it(subnetwork: SubnetworkLike, table: Any, kl: float) -> Mas
     from above. What it gets for nothing, the unigram distribution, makes it shorter: a "no" is on the safe side.
 
     Args:
-        subnetwork: A `Subnetwork`, or something that holds one.
+        subnetwork: A `Subnetwork` or `Circuit`, or something that holds one. The masks of a circuit's nodes, one for
+            every hook point, are described like a matrix by its k alone.
         table: An `NGramTable` of order 1, 2 or 3.
         kl: The subnetwork's KL from the table, nats per position, as `evaluate` measures it on held-out text; at least
             0. The table's own is a mean over the contexts of the counted text.
@@ -89,8 +90,7 @@ def could_mask_hold_it(subnetwork: SubnetworkLike, table: Any, kl: float) -> Mas
     Raises:
         ValueError: If `table` is no n-gram table, or has more than 2**23 n-grams, or `kl` is negative or NaN.
     """
-    subnetwork = as_subnetwork(subnetwork)
-    found = capacity(subnetwork, table, kl) if isinstance(table, Target) else None
+    found = capacity(as_mask(subnetwork), table, kl) if isinstance(table, Target) else None
     if found is None:
         raise ValueError(
             f"a table's bits can be counted for an NGramTable of at most {MOST_ENTRIES:,} n-grams, not for {table!r}"
@@ -98,23 +98,27 @@ def could_mask_hold_it(subnetwork: SubnetworkLike, table: Any, kl: float) -> Mas
     return found
 
 
-def capacity(subnetwork: Subnetwork, target: Target, kl: float) -> MaskCapacity | None:
+def capacity(subnetwork: Mask, target: Target, kl: float) -> MaskCapacity | None:
     """Return what `could_mask_hold_it` does; None for targets whose bits cannot be counted."""
     table_bits = target.message_bits(kl)
     return None if table_bits is None else MaskCapacity(mask_bits(subnetwork), table_bits, float(kl))
 
 
-def mask_bits(subnetwork: Subnetwork) -> float:
+def mask_bits(subnetwork: Mask) -> float:
     """Return the bits of the shortest description found of a mask; see `could_mask_hold_it`."""
     groups: dict[tuple[int, str, int], list[str]] = {}
+    nodes = 0.0
     for name, shape in subnetwork.shapes.items():
+        if not WeightName.is_one(name):
+            nodes += _choice_bits(math.prod(shape), int(subnetwork[name].sum()))
+            continue
         weight = WeightName.parse(name)
         units = shape[0] if _units_first(weight) else shape[1]
         groups.setdefault((weight.layer, weight.component, units), []).append(name)
-    return sum(1 + _group_bits(subnetwork, names) for names in groups.values())
+    return nodes + sum(1 + _group_bits(subnetwork, names) for names in groups.values())
 
 
-def _group_bits(subnetwork: Subnetwork, names: list[str]) -> float:
+def _group_bits(subnetwork: Mask, names: list[str]) -> float:
     """Return the bits of the masks of matrices that share their units."""
     masks = [_by_unit(WeightName.parse(name), subnetwork[name]) for name in names]
     kept = [int(mask.sum()) for mask in masks]

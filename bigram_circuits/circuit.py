@@ -17,10 +17,9 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, node_sites
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.names import PartName, WeightName, head_label, in_block, neuron_label, short_name
+from bigram_circuits.names import PartName, WeightName, head_label, in_block, neuron_label
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.storage.records import CONTENT, check_content, content_checksum, shown
-from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
 _POINT = re.compile(r"[A-Za-z_][\w.]*")
@@ -163,6 +162,15 @@ class Circuit(BitMasks):
         masks = {name: self.get(name, mask) for name, mask in Subnetwork.full(model).items()}
         return Subnetwork(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=self.lineage)
 
+    def with_weights(self, weights: Subnetwork) -> Circuit:
+        """The same nodes, with other masks of the weight matrices that it masks."""
+        masks = {name: weights[name] if WeightName.is_one(name) else mask for name, mask in self.items()}
+        made = type(self)(
+            masks, model_name=self.model_name, weight_hash=self.weight_hash,
+            lineage=f"{operand(self.lineage)}, weights of {operand(weights.lineage)}",
+        )  # fmt: skip
+        return self._inherit(made)
+
     @property
     def masks_weights(self) -> bool:
         """Whether it holds masks of weight matrices."""
@@ -267,23 +275,32 @@ class Circuit(BitMasks):
 
     def by_layer(self) -> dict[int, Count]:
         """Count kept nodes by layer, edges by their reader's; -1 is before the first block, `logits` after the last."""
-        readers = {site.name: site.layer for site in self.edge_sites}
-        return self._by(lambda name: readers[name] if name in readers else _place(name)[0])
+        return self._by(lambda place: place[0])
 
     def by_unit(self) -> dict[str, Count]:
         """Count kept nodes by unit: `head`, `neuron`, `attn`, `mlp`, or the name of a hook point.
 
         Edges are counted by what they are read for: `q`, `k`, `v`, `mlp` or `logits`.
         """
-        readers = {site.name: site.kind for site in self.edge_sites}
-        return self._by(lambda name: readers[name] if name in readers else _place(name)[1])
+        return self._by(lambda place: place[1])
+
+    def by_place(self) -> dict[tuple[int, str], Count]:
+        """Count kept nodes by layer and unit; see `by_layer` and `by_unit`."""
+        return self._by(lambda place: place)
 
     def _by(self, key: Any) -> dict[Any, Count]:
         counts: dict[Any, Count] = {}
+        readers = {site.name: (site.layer, site.kind) for site in self.edge_sites}
         for name, mask in self.items():
-            before = counts.get(key(name), Count(0, 0))
-            counts[key(name)] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
+            place = key(readers[name] if name in readers else _place(name))
+            before = counts.get(place, Count(0, 0))
+            counts[place] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
         return counts
+
+    @property
+    def units_here(self) -> str:
+        """`edges` if it is over edges alone, else `nodes`."""
+        return "edges" if len(self.edge_sites) == len(self) else self.units
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -313,12 +330,6 @@ class Circuit(BitMasks):
                 raise ValueError(f"the nodes of {name} have shape {shape}, but should be a list")
         if edges := {name: shape for name, shape in shapes.items() if _is_of_edges(name, shape)}:
             EdgeLayout.of_shapes(edges)
-
-    def __repr__(self) -> str:
-        of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        unit = "edges" if len(self.edge_sites) == len(self) else self.units
-        words = f"{self.lineage}: {self.kept:,} of {self.total:,} {unit}, {100 * self.fraction:.3g}%{of}"
-        return f"Circuit({printable(words)})"
 
 
 def _is_of_edges(name: str, shape: tuple[int, ...]) -> bool:

@@ -412,9 +412,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     with _reopened(arguments, with_evaluation=False) as (run, of, folder):
         seeds = arguments.random_seeds
-        evaluation = evaluate(of.model, run.subnetwork, of.target, of.corpus.held_out, seeds=seeds)
+        evaluation = evaluate(of.model, run.mask, of.target, of.corpus.held_out, seeds=seeds)
         folder.write_evaluation(evaluation, identity_of(of.corpus))
-        _tell(f"{evaluation}\n\n{run.subnetwork.table()}\n\nthe page to look at: {write_report(folder.path)}")
+        _tell(f"{evaluation}\n\n{run.mask.table()}\n\nthe page to look at: {write_report(folder.path)}")
     return 0
 
 
@@ -424,7 +424,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
     with _reopened(arguments, with_evaluation=True) as (run, of, folder):
         options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
-        analyses = analyze(of.model, run.subnetwork, of.target, of.corpus, seed=arguments.seed, **options)
+        analyses = analyze(of.model, run.mask, of.target, of.corpus, seed=arguments.seed, **options)
         analyses.save(folder.path / "analysis")
         _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(analyses.results)}")
         _tell(f"the page to look at: {write_report(folder.path)}")

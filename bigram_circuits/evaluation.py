@@ -20,7 +20,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.capacity import MaskCapacity, capacity
-from bigram_circuits.masking.apply import gated, masked
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, gated, masked
+from bigram_circuits.masking.effects import node_effects, strongest
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.conditions import DRAWN, SINGLE
@@ -34,7 +36,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json, to_json
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, counted, entropy, target_of, top1_agreement
 from bigram_circuits.text.corpus import in_order, token_array
 
@@ -61,7 +63,8 @@ class Evaluation:
     full_minus_random: tuple[Faithfulness, ...] = ()
     """The full model without each of these."""
     magnitude: Faithfulness | None = None
-    """The weights of largest magnitude, as many in every matrix as the subnetwork keeps."""
+    """The weights of largest magnitude, as many in every matrix as the subnetwork keeps. Of a circuit, the nodes whose
+    replacement matters most by its linear estimate on the same text (`node_effects`), as many at every hook point."""
     intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
     """95% bootstrap intervals over sequences: condition -> quantity -> (low, high)."""
     advantage: Mapping[str, Interval] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Evaluation:
     mask_capacity: MaskCapacity | None = None
     """Whether the mask itself could hold the target, from its bits and those of a table with the subnetwork's KL; None
     without controls, and for targets whose bits cannot be counted: any but tables of at most 2**23 n-grams."""
+    units: str = "weights"
+    """What the mask is of: `weights`, or `nodes` of a circuit."""
 
     @property
     def by_loss(self) -> bool:
@@ -119,6 +124,7 @@ class Evaluation:
             "intervals": to_json(self.intervals),
             "advantage": to_json(self.advantage),
             **({"mask_capacity": to_json(self.mask_capacity)} if self.mask_capacity else {}),
+            **({"units": self.units} if self.units != "weights" else {}),
             "verdict": self.verdict,
         }
 
@@ -150,6 +156,7 @@ class Evaluation:
             positions=rule and rule.positions,
             used=rule and rule.used,
             mask_capacity=from_json(MaskCapacity | None, record.get("mask_capacity"), "mask_capacity"),
+            units=from_json(str, record.get("units", "weights"), "units"),
         )
 
     def rows(self) -> Iterator[tuple[str, Faithfulness]]:
@@ -240,7 +247,7 @@ class Evaluation:
 
 
 _REPEATED = ("random", "full_minus_random")
-_OTHERS = ("zero_rule", "intervals", "advantage", "mask_capacity", "verdict")
+_OTHERS = ("zero_rule", "intervals", "advantage", "mask_capacity", "units", "verdict")
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ def _seeds(group: Any, name: str) -> tuple[Faithfulness, ...]:
 @uses_model
 def evaluate(
     model: Model,
-    subnetwork: SubnetworkLike,
+    subnetwork: MaskLike,
     target: Any,
     tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
     *,
@@ -290,7 +297,8 @@ def evaluate(
 
     Args:
         model: From `load_model`, with the weights that the subnetwork was made for.
-        subnetwork: What to keep: a `Subnetwork`, or something that holds one, such as a `FoundSubnetwork` or a `Run`.
+        subnetwork: What to keep: a `Subnetwork` or a `Circuit`, or something that holds one, such as a
+            `FoundSubnetwork`, a `FoundCircuit` or a `Run`. Of a circuit, `kept`, `total` and `fraction` are of nodes.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
         tokens: Held-out token ids [sequence, position].
         controls: Also measure the full model, the empty subnetwork, the complement, matched random subnetworks,
@@ -307,17 +315,15 @@ def evaluate(
     if controls and seeds < 1:
         raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
     target = target_of(target, model)
-    subnetwork = as_subnetwork(subnetwork)
-    subnetwork.check_fits(model)
-    conditions = dict(_conditions(model, subnetwork, seeds) if controls else [("subnetwork", subnetwork)])
+    kept = as_mask(subnetwork)
+    kept.check_fits(model)
+    conditions = dict(_conditions(model, kept, target, array, seeds) if controls else [("subnetwork", kept)])
     sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
     with progress(total=len(conditions) * len(array), desc="evaluating", unit="sequence") as bar:
         for name, condition in conditions.items():
             bar.set_postfix_str(name, refresh=False)
             sums[name] = _sums(model, condition, target, array, bar)
-    measured = {
-        name: statistics.faithfulness(rows, conditions[name].kept, subnetwork.total) for name, rows in sums.items()
-    }
+    measured = {name: statistics.faithfulness(rows, conditions[name].kept, kept.total) for name, rows in sums.items()}
     draws = {name: statistics.bootstrap(rows) for name, rows in sums.items()}
     random = tuple(value for name, value in measured.items() if name.startswith("random "))
     without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
@@ -333,7 +339,8 @@ def evaluate(
         positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
         # rounding can make a KL of 0 negative
-        mask_capacity=capacity(subnetwork, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
+        mask_capacity=capacity(kept, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
+        units=kept.units,
     )
     return replace(found, advantage=_advantage(draws, by_loss=found.by_loss))
 
@@ -371,7 +378,7 @@ class Measured:
 
 @uses_model
 def measure(
-    model: Model, subnetwork: SubnetworkLike, target: Any, tokens: Integer[np.ndarray, "sequence position"]
+    model: Model, subnetwork: MaskLike, target: Any, tokens: Integer[np.ndarray, "sequence position"]
 ) -> Measured:
     """Measure a subnetwork without controls, to be compared with others, of this model or another, on the same text.
 
@@ -380,11 +387,11 @@ def measure(
     """
     check_tokens(model, tokens)
     target = target_of(target, model)
-    subnetwork = as_subnetwork(subnetwork)
-    subnetwork.check_fits(model)
+    kept = as_mask(subnetwork)
+    kept.check_fits(model)
     with progress(total=len(tokens), desc="evaluating", unit="sequence") as bar:
-        sums = _sums(model, subnetwork, target, tokens, bar)
-    return Measured(statistics.faithfulness(sums, subnetwork.kept, subnetwork.total), sums)
+        sums = _sums(model, kept, target, tokens, bar)
+    return Measured(statistics.faithfulness(sums, kept.kept, kept.total), sums)
 
 
 GAP_MATTERS = 0.1
@@ -420,7 +427,7 @@ class SoftHardGap(Record):
 @uses_model
 @torch.no_grad()
 def soft_hard_gap(
-    model: Model, gates: Gates, subnetwork: SubnetworkLike, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
+    model: Model, gates: Gates, subnetwork: MaskLike, target: Any, tokens: Integer[Tensor, "batch pos"], step: int
 ) -> SoftHardGap:
     """Compare a model with soft gates and the same model with the mask made from them, on the same batch.
 
@@ -434,27 +441,41 @@ def soft_hard_gap(
     """
     check_tokens(model, tokens)
     gates.refresh(step)
-    with gated(model, gates):
+    kept = as_mask(subnetwork)
+    with gated(model, gates, kept.replacement if isinstance(kept, Circuit) else None):
         soft = target.cross_entropy(model(tokens), tokens).mean().item()
-    with masked(model, subnetwork):
+    with masked(model, kept):
         hard = target.cross_entropy(model(tokens), tokens).mean().item()
     return SoftHardGap(soft, hard)
 
 
-def _conditions(model: Model, subnetwork: Subnetwork, seeds: int) -> Iterator[tuple[str, Subnetwork]]:
-    yield "subnetwork", subnetwork
-    yield "full", Subnetwork.full(model)
-    yield "empty", Subnetwork.empty(model)
-    yield "complement", ~subnetwork
-    yield "magnitude", Subnetwork.magnitude(model, like=subnetwork)
+def _largest(model: Model, kept: Mask, target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> Mask:
+    """As large a mask of the largest weights, or of the nodes that matter most by the gradients of their gates."""
+    if isinstance(kept, Subnetwork):
+        return Subnetwork.magnitude(model, like=kept)
+    chosen = strongest(node_effects(model, kept, target, tokens), kept)
+    if not kept.masks_weights:
+        return chosen
+    weights = Subnetwork.magnitude(model, like=kept.masked_weights(model))
+    return chosen.with_weights(weights)
+
+
+def _conditions(
+    model: Model, kept: Mask, target: Target, tokens: Integer[np.ndarray, "sequence position"], seeds: int
+) -> Iterator[tuple[str, Mask]]:
+    yield "subnetwork", kept
+    yield "full", kept.constant(True)
+    yield "empty", kept.constant(False)
+    yield "complement", ~kept
+    yield "magnitude", _largest(model, kept, target, tokens)
     for seed in range(seeds):
-        random = subnetwork.random_like(seed=seed)
+        random = kept.random_like(seed=seed)
         yield f"random {seed}", random
         yield f"full - random {seed}", ~random
 
 
 def _sums(
-    model: Model, subnetwork: Subnetwork, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
+    model: Model, subnetwork: Mask, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
@@ -550,8 +571,8 @@ _NEEDED = 0.1
 _CONTROLS = {
     "full": "the full model",
     "empty": "the empty subnetwork",
-    "magnitude": "the largest weights",
-    "random ": "random weights",
+    "magnitude": "the largest {units}",
+    "random ": "random {units}",
 }
 """The controls whose correlation is compared, by the beginning of their names."""
 
@@ -569,7 +590,8 @@ def _verdict(evaluation: Evaluation) -> str:
     fraction = evaluation.subnetwork.fraction
     word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
     return (
-        f"Verdict: {word} ({percent(fraction)} of the weights); {_sufficiency(evaluation)}; {_necessity(evaluation)}."
+        f"Verdict: {word} ({percent(fraction)} of the {evaluation.units}); {_sufficiency(evaluation)}; "
+        f"{_necessity(evaluation)}."
     )
 
 
@@ -580,7 +602,8 @@ def _sufficiency(evaluation: Evaluation) -> str:
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
         if pairs:
-            (beaten if all(math.isnan(low) or low > 0 for low, _ in pairs) else unbeaten).append(label)
+            is_beaten = all(math.isnan(low) or low > 0 for low, _ in pairs)
+            (beaten if is_beaten else unbeaten).append(label.format(units=evaluation.units))
     side = "below" if evaluation.by_loss else "above"
     words = [_by_loss_words(evaluation) if evaluation.by_loss else _by_correlation_words(evaluation)]
     if beaten:
@@ -623,4 +646,6 @@ def _necessity(evaluation: Evaluation) -> str:
         ratio = f"{only}{times:,.{0 if times >= 10 else 1}f} times as much as " if times > 0 else ""
     word = "NOT necessary" if rise < _NEEDED else next(word for least, word in _NECESSARY if times >= least)
     moves = f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.2f} nats"
-    return f"{word}: without it the model's loss {moves}, {ratio}without as many random weights ({random:.2f})"
+    return (
+        f"{word}: without it the model's loss {moves}, {ratio}without as many random {evaluation.units} ({random:.2f})"
+    )

@@ -142,6 +142,7 @@ TEXT = Kind(str, "NAME")
 NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
 _LAYERS = Kind(lambda text: tuple(whole(0).read(part) for part in text.split(",")), "I,J,..", _write_list)
 _UNITS = Kind(_granularity, "G", _write_granularity)
+_NODES = Kind(lambda text: tuple(part.strip() for part in text.split(",")), "U,V,..", ",".join)
 _OPTION = "option"
 
 
@@ -209,6 +210,17 @@ class SparsifyConfig(Record):
     MLP). Or one for each component: `{"attn": "head", "mlp": "weight"}`. Components left out are kept whole."""
     layers: tuple[int, ...] | None = option(None, "--layers", _LAYERS, "mask only these layers", says="all")
     """The layers to mask (None: all); the others are kept whole."""
+    units: tuple[str, ...] | str | None = option(
+        None, "--units --unit", _NODES, "learn which nodes are needed, through hooks, instead of weights: head, "
+        "neuron, attn, mlp, or names of hook points; one, or several", says="weights",
+    )  # fmt: skip
+    """Learn which nodes are needed, instead of weights: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one
+    or several. With `weight` among them, single weights or larger units as `granularity` says have gates too; a node
+    then counts as the weights that it owns. None: weights alone."""
+    replace: str = option(
+        "zero", "--replace", TEXT, "of nodes: what takes the place of a dropped one", choices=lambda: REPLACEMENTS
+    )
+    """What takes the place of a dropped node: one of `REPLACEMENTS`."""
     sparsity_weight: float | int = option(10.0, "--sparsity-weight", NUMBER, "penalty on kept weights")
     """Weight of the penalty, in nats per unit of mean penalised gate; larger values keep fewer weights."""
     target_fraction: float | int | None = option(
@@ -271,6 +283,7 @@ class SparsifyConfig(Record):
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
+        self._check_units()
         self._check_granularity()
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
             "layers": (lambda v: v is None or all(_is_whole(one, 0) for one in v), "layers, whole numbers from 0"),
@@ -297,6 +310,24 @@ class SparsifyConfig(Record):
             given = shown(self.granularity)
             raise ValueError(f"polish changes single weights, but granularity {given} has no gates of them")
         METHODS[self.method].check_config(self)
+
+    def _check_units(self) -> None:
+        if isinstance(self.units, str):
+            object.__setattr__(self, "units", (self.units,))
+        units = self.units
+        if units is not None and (
+            not units or len(set(units)) < len(units) or not all(isinstance(one, str) and one for one in units)
+        ):
+            raise ValueError(f"units must be different names of units or hook points, not {shown(units)}")
+        _check_choice("replace", self.replace, REPLACEMENTS)
+        if units is None and self.replace != "zero":
+            raise ValueError(f"replace={self.replace!r} is of nodes, but the recipe masks weights: give units (--unit)")
+        if units is not None and "weight" not in units and self.granularity != "weight":
+            raise ValueError(
+                f"granularity is of weights, but units {', '.join(units)} has none: add weight to them, or leave it out"
+            )
+        if units is not None and self.polish:
+            raise ValueError("polish changes single weights alone, but the recipe asks for nodes (units)")
 
     def _check_granularity(self) -> None:
         if isinstance(self.granularity, str):

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 from bigram_circuits.bitmasks import BitMasks, Count, operand
-from bigram_circuits.measures import html
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.models.weights import weight_sites
-from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName, short_name
+from bigram_circuits.names import ATTENTION_MATRICES, MLP_MATRICES, PartName, WeightName
 from bigram_circuits.storage.records import (
     shown,
 )
-from bigram_circuits.storage.terminal import printable
 
 _LAYERS_SHOWN = 16  # rows of the table in a notebook
 
@@ -106,37 +104,9 @@ class Subnetwork(BitMasks):
                 counts[layer, head] = Count(before.kept + kept, before.total + mask[head].numel())
         return counts
 
-    def table(self) -> str:
-        """Format where the kept weights are, by layer and component: share of all kept, and share kept there."""
-        counts, kept = self.by_component(), max(self.kept, 1)
-        components = sorted({component for _, component in counts})
-        lines = ["where the kept weights are (share of them; in brackets, share of the component that is kept)"]
-        lines.append(f"{'layer':<8}" + "".join(f"{component:>20}" for component in components))
-        for layer in sorted({layer for layer, _ in counts}):
-            here = [counts.get((layer, component)) for component in components]
-            cells = [f"{100 * one.kept / kept:.1f}% ({100 * one.fraction:.2f}%)" if one else "" for one in here]
-            lines.append(f"{layer:<8}" + "".join(f"{cell:>20}" for cell in cells))
-        totals = [sum(n.kept for (_, c), n in counts.items() if c == component) for component in components]
-        lines.append(f"{'all':<8}" + "".join(f"{f'{100 * total / kept:.1f}%':>20}" for total in totals))
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        words = f"{self.lineage}: {self.kept:,} of {self.total:,} weights, {100 * self.fraction:.3g}%{of}"
-        return f"Subnetwork({printable(words)})"
-
-    def _repr_html_(self) -> str:
-        """Build the notebook view: how many weights are kept, and where."""
-        counts = self.by_component()
-        components = sorted({component for _, component in counts})
-        rows = [
-            [str(layer), *(_words(counts.get((layer, component))) for component in components)]
-            for layer in sorted({layer for layer, _ in counts})
-        ]
-        of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        says = f"{self.kept:,} of {self.total:,} weights kept ({100 * self.fraction:.3g}%){of}"
-        table = html.table(["layer", *components], html.shortened(rows, _LAYERS_SHOWN), "Weights kept by layer")
-        return html.summary(f"Subnetwork: {self.lineage}", [says], table)
+    def by_place(self) -> dict[tuple[int, str], Count]:
+        """`by_component`, under the name that a circuit's counts have too."""
+        return self.by_component()
 
     # --- edits: each returns a new subnetwork ---
 
@@ -377,11 +347,6 @@ def _largest(values: np.ndarray, kept: int) -> np.ndarray:
         mask, equal = ~(values <= threshold), values == threshold
     mask[np.flatnonzero(equal)[: kept - int(mask.sum())]] = True
     return mask
-
-
-def _words(count: Count | None) -> str:
-    """Format a count as a table cell."""
-    return f"{count.kept:,} ({100 * count.fraction:.2f}%)" if count else ""
 
 
 def _as_bool_tensor(name: str, mask: Any) -> Tensor:

@@ -26,18 +26,17 @@ from bigram_circuits.experiments.reproduced import Reproduction, load_reproducti
 from bigram_circuits.experiments.reproduction import reproduce_model
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
 from bigram_circuits.learning.callbacks import Callback
-from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.found import Found
 from bigram_circuits.learning.inputs import check_inputs, warn_of
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.names import name_of_target, names_of
-from bigram_circuits.learning.training import find_subnetwork, identity_of, run_settings
-from bigram_circuits.masking.gates import group_gates
+from bigram_circuits.learning.training import find_mask, identity_of, run_settings, with_pairs
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import check_length, shorter_than_context
 from bigram_circuits.models.identity import check_is, same_text
 from bigram_circuits.models.loading import full_name, is_local, load_model
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
-from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import is_in_memory, short_name
 from bigram_circuits.paper import PAPERS, ROWS, Paper
 from bigram_circuits.recipe import DTYPES, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
@@ -164,7 +163,7 @@ def _study(
     if checked:
         warn_of(checked)
     with folder.lock():
-        found = find_subnetwork(
+        found = find_mask(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
             callbacks=callbacks, check_memory=request.options.check_memory,
         )  # fmt: skip
@@ -210,7 +209,7 @@ def _subjects(
     model = given["model"]
     if "model" in named:
         model = load_named(inputs, device)
-    group_gates(weight_sites(model), config.unit_of, config.layers)  # before the text, which may take long to read
+    Candidates(model, config)  # raises an error before the text, which may take long to read
     if inputs.task is not None:
         found = _of_task(inputs, model)
         return found if "model" in named else replace(found, inputs=None)
@@ -277,29 +276,27 @@ def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Cal
         say(f"memory  {forecast_memory(model, subjects.target, subjects.corpus, request.config)}")
 
 
-def _examine(
-    request: Request, subjects: Subjects, folder: RunFolder, found: FoundSubnetwork, say: Callable[[str], None]
-) -> None:
+def _examine(request: Request, subjects: Subjects, folder: RunFolder, found: Found, say: Callable[[str], None]) -> None:
     """Evaluate, analyse and try to refute, as requested, and write the page."""
     model, target, corpus, options = subjects.model, subjects.target, subjects.corpus, request.options
-    evaluation = evaluate(model, found.subnetwork, target, corpus.held_out, seeds=options.random_seeds)
+    evaluation = evaluate(model, found.mask, target, corpus.held_out, seeds=options.random_seeds)
     folder.write_evaluation(evaluation, identity_of(corpus))
-    say(f"\n{evaluation}\n\n{found.subnetwork.table()}\n")
-    if options.analysis:
-        analyses = analyze(model, found.subnetwork, target, corpus)
+    say(f"\n{evaluation}\n\n{found.mask.table()}\n")
+    if options.analysis and isinstance(found.mask, Subnetwork):
+        analyses = analyze(model, found.mask, target, corpus)
         analyses.save(folder.path / "analysis")
         say(f"{analyses}\n")
     write_report(folder.path)
-    if options.falsify:
+    if options.falsify and isinstance(found.mask, Subnetwork):
         tried = falsify(
             model, target, corpus, request.config,
-            found=found.subnetwork, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",
+            found=found.mask, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",
         )  # fmt: skip
         say(f"{tried}\n")
         write_report(folder.path)
 
 
-def _in_the_end(found: FoundSubnetwork) -> list[str]:
+def _in_the_end(found: Found) -> list[str]:
     """Lines that summarise how learning went."""
     lines = [f"learned in {found.seconds:.0f} s and {len(found.history)} steps; stopped because {found.why}"]
     if found.rollbacks:
@@ -538,7 +535,7 @@ def reopen(
         check_text(run, subjects.corpus)
         check_target(run, target_of(subjects.target, subjects.model))
     check_model(run, subjects.model)
-    return run, subjects
+    return replace(run, mask=with_pairs(run.mask, subjects.target)), subjects
 
 
 def inputs_of(
@@ -627,4 +624,4 @@ def check_model(run: Run, model: Model) -> None:
     with in_use(model, "check_model"):  # its hash is computed once
         settings = run.settings.model
         check_is(model, settings.weight_hash, f"the run in {str(run.path)!r} was made with {settings.name!r}")
-        Subnetwork.load(run.path / "subnetwork.safetensors", model, follow_links=False)
+        run.mask.check_fits(model)

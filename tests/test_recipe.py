@@ -47,6 +47,8 @@ OTHER = {  # for every option a value that is not its default
     "method": "hard_concrete",
     "granularity": {"attn": "head", "mlp": "weight"},
     "layers": (0, 2),
+    "units": ("head", "blocks.1.hook_resid_pre"),
+    "replace": "mean_by_position",
     "sparsity_weight": 0.1 + 0.2,
     "target_fraction": 0.01,
     "learning_rate": 1e-4,
@@ -94,7 +96,8 @@ def test_every_field_is_an_option_and_has_another_value_here():
 @pytest.mark.parametrize("name", OTHER)
 def test_the_command_of_an_option_is_read_as_it_was_asked(name):
     with_task = {"task": OTHER["task"]} if name in ("measure", "force") else {}
-    asked = Request.of(**with_task, **{name: OTHER[name]})
+    of_nodes = {"units": OTHER["units"]} if name == "replace" else {}
+    asked = Request.of(**with_task, **of_nodes, **{name: OTHER[name]})
     assert parsed(asked.command()) == asked
     assert OTHER[name] in (getattr(asked.inputs, name, None), getattr(asked.config, name, None)) or hasattr(
         asked.options, name
@@ -107,7 +110,7 @@ def test_the_command_of_an_option_is_read_as_it_was_asked(name):
         assert asked != plain
 
 
-LEFT_OUT = ("sparsity_weights", "effort", "polish", "task", "measure", "force")
+LEFT_OUT = ("sparsity_weights", "effort", "polish", "task", "measure", "force", "units", "replace")
 """Options that do not go with the others."""
 
 

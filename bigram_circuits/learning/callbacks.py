@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.found import Found
 from bigram_circuits.runs import StepRecord
 
 _NOT_LOGGED = ("attempt", "step")
@@ -26,7 +26,7 @@ class Callback(Protocol):
         """Called after every step."""
         ...
 
-    def on_end(self, found: FoundSubnetwork) -> None:
+    def on_end(self, found: Found) -> None:
         """Called when learning is done, but not if it is interrupted."""
         ...
 
@@ -44,7 +44,7 @@ def tell_step(callbacks: Sequence[Callback], record: StepRecord) -> None:
         callback.on_step(record)
 
 
-def tell_end(callbacks: Sequence[Callback], found: FoundSubnetwork) -> None:
+def tell_end(callbacks: Sequence[Callback], found: Found) -> None:
     """Call every callback's `on_end`."""
     for callback in callbacks:
         callback.on_end(found)
@@ -66,9 +66,9 @@ class TensorBoard:
         for name, value in _numbers(record):
             self._writer.add_scalar(f"attempt {record.attempt}/{name}", value, record.step)
 
-    def on_end(self, found: FoundSubnetwork) -> None:
-        """Log the subnetwork found, and close the file."""
-        self._writer.add_text("found", f"{found.subnetwork!r}; stopped because {found.why}")
+    def on_end(self, found: Found) -> None:
+        """Log what was found, and close the file."""
+        self._writer.add_text("found", f"{found.mask!r}; stopped because {found.why}")
         self._writer.close()
 
 
@@ -91,10 +91,10 @@ class WandB:
         numbers = {f"attempt {record.attempt}/{name}": value for name, value in _numbers(record)}
         self.run.log({"step": record.step, **numbers})
 
-    def on_end(self, found: FoundSubnetwork) -> None:
-        """Add the size of the subnetwork to the summary, and finish the run."""
+    def on_end(self, found: Found) -> None:
+        """Add the size of the mask to the summary, and finish the run."""
         self.run.summary.update(
-            {"kept": found.subnetwork.kept, "fraction": found.subnetwork.fraction, "stopped": found.stopped_because}
+            {"kept": found.mask.kept, "fraction": found.mask.fraction, "stopped": found.stopped_because}
         )
         self.run.finish()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import SoftHardGap
+from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures import html
 from bigram_circuits.measures.quantities import CROSS_ENTROPY, FRACTION, Quantity
 from bigram_circuits.measures.results import Curves
@@ -18,16 +20,18 @@ from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import Outcome, PolishRecord, Rollback, StepRecord, cautions, why_stopped
 from bigram_circuits.subnetwork import Subnetwork
 
+F = TypeVar("F", bound="Found")
+
 LEARNED = (FRACTION, CROSS_ENTROPY, Quantity("undecided", "share", "Share of the gates between 0.1 and 0.9."))
 """The quantities that `plot` can show."""
 
 
 @dataclass(frozen=True)
-class FoundSubnetwork:
-    """The result of `find_subnetwork`."""
+class Found:
+    """The result of learning a mask."""
 
-    subnetwork: Subnetwork
-    """The weights whose hard gate is open, after polishing if the recipe asks for it."""
+    mask: Mask
+    """What is kept: everything whose hard gate is open, after polishing if the recipe asks for it."""
     history: list[StepRecord] = field(repr=False)
     """One record for each step of the last attempt."""
     config: SparsifyConfig
@@ -47,13 +51,11 @@ class FoundSubnetwork:
     """What polishing changed; None if the recipe does not ask for it."""
 
     @classmethod
-    def of_run(
-        cls, subnetwork: Subnetwork, history: Sequence[StepRecord], config: SparsifyConfig, outcome: Outcome
-    ) -> FoundSubnetwork:
+    def of_run(cls: type[F], mask: Mask, history: Sequence[StepRecord], config: SparsifyConfig, outcome: Outcome) -> F:
         """Restore the result from what a run folder holds; the history is that of the last attempt."""
         last = [record for record in history if record.attempt == outcome.attempts - 1]
         return cls(
-            subnetwork, last, config, outcome.stopped_because, outcome.seconds, outcome.soft_hard, outcome.rollbacks,
+            mask, last, config, outcome.stopped_because, outcome.seconds, outcome.soft_hard, outcome.rollbacks,
             outcome.attempts, outcome.polish,
         )  # fmt: skip
 
@@ -77,7 +79,7 @@ class FoundSubnetwork:
         values = np.array([[[record[one.name] for record in self.history]] for one in LEARNED], dtype=float)
         steps = tuple(record.step for record in self.history)
         nothing = np.full_like(values, np.nan)
-        return Curves("Learning", LEARNED, "step", steps, ("subnetwork",), values, nothing, nothing).plot(quantity)
+        return Curves("Learning", LEARNED, "step", steps, (self.mask.noun,), values, nothing, nothing).plot(quantity)
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: how learning ended, and the subnetwork found."""
@@ -87,5 +89,30 @@ class FoundSubnetwork:
             f"Cross-entropy at the last step: {last:.3f} nats. Recipe: {self.config.method.replace('_', ' ')}, "
             f"sparsity weight {self.config.sparsity_weight:g}, seed {self.config.seed}."
         )
-        shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
-        return html.summary("Found subnetwork", [says, *map(sentence, self.cautions)], shown)
+        shown = self.mask._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return html.summary(f"Found {self.mask.noun}", [says, *map(sentence, self.cautions)], shown)
+
+
+class FoundSubnetwork(Found):
+    """The result of `find_subnetwork`."""
+
+    @property
+    def subnetwork(self) -> Subnetwork:
+        """The weights whose hard gate is open, after polishing if the recipe asks for it."""
+        assert isinstance(self.mask, Subnetwork), "weights were learned"
+        return self.mask
+
+
+class FoundCircuit(Found):
+    """The result of `find_circuit`."""
+
+    @property
+    def circuit(self) -> Circuit:
+        """The nodes whose hard gate is open."""
+        assert isinstance(self.mask, Circuit), "nodes were learned"
+        return self.mask
+
+
+def kind_of_found(mask: Mask) -> type[FoundSubnetwork] | type[FoundCircuit]:
+    """The class of results that hold a mask of this kind."""
+    return FoundCircuit if isinstance(mask, Circuit) else FoundSubnetwork

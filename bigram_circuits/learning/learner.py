@@ -8,21 +8,17 @@ interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigram_circuits.learning.schedules import has_fallen, head_start
-from bigram_circuits.masking.gates import Gates, group_gates
-from bigram_circuits.models.identity import weight_hash
-from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import WeightSite, weight_sites
+from bigram_circuits.masking.apply import Mask
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
-from bigram_circuits.subnetwork import Subnetwork
 
 _LOW_DECAY = 0.99  # at most: a bfloat16 second moment cannot change by a thousandth of its value
 _GOOD_EVERY = 200  # steps between the states kept in memory for rollbacks
@@ -38,16 +34,18 @@ class Learner:
     """The gates of one attempt, and all state that changes while they are learned."""
 
     def __init__(
-        self, model: Model, config: SparsifyConfig, within: Subnetwork | None = None, start: Checkpoint | None = None
+        self,
+        candidates: Candidates,
+        config: SparsifyConfig,
+        within: Mask | None = None,
+        start: Checkpoint | None = None,
     ) -> None:
         """Start from a checkpoint, or from scratch."""
         start = start or Checkpoint({}, 0, 0, 0.0)
-        self.config, self.start = config, start
+        self.config, self.start, self._candidates = config, start, candidates
         self.seed = config.seed + _SEEDS_APART * start.attempt
         """Seed of the attempt's data order and of the method's random numbers."""
-        self._sites = weight_sites(model)
-        self.gates, self.wanted = make_gates(self._sites, config, self.seed, within)
-        self._total = sum(site.size for site in self._sites)
+        self.gates, self.wanted = candidates.gates(config, self.seed, within)
         self._n_possible = int(self.gates.scores.detach().isfinite().sum())
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
@@ -92,7 +90,7 @@ class Learner:
             attempt=self.start.attempt,
             step=step,
             cross_entropy=cross_entropy,
-            fraction=(kept + self._total - gates.n_weights) / self._total,
+            fraction=(kept + self._candidates.total - gates.n_weights) / self._candidates.total,
             undecided=undecided / gates.scores.numel(),
             due=due,
             above_zero=(gates.n_above_zero() if due is not None else kept) / gates.n_weights,
@@ -108,20 +106,9 @@ class Learner:
         """Whether no score is NaN, as scores become after a non-finite gradient."""
         return not self.gates.scores.detach().sum().isnan()
 
-    def subnetwork(self, model: Model, within: Subnetwork | None) -> Subnetwork:
-        """The weights whose hard gate is open, and those without a gate."""
-        masks = self.gates.masks(self.wanted)
-        return Subnetwork(
-            {
-                site.name: site.from_stored(masks[site.name])
-                if site.name in masks
-                else torch.ones(site.shape, dtype=torch.bool)
-                for site in self._sites
-            },
-            model_name=model.cfg.model_name,
-            weight_hash=weight_hash(model),
-            lineage="found" if within is None else f"found within ({within.lineage})",
-        )
+    def mask(self, within: Mask | None) -> Mask:
+        """The weights and nodes whose hard gate is open, and those without a gate."""
+        return self._candidates.mask(self.gates, self.wanted, within)
 
     # --- states ---
 
@@ -178,25 +165,3 @@ def rate_after(config: SparsifyConfig, rollbacks: int) -> float:
     """The learning rate after this many rollbacks in an attempt: the recipe's, or else the method's, halved by each."""
     first = METHODS[config.method].learning_rate if config.learning_rate is None else config.learning_rate
     return first * 0.5**rollbacks
-
-
-def make_gates(
-    sites: Sequence[WeightSite], config: SparsifyConfig, seed: int, within: Subnetwork | None
-) -> tuple[Gates, int | None]:
-    """The gates of a recipe, and the number of gated weights to keep in the end (None if it is not fixed)."""
-    groups = group_gates(sites, config.unit_of, config.layers)
-    total, gated = (sum(site.size for site in some) for some in (sites, [group.site for group in groups]))
-    wanted = None
-    if config.target_fraction is not None:
-        wanted = round(config.target_fraction * total) - (total - gated)
-        if wanted < 0:
-            raise ValueError(
-                f"target_fraction is {config.target_fraction}, but the weights without gates are already "
-                f"{(total - gated) / total:.4g} of all"
-            )
-    start: dict[str, Any] = {
-        "first_score": float(config.first_score),
-        "within": {site.name: site.to_stored(within[site.name]) for site in sites} if within else None,
-        "dtype": torch.bfloat16 if config.low_memory else torch.float32,
-    }
-    return METHODS[config.method].from_config(groups, config, seed=seed, wanted=wanted, **start), wanted

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -26,15 +25,12 @@ from jaxtyping import Integer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigram_circuits.learning.learner import make_gates
-from bigram_circuits.masking.apply import gated
-from bigram_circuits.masking.gates import group_gates
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
@@ -163,8 +159,9 @@ def forecast_memory(
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
-    within: SubnetworkLike | None = None,
+    within: MaskLike | None = None,
     mode: str | None = None,
+    candidates: Candidates | None = None,
 ) -> MemoryForecast:
     """Predict the peak memory of `find_subnetwork` from passes over a few short sequences.
 
@@ -175,6 +172,7 @@ def forecast_memory(
         config: As for `find_subnetwork`.
         within: As for `find_subnetwork`.
         mode: If given, also check the forecast: see `MemoryForecast.check`. `"off"` skips the passes.
+        candidates: What the recipe gates, if that is known; by default nodes are replaced by zero.
 
     Raises:
         ValueError: If model, target and recipe do not fit together, or there is no such mode.
@@ -184,13 +182,14 @@ def forecast_memory(
         raise ValueError(f"check_memory must be one of {', '.join(CHECKS_OF_MEMORY)}, not {mode!r}")
     config = config or SparsifyConfig()
     target = target_of(target, model)
-    within = None if within is None else as_subnetwork(within)
+    within = None if within is None else as_mask(within)
     check_tokens(model, corpus.train)
-    counted = _count_gates(weight_sites(model), config)
+    candidates = candidates or Candidates(model, config)
+    counted = _count_gates(candidates, config)
     if mode == "off":
         return counted
     if counted.fits:  # otherwise the passes would not fit either
-        one, more, whole = _peaks(model, target, corpus.train, config, within)
+        one, more, whole = _peaks(model, target, corpus.train, config, candidates, within)
         rest = config.batch_size - 1
         per_sequence = (whole - one) / rest if rest else more - one
         counted = replace(
@@ -203,11 +202,11 @@ def forecast_memory(
     return counted
 
 
-def _count_gates(sites: Sequence[WeightSite], config: SparsifyConfig) -> MemoryForecast:
+def _count_gates(candidates: Candidates, config: SparsifyConfig) -> MemoryForecast:
     """A forecast for gates, optimizer and masked weights alone, with the memory in use and available."""
-    groups = group_gates(sites, config.unit_of, config.layers)
+    groups = candidates.groups
     device = groups[0].site.original.device
-    masked = sum(group.site.size * group.site.original.element_size() for group in groups)
+    masked = sum(group.site.original.nbytes for group in groups)
     n_gates = max(group.start + group.count for group in groups)
     scores = ((_PER_GATE_LOW if config.low_memory else _PER_GATE) + METHODS[config.method].scratch) * n_gates
     held, free = memory_of(device)
@@ -266,7 +265,8 @@ def _peaks(
     target: Target,
     tokens: Integer[np.ndarray, "row position"],
     config: SparsifyConfig,
-    within: Subnetwork | None,
+    candidates: Candidates,
+    within: Mask | None,
 ) -> tuple[float, float, float]:
     """Predict the peak memory of a step in bytes, for one sequence, for two, and for a batch of this recipe."""
     if isinstance(target, PlacedTarget):
@@ -275,10 +275,14 @@ def _peaks(
     part = min(length, _LONGEST) // 2
     flat = tokens.reshape(-1)
     piece = flat[np.linspace(0, flat.size - 1, part).astype(int)]  # repeated, so that data grow evenly too
-    gates = make_gates(weight_sites(model), config, config.seed, within)[0]
+    gates = candidates.gates(config, config.seed, within)[0]
     gates.scores.grad = torch.zeros_like(gates.scores)  # counted with the scores
     records = []
-    with gated(model, gates), lean_forward(model), recomputed(model) if config.low_memory else nullcontext():
+    with (
+        candidates.applied(gates, on_any=True),
+        lean_forward(model),
+        recomputed(model) if config.low_memory else nullcontext(),
+    ):
         for shape in ((2, 1), (3, 1), (2, 2)):  # of one sequence, PyTorch makes views instead of copies
             batch = torch.from_numpy(np.tile(piece, shape)).long().to(gates.scores.device)
             gates.refresh(0)

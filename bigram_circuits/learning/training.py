@@ -12,31 +12,33 @@ rolled back to its last good state and continues with half the learning rate.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
-from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.found import Found, FoundCircuit, FoundSubnetwork, kind_of_found
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import forecast_memory, is_out_of_memory, less_memory
 from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.polish import polish_on
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
-from bigram_circuits.masking.apply import gated
-from bigram_circuits.masking.gates import group_gates
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
+from bigram_circuits.masking.candidates import Candidates
+from bigram_circuits.masking.replacing import make_replacement, pairs_of
 from bigram_circuits.models.activations import check_tokens, lean_forward, n_outputs, recomputed
-from bigram_circuits.models.identity import weight_hash
+from bigram_circuits.models.identity import check_is, weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import note, progress
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.runs import (
@@ -50,13 +52,16 @@ from bigram_circuits.runs import (
     TargetIdentity,
 )
 from bigram_circuits.storage.terminal import signals_handled
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
-from bigram_circuits.text.corpus import Corpus, batch_of
+from bigram_circuits.tasks.target import TaskTarget
+from bigram_circuits.tasks.task import Task
+from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
-__all__ = ["FoundSubnetwork", "SparsifyConfig", "find_subnetwork", "forecast_memory", "run_settings"]
+__all__ = ["FoundSubnetwork", "SparsifyConfig", "find_circuit", "find_subnetwork", "forecast_memory", "run_settings"]
 
 _MOST_ROLLBACKS = 4  # per attempt
+_AVERAGED = 1 << 17  # tokens of the training part that means are over, at most
 _POLISHED_ON, _MOST_MEASURED = 4, 2000  # batches of text on which a mask is polished, and masks measured
 
 
@@ -68,7 +73,8 @@ class _Job:
     target: Target
     corpus: Corpus
     config: SparsifyConfig
-    within: Subnetwork | None
+    candidates: Candidates
+    within: Mask | None
     folder: RunFolder | None
     callbacks: Sequence[Callback]
     interrupt: threading.Event
@@ -115,7 +121,7 @@ def find_subnetwork(
 
     Raises:
         ValueError: If target and model do not fit together, `run_dir` holds a run with other settings, or the loss
-            explodes or is not finite even at lower learning rates.
+            explodes or is not finite even at lower learning rates; or if the recipe asks for nodes (`find_circuit`).
         MemoryError: If learning cannot fit the device (`forecast_memory`), or the device runs out of memory; the
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
@@ -123,8 +129,113 @@ def find_subnetwork(
         KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
     """
     config = config or SparsifyConfig()
-    target = target_of(target, model)
+    if config.units is not None:
+        raise ValueError(f"the recipe asks for nodes, units {', '.join(config.units)}: use find_circuit")
     within = None if within is None else as_subnetwork(within)
+    found = _find(model, target, corpus, config, run_dir, resume, within, rebuild, callbacks, check_memory)
+    assert isinstance(found, FoundSubnetwork), "nodes were not asked for"
+    return found
+
+
+@uses_model
+def find_circuit(
+    model: Model,
+    task: Any,
+    corpus: Corpus | None = None,
+    config: SparsifyConfig | None = None,
+    *,
+    units: str | Sequence[str] | None = None,
+    replace: str | None = None,
+    target_fraction: float | None = None,
+    measure: str = "loss",
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    within: MaskLike | None = None,
+    rebuild: Inputs | None = None,
+    callbacks: Sequence[Any] = (),
+    check_memory: str = "warn",
+) -> FoundCircuit:
+    """Learn which nodes a model needs for a behaviour: the same loop and methods as for weights, through hooks.
+
+    The values of dropped nodes are replaced; those of other units are computed as always.
+
+    Args:
+        model: From `load_model`. Left bit-identical, even after an exception.
+        task: A `Task` (from `load_task`, for example), a `TaskTarget`, or any other target, which then needs a corpus.
+        corpus: The circuit is learned on its training part. By default that of the task, 70% of its rows; hold out
+            others with `task.corpus(held_out=...)`.
+        config: The recipe; `SparsifyConfig()` by default. The next three arguments change it.
+        units: What has a gate: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one or several; and `weight`
+            for single weights, of the components in `config.granularity`. By default the recipe's, or heads and
+            neurons.
+        replace: What takes the place of a dropped node: `zero`, `mean`, `mean_by_position` (over the training part),
+            `resample` (another sequence of the batch) or `counterfactual` (the paired prompt of the task); see
+            `Replacement`. By default the recipe's.
+        target_fraction: Keep exactly this share of the nodes.
+        measure: What is asked for at the answers of a `Task`, one of `MEASURES`; see `TaskTarget`.
+        run_dir: As for `find_subnetwork`; the circuit is in `circuit.safetensors`.
+        resume: As for `find_subnetwork`.
+        within: Search only inside this circuit, which has the same units.
+        rebuild: As for `find_subnetwork`.
+        callbacks: As for `find_subnetwork`.
+        check_memory: As for `find_subnetwork`.
+
+    Raises:
+        ValueError: As `find_subnetwork`; and if the model lacks a unit, the replacement is unknown or lacks its text.
+        MemoryError: As `find_subnetwork`.
+        OSError: As `find_subnetwork`.
+        KeyboardInterrupt: As `find_subnetwork`.
+    """
+    config = config or SparsifyConfig()
+    changes: dict[str, Any] = {
+        "units": (config.units or ("head", "neuron")) if units is None else units_of(units),
+        "replace": replace or config.replace,
+        "target_fraction": config.target_fraction if target_fraction is None else target_fraction,
+    }
+    config = dataclasses.replace(config, **changes)
+    if isinstance(task, Task):
+        task = TaskTarget(task, measure, model=model)
+    if corpus is None:
+        if not isinstance(task, TaskTarget):
+            raise ValueError("a target that is no task needs a corpus to learn on")
+        corpus = task.task.corpus()
+    bounds = None if within is None else as_mask(within)
+    found = _find(model, task, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
+    assert isinstance(found, FoundCircuit), "nodes were asked for"
+    return found
+
+
+def units_of(units: str | Sequence[str]) -> tuple[str, ...]:
+    """One unit or several, as a recipe has them."""
+    return (units,) if isinstance(units, str) else tuple(units)
+
+
+def find_mask(
+    model: Model,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig,
+    **options: Any,
+) -> FoundSubnetwork | FoundCircuit:
+    """`find_circuit` if the recipe asks for nodes, else `find_subnetwork`."""
+    find: Callable[..., Any] = find_subnetwork if config.units is None else find_circuit
+    return find(model, target, corpus, config, **options)
+
+
+def _find(
+    model: Model,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig,
+    run_dir: str | os.PathLike[str] | None,
+    resume: bool,
+    within: Mask | None,
+    rebuild: Inputs | None,
+    callbacks: Sequence[Any],
+    check_memory: str,
+) -> Found:
+    """`find_subnetwork` or `find_circuit`, as the recipe says."""
+    target = target_of(target, model)
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
@@ -134,17 +245,20 @@ def find_subnetwork(
         settings = run_settings(model, target, corpus, config, within)
         folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild or names_of(model, target, corpus))
         if folder.is_finished:
-            return _read_found(folder, model, config)
+            return _read_found(folder, model, target, config)
     with nullcontext() if folder is None else folder.lock():
         if folder is not None and folder.is_finished:  # another process has just finished it
-            return _read_found(folder, model, config)
-        forecast_memory(model, target, corpus, config, within=within, mode=check_memory)
+            return _read_found(folder, model, target, config)
+        candidates = make_candidates(model, target, corpus, config)
+        if within is not None:
+            candidates.check_within(within)
+        forecast_memory(model, target, corpus, config, within=within, mode=check_memory, candidates=candidates)
         with _interrupt_after_step() as interrupt, _says_what_to_change(folder):
-            job = _Job(model, target, corpus, config, within, folder, callbacks, interrupt)
+            job = _Job(model, target, corpus, config, candidates, within, folder, callbacks, interrupt)
             return _learn(job)
 
 
-def _learn(job: _Job) -> FoundSubnetwork:
+def _learn(job: _Job) -> Found:
     """Make attempts until one is stable, starting where the run was interrupted, if it was."""
     start, history = _take_up(job.folder)
     earlier: tuple[Rollback, ...] = ()  # of earlier attempts
@@ -163,7 +277,7 @@ def _learn(job: _Job) -> FoundSubnetwork:
     if job.config.polish:
         found = _polish(job, found)
     if job.folder:
-        job.folder.finish(found.subnetwork, found.outcome)
+        job.folder.finish(found.mask, found.outcome)
     tell_end(job.callbacks, found)
     if job.interrupt.is_set():
         where = f"is saved in {str(job.folder.path)!r}; rerun the command to go on" if job.folder else "is not saved"
@@ -171,12 +285,12 @@ def _learn(job: _Job) -> FoundSubnetwork:
     return found
 
 
-def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> FoundSubnetwork:
+def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     """Run the loop once, from a state; the records of its steps are appended to `history`."""
     model, target, config = job.model, job.target, job.config
-    learner = Learner(model, config, job.within, start)
+    learner = Learner(job.candidates, config, job.within, start)
     gates, stopped_because = learner.gates, "max_steps"
-    with gated(model, gates), lean_forward(model), _memory_saved(model, config), _bar(start, config) as bar:
+    with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(start, config) as bar:
         for step in range(start.step, config.max_steps):
             learner.remember(step)
 
@@ -236,17 +350,19 @@ def _keep(job: _Job, learner: Learner, steps: int) -> None:
         raise KeyboardInterrupt(f"interrupted after step {steps} of at most {job.config.max_steps}; {kept}")
 
 
-def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because: str) -> FoundSubnetwork:
+def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because: str) -> Found:
     """The result of an attempt, with the gap between soft gates and mask."""
-    subnetwork, last = learner.subnetwork(job.model, job.within), len(history) - 1
+    mask, last = learner.mask(job.within), len(history) - 1
     tokens = batch_of(job.corpus.train, job.config.batch_size, step=last, seed=learner.seed).to(learner.device)
-    gap = soft_hard_gap(job.model, learner.gates, subnetwork, job.target, tokens, last)
-    return FoundSubnetwork(subnetwork, history, job.config, stopped_because, learner.seconds, gap)
+    gap = soft_hard_gap(job.model, learner.gates, mask, job.target, tokens, last)
+    return kind_of_found(mask)(mask, history, job.config, stopped_because, learner.seconds, gap)
 
 
-def _polish(job: _Job, found: FoundSubnetwork) -> FoundSubnetwork:
+def _polish(job: _Job, found: Found) -> Found:
     """Polish what was learned. If interrupted, nothing of it is kept: a resumed run polishes again."""
     model, config, began = job.model, job.config, time.monotonic()
+    assert isinstance(found, FoundSubnetwork), "the recipe was checked"
+    assert not isinstance(job.within, Circuit), "it was checked with the recipe"
 
     def stop_if_asked() -> None:
         if job.interrupt.is_set():
@@ -255,9 +371,8 @@ def _polish(job: _Job, found: FoundSubnetwork) -> FoundSubnetwork:
                 kept = f"the same command continues the run in {str(job.folder.path)!r} from its last checkpoint"
             raise KeyboardInterrupt(f"interrupted while the mask was polished; {kept}")
 
-    groups = group_gates(weight_sites(model), config.unit_of, config.layers)
-    names = {group.site.name for group in groups if group.unit == "weight"}
-    price = config.sparsity_weight / sum(group.site.size for group in groups)
+    names = {group.site.name for group in job.candidates.groups if group.unit == "weight"}
+    price = config.sparsity_weight / job.candidates.gated_size
     sequences = min(_POLISHED_ON * config.batch_size, len(job.corpus.train))
     tokens = batch_of(job.corpus.train, sequences, step=0, seed=config.seed)
     with _memory_saved(model, config):
@@ -266,7 +381,7 @@ def _polish(job: _Job, found: FoundSubnetwork) -> FoundSubnetwork:
             config.target_fraction is not None, job.within, config.polish, _MOST_MEASURED, config.seed, stop_if_asked,
         )  # fmt: skip
     seconds = found.seconds + time.monotonic() - began
-    return replace(found, subnetwork=polished.subnetwork, polish=polished.record, seconds=seconds)
+    return replace(found, mask=polished.subnetwork, polish=polished.record, seconds=seconds)
 
 
 def _memory_saved(model: Model, config: SparsifyConfig) -> Any:
@@ -333,7 +448,7 @@ def _why_not_finite(model: Model) -> str:
 
 
 def run_settings(
-    model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Subnetwork | None = None
+    model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Mask | None = None
 ) -> RunSettings:
     """The settings that determine a run's result; a run folder belongs to one such set."""
     target = target_of(target, model)
@@ -358,11 +473,34 @@ def identity_of(corpus: Corpus) -> CorpusIdentity:
     )
 
 
-def _read_found(folder: RunFolder, model: Model, config: SparsifyConfig) -> FoundSubnetwork:
+def _read_found(folder: RunFolder, model: Model, target: Target, config: SparsifyConfig) -> Found:
     """The result of a run that is already finished."""
-    outcome = folder.found()[1]
-    subnetwork = Subnetwork.load(folder.path / "subnetwork.safetensors", model, follow_links=False)
-    return FoundSubnetwork.of_run(subnetwork, folder.history(), config, outcome)
+    mask, outcome = folder.found()
+    check_is(model, mask.weight_hash, f"{str(folder.path)!r} was made for {mask.model_name!r}")
+    mask.check_fits(model)
+    return kind_of_found(mask).of_run(with_pairs(mask, target), folder.history(), config, outcome)
+
+
+def with_pairs(mask: Mask, target: Target) -> Mask:
+    """A mask that was read from a file, with the pairs of prompts of the task that it was learned on."""
+    if isinstance(mask, Circuit) and mask.replacement.kind == "counterfactual" and isinstance(target, TaskTarget):
+        return mask.with_replacement(replace(mask.replacement, pairs=pairs_of(target.task)))
+    return mask
+
+
+def make_candidates(model: Model, target: Target, corpus: Corpus, config: SparsifyConfig) -> Candidates:
+    """What a recipe gates on a model; means are over the training part.
+
+    Raises:
+        ValueError: If the model lacks a unit or layer, there is nothing to mask, or the replacement lacks its text.
+    """
+    plain = Candidates(model, config)
+    if config.units is None or config.replace == "zero":
+        return plain
+    text: Any = spread(corpus.train, _AVERAGED)
+    if isinstance(target, TaskTarget):
+        text = target.task if config.replace == "counterfactual" else target.task_of(corpus.train)
+    return Candidates(model, config, make_replacement(model, plain.names_of_nodes, config.replace, text, config.seed))
 
 
 # --- what can interrupt learning -------------------------------------------------------------------------------------

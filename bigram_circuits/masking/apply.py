@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.edges import edges_replaced
 from bigram_circuits.masking.gates import Gates
-from bigram_circuits.masking.nodes import nodes_replaced
+from bigram_circuits.masking.nodes import Gate, nodes_replaced
 from bigram_circuits.masking.replacing import make_replacement
 from bigram_circuits.models.edges import edges_exposed
 from bigram_circuits.models.model import Model
@@ -93,16 +93,15 @@ def masked(
 def reduced(model: Model, kept: Mask) -> Iterator[None]:
     """`masked` for a mask that was checked."""
     if isinstance(kept, Circuit):
-        nodes = {name: mask for name, mask in kept.items() if not mask.all() and mask.ndim == 1}
-        edges = {site.name: kept[site.name] for site in kept.edge_sites}
-        sites = [site for site in node_sites(model, kept.asked) if site.name in nodes] if nodes else []
+        sites = [site for site in circuit_sites(model, kept) if not kept[site.name].all()]
+        masks = dict(kept.items())
         with ExitStack() as stack:
             if kept.masks_weights:
                 stack.enter_context(reduced(model, kept.masked_weights(model)))
             if sites:
-                stack.enter_context(nodes_replaced(model, sites, nodes.__getitem__, kept.replacement))
-            if not all(mask.all() for mask in edges.values()):
-                stack.enter_context(edges_replaced(model, edges.__getitem__, kept.replacement))
+                stack.enter_context(nodes_replaced(model, sites, masks.__getitem__, kept.replacement))
+            if not all(masks[site.name].all() for site in kept.edge_sites):
+                stack.enter_context(edges_replaced(model, masks.__getitem__, kept.replacement))
             yield
         return
 
@@ -110,6 +109,21 @@ def reduced(model: Model, kept: Mask) -> Iterator[None]:
         return _Mask(site.to_stored(kept[site.name]).contiguous().to(site.original.device))
 
     with _parametrized(model, mask):
+        yield
+
+
+def circuit_sites(model: Model, circuit: Circuit) -> list[NodeSite]:
+    """The hook points of a circuit that fits the model."""
+    return [site for site in node_sites(model, circuit.asked) if site.name in circuit] if circuit.asked else []
+
+
+@contextmanager
+def gates_applied(model: Model, sites: Sequence[NodeSite], gate: Gate, replacement: Replacement) -> Iterator[None]:
+    """Within the `with` block, the nodes of these sites are replaced as far as their gates are closed.
+
+    No parameter of the model receives a gradient.
+    """
+    with in_use(model, "gates_applied", block=True), _frozen(model), nodes_replaced(model, sites, gate, replacement):
         yield
 
 
@@ -139,27 +153,25 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
 
 
 @contextmanager
-def gated(model: Model, gates: Gates) -> Iterator[Any]:
+def gated(model: Model, gates: Gates, replacement: Replacement | None = None) -> Iterator[Any]:
     """Within the `with` block, every gated weight is multiplied by its soft gate (`gates.gate`).
+
+    Nodes that are gated are replaced as far as their soft gates are closed.
 
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores receive gradients: all model parameters
     are frozen within the block, and get back their `requires_grad` afterwards.
+
+    Args:
+        model: From `load_model`.
+        gates: The gates.
+        replacement: What takes the place of nodes; by default zero.
     """
 
     def gate(site: WeightSite) -> nn.Module | None:
         return _Gate(gates, site.name) if site.name in gates.names else None
 
-    with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate):
-        yield model
-
-
-@contextmanager
-def nodes_gated(model: Model, gates: Gates, sites: Sequence[NodeSite], replacement: Replacement) -> Iterator[Any]:
-    """Within the `with` block, the nodes of these sites are replaced as far as their soft gates are closed.
-
-    As for `gated`, which gates the weights among `gates`, if there are any.
-    """
-    with gated(model, gates), nodes_replaced(model, sites, gates.of_nodes, replacement):
+    nodes = nodes_replaced(model, gates.nodes, gates.of_nodes, replacement or Replacement())
+    with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate), nodes:
         yield model
 
 

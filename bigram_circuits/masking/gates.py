@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from bigram_circuits.models.nodes import NodeSite
 from bigram_circuits.models.weights import WeightSite
 from bigram_circuits.recipe import SparsifyConfig
 
@@ -38,12 +39,17 @@ UNDECIDED, DECIDED = 0.1, 0.9
 class Slots:
     """Places that are gated one by one and are no weights: the nodes of a hook point."""
 
-    name: str
-    """The hook point."""
+    nodes: NodeSite
+    """The nodes."""
     original: Float[Tensor, "..."] = field(repr=False, compare=False)
     """Ones, in the shape of the mask."""
     cost: int = 1
     """What each counts towards the size of a mask."""
+
+    @property
+    def name(self) -> str:
+        """The hook point."""
+        return self.nodes.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,8 +261,13 @@ class Gates(nn.Module, ABC):
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the weight matrices that are gated."""
+        """Names of the weight matrices and hook points that are gated."""
         return frozenset(self._group_of)
+
+    @property
+    def nodes(self) -> list[NodeSite]:
+        """The hook points whose nodes are gated."""
+        return [group.site.nodes for group in self.groups if isinstance(group.site, Slots)]
 
     def gate(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Multiply a weight matrix, in stored layout, by its soft gates; only `scores` receives a gradient."""

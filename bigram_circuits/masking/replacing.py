@@ -155,16 +155,19 @@ def make_replacement(model: Model, names: Sequence[str], kind: str, text: Any = 
                 f"replace={kind!r} needs a text to average over: give text= (token ids, a corpus, or a task)"
             )
         return replace(plain, means=_means(model, names, kind == "mean_by_position", *_text_and_ends(text)))
-    if kind == "counterfactual":
-        others = getattr(text, "counterfactual", None)
-        if others is None:
-            raise ValueError(
-                "replace='counterfactual' needs a task whose rows have counterfactuals: give it as text="
-                if text is None or not hasattr(text, "counterfactual")
-                else f"replace='counterfactual' needs them, but the task {text.name!r} has none"
-            )
-        return replace(plain, pairs=Pairs(KnownSequences(text.tokens, text.ends), others))
-    return plain
+    return replace(plain, pairs=pairs_of(text)) if kind == "counterfactual" else plain
+
+
+def pairs_of(task: Any) -> Pairs:
+    """The prompts of a task and their counterfactuals.
+
+    Raises:
+        ValueError: If it has none, or is no task.
+    """
+    if getattr(task, "counterfactual", None) is None:
+        what = f"but the task {task.name!r} has none" if hasattr(task, "counterfactual") else "given as text="
+        raise ValueError(f"replace='counterfactual' needs a task whose rows have counterfactuals, {what}")
+    return Pairs(KnownSequences(task.tokens, task.ends), task.counterfactual)
 
 
 def _text_and_ends(text: Any) -> tuple[Integer[np.ndarray, "sequence position"], Integer[np.ndarray, " sequence"]]:

@@ -67,7 +67,7 @@ def node_sites(model: Model, units: str | Iterable[str] = ("head", "neuron")) ->
     with torch.inference_mode():
         seen, _ = record(model, tokens, [name for _, name in named])
     sites = [_site(unit, name, seen[name]) for unit, name in named]
-    return tuple(sorted(sites, key=lambda site: (_layer(site.name), wanted.index(_asked(site, wanted)))))
+    return tuple(sorted(sites, key=lambda site: (layer_of_point(site.name), wanted.index(_asked(site, wanted)))))
 
 
 def _points(model: Model, unit: str) -> Sequence[str]:
@@ -101,7 +101,7 @@ def _asked(site: NodeSite, wanted: Sequence[str]) -> str:
     return site.unit if site.unit in wanted else site.name
 
 
-def _layer(name: str) -> int:
+def layer_of_point(name: str) -> int:
     """The block of a hook point; -1 before the blocks."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blocks" else -1

@@ -29,7 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.masking.apply import Mask
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.runs.contents import (
     FORMAT,
@@ -72,7 +74,10 @@ from bigram_circuits.storage.terminal import printable
 from bigram_circuits.storage.typed import from_json, to_json
 from bigram_circuits.subnetwork import Subnetwork
 
-CORE = ("config.json", "training.json", "progress.jsonl", "subnetwork.safetensors")
+MASKS = {kind.noun: kind for kind in (Subnetwork, Circuit)}
+"""What a run may find: name of its file, without `.safetensors` -> the kind of mask in it."""
+_MASK_FILES = tuple(f"{noun}.safetensors" for noun in MASKS)
+CORE = ("config.json", "training.json", "progress.jsonl", *_MASK_FILES)
 _OURS = (
     *CORE, "metrics.json", "report.html", "checkpoint", "checkpoint/state.safetensors", "analysis", ".analysis.new",
     ".analysis.old", "falsify",
@@ -159,16 +164,23 @@ class RunFolder:
     def origin(self, text: CorpusIdentity | None = None) -> Origin:
         """What the files of this run are of: the run, its masks if they were found, and the text measured on."""
         text = text or CorpusIdentity()
-        masks = self.subnetwork().checksum if self.is_finished else None
+        masks = self.mask().checksum if self.is_finished else None
         return Origin(self.id, masks, text.fingerprint, text.source)
 
-    def subnetwork(self) -> Subnetwork:
-        """The subnetwork that `finish` wrote."""
-        return Subnetwork.load(self.path / "subnetwork.safetensors", follow_links=False)
+    @property
+    def mask_path(self) -> Path | None:
+        """The file that `finish` wrote; None before."""
+        there = [path for path in (self.path / name for name in _MASK_FILES) if path.is_file()]
+        return there[0] if there else None
+
+    def mask(self) -> Mask:
+        """The subnetwork or circuit that `finish` wrote."""
+        path = self.mask_path or self.path / _MASK_FILES[0]
+        return MASKS[path.stem].load(path, follow_links=False)
 
     def _clear(self) -> None:
         check_guards(self.path)
-        for name in ("subnetwork.safetensors", "metrics.json", "training.json", "progress.jsonl", "report.html"):
+        for name in (*_MASK_FILES, "metrics.json", "training.json", "progress.jsonl", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "analysis", "falsify"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -373,36 +385,36 @@ class RunFolder:
 
     # --- the end ---
 
-    def finish(self, subnetwork: Subnetwork, outcome: Outcome) -> None:
-        """Write the outcome and the subnetwork, then remove the checkpoint."""
+    def finish(self, mask: Mask, outcome: Outcome) -> None:
+        """Write the outcome and the subnetwork or circuit, then remove the checkpoint."""
         progress = self._sync_progress()
-        of = Origin(self.id, subnetwork.checksum)
+        of = Origin(self.id, mask.checksum)
         record = outcome.to_json() | {"progress": to_json(progress and progress.state()), "of": of.to_json()}
         write_text(self.path / "training.json", checked_json(record))
-        subnetwork.save(self.path / "subnetwork.safetensors")
+        mask.save(self.path / f"{mask.noun}.safetensors")
         check_guards(self.path)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the subnetwork was found."""
-        return (self.path / "subnetwork.safetensors").is_file()
+        """Whether the subnetwork or circuit was found."""
+        return self.mask_path is not None
 
     def outcome(self) -> Outcome:
         """The outcome that `finish` wrote."""
         return self.read_outcome()[0]
 
-    def found(self) -> tuple[Subnetwork, Outcome]:
-        """The subnetwork and the outcome that `finish` wrote.
+    def found(self) -> tuple[Mask, Outcome]:
+        """The subnetwork or circuit and the outcome that `finish` wrote.
 
         Raises:
-            ValueError: If a file is damaged, or settings, subnetwork and outcome are not of the same run.
+            ValueError: If a file is damaged, or settings, masks and outcome are not of the same run.
         """
-        subnetwork, (outcome, _, of) = self.subnetwork(), self.read_outcome()
+        mask, (outcome, _, of) = self.mask(), self.read_outcome()
         is_former = read_config(self.path).format == FORMER
-        remedy = "put back the config.json, subnetwork.safetensors and training.json that were written together"
-        check_belongs(self.path / "training.json", of, self.id, subnetwork, is_former, remedy)
-        return subnetwork, outcome
+        remedy = f"put back the config.json, {mask.noun}.safetensors and training.json that were written together"
+        check_belongs(self.path / "training.json", of, self.id, mask, is_former, remedy)
+        return mask, outcome
 
     def read_outcome(self) -> tuple[Outcome, ProgressState | None, Origin | None]:
         """The contents of `training.json`: the outcome, the state of `progress.jsonl`, and what run they are of."""
@@ -493,13 +505,11 @@ def _check_settings(path: Path, wanted: RunSettings) -> bool:
     return False
 
 
-def check_belongs(
-    path: Path, of: Origin | None, run: str | None, subnetwork: Subnetwork, is_former: bool, remedy: str
-) -> None:
-    """Raise ValueError unless a file says that it is of this run and subnetwork; one of 0.1.0 need not say it."""
+def check_belongs(path: Path, of: Origin | None, run: str | None, mask: Mask, is_former: bool, remedy: str) -> None:
+    """Raise ValueError unless a file says that it is of this run and mask; one of 0.1.0 need not say it."""
     try:
         if of is not None:
-            of.check(run, subnetwork.checksum)
+            of.check(run, mask.checksum)
         if not is_former and (of is None or of.subnetwork is None):
             raise ValueError("it does not say which run it is of")
     except ValueError as error:

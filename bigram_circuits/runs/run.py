@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result_and_origin
 from bigram_circuits.measures.words import rounded, sentence
@@ -52,8 +54,8 @@ class Run:
     """Names of model, text and target; None for a run made in Python from objects."""
     versions: Mapping[str, str]
     """Versions of Python and of the packages that matter."""
-    subnetwork: Subnetwork
-    """The subnetwork found."""
+    mask: Mask
+    """The subnetwork or circuit found."""
     outcome: Outcome
     """How learning ended."""
     evaluation: Evaluation | None
@@ -73,13 +75,35 @@ class Run:
     is_former: bool = False
     """Whether version 0.1.0 made it, whose files do not name the run that they are of."""
 
+    @property
+    def subnetwork(self) -> Subnetwork:
+        """The subnetwork found.
+
+        Raises:
+            AttributeError: If the run found a circuit.
+        """
+        if not isinstance(self.mask, Subnetwork):
+            raise AttributeError(f"the run in {str(self.path)!r} found a circuit, and no subnetwork: see `circuit`")
+        return self.mask
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit found.
+
+        Raises:
+            AttributeError: If the run found a subnetwork.
+        """
+        if not isinstance(self.mask, Circuit):
+            raise AttributeError(f"the run in {str(self.path)!r} found a subnetwork, and no circuit: see `subnetwork`")
+        return self.mask
+
     def check_origin(self, path: str | os.PathLike[str], of: Origin | None, remedy: str) -> None:
         """Check that a file of the run's folder is of this run, and not of another one of the same model.
 
         Raises:
             ValueError: If it is of another run or does not say; with `remedy`, which says what to do.
         """
-        check_belongs(Path(path), of, self.id, self.subnetwork, self.is_former, remedy)
+        check_belongs(Path(path), of, self.id, self.mask, self.is_former, remedy)
 
     @property
     def last_attempt(self) -> list[StepRecord]:
@@ -147,7 +171,7 @@ class Run:
     @property
     def model_words(self) -> str:
         """The name of its model, as a phrase."""
-        name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.subnetwork.model_name
+        name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.mask.model_name
         return "the reference model" if name == "reference" else short_name(name or "a model")
 
     @property
@@ -159,13 +183,13 @@ class Run:
         return kind, f"the target {kind}"
 
     def __repr__(self) -> str:
-        return f"Run({printable(str(self.path))!r}: {self.subnetwork!r})"
+        return f"Run({printable(str(self.path))!r}: {self.mask!r})"
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: the inputs, how learning ended, and the result."""
         asked = f"Model: {short_name(self.settings.model.name or 'unknown')}. Text: {self.settings.corpus.source}."
         ended = f"Stopped after {len(self.history):,} steps: {self.why}."
-        shown = self.subnetwork._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        shown = self.mask._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return html.summary(f"Run in {self.path}", [asked, ended, *map(sentence, self.cautions), self._answer()], shown)
 
     def _answer(self) -> str:
@@ -203,7 +227,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
             + (f"wait for {who}, or, if that has ended, " if who else "")
             + "run the same command again to continue it"
         )
-    subnetwork, outcome = files.found()
+    mask, outcome = files.found()
     files.check_progress()
     measured = files.read_evaluation()
     run = Run(
@@ -211,7 +235,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         settings=config.settings,
         rebuild=config.rebuild,
         versions=config.versions,
-        subnetwork=subnetwork,
+        mask=mask,
         outcome=outcome,
         evaluation=measured and measured[0],
         history=files.history() if history else [],
@@ -226,10 +250,10 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         remedy = f"`evaluate {path}` writes it again once it is removed"
         run.check_origin(path / "metrics.json", measured[1], remedy)
         own = measured[0].subnetwork
-        if (own.kept, own.total) != (run.subnetwork.kept, run.subnetwork.total):
+        if (own.kept, own.total) != (run.mask.kept, run.mask.total):
             raise ValueError(
-                f"{str(path / 'metrics.json')!r} does not belong to this run: it is of a subnetwork that keeps "
-                f"{own.kept:,} of {own.total:,} weights; {remedy}"
+                f"{str(path / 'metrics.json')!r} does not belong to this run: it is of a {run.mask.noun} that keeps "
+                f"{own.kept:,} of {own.total:,} {run.mask.units}; {remedy}"
             )
     return run
 

@@ -11,9 +11,10 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.learning import memory
-from bigram_circuits.learning.learner import make_gates
 from bigram_circuits.learning.memory import MemoryForecast, MemoryWarning, memory_of
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import lean_forward, recomputed
+from bigram_circuits.replacement import Replacement
 from bigram_circuits.targets.base import as_target
 from tests.conftest import D_VOCAB
 
@@ -39,17 +40,18 @@ def test_a_sequence_takes_what_its_length_and_the_model_say(tiny_model):
     assert forecast(tiny_model, low_memory=True).per_sequence < whole.per_sequence
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_it_follows_every_tensor_to_sizes_that_it_does_not_try(any_model, monkeypatch, low_memory):
+@pytest.mark.parametrize(("low_memory", "units"), [(False, None), (True, None), (False, ("head", "neuron"))])
+def test_it_follows_every_tensor_to_sizes_that_it_does_not_try(any_model, monkeypatch, low_memory, units):
     for name, value in {"_RETAINED": 1, "_RETAINED_LOW": 1, "_LONGEST": 16}.items():
         monkeypatch.setattr(memory, name, value)
-    config = bc.SparsifyConfig(batch_size=5, low_memory=low_memory)
+    config = bc.SparsifyConfig(batch_size=5, low_memory=low_memory, units=units)
+    candidates = Candidates(any_model, config, Replacement("resample"))
     tokens = np.full((5, 48), 7)  # all alike, because a table has more to do for some tokens
-    *_, predicted = memory._peaks(any_model, as_target(TARGET, D_VOCAB), tokens, config, None)
-    gates = make_gates(bc.weight_sites(any_model), config, 0, None)[0]
+    *_, predicted = memory._peaks(any_model, as_target(TARGET, D_VOCAB), tokens, config, candidates, None)
+    gates = candidates.gates(config, 0, None)[0]
     gates.scores.grad = torch.zeros_like(gates.scores)
     lean = recomputed(any_model) if low_memory else nullcontext()
-    with bc.gated(any_model, gates), lean_forward(any_model), lean, memory._Record() as record:
+    with candidates.applied(gates), lean_forward(any_model), lean, memory._Record() as record:
         gates.refresh(0)
         TARGET.cross_entropy(any_model(torch.from_numpy(tokens)), torch.from_numpy(tokens)).mean().backward()
     taken = np.cumsum([record.sizes[tensor] * (1 if made else -1) for tensor, made in record.events])
@@ -65,10 +67,11 @@ def test_it_holds_little_itself_at_a_long_context(tiny_model, monkeypatch):
 
 
 def test_gates_take_what_their_number_says(tiny_model):
-    n, sites = sum(site.size for site in bc.weight_sites(tiny_model)), bc.weight_sites(tiny_model)
+    n = sum(site.size for site in bc.weight_sites(tiny_model))
 
     def counted(**options):
-        return memory._count_gates(sites, bc.SparsifyConfig(**options))
+        config = bc.SparsifyConfig(**options)
+        return memory._count_gates(Candidates(tiny_model, config), config)
 
     assert counted().scores == 16 * n
     assert counted(low_memory=True).scores == 8 * n

@@ -11,6 +11,7 @@ import bigram_circuits as bc
 from bigram_circuits.learning import training
 from bigram_circuits.learning.learner import Learner
 from bigram_circuits.learning.schedules import has_fallen, head_start, is_unstable, share_due
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.runs import folder as run_folder
 from tests.folders import names_in
 
@@ -181,7 +182,7 @@ def test_straight_through_continues_with_the_momentum_of_its_checkpoint(
     assert checkpoint is not None
     assert set(checkpoint.tensors) == {"scores", "sgd.momentum_buffer"}
     with pytest.raises(ValueError, match="the checkpoint does not hold the state of these"):
-        Learner(tiny_model, QUICK, None, checkpoint)
+        Learner(Candidates(tiny_model, QUICK), QUICK, None, checkpoint)
     found = bc.find_subnetwork(tiny_model, StopsAt(target, 10_000, lambda: None), corpus, config, run_dir=tmp_path)
     assert found.subnetwork == expected.subnetwork
     assert found.stopped_because == expected.stopped_because == "planned"
@@ -204,7 +205,8 @@ def test_a_first_score_counts_with_a_target_fraction_too():
 
 
 def test_the_gates_of_a_target_fraction_start_at_the_first_score(tiny_model):
-    learner = Learner(tiny_model, dataclasses.replace(QUICK, target_fraction=0.1, first_score=1.0))
+    config = dataclasses.replace(QUICK, target_fraction=0.1, first_score=1.0)
+    learner = Learner(Candidates(tiny_model, config), config)
     for step, gate in ((0, 1 / (1 + np.exp(-1))), (12, 0.5)):  # 12 is 0.3 of 40
         learner.harden(step, share_due(step, learner.share, 40))
         learner.gates.refresh(0)

@@ -1,0 +1,150 @@
+"""What a mask is learned over: the weights and nodes that have gates, and those that are kept anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bigram_circuits.circuit import WEIGHT, Circuit
+from bigram_circuits.masking.apply import Mask, gated
+from bigram_circuits.masking.gates import GateGroup, Gates, Slots, group_gates
+from bigram_circuits.models.identity import weight_hash
+from bigram_circuits.models.model import Model
+from bigram_circuits.models.nodes import NodeSite, layer_of_point, node_sites
+from bigram_circuits.models.weights import WeightSite, weight_sites
+from bigram_circuits.recipe import METHODS, SparsifyConfig
+from bigram_circuits.replacement import Replacement
+from bigram_circuits.subnetwork import Subnetwork
+
+
+class Candidates:
+    """The gated weights and nodes of a recipe on a model."""
+
+    def __init__(self, model: Model, config: SparsifyConfig, replacement: Replacement | None = None) -> None:
+        """Lay out the gates of a recipe; `replacement` is what takes the place of nodes, by default zero.
+
+        Raises:
+            ValueError: If the model lacks a unit or layer, or there is nothing to mask.
+        """
+        self._model, self._replacement = model, replacement or Replacement()
+        self._is_circuit, units = config.units is not None, config.units or (WEIGHT,)
+        self._weights: tuple[WeightSite, ...] = weight_sites(model) if WEIGHT in units else ()
+        weights = group_gates(self._weights, config.unit_of, config.layers) if self._weights else ()
+        self.nodes = _nodes(model, [unit for unit in units if unit != WEIGHT], config.layers)
+        """The hook points whose nodes have gates."""
+        slots = [_slots(model, site, bool(weights)) for site in self.nodes]
+        self.groups = (*weights, *_groups(slots, max((group.place.stop for group in weights), default=0)))
+        """The gates, by weight matrix and hook point."""
+        self.gated_size = sum(group.site.size for group in self.groups)
+        """The number of gated weights or nodes; where there are both, a node counts as the weights that it owns."""
+        self.total = sum(site.size for site in (*self._weights, *slots))
+        """The number of all weights and nodes that the mask is of, including those without a gate."""
+
+    @property
+    def names_of_nodes(self) -> list[str]:
+        """The hook points whose nodes have gates."""
+        return [site.name for site in self.nodes]
+
+    def gates(self, config: SparsifyConfig, seed: int, within: Mask | None) -> tuple[Gates, int | None]:
+        """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed)."""
+        wanted = None
+        if config.target_fraction is not None:
+            wanted = round(config.target_fraction * self.total) - (self.total - self.gated_size)
+            if wanted < 0:
+                raise ValueError(
+                    f"target_fraction is {config.target_fraction}, but the weights without gates are already "
+                    f"{(self.total - self.gated_size) / self.total:.4g} of all"
+                )
+        start: dict[str, Any] = {
+            "first_score": float(config.first_score),
+            "within": within and self._stored(within),
+            "dtype": torch.bfloat16 if config.low_memory else torch.float32,
+        }
+        method = METHODS[config.method]
+        return method.from_config(self.groups, config, seed=seed, wanted=wanted, **start), wanted
+
+    def applied(self, gates: Gates, *, on_any: bool = False) -> AbstractContextManager[Any]:
+        """Within the `with` block, the model computes with these gates.
+
+        `on_any` lets it read any sequences, at the same cost, where the replacement knows some prompts alone.
+        """
+        replacement = self._replacement
+        if on_any and replacement.kind == "counterfactual":
+            replacement = Replacement("resample")
+        return gated(self._model, gates, replacement)
+
+    def mask(self, gates: Gates, wanted: int | None, within: Mask | None) -> Mask:
+        """What gates that are open keep, and everything without a gate."""
+        opened = gates.masks(wanted)
+        masks = {
+            site.name: site.from_stored(opened[site.name])
+            if site.name in opened
+            else torch.ones(site.shape, dtype=torch.bool)
+            for site in self._weights
+        }
+        masks |= {site.name: opened[site.name] for site in self.nodes}
+        origin: dict[str, Any] = {
+            "model_name": self._model.cfg.model_name,
+            "weight_hash": weight_hash(self._model),
+            "lineage": "found" if within is None else f"found within ({within.lineage})",
+        }
+        if not self._is_circuit:
+            return Subnetwork(masks, **origin)
+        return Circuit(masks, **origin).with_replacement(self._replacement)
+
+    def check_within(self, within: Mask) -> None:
+        """Raise ValueError unless a search can be restricted to this mask."""
+        kind = Circuit if self._is_circuit else Subnetwork
+        if not isinstance(within, kind):
+            raise ValueError(f"within should be a {kind.__name__}, as what is found, not a {type(within).__name__}")
+        within.check_fits(self._model)
+        searched = [site.name for site in (*self._weights, *self.nodes)]
+        missing = [name for name in searched if name not in within]
+        if missing:
+            raise ValueError(f"within has no mask of {missing[0]}, which is searched")
+
+    def _stored(self, within: Mask) -> Mapping[str, Bool[Tensor, "..."]]:
+        """The masks of a search's bounds, in stored layout."""
+        stored = {site.name: site.to_stored(within[site.name]) for site in self._weights}
+        return stored | {name: within[name] for name in self.names_of_nodes}
+
+
+def _nodes(model: Model, units: Sequence[str], layers: Sequence[int] | None) -> tuple[NodeSite, ...]:
+    """The hook points of some units, in some layers (None: all)."""
+    if not units:
+        return ()
+    sites = node_sites(model, units)
+    if layers is None:
+        return sites
+    chosen = tuple(site for site in sites if layer_of_point(site.name) in layers)
+    if not chosen:
+        raise ValueError(f"nothing to mask: units {list(units)} and layers {list(layers)} leave no nodes")
+    return chosen
+
+
+def _slots(model: Model, site: NodeSite, as_weights: bool) -> Slots:
+    ones = torch.ones(site.count, dtype=torch.float32, device=model.cfg.device)
+    return Slots(site, ones, _weights_owned(model, site) if as_weights else 1)
+
+
+def _weights_owned(model: Model, site: NodeSite) -> int:
+    """How many weights each of the nodes owns, of a matrix that they share an equal part."""
+    component = {"head": "attn", "attn": "attn", "neuron": "mlp", "mlp": "mlp"}.get(site.unit)
+    if component is None:
+        raise ValueError(f"the nodes of {site.name} own no weights, so that they cannot be learned beside weights")
+    layer = layer_of_point(site.name)
+    whole = sum(one.size for one in weight_sites(model) if (one.layer, one.component) == (layer, component))
+    return max(1, whole // site.count)
+
+
+def _groups(slots: Sequence[Slots], end: int) -> list[GateGroup]:
+    groups = []
+    for one in slots:
+        groups.append(GateGroup(one, "node", end, one.original.numel()))
+        end += one.original.numel()
+    return groups
