@@ -25,6 +25,7 @@ from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 _POINT = re.compile(r"[A-Za-z_][\w.]*")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _NODE = re.compile(r"(?P<point>[\w.]+)\[(?P<index>\d+)\]")
+_MOST_NAMED = 8  # labels in a lineage
 _MEAN = "mean."  # before a hook point's name, the name of its means in a file
 WEIGHT = "weight"
 """The unit of single weights."""
@@ -252,7 +253,8 @@ class Circuit(BitMasks):
             name, index = self._find(label)
             masks[name][index] = value
         sign = "|" if value else "-"
-        lineage = f"{operand(self.lineage, sign)} {sign} {f' {sign} '.join(names)}" if names else self.lineage
+        shown_names = names if len(names) <= _MOST_NAMED else [f"{len(names)} {self.units_here}"]
+        lineage = f" {sign} ".join([operand(self.lineage, sign), *shown_names]) if names else self.lineage
         made = type(self)(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
         return self._inherit(made)
 

@@ -60,6 +60,7 @@ def test_labels(any_model):
     assert (full - one) | one == full
     assert one.random_like(1).by_layer() == one.by_layer()
     assert full.drop(*one.edges) == ~one
+    assert one.keep(*full.edges).lineage == f"empty | embed->L0.mlp | L0.mlp->logits | {full.total} edges"
 
 
 def test_nodes_on_a_path(any_model):

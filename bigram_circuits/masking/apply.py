@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.edges import edges_replaced
 from bigram_circuits.masking.gates import Gates
-from bigram_circuits.masking.nodes import Gate, nodes_replaced
+from bigram_circuits.masking.nodes import nodes_replaced
 from bigram_circuits.masking.replacing import make_replacement
-from bigram_circuits.models.edges import edges_exposed
+from bigram_circuits.models.edges import EdgeSite, edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
 from bigram_circuits.models.state import in_use, uses_model
@@ -27,6 +27,8 @@ from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
+Site: TypeAlias = NodeSite | EdgeSite
+"""A hook point whose nodes, or whose readers' edges, can be replaced."""
 Mask: TypeAlias = Subnetwork | Circuit
 """What `masked` can reduce a model to."""
 
@@ -93,15 +95,10 @@ def masked(
 def reduced(model: Model, kept: Mask) -> Iterator[None]:
     """`masked` for a mask that was checked."""
     if isinstance(kept, Circuit):
-        sites = [site for site in circuit_sites(model, kept) if not kept[site.name].all()]
         masks = dict(kept.items())
-        with ExitStack() as stack:
-            if kept.masks_weights:
-                stack.enter_context(reduced(model, kept.masked_weights(model)))
-            if sites:
-                stack.enter_context(nodes_replaced(model, sites, masks.__getitem__, kept.replacement))
-            if not all(masks[site.name].all() for site in kept.edge_sites):
-                stack.enter_context(edges_replaced(model, masks.__getitem__, kept.replacement))
+        sites = [site for site in circuit_sites(model, kept) if not masks[site.name].all()]
+        weights = reduced(model, kept.masked_weights(model)) if kept.masks_weights else nullcontext()
+        with weights, sites_replaced(model, sites, masks.__getitem__, kept.replacement):
             yield
         return
 
@@ -112,18 +109,35 @@ def reduced(model: Model, kept: Mask) -> Iterator[None]:
         yield
 
 
-def circuit_sites(model: Model, circuit: Circuit) -> list[NodeSite]:
-    """The hook points of a circuit that fits the model."""
-    return [site for site in node_sites(model, circuit.asked) if site.name in circuit] if circuit.asked else []
+def circuit_sites(model: Model, circuit: Circuit) -> list[Site]:
+    """The hook points of the nodes and edges of a circuit that fits the model."""
+    nodes = [site for site in node_sites(model, circuit.asked) if site.name in circuit] if circuit.asked else []
+    return [*nodes, *circuit.edge_sites]
 
 
 @contextmanager
-def gates_applied(model: Model, sites: Sequence[NodeSite], gate: Gate, replacement: Replacement) -> Iterator[None]:
-    """Within the `with` block, the nodes of these sites are replaced as far as their gates are closed.
+def sites_replaced(
+    model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
+) -> Iterator[None]:
+    """Within the `with` block, nodes and edges of these sites are replaced as far as their gates are closed.
 
-    No parameter of the model receives a gradient.
+    If there is any site of edges, `gate` is asked for those of all.
     """
-    with in_use(model, "gates_applied", block=True), _frozen(model), nodes_replaced(model, sites, gate, replacement):
+    nodes = [site for site in sites if isinstance(site, NodeSite)]
+    with ExitStack() as stack:
+        if nodes:
+            stack.enter_context(nodes_replaced(model, nodes, gate, replacement))
+        if len(nodes) < len(sites):
+            stack.enter_context(edges_replaced(model, gate, replacement))
+        yield
+
+
+@contextmanager
+def gates_applied(
+    model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
+) -> Iterator[None]:
+    """`sites_replaced`, where no parameter of the model receives a gradient."""
+    with in_use(model, "gates_applied", block=True), _frozen(model), sites_replaced(model, sites, gate, replacement):
         yield
 
 

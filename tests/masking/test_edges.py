@@ -7,10 +7,12 @@ from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
 from bigram_circuits.masking.edges import edges_replaced
+from bigram_circuits.masking.effects import node_effects, strongest
 from bigram_circuits.masking.replacing import make_replacement, partners
 from bigram_circuits.models.activations import NotShownError, lean_forward, recomputed
 from bigram_circuits.models.edges import edge_layout, edges_exposed
 from bigram_circuits.models.loading import plain_of
+from bigram_circuits.tasks.task import Task
 from tests.architectures import CONFIGS
 from tests.masking.explicit_edges import explicit
 
@@ -144,6 +146,31 @@ def test_edges_together_with_nodes_and_weights(any_model):
         wanted = logits(any_model)
     with bc.masked(any_model, circuit):
         assert torch.allclose(logits(any_model), wanted, atol=1e-5)
+
+
+def test_counterfactual_prompts(any_model):
+    rng, circuit = np.random.default_rng(0), some_edges(any_model)
+    others, scored = rng.integers(0, 257, TOKENS.shape), np.zeros(TOKENS.shape, dtype=bool)
+    scored[:, -1] = True
+    task = Task("pairs", TOKENS.numpy(), scored, 5.0, counterfactual=others)
+    with bc.masked(any_model, circuit, replace="counterfactual", text=task):
+        found = logits(any_model)
+    with torch.no_grad():
+        instead = explicit(plain_of(any_model).model, torch.from_numpy(others))[1]
+    assert torch.allclose(found, plain_logits(any_model, gate_of(circuit), instead), atol=1e-5)
+
+
+def test_effects_add_up_and_evaluation_counts_edges(tiny_model):
+    circuit = bc.replaced(tiny_model, some_edges(tiny_model), "resample")
+    target = bc.NextTokenTarget()
+    scores = node_effects(tiny_model, circuit, target, TEXT, steps=16)
+    assert {name: tuple(score.shape) for name, score in scores.items()} == dict(circuit.shapes)
+    evaluation = bc.evaluate(tiny_model, circuit, target, TEXT, seeds=1)
+    assert evaluation.units == "edges"
+    rise = evaluation.empty.cross_entropy - evaluation.full.cross_entropy
+    assert sum(float(score.sum()) for score in scores.values()) == pytest.approx(rise, abs=0.05 * abs(rise))
+    chosen = strongest(scores, circuit)
+    assert chosen.by_place() == circuit.by_place()
 
 
 # --- the model's state ---
