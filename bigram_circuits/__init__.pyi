@@ -51,10 +51,12 @@ from .masking.apply import gated as gated, masked as masked, replaced as replace
 from .measures.statistics import Faithfulness as Faithfulness
 from .models.edges import EdgeSite as EdgeSite, edge_sites as edge_sites
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
+from .models.dictionaries import Dictionary as Dictionary, load_dictionary as load_dictionary
 from .models.identity import same_model as same_model, weight_hash as weight_hash
 from .models.layouts import Layout as Layout, huggingface_layout as huggingface_layout
 from .models.loading import checkpoints as checkpoints, load_model as load_model
 from .models.model import Model as Model
+from .models.splicing import spliced as spliced
 from .models.weights import WeightSite as WeightSite, weight_sites as weight_sites
 from .planted import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published

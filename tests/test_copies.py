@@ -37,6 +37,7 @@ def values(tiny_model, tmp_path_factory):
     lens = analysis.logit_lens(tiny_model, kept, target, TEXT)
     neurons = analysis.whole_neurons(kept, threshold=0)
     task = analysis.repeated_random_tokens(tiny_model, prompts=2, period=4)
+    dictionary = bc.Dictionary("standard", torch.eye(24), torch.zeros(24), torch.eye(24), torch.zeros(24))
     listed = [
         kept, found, evaluation, evaluation.subnetwork, found.gap, found.history[0], load_run(folder), CONFIG, corpus,
         target, bc.NextTokenTarget(), bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
@@ -49,6 +50,7 @@ def values(tiny_model, tmp_path_factory):
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model), bc.Circuit.full(tiny_model, "edge").edge_sites[0],
+        dictionary, analysis.feature_tokens(tiny_model, dictionary),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}

@@ -10,7 +10,8 @@ random subnetwork on the same text.
 | what is necessary? | `ablate`, `stochastic_ablation` |
 | how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
-| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores` |
+| what do the latents of a dictionary write? | `feature_tokens` |
+| which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores`, `retrieval_scores`, `successor_scores` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
 | how does it develop over training? | `trajectory`, `subnetworks_over_training` |
@@ -21,6 +22,7 @@ random subnetwork on the same text.
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
+from bigram_circuits.analysis.features import FeatureTokens, feature_tokens
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
     covariance_cosine,
@@ -28,7 +30,7 @@ from bigram_circuits.analysis.geometry import (
     layer_rotations,
     linear_cka,
 )
-from bigram_circuits.analysis.heads import head_scores
+from bigram_circuits.analysis.heads import head_scores, retrieval_scores, successor_scores
 from bigram_circuits.analysis.layers import layer_by_layer
 from bigram_circuits.analysis.lens import affine_lens, logit_lens
 from bigram_circuits.analysis.location import (
@@ -66,6 +68,7 @@ __all__ = [
     "Analyses",
     "Curves",
     "Effects",
+    "FeatureTokens",
     "Maps",
     "Quantity",
     "Result",
@@ -87,6 +90,7 @@ __all__ = [
     "exciting_tokens",
     "faithfulness_by_token",
     "faithfulness_to",
+    "feature_tokens",
     "fit_affine_lens",
     "greater_than",
     "head_scores",
@@ -106,8 +110,10 @@ __all__ = [
     "passages",
     "refine_affine_lens",
     "repeated_random_tokens",
+    "retrieval_scores",
     "stochastic_ablation",
     "subnetworks_over_training",
+    "successor_scores",
     "sufficiency",
     "trajectory",
     "whole_neurons",

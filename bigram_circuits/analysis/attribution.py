@@ -203,7 +203,7 @@ def _contributions(
     parts, final, logits = _components(model, tokens, place, by)
     check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
-    terms = {name: _through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
+    terms = {name: through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
     norm_bias = getattr(model.ln_final.original_component, "bias", None)
     constant = torch.zeros(len(ids), dtype=torch.float32, device=directions.device)
     constant = constant if norm_bias is None else norm_bias.float() @ directions
@@ -272,16 +272,20 @@ def _heads(
     if before_norm is None:
         return parts
     norm = model.blocks[layer].ln1_post
-    parts = {name: _through_norm(model, norm, part, before_norm) for name, part in parts.items()}
+    parts = {name: through_norm(model, norm, part, before_norm) for name, part in parts.items()}
     if (norm_bias := getattr(norm.original_component, "bias", None)) is not None:
         parts[bias_name] = parts.get(bias_name, torch.zeros_like(before_norm)) + norm_bias.float()
     return parts
 
 
-def _through_norm(
-    model: Model, norm: Any, part: Float[Tensor, " d_model"], whole: Float[Tensor, " d_model"]
-) -> Float[Tensor, " d_model"]:
-    """Apply a norm to a part of the residual stream, with its scale frozen at the value for the sum; no bias."""
+def through_norm(
+    model: Model, norm: Any, part: Float[Tensor, "*rows d_model"], whole: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
+    """Apply a norm to a part of the residual stream, with its scale frozen at the value for the sum; no bias.
+
+    Raises:
+        NotShownError: If it is neither a LayerNorm nor an RMSNorm.
+    """
     inner = norm.original_component
     if isinstance(inner, torch.nn.Identity):
         return part
@@ -291,9 +295,9 @@ def _through_norm(
             f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
         )
     if kind == "LN":
-        part, whole = part - part.mean(), whole - whole.mean()
+        part, whole = part - part.mean(-1, keepdim=True), whole - whole.mean(-1, keepdim=True)
     eps = next((getattr(inner, name) for name in ("eps", "variance_epsilon") if hasattr(inner, name)), model.cfg.eps)
-    scale = (whole.pow(2).mean() + eps).sqrt()
+    scale = (whole.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     weight = getattr(inner, "weight", None)
     if weight is None:
         return part / scale

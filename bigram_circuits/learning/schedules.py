@@ -55,11 +55,11 @@ def next_sparsity_weight(history: Sequence[StepRecord], first: float | int) -> f
     return min(max(weight * min(max(change, 0.9), 1.1), first / _STEERED), first * _STEERED)
 
 
-def explosion(record: StepRecord, history: Sequence[StepRecord], d_vocab: int) -> str | None:
-    """Describe a loss that is not finite, or a CE far above both the first step's and uniform guessing; else None."""
+def explosion(record: StepRecord, history: Sequence[StepRecord], guessing: float) -> str | None:
+    """Describe a loss that is not finite, or a CE far above both the first step's and that of guessing; else None."""
     loss = record.cross_entropy + (record.sparsity_weight or 0.0) * (record.penalty or 0.0)
     first = history[0].cross_entropy if history else math.inf
-    if not math.isfinite(loss) or record.cross_entropy > _EXPLODED * max(first, math.log(d_vocab)):
+    if not math.isfinite(loss) or record.cross_entropy > _EXPLODED * max(first, guessing):
         return f"the loss is {loss:.4g}"
     return None
 

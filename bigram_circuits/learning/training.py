@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import signal
 import threading
@@ -186,28 +187,45 @@ def find_circuit(
         OSError: As `find_subnetwork`.
         KeyboardInterrupt: As `find_subnetwork`.
     """
-    config = config or SparsifyConfig()
-    changes: dict[str, Any] = {
-        "units": (config.units or ("head", "neuron")) if units is None else units_of(units),
-        "replace": replace or config.replace,
-        "target_fraction": config.target_fraction if target_fraction is None else target_fraction,
-    }
-    config = dataclasses.replace(config, **changes)
-    if isinstance(task, Task):
-        task = TaskTarget(task, measure, model=model)
-    if corpus is None:
-        if not isinstance(task, TaskTarget):
-            raise ValueError("a target that is no task needs a corpus to learn on")
-        corpus = task.task.corpus()
+    target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, target_fraction, measure)
     bounds = None if within is None else as_mask(within)
-    found = _find(model, task, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
+    found = _find(model, target, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
     assert isinstance(found, FoundCircuit), "nodes were asked for"
     return found
 
 
-def units_of(units: str | Sequence[str]) -> tuple[str, ...]:
-    """One unit or several, as a recipe has them."""
-    return (units,) if isinstance(units, str) else tuple(units)
+def as_behaviour(
+    model: Model,
+    task: Any,
+    corpus: Corpus | None,
+    config: SparsifyConfig | None,
+    units: str | Sequence[str] | None,
+    replace: str | None,
+    target_fraction: float | None,
+    measure: str,
+) -> tuple[Target, Corpus, SparsifyConfig]:
+    """The target, text and recipe that the arguments of `find_circuit` mean.
+
+    Raises:
+        ValueError: As `find_circuit`.
+    """
+    config = config or SparsifyConfig()
+    changes: dict[str, Any] = {
+        "units": config.units or ("head", "neuron"),
+        "replace": replace or config.replace,
+        "target_fraction": config.target_fraction if target_fraction is None else target_fraction,
+    }
+    if units is not None:
+        changes["units"] = (units,) if isinstance(units, str) else tuple(units)
+    config = dataclasses.replace(config, **changes)
+    if isinstance(task, Task):
+        task = TaskTarget(task, measure, model=model)
+    target = target_of(task, model)
+    if corpus is None:
+        if not isinstance(target, TaskTarget):
+            raise ValueError("a target that is no task needs a corpus to learn on")
+        corpus = target.task.corpus()
+    return target, corpus, config
 
 
 def find_mask(
@@ -290,6 +308,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     model, target, config = job.model, job.target, job.config
     learner = Learner(job.candidates, config, job.within, start)
     gates, stopped_because = learner.gates, "max_steps"
+    guessing = math.log(n_outputs(model)) * (target.most_places if isinstance(target, PlacedTarget) else 1)
     with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(start, config) as bar:
         for step in range(start.step, config.max_steps):
             learner.remember(step)
@@ -308,7 +327,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
 
             # record the step, and roll back if the loss exploded
             record = learner.record(step, cross_entropy.item(), penalty, undecided, due, sparsity_weight)
-            what = explosion(record, history, n_outputs(model))
+            what = explosion(record, history, guessing)
             what = what or (None if learner.is_finite() else "the gradient is not finite")
             if what:
                 raise _Exploded(what, step, learner.good, learner.seconds)

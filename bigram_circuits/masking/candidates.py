@@ -50,6 +50,13 @@ class Candidates:
         """The hook points whose nodes have gates."""
         return [site.name for site in self.nodes]
 
+    @property
+    def everything(self) -> Circuit:
+        """The circuit of all nodes that have gates, with their replacement."""
+        masks = {site.name: torch.ones(site.count, dtype=torch.bool) for site in self.nodes}
+        origin: dict[str, Any] = {"model_name": self._model.cfg.model_name, "weight_hash": weight_hash(self._model)}
+        return Circuit(masks, **origin, lineage="full").with_replacement(self._replacement)
+
     def gates(self, config: SparsifyConfig, seed: int, within: Mask | None) -> tuple[Gates, int | None]:
         """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed)."""
         wanted = None

@@ -7,7 +7,7 @@
 | `attn`, `mlp` | what it adds to the residual stream | `blocks.i.hook_attn_out`, `blocks.i.hook_mlp_out` |
 
 Any other hook point with an activation [batch, pos, d] can be named, for example `blocks.1.hook_resid_post`: each of
-its coordinates is a node.
+its coordinates is a node. So are the latents of a dictionary within `spliced`: `blocks.1.hook_resid_post.features`.
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class PlacedTarget(Target):
     Its `cross_entropy`, `entropy` and `agreement` have one value for a sequence, [batch, 1].
     """
 
+    most_places: int = 1
+    """The most predictions of a sequence, whose cross-entropies are added up."""
+
     @abstractmethod
     def counted(self, tokens: Integer[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_1"]:
         """Return where the prediction of the next token counts in the model's loss."""

@@ -61,6 +61,7 @@ _IOI_TEMPLATES = (
     "While {a} and {b} were at the {place}, {s} passed a {thing} to",
 )
 _FEWEST_NAMES = 6
+_FEWEST_ORDINALS = 3  # of two words, a random choice would be right half of the time
 
 
 def repeated_random_tokens(
@@ -235,6 +236,34 @@ def indirect_object(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
         texts.append((Row(text, (f" {receiver}",), (f" {giver}",)), 2))
         wrong.append(_encode(tokenizer, f"{text} {giver}")[-1])
     return _text_task(model, name, texts, wrong)
+
+
+def single_token_ordinals(model: Model) -> dict[str, tuple[list[int], list[tuple[int, int]]]]:
+    """The words of each list of `ordered_sequences` that are single tokens, and which of them follows which.
+
+    Returns:
+        For each list (`days`, `months`, `numbers`) with at least 3 such words, a word and its successor among them, the
+        token ids, and (word, successor) as places among them. Words have their leading space.
+
+    Raises:
+        NotShownError: If there is no tokenizer, or no such list.
+    """
+    tokenizer, found = _tokenizer(model), {}
+    for name, words in _WORDS_IN_ORDER.items():
+        known = {word: ids[0] for word in words if len(ids := _encode(tokenizer, f" {word}")) == 1}
+        known = {word: index for word, index in known.items() if index != tokenizer.unk_token_id}
+        places = {word: place for place, word in enumerate(known)}
+        followed = words if name in _CYCLES else words[:-1]
+        pairs = [(word, words[(place + 1) % len(words)]) for place, word in enumerate(followed)]
+        between = [(places[one], places[other]) for one, other in pairs if one in known and other in known]
+        if between and len(known) >= _FEWEST_ORDINALS:
+            found[name] = list(known.values()), between
+    if not found:
+        raise NotShownError(
+            f"fewer than {_FEWEST_ORDINALS} days, months or numbers, one of them the successor of another, are single "
+            f"tokens of this tokenizer"
+        )
+    return found
 
 
 TASKS: dict[str, Callable[..., Task]] = {

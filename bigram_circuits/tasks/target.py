@@ -53,6 +53,7 @@ class TaskTarget(PlacedTarget):
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, not {measure!r}")
         self.task: Task = task
         self.measure = measure
+        self.most_places = int(task.scored.sum(1).max())
         self._measure: Measure = MEASURES[measure]
         if self._measure.needs_wrong and task.wrong is None:
             raise ValueError(f"the measure {measure} needs wrong answers, but the task {task.name!r} has none")

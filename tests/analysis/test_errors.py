@@ -352,13 +352,16 @@ def test_every_public_function_is_here():
     in_their_own_tests = {
         "analyze",
         "exciting_tokens",
+        "feature_tokens",
         "head_scores",
         "layer_by_layer",
         "load_result",
         "measure_task",
         "next_tokens",
         "passages",
+        "retrieval_scores",
         "subnetworks_over_training",
+        "successor_scores",
     }
     functions = {name for name in analysis.__all__ if inspect.isfunction(getattr(analysis, name))}
     missing = {name for name in functions if f"analysis.{name}(" not in text} - plain - in_their_own_tests

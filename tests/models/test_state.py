@@ -54,6 +54,15 @@ def rows(model):
     return bc.load_task([{"prompt": "ab", "answer": "c"}, {"prompt": "d", "answer": "ef"}], tokenizer=model.tokenizer)
 
 
+def latents(model):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (24, 5), "b_enc": (5,), "W_dec": (5, 24), "b_dec": (24,)}
+    tensors = {
+        name: torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for name, shape in shapes.items()
+    }
+    return bc.Dictionary("standard", **tensors)
+
+
 def probabilities(model):
     with torch.no_grad():
         return bc.ModelTarget(model).log_probs(torch.from_numpy(TEXT[:2]))
@@ -107,6 +116,8 @@ USES = {
     "by_token": lambda m, t, c: analysis.faithfulness_by_token(m, half(m), t, c, min_count=1).values,
     "faithfulness_to": lambda m, t, c: analysis.faithfulness_to(half(m), t, c)(m),
     "head_scores": lambda m, t, c: analysis.head_scores(m, half(m), prompts=2, period=4).values,
+    "retrieval_scores": lambda m, t, c: analysis.retrieval_scores(m, half(m), prompts=2, pairs=2).values,
+    "feature_tokens": lambda m, t, c: analysis.feature_tokens(m, latents(m)).logits,
     "measure_task": lambda m, t, c: analysis.measure_task(m, rows(m), half(m)).values,
     "TaskTarget": lambda m, t, c: bc.evaluate(
         m, half(m), bc.TaskTarget(rows(m), "kl", model=m), rows(m).tokens, controls=False
@@ -224,7 +235,7 @@ def test_every_public_function_of_a_model_is_here():
 
     elsewhere = {
         "activation_points", "weight_sites", "huggingface_layout",  # they compute nothing with it
-        "masked", "gated",  # the user's own forward passes
+        "masked", "gated", "spliced",  # the user's own forward passes
         "export_huggingface", "export_masks", "import_published", "load_published", "pull_subnetwork",
         "import_eap", "export_eap",
         "with_random_blocks",
@@ -233,6 +244,7 @@ def test_every_public_function_of_a_model_is_here():
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
         "refine_affine_lens",
+        "successor_scores",  # needs a tokenizer of whole words
     }  # fmt: skip
     text = inspect.getsource(inspect.getmodule(test_each_module_gets_back_its_own_mode))
     for of in (bc, analysis):
