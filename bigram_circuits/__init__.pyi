@@ -21,6 +21,7 @@ from .experiments.faithfulness_curves import (
     FaithfulnessCurves as FaithfulnessCurves,
     faithfulness_curves as faithfulness_curves,
 )
+from .eap import export_eap as export_eap, import_eap as import_eap
 from .evaluation import (
     Evaluation as Evaluation,
     SoftHardGap as SoftHardGap,
@@ -53,6 +54,7 @@ from .learning.training import find_circuit as find_circuit, find_subnetwork as 
 from .masking.effects import node_effects as node_effects
 from .masking.apply import gated as gated, masked as masked, replaced as replaced
 from .measures.statistics import Faithfulness as Faithfulness
+from .models.edges import EdgeSite as EdgeSite, edge_sites as edge_sites
 from .models.activations import ActivationPoint as ActivationPoint, activation_points as activation_points
 from .models.dictionaries import Dictionary as Dictionary, load_dictionary as load_dictionary
 from .models.identity import same_model as same_model, weight_hash as weight_hash

@@ -274,6 +274,11 @@ class BitMasks(Mapping[str, Tensor]):
         """Kept / total, 0 to 1."""
         return self.kept / self.total
 
+    @property
+    def units_here(self) -> str:
+        """What the units of these masks are called, where a subclass tells more than one kind."""
+        return self.units
+
     @abstractmethod
     def by_place(self) -> dict[tuple[int, str], Count]:
         """Count kept units by layer and what they are units of: a component, or a kind of node."""
@@ -282,7 +287,7 @@ class BitMasks(Mapping[str, Tensor]):
         """Format where the kept units are, by layer and what they are of: share of all kept, and share kept there."""
         counts, kept = self.by_place(), max(self.kept, 1)
         columns = sorted({column for _, column in counts})
-        lines = [f"where the kept {self.units} are (share of them; in brackets, share kept there)"]
+        lines = [f"where the kept {self.units_here} are (share of them; in brackets, share kept there)"]
         lines.append(f"{'layer':<8}" + "".join(f"{column:>20}" for column in columns))
         for layer in sorted({layer for layer, _ in counts}):
             here = [counts.get((layer, column)) for column in columns]
@@ -294,7 +299,7 @@ class BitMasks(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        words = f"{self.lineage}: {self.kept:,} of {self.total:,} {self.units}, {100 * self.fraction:.3g}%{of}"
+        words = f"{self.lineage}: {self.kept:,} of {self.total:,} {self.units_here}, {100 * self.fraction:.3g}%{of}"
         return f"{type(self).__name__}({printable(words)})"
 
     def _repr_html_(self) -> str:
@@ -306,8 +311,8 @@ class BitMasks(Mapping[str, Tensor]):
             for layer in sorted({layer for layer, _ in counts})
         ]
         of = f" of {short_name(self.model_name)}" if self.model_name else ""
-        says = f"{self.kept:,} of {self.total:,} {self.units} kept ({100 * self.fraction:.3g}%){of}"
-        title = f"{self.units.capitalize()} kept by layer"
+        says = f"{self.kept:,} of {self.total:,} {self.units_here} kept ({100 * self.fraction:.3g}%){of}"
+        title = f"{self.units_here.capitalize()} kept by layer"
         table = html.table(["layer", *columns], html.shortened(rows, _LAYERS_SHOWN), title)
         return html.summary(f"{type(self).__name__}: {self.lineage}", [says], table)
 
@@ -380,6 +385,7 @@ class BitMasks(Mapping[str, Tensor]):
             {name: bits.shape for name, bits in packed.items()} != wanted
         ):
             raise ValueError("its tensors do not match the names and shapes in its header")
+        cls._check_shapes(shapes)
         for name, shape in shapes.items():
             unused = -math.prod(shape) % 8
             if packed[name][-1] & ((1 << unused) - 1):
@@ -407,9 +413,7 @@ class BitMasks(Mapping[str, Tensor]):
         shapes = parse_json(text)
         if not isinstance(shapes, dict) or not shapes or not all(is_shape(shape) for shape in shapes.values()):
             raise ValueError("the shapes in its header are not shapes by name")
-        found = {name: tuple(shape) for name, shape in shapes.items()}
-        cls._check_shapes(found)
-        return found
+        return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _words(count: Count | None) -> str:

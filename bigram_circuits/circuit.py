@@ -1,7 +1,8 @@
-"""A circuit: an immutable set of a model's nodes (heads, neurons, attention and MLP outputs, coordinates)."""
+"""A circuit: an immutable set of a model's nodes (heads, neurons, attention and MLP outputs, ...) or of its edges."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from bigram_circuits.bitmasks import BitMasks, Count, operand
+from bigram_circuits.models.edges import EdgeLayout, EdgeSite, edge_place, edge_sites
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, node_sites
@@ -23,20 +25,25 @@ from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 _POINT = re.compile(r"[A-Za-z_][\w.]*")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _NODE = re.compile(r"(?P<point>[\w.]+)\[(?P<index>\d+)\]")
+_MOST_NAMED = 8  # labels in a lineage
 _MEAN = "mean."  # before a hook point's name, the name of its means in a file
 WEIGHT = "weight"
 """The unit of single weights."""
+EDGE = "edge"
+"""The unit of edges."""
 _UNIT_AT = {point: unit for unit, point in UNITS.items()}
 
 
 class Circuit(BitMasks):
-    """An immutable mapping from hook points to boolean masks of their nodes, True where a node is kept.
+    """An immutable mapping from hook points to boolean masks of their nodes or edges, True where one is kept.
 
     `a & b`, `a | b`, `a - b` and `~a` are set operations on circuits over the same nodes; `==` compares the masks. A
     circuit says what takes the place of the nodes that it drops (`replacement`); the result of an operation has that of
     the first circuit.
 
-    It may also hold masks of weight matrices, by their canonical names (`units="weight"`).
+    It may also hold masks of weight matrices, by their canonical names (`units="weight"`), and masks [reader, writer]
+    of edges, by the hook point of their readers (`units="edge"`): what a part of the model writes to the residual
+    stream, into what another one reads (`edge_sites`).
     """
 
     noun = "circuit"
@@ -75,8 +82,10 @@ class Circuit(BitMasks):
         if arrays:
             check_content(arrays, metadata)
         means = {name.removeprefix(_MEAN): array for name, array in arrays.items()}
+        counts = {name: shape[0] for name, shape in self._shapes.items() if len(shape) == 1}
+        counts |= {source.name: len(source.writers) for source in self._layout.sources} if self._layout else {}
         for name, mean in means.items():
-            nodes = self._shapes.get(name, (0,))[-1]
+            nodes = counts.get(name, 0)
             if not nodes or mean.dtype != np.float32 or mean.ndim not in (1, 2) or mean.shape[-1] % nodes:
                 raise ValueError(f"the mean of {name} does not match the names and shapes in its header")
         if not metadata["seed"].isdecimal():
@@ -85,7 +94,7 @@ class Circuit(BitMasks):
 
     @classmethod
     def full(cls, model: Model, units: str | Iterable[str] = ("head", "neuron")) -> Circuit:
-        """Keep all nodes of these units; see `node_sites`."""
+        """Keep all nodes of these units (see `node_sites`), all edges (`"edge"`), or all weights (`"weight"`)."""
         return cls._constant(model, units, True, "full")
 
     @classmethod
@@ -97,10 +106,11 @@ class Circuit(BitMasks):
     def _constant(cls, model: Model, units: str | Iterable[str], value: bool, lineage: str) -> Circuit:
         wanted = [units] if isinstance(units, str) else list(units)
         with in_use(model, "Circuit"):
-            masks = {}
-            if wanted != [WEIGHT]:
-                sites = node_sites(model, [unit for unit in wanted if unit != WEIGHT])
-                masks = {site.name: torch.full((site.count,), value) for site in sites}
+            masks, nodes = {}, [unit for unit in wanted if unit not in (WEIGHT, EDGE)]
+            if nodes or not wanted:
+                masks = {site.name: torch.full((site.count,), value) for site in node_sites(model, nodes)}
+            if EDGE in wanted:
+                masks |= {site.name: torch.full(site.shape, value) for site in edge_sites(model)}
             if WEIGHT in wanted:
                 masks |= {site.name: torch.full(site.shape, value) for site in weight_sites(model)}
             return cls(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage=lineage)
@@ -177,19 +187,62 @@ class Circuit(BitMasks):
             for index in mask.nonzero().flatten().tolist()
         )
 
-    def keep(self, *labels: str) -> Circuit:
-        """Return a copy that also keeps the nodes of these labels.
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Labels of the edges that are kept: `embed->L0.mlp`, `L0H3->L1H2.k`, `L3.mlp->logits`."""
+        return tuple(
+            site.label(reader, writer)
+            for site in self.edge_sites
+            for reader, writer in self[site.name].nonzero().tolist()
+        )
+
+    @property
+    def edge_sites(self) -> tuple[EdgeSite, ...]:
+        """The readers of its edges, in the order of the forward pass; none if it has no edges."""
+        return self._layout.sites if self._layout else ()
+
+    @functools.cached_property
+    def _layout(self) -> EdgeLayout | None:
+        shapes = {name: shape for name, shape in self._shapes.items() if _is_of_edges(name, shape)}
+        return EdgeLayout.of_shapes(shapes) if shapes else None
+
+    @property
+    def replaced_points(self) -> tuple[str, ...]:
+        """The hook points whose values are replaced: those of its nodes, and of the writers of its edges."""
+        nodes = tuple(name for name, shape in self._shapes.items() if len(shape) == 1)
+        return nodes + (tuple(source.name for source in self._layout.sources) if self._layout else ())
+
+    def to_nodes(self) -> Circuit:
+        """The heads and MLPs that lie on a path of kept edges from `embed` to `logits`.
+
+        A path enters a head by its query, key or value. A key-value head is a part of every head of its group.
 
         Raises:
-            ValueError: If a label is not that of a node here.
+            ValueError: If the circuit has no edges.
+        """
+        if self._layout is None:
+            raise ValueError("this circuit has no edges: its nodes are .nodes")
+        masks: dict[str, torch.Tensor] = {}
+        on_path = self._layout.on_path({site.name: self[site.name] for site in self.edge_sites})
+        for source in self._layout.sources[1:]:
+            unit = "head" if source.heads else "mlp"
+            masks[in_block(source.layer, UNITS[unit])] = torch.tensor([writer in on_path for writer in source.writers])
+        lineage = f"nodes of {operand(self.lineage)}"
+        return Circuit(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
+
+    def keep(self, *labels: str) -> Circuit:
+        """Return a copy that also keeps the nodes or edges of these labels.
+
+        Raises:
+            ValueError: If a label is not that of a node or edge here.
         """
         return self._edit(labels, True)
 
     def drop(self, *labels: str) -> Circuit:
-        """Return a copy without the nodes of these labels.
+        """Return a copy without the nodes or edges of these labels.
 
         Raises:
-            ValueError: If a label is not that of a node here.
+            ValueError: If a label is not that of a node or edge here.
         """
         return self._edit(labels, False)
 
@@ -200,12 +253,16 @@ class Circuit(BitMasks):
             name, index = self._find(label)
             masks[name][index] = value
         sign = "|" if value else "-"
-        lineage = f"{operand(self.lineage, sign)} {sign} {f' {sign} '.join(names)}" if names else self.lineage
+        shown_names = names if len(names) <= _MOST_NAMED else [f"{len(names)} {self.units_here}"]
+        lineage = f" {sign} ".join([operand(self.lineage, sign), *shown_names]) if names else self.lineage
         made = type(self)(masks, model_name=self.model_name, weight_hash=self.weight_hash, lineage=lineage)
         return self._inherit(made)
 
-    def _find(self, label: str) -> tuple[str, int]:
+    def _find(self, label: str) -> tuple[str, int | tuple[int, int]]:
         """The hook point and index of a label."""
+        if self._layout is not None and "->" in label:
+            name, reader, writer = self._layout.find(label)
+            return name, (reader, writer)
         part, node = PartName.parse(label), _NODE.fullmatch(label)
         if part is not None and part.kind != "layer" and len(part.indices) <= 1:
             unit = part.kind.removesuffix("s")
@@ -219,34 +276,47 @@ class Circuit(BitMasks):
         return name, index
 
     def by_layer(self) -> dict[int, Count]:
-        """Count kept nodes by layer; -1 are nodes before the first block."""
-        return self._by(lambda name: _place(name)[0])
+        """Count kept nodes by layer, edges by their reader's; -1 is before the first block, `logits` after the last."""
+        return self._by(lambda place: place[0])
 
     def by_unit(self) -> dict[str, Count]:
-        """Count kept nodes by unit: `head`, `neuron`, `attn`, `mlp`, or the name of a hook point."""
-        return self._by(lambda name: _place(name)[1])
+        """Count kept nodes by unit: `head`, `neuron`, `attn`, `mlp`, or the name of a hook point.
+
+        Edges are counted by what they are read for: `q`, `k`, `v`, `mlp` or `logits`.
+        """
+        return self._by(lambda place: place[1])
 
     def by_place(self) -> dict[tuple[int, str], Count]:
-        """Count kept nodes by layer and unit."""
-        return self._by(_place)
+        """Count kept nodes by layer and unit; see `by_layer` and `by_unit`."""
+        return self._by(lambda place: place)
 
     def _by(self, key: Any) -> dict[Any, Count]:
         counts: dict[Any, Count] = {}
+        readers = {site.name: (site.layer, site.kind) for site in self.edge_sites}
         for name, mask in self.items():
-            before = counts.get(key(name), Count(0, 0))
-            counts[key(name)] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
+            place = key(readers[name] if name in readers else _place(name))
+            before = counts.get(place, Count(0, 0))
+            counts[place] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
         return counts
 
     @property
+    def units_here(self) -> str:
+        """`edges` if it is over edges alone, else `nodes`."""
+        return "edges" if len(self.edge_sites) == len(self) else self.units
+
+    @property
     def asked(self) -> tuple[str, ...]:
-        """The units, and other hook points, of its nodes, as `node_sites` takes them; `weight` is none of them."""
-        return tuple(dict.fromkeys(unit for _, unit in map(_place, self) if unit != WEIGHT))
+        """The units, and other hook points, of its nodes, as `node_sites` takes them: without weights and edges."""
+        nodes = (name for name, shape in self._shapes.items() if len(shape) == 1)
+        return tuple(dict.fromkeys(_place(name)[1] for name in nodes))
 
     def check_fits(self, model: Model) -> None:
-        """Raise ValueError unless the model has these hook points, with as many nodes, and these weight matrices."""
+        """Raise ValueError unless the model has these hook points, with as many nodes or edges, and these matrices."""
         there: dict[str, tuple[int, ...]] = {}
         if self.asked:
             there = {site.name: (site.count,) for site in node_sites(model, self.asked)}
+        if self.edge_sites:
+            there |= {site.name: site.shape for site in edge_sites(model)}
         if self.masks_weights:
             there |= {site.name: site.shape for site in weight_sites(model)}
         self._check_same_shapes({name: there.get(name) for name in self}, "the model")
@@ -256,10 +326,16 @@ class Circuit(BitMasks):
         for name, shape in shapes.items():
             if not _POINT.fullmatch(name):
                 raise ValueError(f"{shown(name)} is not the name of a hook point, such as 'blocks.0.attn.hook_z'")
-            if WeightName.is_one(name):
+            if WeightName.is_one(name) or _is_of_edges(name, shape):
                 continue
             if len(shape) != 1 or shape[0] < 1:
                 raise ValueError(f"the nodes of {name} have shape {shape}, but should be a list")
+        if edges := {name: shape for name, shape in shapes.items() if _is_of_edges(name, shape)}:
+            EdgeLayout.of_shapes(edges)
+
+
+def _is_of_edges(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and edge_place(name) is not None
 
 
 def _unpickled(make: Any, arguments: Any, replacement: Replacement) -> Circuit:

@@ -340,7 +340,7 @@ def evaluate(
         used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
         # rounding can make a KL of 0 negative
         mask_capacity=capacity(kept, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
-        units=kept.units,
+        units=kept.units_here,
     )
     return replace(found, advantage=_advantage(draws, by_loss=found.by_loss))
 

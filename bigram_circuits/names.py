@@ -6,6 +6,10 @@
 | one or several MLP neurons of a layer | `L0N5`, `L0N[1,5]` | `neurons 0.5`, `neurons 0.[1,5]` |
 | a block's attention, a block's MLP | `L1.attn`, `L1.mlp` | `attn 1`, `mlp 1` |
 | both | `L1` | `layer 1` |
+
+An edge is written `L0H3->L1H2.k`: what head 3 of layer 0 writes, into what head 2 of layer 1 computes its keys from.
+Its writers are `embed`, heads and MLPs; its readers `L1H2.q`, `L1H2.k`, `L1H2.v`, `L1.mlp` and `logits`. Where query
+heads share keys and values, those are read by key-value heads: `L1KV0.k`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ _SPELLED = re.compile(
     r"head\s+(?P<head_layer>\d+)\.(?P<head>\d+)|neurons\s+(?P<neuron_layer>\d+)\.(?P<neurons>\d+|\[[\d,\s]*\])|"
     r"(?P<kind>attn|mlp|layer)\s+(?P<layer>\d+)"
 )
+_WRITER = re.compile(r"embed|L\d+(?:H\d+|\.mlp)")
+_READER = re.compile(r"logits|L\d+(?:H\d+\.q|(?:H|KV)\d+\.[kv]|\.mlp)")
 _MOST_INDICES = 5  # neurons listed in a short label
 
 
@@ -159,3 +165,48 @@ def neuron_label(layer: int, index: int) -> str:
 def key_value_label(layer: int, index: int) -> str:
     """Return the label of a key-value head that a group of query heads shares."""
     return f"L{layer}KV{index}"
+
+
+EMBED = "embed"
+"""The writer of the residual stream before the first block."""
+LOGITS = "logits"
+"""The reader of the residual stream after the last block: the final norm."""
+ATTENTION_INPUTS = ("q", "k", "v")
+"""What the heads of an attention layer read the residual stream for."""
+
+
+def reader_label(layer: int, index: int, kind: str, *, shared: bool = False) -> str:
+    """Return the label of what reads the residual stream.
+
+    Args:
+        layer: Index of the block.
+        index: Index of the head.
+        kind: `q`, `k`, `v`, `mlp` or `logits`.
+        shared: Whether the head is a key-value head of several query heads.
+    """
+    if kind in ATTENTION_INPUTS:
+        return f"{key_value_label(layer, index) if shared else head_label(layer, index)}.{kind}"
+    return LOGITS if kind == LOGITS else PartName(kind, layer).label
+
+
+@dataclass(frozen=True)
+class EdgeName:
+    """An edge: what a part of a model writes to the residual stream, into what another one reads."""
+
+    writer: str
+    """`embed`, or the label of a head or an MLP."""
+    reader: str
+    """`L1H2.q`, `L1H2.k`, `L1H2.v`, `L1KV0.k`, `L1KV0.v`, `L1.mlp` or `logits`."""
+
+    @classmethod
+    def parse(cls, label: str) -> EdgeName:
+        """Parse a label. Raises ValueError if it is not that of an edge."""
+        writer, arrow, reader = label.partition("->")
+        if not arrow or not _WRITER.fullmatch(writer) or not _READER.fullmatch(reader):
+            raise ValueError(
+                f"{label!r} is not the label of an edge, such as L0H3->L1H2.k, embed->L0.mlp or L3.mlp->logits"
+            )
+        return cls(writer, reader)
+
+    def __str__(self) -> str:
+        return f"{self.writer}->{self.reader}"

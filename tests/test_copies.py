@@ -55,6 +55,7 @@ def values(tiny_model, tmp_path_factory):
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
+        bc.Circuit.full(tiny_model), bc.Circuit.full(tiny_model, "edge").edge_sites[0],
         dictionary, analysis.feature_tokens(tiny_model, dictionary),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ Masks are torch parametrizations of the leaf modules whose weights the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.edges import edges_replaced
 from bigram_circuits.masking.gates import Gates
-from bigram_circuits.masking.nodes import Gate, nodes_replaced
+from bigram_circuits.masking.nodes import nodes_replaced
 from bigram_circuits.masking.replacing import make_replacement
+from bigram_circuits.models.edges import EdgeSite, edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
 from bigram_circuits.models.state import in_use, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
-from bigram_circuits.names import WeightName
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 
+Site: TypeAlias = NodeSite | EdgeSite
+"""A hook point whose nodes, or whose readers' edges, can be replaced."""
 Mask: TypeAlias = Subnetwork | Circuit
 """What `masked` can reduce a model to."""
 
@@ -61,7 +64,7 @@ def masked(
     """Within the `with` block, every weight outside `subnetwork` is 0; afterwards the model is restored bit for bit.
 
     Of a `Circuit`, the value of every node that it does not keep is replaced (`replace`); nodes of other units are as
-    they were.
+    they were. Of edges, every reader reads what the writers of its kept edges write, and a replacement from the others.
 
     Within the block, only the calling thread can use this model in functions of this package; another thread waits up
     to half a minute for the end of the block.
@@ -92,10 +95,10 @@ def masked(
 def reduced(model: Model, kept: Mask) -> Iterator[None]:
     """`masked` for a mask that was checked."""
     if isinstance(kept, Circuit):
-        sites = [site for site in circuit_sites(model, kept) if not kept[site.name].all()]
-        masks = {site.name: kept[site.name] for site in sites}
+        masks = dict(kept.items())
+        sites = [site for site in circuit_sites(model, kept) if not masks[site.name].all()]
         weights = reduced(model, kept.masked_weights(model)) if kept.masks_weights else nullcontext()
-        with weights, nodes_replaced(model, sites, masks.__getitem__, kept.replacement):
+        with weights, sites_replaced(model, sites, masks.__getitem__, kept.replacement):
             yield
         return
 
@@ -106,18 +109,35 @@ def reduced(model: Model, kept: Mask) -> Iterator[None]:
         yield
 
 
-def circuit_sites(model: Model, circuit: Circuit) -> list[NodeSite]:
-    """The hook points of a circuit that fits the model."""
-    return [site for site in node_sites(model, circuit.asked) if site.name in circuit] if circuit.asked else []
+def circuit_sites(model: Model, circuit: Circuit) -> list[Site]:
+    """The hook points of the nodes and edges of a circuit that fits the model."""
+    nodes = [site for site in node_sites(model, circuit.asked) if site.name in circuit] if circuit.asked else []
+    return [*nodes, *circuit.edge_sites]
 
 
 @contextmanager
-def gates_applied(model: Model, sites: Sequence[NodeSite], gate: Gate, replacement: Replacement) -> Iterator[None]:
-    """Within the `with` block, the nodes of these sites are replaced as far as their gates are closed.
+def sites_replaced(
+    model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
+) -> Iterator[None]:
+    """Within the `with` block, nodes and edges of these sites are replaced as far as their gates are closed.
 
-    No parameter of the model receives a gradient.
+    If there is any site of edges, `gate` is asked for those of all.
     """
-    with in_use(model, "gates_applied", block=True), _frozen(model), nodes_replaced(model, sites, gate, replacement):
+    nodes = [site for site in sites if isinstance(site, NodeSite)]
+    with ExitStack() as stack:
+        if nodes:
+            stack.enter_context(nodes_replaced(model, nodes, gate, replacement))
+        if len(nodes) < len(sites):
+            stack.enter_context(edges_replaced(model, gate, replacement))
+        yield
+
+
+@contextmanager
+def gates_applied(
+    model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
+) -> Iterator[None]:
+    """`sites_replaced`, where no parameter of the model receives a gradient."""
+    with in_use(model, "gates_applied", block=True), _frozen(model), sites_replaced(model, sites, gate, replacement):
         yield
 
 
@@ -142,8 +162,8 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
     if not isinstance(given, Circuit):
         raise ValueError("a Subnetwork has no nodes to replace: give a Circuit")
     given.check_fits(model)
-    names = [name for name in given if not WeightName.is_one(name)]
-    return given.with_replacement(make_replacement(model, names, replace, text, seed))
+    with edges_exposed(model) if given.edge_sites else nullcontext():
+        return given.with_replacement(make_replacement(model, given.replaced_points, replace, text, seed))
 
 
 @contextmanager
@@ -217,6 +237,8 @@ def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) 
             # `unsafe` skips a trial call; our parametrizations preserve shape and dtype
             parametrize.register_parametrization(site.leaf, "weight", parametrization, unsafe=True)
             done.append(site)
+            kind = type(site.leaf)  # made for this leaf; TransformerLens tells by the name how a weight is stored
+            kind.__name__ = kind.__mro__[1].__name__
             site.leaf.train(training)  # new modules start in training mode
         yield
     finally:

@@ -1,4 +1,4 @@
-"""How much each node contributes to a target, by the gradient of its gate.
+"""How much each node or edge contributes to a target, by the gradient of its gate.
 
 With all gates g between the replaced values (0) and the model as it is (1), the score of a node is
 
@@ -6,7 +6,8 @@ With all gates g between the replaced values (0) and the model as it is (1), the
 
 the integrated gradient of its gate (Sundararajan, Taly, Yan 2017, arXiv 1703.01365), with the midpoint rule. As `steps`
 grows, the scores sum to CE with all nodes replaced minus CE of the model. With one step at g = 1 it is attribution
-patching (Nanda 2023), a linear estimate of what replacing this node alone does.
+patching (Nanda 2023), a linear estimate of what replacing this node alone does; of edges, these are EAP-IG (Hanna et
+al. 2024, arXiv 2403.17806) and edge attribution patching (Syed et al. 2023, arXiv 2310.10348).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def node_effects(
     *,
     steps: int | None = None,
 ) -> Scores:
-    """Scores of all nodes of a circuit's hook points: what each contributes to the target, in nats per position.
+    """Scores of all nodes or edges at a circuit's hook points: what each contributes to the target, nats per position.
 
     Args:
         model: From `load_model`.

@@ -84,13 +84,16 @@ class Replacer:
         if self._replacement.kind in ("zero", "mean"):
             yield
             return
-        generate = self._model.generate  # each step must see all positions
+        generate, own = self._model.generate, self._model.__dict__.get("generate")  # each step must see all positions
         self._model.__dict__["generate"] = partial(generate, use_past_kv_cache=False)
         try:
             with intervened(self._model, [(_TOKENS, self._take)] if self.donates else []):
                 yield
         finally:
-            del self._model.__dict__["generate"]
+            if own is None:
+                del self._model.__dict__["generate"]
+            else:  # within another block
+                self._model.__dict__["generate"] = own
             self._donated = {}
 
     def _take(self, tokens: Integer[Tensor, "batch pos"], hook: Any) -> None:

@@ -253,7 +253,7 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         if (own.kept, own.total) != (run.mask.kept, run.mask.total):
             raise ValueError(
                 f"{str(path / 'metrics.json')!r} does not belong to this run: it is of a {run.mask.noun} that keeps "
-                f"{own.kept:,} of {own.total:,} {run.mask.units}; {remedy}"
+                f"{own.kept:,} of {own.total:,} {run.mask.units_here}; {remedy}"
             )
     return run
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config
 import bigram_circuits as bc
 from bigram_circuits import analysis
 from bigram_circuits.experiments.controls import correlation_without_blocks, learn_linear_map
-from bigram_circuits.models import state
+from bigram_circuits.models import edges, state
 from tests.conftest import D_VOCAB, save_tiny
 
 TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (6, 16))
@@ -96,6 +96,10 @@ USES = {
         torch.from_numpy(TEXT[::-1].copy())
     ),
     "magnitude": lambda m, t, c: bc.Subnetwork.magnitude(m, like=half(m)).checksum,
+    "edge_sites": lambda m, t, c: (edges._LAYOUTS.pop(m, None), bc.edge_sites(m))[1],
+    "replaced": lambda m, t, c: [
+        mean.tolist() for mean in bc.replaced(m, bc.Circuit.full(m, "edge"), "mean", text=c).replacement.means.values()
+    ],
     "weight_hash": lambda m, t, c: bc.weight_hash(m),
     "huggingface": lambda m, t, c: sorted(half(m).to_huggingface(m)),
     "logit_lens": lambda m, t, c: analysis.logit_lens(m, half(m), t, c).values,
@@ -243,6 +247,7 @@ def test_every_public_function_of_a_model_is_here():
         "activation_points", "weight_sites", "huggingface_layout",  # they compute nothing with it
         "masked", "gated", "spliced",  # the user's own forward passes
         "export_huggingface", "export_masks", "import_published", "load_published", "pull_subnetwork",
+        "import_eap", "export_eap",
         "with_random_blocks",
         "with_shuffled_blocks",
         "analyze", "falsify", "sparsity_path", "find_path", "soft_hard_gap", "study",  # made of those above
