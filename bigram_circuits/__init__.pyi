@@ -53,6 +53,7 @@ from .models.layouts import Layout as Layout, huggingface_layout as huggingface_
 from .models.loading import checkpoints as checkpoints, load_model as load_model
 from .models.model import Model as Model
 from .models.weights import WeightSite as WeightSite, weight_sites as weight_sites
+from .planted.attention import PlantedAttention as PlantedAttention, plant_attention as plant_attention
 from .planted.bigram import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published
 from .recipe import SparsifyConfig as SparsifyConfig

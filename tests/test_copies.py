@@ -113,6 +113,7 @@ def test_every_public_type_is_here(values):
         "Model",
         "NGramCounter",
         "Planted",
+        "PlantedAttention",
         "TensorBoard",
         "Target",
         "TaskTarget",  # it may hold a model
