@@ -33,6 +33,7 @@ from .experiments.falsification import (
     falsify as falsify,
     load_falsification as load_falsification,
 )
+from .experiments.ladder import Ladder as Ladder, find_ladder as find_ladder, load_ladder as load_ladder
 from .experiments.reproduced import Reproduction as Reproduction, load_reproduction as load_reproduction
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
@@ -58,6 +59,7 @@ from .planted.bigram import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published
 from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
+from .report.ladder import write_ladder as write_ladder
 from .report.page import write_report as write_report
 from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run
 from .sharing import (

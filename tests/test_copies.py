@@ -49,6 +49,9 @@ def values(tiny_model, tmp_path_factory):
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model),
+        bc.Ladder(
+            "m", "h", load_run(folder).settings.corpus, CONFIG, analysis.ability(tiny_model, task), (), (), ()
+        ),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}

@@ -194,9 +194,9 @@ def test_gates_on_nodes_find_them(kind):
     def gating(name, beta):
         return lambda value, hook: value * torch.sigmoid(beta * scores[name])[(..., *[None] * (value.ndim - 3))]
 
-    for step in range(80):
+    for step in range(60):
         tokens = np.asarray(planted.corpus.train)[rng.integers(0, len(planted.corpus.train), 24)]
-        tokens, beta = torch.from_numpy(tokens.astype(np.int64)), 10 ** (step / 40)
+        tokens, beta = torch.from_numpy(tokens.astype(np.int64)), 10 ** (step / 30)
         logits = planted.model.run_with_hooks(tokens, fwd_hooks=[(name, gating(name, beta)) for name in scores])
         cost = price * sum(torch.sigmoid(beta * one).sum() for one in scores.values())
         loss = planted.target.cross_entropy(logits, tokens).mean() + cost

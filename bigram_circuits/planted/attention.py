@@ -285,7 +285,7 @@ def _text(
 ) -> tuple[NGramTable | TaskTarget, Corpus, Task | None]:
     n, sequences = model.cfg.d_vocab, _TRAIN + _HELD_OUT
     if behaviour.after is None:
-        task = repeated_random_tokens(model, prompts=sequences, period=length // 2, seed=seed)
+        task = repeated_random_tokens(model, prompts=sequences, period=length // 2, seed=seed).distinct()
         return TaskTarget(task), task.corpus(_HELD_OUT / sequences), task
     if behaviour.kind == "trigram":
         tokens = _sample(rng, behaviour.after.numpy(), sequences, length)

@@ -224,7 +224,8 @@ def test_every_public_function_of_a_model_is_here():
         "export_huggingface", "export_masks", "import_published", "load_published", "pull_subnetwork",
         "with_random_blocks",
         "with_shuffled_blocks",
-        "analyze", "falsify", "sparsity_path", "find_path", "soft_hard_gap", "study",  # made of those above
+        "analyze", "falsify", "sparsity_path", "find_path", "find_ladder",
+        "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
         "refine_affine_lens",
