@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ import numpy as np
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.evaluation import Measured, measure
 from bigram_circuits.learning.callbacks import Callback
+from bigram_circuits.learning.found import FoundSubnetwork
 from bigram_circuits.learning.training import find_subnetwork, identity_of
 from bigram_circuits.measures import html
 from bigram_circuits.measures.quantities import FRACTION, KL, MEAN_SURPRISAL, SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import STATISTICS, Faithfulness, holm
-from bigram_circuits.measures.words import percent, rounded, span
+from bigram_circuits.measures.words import percent, rounded, sentence, span
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
@@ -102,6 +103,8 @@ class Rung(Record):
     """Number of kept weights by part, `L0.attn`, `L0.mlp`, ...; None for the ends."""
     subnetwork: str | None = None
     """Checksum of its masks; None for the ends."""
+    cautions: tuple[str, ...] = ()
+    """What the records of learning warn of, a phrase each: a run too short, or what hardening changed."""
 
     @property
     def fraction(self) -> float:
@@ -231,7 +234,13 @@ class Ladder(Record):
     @property
     def says(self) -> tuple[str, ...]:
         """What was found, a sentence each."""
-        return (*(self._walk(ladder) for ladder in ("free", "nested")), self._repeats())
+        walks = (self._walk(ladder) for ladder in ("free", "nested"))
+        return (*walks, self._repeats(), *self.cautions)
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What the records of learning warn of, a sentence for each mask and caution."""
+        return tuple(sentence(f"{one.name}: {caution}") for one in self.rungs for caution in one.cautions)
 
     def _walk(self, ladder: str) -> str:
         steps = [one for one in self.steps if one.ladder == ladder]
@@ -264,19 +273,12 @@ class Ladder(Record):
     @property
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Columns and rows of the table of rungs."""
-        columns = [
-            "rung", "kept", "share", "KL", "95% interval", "r", "95% interval", "faithfulness", "loss", "95% interval",
-            "repeated",
-        ]  # fmt: skip
+        columns = ["rung", "kept", "share", "KL", "r", "loss", "95% interval", "repeated"]
         rows = []
         for one in self.rungs:
             kl, r = (math.nan, math.nan) if one.own is None else (one.own.kl, one.own.surprisal_correlation)
-            rows.append(
-                [
-                    one.name, one.kept, percent(one.fraction), kl, span(*one.kl_interval), r, span(*one.r_interval),
-                    one.faithfulness, one.loss, span(*one.loss_interval), one.repeated,
-                ]
-            )  # fmt: skip
+            loss = span(*one.loss_interval)
+            rows.append([one.name, one.kept, percent(one.fraction), kl, r, one.loss, loss, one.repeated])
         return columns, rows
 
 
@@ -343,17 +345,18 @@ def _climb(
     tables = {name: TARGETS["ngram"].make(model, corpus, order) for order, name in enumerate(N_GRAMS, start=1)}
     repeated, repeats = TaskTarget(task), task.corpus()
 
-    def found(name: str, target: Any, text: Corpus, within: Subnetwork | None = None) -> Subnetwork:
+    def found(name: str, target: Any, text: Corpus, within: FoundSubnetwork | None = None) -> FoundSubnetwork:
         place = None if folder is None else folder / name.replace(" ", "-")
         if place is not None:
             check_no_link(place)
-        return find_subnetwork(model, target, text, config, run_dir=place, within=within, **how).subnetwork
+        return find_subnetwork(model, target, text, config, run_dir=place, within=within, **how)
 
-    masks = {name: found(name, table, corpus) for name, table in tables.items()}
-    masks[INDUCTION] = found(INDUCTION, repeated, repeats)
+    learned = {name: found(name, table, corpus) for name, table in tables.items()}
+    learned[INDUCTION] = found(INDUCTION, repeated, repeats)
     for name, outer in WITHIN.items():
-        masks[name] = found(name, tables[_behaviour(name)], corpus, masks[outer])
+        learned[name] = found(name, tables[_behaviour(name)], corpus, learned[outer])
 
+    masks = {name: one.subnetwork for name, one in learned.items()}
     ends = {EMPTY: Subnetwork.empty(model), FULL: Subnetwork.full(model)}
     on_text = {
         (name, of): measure(model, mask, table, corpus.held_out)
@@ -363,12 +366,12 @@ def _climb(
     }
     on_repeats = {name: measure(model, mask, repeated, repeats.held_out) for name, mask in (masks | ends).items()}
     losses = {name: one for (name, _), one in on_text.items()}
-    rungs = [_rung(name, mask, losses[name], on_repeats, on_text) for name, mask in (masks | ends).items()]
-    order = [EMPTY, *masks, FULL]
+    rungs = {name: _rung(name, mask, losses[name], on_repeats, on_text) for name, mask in (masks | ends).items()}
+    rungs |= {name: replace(rungs[name], cautions=one.cautions) for name, one in learned.items()}
     return Ladder(
         model=str(model.cfg.model_name), weight_hash=weight_hash(model), text=identity_of(corpus), recipe=config,
         ability=ability(model, repeated.task_of(repeats.held_out)),
-        rungs=tuple(sorted(rungs, key=lambda one: order.index(one.name))), steps=_steps(losses),
+        rungs=tuple(rungs[name] for name in (EMPTY, *masks, FULL)), steps=_steps(losses),
         overlaps=_overlaps(masks),
     )  # fmt: skip
 

@@ -104,7 +104,16 @@ def rungs(ladder: Ladder) -> Content:
     )  # fmt: skip
     columns, rows = ladder.table
     ends = [
-        [one.name, _of_own(one, "kl"), span(*one.kl_interval), one.kl_of_empty, one.kl_of_full, one.faithfulness]
+        [
+            one.name,
+            _of_own(one, "kl"),
+            span(*one.kl_interval),
+            _of_own(one, "surprisal_correlation"),
+            span(*one.r_interval),
+            one.kl_of_empty,
+            one.kl_of_full,
+            one.faithfulness,
+        ]
         for one in masks
     ]
     return Content(
@@ -113,14 +122,15 @@ def rungs(ladder: Ladder) -> Content:
             "Faithfulness is 1 - KL / KL of the empty model. For induction, KL is minus the log-probability of all "
             "right tokens of a prompt together, and r is undefined.",
             "Intervals are 95% bootstrap intervals over sequences.",
+            *ladder.cautions,
         ],
         [
             Numbers("Every rung", columns, rows, is_open=True),
             Chart("Loss at the next token of held-out text", "", loss),
             Chart("Distance from its own target", "", own),
             Numbers(
-                "KL from each mask's own target",
-                ["mask", "KL", "95% interval", "KL of the empty model", "KL of the full model", "faithfulness"], ends,
+                "Each mask and its own target",
+                ["mask", "KL", "95% interval", "r", "95% interval", "KL of empty", "KL of full", "faithfulness"], ends,
             ),
         ],
     )  # fmt: skip
@@ -241,13 +251,14 @@ def places(ladder: Ladder) -> Content:
     parts = list(masks[0].places or ())
     shares = [[(one.places or {})[part] / one.kept for part in parts] for one in masks]
     chart = figures.heat_map(shares, [one.name for one in masks], parts, "mask", "share")
+    chart.update_yaxes(autorange="reversed")
     most = {one.name: max(parts, key=lambda part, of=one: (of.places or {})[part]) for one in masks}
     words = [
-        f"{name} in {part} ({percent(shares[at][parts.index(part)])})" for at, (name, part) in enumerate(most.items())
+        f"of {name}, {part} ({percent(shares[at][parts.index(part)])})" for at, (name, part) in enumerate(most.items())
     ]
     rows = [[one.name, *((one.places or {})[part] for part in parts)] for one in masks]
     return Content(
-        [f"Most kept weights are, of {listed(words)}."],
+        [f"The part with most of a mask's weights: {'; '.join(words)}."],
         [
             Chart("Share of each mask's weights, by layer and component", "", chart, 120 + 80 * len(parts)),
             Numbers("Kept weights by layer and component", ["mask", *parts], rows),
