@@ -39,6 +39,7 @@ from .experiments.falsification import (
     falsify as falsify,
     load_falsification as load_falsification,
 )
+from .experiments.ladder import Ladder as Ladder, find_ladder as find_ladder, load_ladder as load_ladder
 from .experiments.reproduced import Reproduction as Reproduction, load_reproduction as load_reproduction
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
@@ -63,10 +64,12 @@ from .models.loading import checkpoints as checkpoints, load_model as load_model
 from .models.model import Model as Model
 from .models.splicing import spliced as spliced
 from .models.weights import WeightSite as WeightSite, weight_sites as weight_sites
-from .planted import Planted as Planted, plant_bigram as plant_bigram
+from .planted.attention import PlantedAttention as PlantedAttention, plant_attention as plant_attention
+from .planted.bigram import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published
 from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
+from .report.ladder import write_ladder as write_ladder
 from .report.page import write_report as write_report
 from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run
 from .sharing import (

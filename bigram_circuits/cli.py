@@ -11,13 +11,14 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from bigram_circuits.paper import PAPERS, ROWS
 from bigram_circuits.recipe import (
+    NOT_FOR_LADDER,
     NOT_FOR_REPRODUCE,
     NUMBERS,
     PARTS,
@@ -40,6 +41,7 @@ _EPILOG = """examples:
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
   bigram-circuits compare runs/mine runs/other
+  bigram-circuits ladder --out runs/ladder                unigram, bigram, trigram, induction: what each adds
   bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
@@ -165,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     _add_find(commands, shared)
+    _add_ladder(commands, shared)
     _add_reproduce(commands, shared)
     _add_work_on_runs(commands, shared)
     _add_exchange(commands, shared)
@@ -180,14 +183,25 @@ def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
         usage="bigram-circuits find [MODEL] [OPTION ...]",
     )  # fmt: skip
     find.set_defaults(command=_find)
-    for part in PARTS:
-        group = find.add_argument_group("how masks are learned") if part is SparsifyConfig else find
-        for name, option in options_of(part).items():
-            _add_option(group, name, option, part.__dataclass_fields__[name].default)
+    _add_options(find)
     find.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, named by settings)"
     )
     find.add_argument("--fresh", action="store_true", help="start over if this run was started or finished before")
+
+
+def _add_ladder(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """`ladder`, with those options of `find` that it does not set itself."""
+    ladder = commands.add_parser(
+        "ladder", parents=[shared], help="find masks for unigram, bigram, trigram and induction, and what each adds",
+        usage="bigram-circuits ladder [MODEL] [OPTION ...]",
+    )  # fmt: skip
+    ladder.set_defaults(command=_ladder)
+    _add_options(ladder, NOT_FOR_LADDER)
+    ladder.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="the folder of runs and page; the same command goes on there (default: one under runs/)",
+    )  # fmt: skip
 
 
 def _add_reproduce(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -212,15 +226,20 @@ def _add_reproduce(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--sparsity-weights", type=NUMBERS.read, metavar=NUMBERS.metavar,
         help="the sweep of lambda; 0 is always among them (default: the paper's)",
     )  # fmt: skip
-    for part in PARTS:
-        group = reproduce.add_argument_group("how masks are learned") if part is SparsifyConfig else reproduce
-        for name, option in options_of(part).items():
-            if name not in NOT_FOR_REPRODUCE:
-                _add_option(group, name, option, part.__dataclass_fields__[name].default)
+    _add_options(reproduce, NOT_FOR_REPRODUCE)
     reproduce.add_argument(
         "--out", type=Path, metavar="FOLDER",
         help="the folder of numbers and runs; the same command goes on there (default: one under runs/)",
     )  # fmt: skip
+
+
+def _add_options(command: Any, left_out: Collection[str] = ()) -> None:
+    """Add the options of `find`, but for some."""
+    for part in PARTS:
+        group = command.add_argument_group("how masks are learned") if part is SparsifyConfig else command
+        for name, option in options_of(part).items():
+            if name not in left_out:
+                _add_option(group, name, option, part.__dataclass_fields__[name].default)
 
 
 def _add_option(group: Any, name: str, option: Option, default: Any) -> None:
@@ -361,9 +380,22 @@ def _find(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ladder(arguments: argparse.Namespace) -> int:
+    given = _given(arguments, NOT_FOR_LADDER)
+    from bigram_circuits.workflow import ladder
+
+    ladder(**given, out=arguments.out, device=arguments.device, tell=_tell)
+    return 0
+
+
+def _given(arguments: argparse.Namespace, left_out: Collection[str]) -> dict[str, Any]:
+    """The options of `find` that were given, to a command that has all but some."""
+    names = [name for part in PARTS for name in options_of(part) if name not in left_out]
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
 def _reproduce(arguments: argparse.Namespace) -> int:
-    names = [name for part in PARTS for name in options_of(part) if name not in NOT_FOR_REPRODUCE]
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = _given(arguments, NOT_FOR_REPRODUCE)
     from bigram_circuits.workflow import reproduce
 
     result = reproduce(

@@ -646,6 +646,12 @@ NOT_FOR_REPRODUCE = frozenset(
 )
 """The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""
 
+NOT_FOR_LADDER = frozenset(
+    {"target", "order", "task", "measure", "force", "target_fraction", "sparsity_weights"}
+    | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
+)
+"""The options of `find` that `ladder` does not take: it has targets of its own, and sizes that are not fixed."""
+
 
 def _changed(instance: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""

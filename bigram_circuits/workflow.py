@@ -22,6 +22,7 @@ from typing import Any, overload
 from bigram_circuits.analysis.suite import analyze
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.experiments.falsification import falsify
+from bigram_circuits.experiments.ladder import Ladder, find_ladder
 from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, start_reproduction
 from bigram_circuits.experiments.reproduction import reproduce_model
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
@@ -39,13 +40,15 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.names import is_in_memory, short_name
 from bigram_circuits.paper import PAPERS, ROWS, Paper
-from bigram_circuits.recipe import DTYPES, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
+from bigram_circuits.recipe import DTYPES, NOT_FOR_LADDER, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
+from bigram_circuits.report.ladder import write_ladder
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, target_of
+from bigram_circuits.targets.next_token import NextTokenTarget
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
@@ -331,6 +334,62 @@ def _path(
     )  # fmt: skip
     say(f"\n{path}\n\nfiles in {folder}/: {', '.join(sorted(file.name for file in folder.glob('[!.]*')))}")
     return path
+
+
+# --- the n-gram ladder ---
+
+
+def ladder(
+    model: Model | str | Path = "reference",
+    corpus: Any = "reference",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Ladder:
+    """Find masks for unigram, bigram, trigram and induction, and write the ladder's page.
+
+    This is what `bigram-circuits ladder` does; `find_ladder` says what is found. The same call goes on where it was
+    interrupted.
+
+    Args:
+        model: As for `study`.
+        corpus: As for `study`.
+        out: The folder of the ladder; by default one under `runs/`, named after model and settings.
+        device: Device to load the model to; by default CUDA if available, else the CPU.
+        callbacks: As for `find_subnetwork`.
+        tell: Called with lines of text that report progress and results, for example `print`.
+        **options: As for `study`, except those in `NOT_FOR_LADDER`.
+
+    Raises:
+        ValueError: If an option does not exist or has a value that is not allowed, or model and text do not fit.
+        OSError: If something cannot be loaded, or the folder cannot be written.
+        MemoryError: If learning cannot fit the device.
+    """
+    wrong = next((name for name in options if name in NOT_FOR_LADDER), None)
+    if wrong is not None:
+        raise ValueError(f"a ladder has no option {wrong!r}: it has targets of its own, and their sizes are not fixed")
+    given = {"corpus": str(corpus)} if isinstance(corpus, str | Path) else {}
+    given |= {"model": full_name(model)} if isinstance(model, str | Path) else {}
+    request, say = Request.of(**given, **options), tell or (lambda line: None)
+    loaded = load_named(request.inputs, device) if isinstance(model, str | Path) else model
+    with in_use(loaded, "ladder"):  # nobody edits its weights meanwhile
+        text = corpus if isinstance(corpus, Corpus) else _corpus(request.inputs, corpus, loaded)
+        settings = run_settings(loaded, NextTokenTarget(), text, request.config)
+        folder = Path(out or default_folder(loaded, settings, "ladder"))
+        say(f"model   {loaded.cfg.model_name}: {loaded.cfg.n_layers} blocks, d_model {loaded.cfg.d_model}")
+        say(f"text    {text!r}")
+        say(f"ladder  {folder}")
+        bigram = request.inputs.kind_of_target.make(loaded, text, 2)
+        warn_of(_checked(request, Subjects(loaded, text, bigram, None)))
+        found = find_ladder(
+            loaded, text, request.config, run_dir=folder, callbacks=callbacks, check_memory=request.options.check_memory
+        )
+    page = write_ladder(found, folder / "ladder.html")
+    say(f"\n{found}\n\nthe page to look at: {page}")
+    return found
 
 
 # --- a paper's numbers again ---

@@ -55,8 +55,11 @@ def values(tiny_model, tmp_path_factory):
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
-        bc.Circuit.full(tiny_model), bc.Circuit.full(tiny_model, "edge").edge_sites[0],
+        bc.Circuit.full(tiny_model, "edge").edge_sites[0],
         dictionary, analysis.feature_tokens(tiny_model, dictionary),
+        bc.Ladder(
+            "m", "h", load_run(folder).settings.corpus, CONFIG, analysis.ability(tiny_model, task), (), (), ()
+        ),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}
@@ -121,6 +124,7 @@ def test_every_public_type_is_here(values):
         "Model",
         "NGramCounter",
         "Planted",
+        "PlantedAttention",
         "TensorBoard",
         "Target",
         "TaskTarget",  # it may hold a model

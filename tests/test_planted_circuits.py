@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.planted import ARCHITECTURES
+from bigram_circuits.planted.bigram import ARCHITECTURES
 from tests.conftest import planted_circuit
 
 

@@ -154,6 +154,11 @@ class Task:
         rows = None if self.rows is None else tuple(self.rows[index] for index in prompts.tolist())
         return replace(self, rows=rows, **arrays)
 
+    def distinct(self) -> Task:
+        """Each of its prompts once: the first of those with the same tokens."""
+        _, first = np.unique(self.tokens, axis=0, return_index=True)
+        return self.select(np.sort(first))
+
     def split(self, held_out: float | int = HELD_OUT_ROWS, seed: int = 0) -> tuple[Task, Task]:
         """Split into a training and a held-out part, which share no prompt.
 

@@ -97,9 +97,6 @@ USES = {
     ),
     "magnitude": lambda m, t, c: bc.Subnetwork.magnitude(m, like=half(m)).checksum,
     "edge_sites": lambda m, t, c: (edges._LAYOUTS.pop(m, None), bc.edge_sites(m))[1],
-    "replaced": lambda m, t, c: [
-        mean.tolist() for mean in bc.replaced(m, bc.Circuit.full(m, "edge"), "mean", text=c).replacement.means.values()
-    ],
     "weight_hash": lambda m, t, c: bc.weight_hash(m),
     "huggingface": lambda m, t, c: sorted(half(m).to_huggingface(m)),
     "logit_lens": lambda m, t, c: analysis.logit_lens(m, half(m), t, c).values,
@@ -250,7 +247,8 @@ def test_every_public_function_of_a_model_is_here():
         "import_eap", "export_eap",
         "with_random_blocks",
         "with_shuffled_blocks",
-        "analyze", "falsify", "sparsity_path", "find_path", "soft_hard_gap", "study",  # made of those above
+        "analyze", "falsify", "sparsity_path", "find_path", "find_ladder",
+        "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
         "refine_affine_lens",

@@ -73,6 +73,13 @@ def test_repeated_random_tokens_repeat(tiny_model):
     assert task.chance == math.log(256)
 
 
+def test_equal_prompts_count_once(tiny_model):
+    task = builtin.repeated_random_tokens(tiny_model, prompts=6, period=4)
+    twice = task.select(np.array([4, 0, 4, 2, 0, 5]))
+    assert twice.distinct().tokens.tolist() == task.tokens[[4, 0, 2, 5]].tolist()
+    assert task.distinct().tokens.tolist() == task.tokens.tolist()
+
+
 def test_ordered_sequences_go_on(word_model):
     task = TASKS["ordered_sequences"](word_model, prompts=1000)
     lists = list(builtin._WORDS_IN_ORDER.values())

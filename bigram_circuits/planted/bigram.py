@@ -32,14 +32,12 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.models.hooking import hook
 from bigram_circuits.models.identity import weight_hash
-from bigram_circuits.models.loading import load_model
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.quiet import quiet_transformers
 from bigram_circuits.models.state import usual_torch
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import WeightName
+from bigram_circuits.planted.building import N_HEADS, WRITING, blocks, check, hooked, norms, plain_model, set_norm
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.text.corpus import Corpus
 from bigram_circuits.text.ngrams import NGramTable
@@ -49,9 +47,7 @@ ARCHITECTURES = ("gpt2", "neox", "llama")
 
 _EMBEDDED, _CODE, _READ = 3.0, 3.0, 2.0  # value in a token's slot, in its second slot, and as a neuron reads either
 _LOGITS = (2.5, 4.5)  # of the least and the most likely successor
-_N_HEADS = 4
 _TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # training and held-out sequences, tokens per sequence
-_WRITING = ("c_proj.weight", "dense.weight", "4h_to_h.weight", "o_proj.weight", "down_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -122,17 +118,10 @@ def plant_bigram(
     rng = np.random.default_rng(seed)
     logits = _successor_logits(rng, d_vocab, successors)
     probs = logits.softmax(-1)
-    plain = _huggingface_model(architecture, d_vocab, width, d_mlp, n_layers)
+    plain = plain_model(architecture, d_vocab, width, d_mlp, n_layers, 2 * _LENGTH)
     planted = _planted_weights(plain, logits, width, d_mlp, layers)
     _write_weights(plain, planted, logits, layers, float(distractors), unique, seed)
-    tokenizer = _tokenizer(d_vocab)
-    if folder is None:
-        model = hook(plain, tokenizer=tokenizer, name=f"planted {architecture}")
-    else:
-        with quiet_transformers():
-            plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        model = load_model(folder, device="cpu")
+    model = hooked(plain, d_vocab, f"planted {architecture}", folder)
     masks = {site.name: torch.zeros(site.shape, dtype=torch.bool) for site in weight_sites(model)}
     masks |= {name: weight != 0 for name, weight in planted.items()}
     circuit = Subnetwork(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage="planted")
@@ -143,7 +132,7 @@ def plant_bigram(
 
 def _least_width(d_vocab: int, layers: int) -> int:
     """Return the smallest width that has room for all slots and divides into heads of even width."""
-    return -(-(layers + 1) * d_vocab // (2 * _N_HEADS)) * 2 * _N_HEADS
+    return -(-(layers + 1) * d_vocab // (2 * N_HEADS)) * 2 * N_HEADS
 
 
 def _check(
@@ -159,15 +148,13 @@ def _check(
         "n_layers": (n_layers, n_layers >= layers, f"at least {layers}"),
         "d_model": (
             d_model,
-            d_model >= least and d_model % (2 * _N_HEADS) == 0,
-            f"a multiple of {2 * _N_HEADS}, at least {least}",
+            d_model >= least and d_model % (2 * N_HEADS) == 0,
+            f"a multiple of {2 * N_HEADS}, at least {least}",
         ),
         "d_mlp": (d_mlp, d_mlp >= d_vocab, f"at least d_vocab, {d_vocab}"),
         "distractors": (distractors, 0 <= distractors < math.inf, "a number of at least 0"),
     }
-    for name, (value, holds, words) in wanted.items():
-        if not holds:
-            raise ValueError(f"{name} must be {words}, not {value!r}")
+    check(wanted)
 
 
 def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Float[Tensor, "current next"]:
@@ -179,56 +166,18 @@ def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Floa
     return logits
 
 
-def _huggingface_model(architecture: str, d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> Any:
-    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
-
-    shared: dict[str, Any] = {
-        "vocab_size": d_vocab, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False,
-    }  # fmt: skip
-    sizes: dict[str, Any] = {
-        "hidden_size": d_model, "num_hidden_layers": n_layers, "num_attention_heads": _N_HEADS,
-        "intermediate_size": d_mlp, "max_position_embeddings": 2 * _LENGTH,
-    }  # fmt: skip
-    if architecture == "gpt2":
-        old: dict[str, Any] = {
-            "n_embd": d_model,
-            "n_layer": n_layers,
-            "n_head": _N_HEADS,
-            "n_inner": d_mlp,
-            "n_positions": 2 * _LENGTH,
-        }
-        config = GPT2Config(**shared, **old)
-    else:
-        config = {"neox": GPTNeoXConfig, "llama": LlamaConfig}[architecture](**shared, **sizes)
-    with torch.random.fork_rng():
-        return AutoModelForCausalLM.from_config(config)
-
-
 # --- the weights ---
 
 
 def _mlp_weights(plain: Any, layer: int) -> dict[str, Tensor]:
     """Return an MLP's weights by canonical name and in canonical axes, as views of the Hugging Face parameters."""
-    block = _blocks(plain)[layer].mlp
+    block = blocks(plain)[layer].mlp
     kind = plain.config.model_type
     if kind == "gpt2":
         return {"W_in": block.c_fc.weight, "W_out": block.c_proj.weight}
     if kind == "gpt_neox":
         return {"W_in": block.dense_h_to_4h.weight.T, "W_out": block.dense_4h_to_h.weight.T}
     return {"W_in": block.up_proj.weight.T, "W_gate": block.gate_proj.weight.T, "W_out": block.down_proj.weight.T}
-
-
-def _blocks(plain: Any) -> Any:
-    return plain.base_model.h if plain.config.model_type == "gpt2" else plain.base_model.layers
-
-
-def _norms(plain: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Return the two norms of every block, and the final norm."""
-    names = ("ln_1", "ln_2") if plain.config.model_type == "gpt2" else ("input_layernorm", "post_attention_layernorm")
-    last = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "llama": "norm"}[plain.config.model_type]
-    first, second = names
-    pairs = [(getattr(block, first), getattr(block, second)) for block in _blocks(plain)]
-    return pairs, getattr(plain.base_model, last)
 
 
 def _fires(plain: Any) -> float:
@@ -277,7 +226,7 @@ def _write_weights(
         if parameter.ndim < 2 or "wpe" in name:
             parameter.zero_()
         else:
-            parameter.copy_(strength[name.endswith(_WRITING)] * torch.randn(parameter.shape, generator=noise))
+            parameter.copy_(strength[name.endswith(WRITING)] * torch.randn(parameter.shape, generator=noise))
     for layer in range(layers):
         for name, weight in _mlp_weights(plain, layer).items():
             if unique:
@@ -334,15 +283,10 @@ def _streams(
 
 def _write_norms(plain: Any, streams: list[tuple[Float[Tensor, " d_model"], float]]) -> None:
     """Set every norm's weight (and bias, if any) such that it multiplies the circuit's stream by the given factor."""
-    pairs, last = _norms(plain)
-    for norms, (stream, factor) in zip([*pairs, (last,)], streams, strict=True):
-        for norm in norms:
-            subtracted = stream.mean().item() if getattr(norm, "bias", None) is not None else 0.0
-            eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
-            divided = math.sqrt((stream - subtracted).square().mean().item() + eps)
-            norm.weight.fill_(factor * divided)
-            if subtracted:
-                norm.bias.fill_(factor * subtracted)
+    pairs, last = norms(plain)
+    for those, (stream, factor) in zip([*pairs, (last,)], streams, strict=True):
+        for norm in those:
+            set_norm(norm, stream, factor)
 
 
 # --- the text ---
@@ -359,26 +303,3 @@ def _sample(
     for place in range(1, length):
         tokens[:, place] = (upto[tokens[:, place - 1]] < rng.random(sequences)[:, None]).sum(1)
     return tokens
-
-
-def _tokenizer(n: int) -> Any:
-    """Build a tokenizer with one word per token: `<|endoftext|>` (token 0), `a` to `z`, `aa` to `az`, and so on."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({_word(index): index for index in range(n)}, unk_token=_word(0)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **dict.fromkeys(("bos_token", "eos_token", "unk_token"), _word(0))
-    )
-
-
-def _word(index: int) -> str:
-    """Return the word of a token, its index in bijective base 26."""
-    if index == 0:
-        return "<|endoftext|>"
-    letters = ""
-    while index:
-        index, letter = divmod(index - 1, 26)
-        letters = chr(ord("a") + letter) + letters
-    return letters

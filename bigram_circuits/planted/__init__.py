@@ -1,0 +1,1 @@
+"""Models with a known circuit: a bigram in MLPs, and behaviours that use attention."""
