@@ -212,11 +212,11 @@ class SparsifyConfig(Record):
     """The layers to mask (None: all); the others are kept whole."""
     units: tuple[str, ...] | str | None = option(
         None, "--units --unit", _NODES, "learn which nodes are needed, through hooks, instead of weights: head, "
-        "neuron, attn, mlp, or names of hook points; one, or several", says="weights",
+        "neuron, attn, mlp, edge, or names of hook points; one, or several", says="weights",
     )  # fmt: skip
     """Learn which nodes are needed, instead of weights: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one
-    or several. With `weight` among them, single weights or larger units as `granularity` says have gates too; a node
-    then counts as the weights that it owns. None: weights alone."""
+    or several; or which edges between parts, `edge`. With `weight` among them, single weights or larger units as
+    `granularity` says have gates too; a node then counts as the weights that it owns. None: weights alone."""
     replace: str = option(
         "zero", "--replace", TEXT, "of nodes: what takes the place of a dropped one", choices=lambda: REPLACEMENTS
     )

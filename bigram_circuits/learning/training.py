@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bigram_circuits.circuit import Circuit
+from bigram_circuits.circuit import EDGE, Circuit
 from bigram_circuits.evaluation import soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import Found, FoundCircuit, FoundSubnetwork, kind_of_found
@@ -33,9 +33,9 @@ from bigram_circuits.learning.memory import forecast_memory, is_out_of_memory, l
 from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.polish import polish_on
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
-from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, replaced
 from bigram_circuits.masking.candidates import Candidates
-from bigram_circuits.masking.replacing import make_replacement, pairs_of
+from bigram_circuits.masking.replacing import pairs_of
 from bigram_circuits.models.activations import check_tokens, lean_forward, n_outputs, recomputed
 from bigram_circuits.models.identity import check_is, weight_hash
 from bigram_circuits.models.model import Model
@@ -148,6 +148,7 @@ def find_circuit(
     units: str | Sequence[str] | None = None,
     replace: str | None = None,
     target_fraction: float | None = None,
+    edges: bool = False,
     measure: str = "loss",
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
@@ -167,13 +168,14 @@ def find_circuit(
             others with `task.corpus(held_out=...)`.
         config: The recipe, which the next three arguments change. By default ours for nodes (`for_nodes`): with a
             `target_fraction` straight-through, else continuous sparsification with hard gates from half of the steps.
-        units: What has a gate: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one or several; and `weight`
-            for single weights, of the components in `config.granularity`. By default the recipe's, or heads and
-            neurons.
+        units: What has a gate: `head`, `neuron`, `attn`, `mlp`, `edge` (what each part writes into what each other
+            part reads: `edge_sites`), or names of hook points, one or several; and `weight` for single weights, of the
+            components in `config.granularity`. By default the recipe's, or heads and neurons.
         replace: What takes the place of a dropped node: `zero`, `mean`, `mean_by_position` (over the training part),
             `resample` (another sequence of the batch) or `counterfactual` (the paired prompt of the task); see
             `Replacement`. By default the recipe's.
         target_fraction: Keep exactly this share of the nodes.
+        edges: The same as `units="edge"`.
         measure: What is asked for at the answers of a `Task`, one of `MEASURES`; see `TaskTarget`.
         run_dir: As for `find_subnetwork`; the circuit is in `circuit.safetensors`.
         resume: As for `find_subnetwork`.
@@ -188,11 +190,19 @@ def find_circuit(
         OSError: As `find_subnetwork`.
         KeyboardInterrupt: As `find_subnetwork`.
     """
+    if edges and units not in (None, EDGE):
+        raise ValueError(f"edges=True asks for edges alone: give units={[*as_units(units), EDGE]} for both")
+    units = EDGE if edges else units
     target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, target_fraction, measure)
     bounds = None if within is None else as_mask(within)
     found = _find(model, target, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
     assert isinstance(found, FoundCircuit), "nodes were asked for"
     return found
+
+
+def as_units(units: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One unit, or several, as a recipe has them."""
+    return (units,) if isinstance(units, str) else tuple(units or ())
 
 
 def as_behaviour(
@@ -217,7 +227,7 @@ def as_behaviour(
         "target_fraction": config.target_fraction if target_fraction is None else target_fraction,
     }
     if units is not None:
-        changes["units"] = (units,) if isinstance(units, str) else tuple(units)
+        changes["units"] = as_units(units)
     config = dataclasses.replace(config, **changes)
     if isinstance(task, Task):
         task = TaskTarget(task, measure, model=model)
@@ -520,7 +530,8 @@ def make_candidates(model: Model, target: Target, corpus: Corpus, config: Sparsi
     text: Any = spread(corpus.train, _AVERAGED)
     if isinstance(target, TaskTarget):
         text = target.task if config.replace == "counterfactual" else target.task_of(corpus.train)
-    return Candidates(model, config, make_replacement(model, plain.names_of_nodes, config.replace, text, config.seed))
+    whole = replaced(model, plain.everything, config.replace, text=text, seed=config.seed)
+    return Candidates(model, config, whole.replacement)
 
 
 # --- what can interrupt learning -------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
 def gated(model: Model, gates: Gates, replacement: Replacement | None = None) -> Iterator[Any]:
     """Within the `with` block, every gated weight is multiplied by its soft gate (`gates.gate`).
 
-    Nodes that are gated are replaced as far as their soft gates are closed.
+    Nodes and edges that are gated are replaced as far as their soft gates are closed.
 
     Call `gates.refresh(...)` before each forward pass. Only the gates' scores receive gradients: all model parameters
     are frozen within the block, and get back their `requires_grad` afterwards.
@@ -184,7 +184,7 @@ def gated(model: Model, gates: Gates, replacement: Replacement | None = None) ->
     def gate(site: WeightSite) -> nn.Module | None:
         return _Gate(gates, site.name) if site.name in gates.names else None
 
-    nodes = nodes_replaced(model, gates.nodes, gates.of_nodes, replacement or Replacement())
+    nodes = sites_replaced(model, gates.sites, gates.of_nodes, replacement or Replacement())
     with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate), nodes:
         yield model
 

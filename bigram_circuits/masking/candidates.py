@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from bigram_circuits.circuit import WEIGHT, Circuit
-from bigram_circuits.masking.apply import Mask, gated
+from bigram_circuits.circuit import EDGE, WEIGHT, Circuit
+from bigram_circuits.masking.apply import Mask, Site, gated
 from bigram_circuits.masking.gates import GateGroup, Gates, Slots, group_gates
+from bigram_circuits.models.edges import EdgeSite, edge_sites
 from bigram_circuits.models.identity import weight_hash
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, layer_of_point, node_sites
@@ -35,8 +36,9 @@ class Candidates:
         self._is_circuit, units = config.units is not None, config.units or (WEIGHT,)
         self._weights: tuple[WeightSite, ...] = weight_sites(model) if WEIGHT in units else ()
         weights = group_gates(self._weights, config.unit_of, config.layers) if self._weights else ()
-        self.nodes = _nodes(model, [unit for unit in units if unit != WEIGHT], config.layers)
-        """The hook points whose nodes have gates."""
+        nodes = _nodes(model, [unit for unit in units if unit not in (WEIGHT, EDGE)], config.layers)
+        self.nodes: tuple[Site, ...] = (*nodes, *(_edges(model, config) if EDGE in units else ()))
+        """The hook points whose nodes have gates, or the edges to which do."""
         slots = [_slots(model, site, bool(weights)) for site in self.nodes]
         self.groups = (*weights, *_groups(slots, max((group.place.stop for group in weights), default=0)))
         """The gates, by weight matrix and hook point."""
@@ -46,14 +48,9 @@ class Candidates:
         """The number of all weights and nodes that the mask is of, including those without a gate."""
 
     @property
-    def names_of_nodes(self) -> list[str]:
-        """The hook points whose nodes have gates."""
-        return [site.name for site in self.nodes]
-
-    @property
     def everything(self) -> Circuit:
-        """The circuit of all nodes that have gates, with their replacement."""
-        masks = {site.name: torch.ones(site.count, dtype=torch.bool) for site in self.nodes}
+        """The circuit of all nodes and edges that have gates, with their replacement."""
+        masks = {site.name: torch.ones(_shape(site), dtype=torch.bool) for site in self.nodes}
         origin: dict[str, Any] = {"model_name": self._model.cfg.model_name, "weight_hash": weight_hash(self._model)}
         return Circuit(masks, **origin, lineage="full").with_replacement(self._replacement)
 
@@ -118,7 +115,7 @@ class Candidates:
     def _stored(self, within: Mask) -> Mapping[str, Bool[Tensor, "..."]]:
         """The masks of a search's bounds, in stored layout."""
         stored = {site.name: site.to_stored(within[site.name]) for site in self._weights}
-        return stored | {name: within[name] for name in self.names_of_nodes}
+        return stored | {site.name: within[site.name] for site in self.nodes}
 
 
 def _nodes(model: Model, units: Sequence[str], layers: Sequence[int] | None) -> tuple[NodeSite, ...]:
@@ -134,16 +131,30 @@ def _nodes(model: Model, units: Sequence[str], layers: Sequence[int] | None) -> 
     return chosen
 
 
-def _slots(model: Model, site: NodeSite, as_weights: bool) -> Slots:
-    ones = torch.ones(site.count, dtype=torch.float32, device=model.cfg.device)
+def _edges(model: Model, config: SparsifyConfig) -> tuple[EdgeSite, ...]:
+    """The readers of a model, to which all edges have gates."""
+    for name, given in (("layers", config.layers is not None), ("low_memory", config.low_memory)):
+        if given:
+            raise ValueError(f"edges are learned together, with all activations kept: leave {name} out")
+    return edge_sites(model)
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    """The shape of a mask."""
+    return site.shape if isinstance(site, EdgeSite) else (site.count,)
+
+
+def _slots(model: Model, site: Site, as_weights: bool) -> Slots:
+    ones = torch.ones(_shape(site), dtype=torch.float32, device=model.cfg.device)
     return Slots(site, ones, _weights_owned(model, site) if as_weights else 1)
 
 
-def _weights_owned(model: Model, site: NodeSite) -> int:
+def _weights_owned(model: Model, site: Site) -> int:
     """How many weights each of the nodes owns, of a matrix that they share an equal part."""
-    component = {"head": "attn", "attn": "attn", "neuron": "mlp", "mlp": "mlp"}.get(site.unit)
+    unit = site.unit if isinstance(site, NodeSite) else EDGE
+    component = {"head": "attn", "attn": "attn", "neuron": "mlp", "mlp": "mlp"}.get(unit)
     if component is None:
-        raise ValueError(f"the nodes of {site.name} own no weights, so that they cannot be learned beside weights")
+        raise ValueError(f"the {unit}s of {site.name} own no weights, so that they cannot be learned beside weights")
     layer = layer_of_point(site.name)
     whole = sum(one.size for one in weight_sites(model) if (one.layer, one.component) == (layer, component))
     return max(1, whole // site.count)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from bigram_circuits.models.edges import EdgeSite
 from bigram_circuits.models.nodes import NodeSite
 from bigram_circuits.models.weights import WeightSite
 from bigram_circuits.recipe import SparsifyConfig
@@ -37,10 +38,10 @@ UNDECIDED, DECIDED = 0.1, 0.9
 
 @dataclass(frozen=True)
 class Slots:
-    """Places that are gated one by one and are no weights: the nodes of a hook point."""
+    """Places that are gated one by one and are no weights: the nodes of a hook point, or the edges to it."""
 
-    nodes: NodeSite
-    """The nodes."""
+    of: NodeSite | EdgeSite
+    """The nodes of a hook point, or the edges to it."""
     original: Float[Tensor, "..."] = field(repr=False, compare=False)
     """Ones, in the shape of the mask."""
     cost: int = 1
@@ -49,7 +50,7 @@ class Slots:
     @property
     def name(self) -> str:
         """The hook point."""
-        return self.nodes.name
+        return self.of.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -265,9 +266,9 @@ class Gates(nn.Module, ABC):
         return frozenset(self._group_of)
 
     @property
-    def nodes(self) -> list[NodeSite]:
-        """The hook points whose nodes are gated."""
-        return [group.site.nodes for group in self.groups if isinstance(group.site, Slots)]
+    def sites(self) -> list[NodeSite | EdgeSite]:
+        """The hook points whose nodes are gated, or the edges to which are."""
+        return [group.site.of for group in self.groups if isinstance(group.site, Slots)]
 
     def gate(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Multiply a weight matrix, in stored layout, by its soft gates; only `scores` receives a gradient."""
@@ -278,7 +279,7 @@ class Gates(nn.Module, ABC):
         return weight * group.spread(soft).to(weight.dtype)
 
     def of_nodes(self, name: str) -> Float[Tensor, "..."]:
-        """Return the soft gates of a hook point's nodes, in the shape of their mask."""
+        """Return the soft gates of a hook point's nodes, or of the edges to it, in the shape of their mask."""
         group = self._group_of[name]
         soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
         return group.spread(soft)

@@ -210,3 +210,41 @@ def test_bad_input(tiny_model, task):
         with pytest.raises(ValueError, match=said) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+# --- edges ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("replace", ["zero", "counterfactual"])
+def test_edges_are_learned_to_exact_sizes(tiny_model, task, method, replace):
+    before = bc.weight_hash(tiny_model)
+    found = find(tiny_model, task, config=recipe(method=method), edges=True, replace=replace)
+    total = bc.Circuit.full(tiny_model, "edge").total
+    assert (found.circuit.kept, found.circuit.total) == (round(0.25 * total), total)
+    assert len(found.circuit.edges) == found.circuit.kept
+    assert (bc.weight_hash(tiny_model), found.config.units) == (before, ("edge",))
+    value = bc.evaluate(tiny_model, found, bc.TaskTarget(task), task.tokens, seeds=1)
+    assert value.full.cross_entropy != pytest.approx(value.subnetwork.cross_entropy)
+
+
+def test_edges_and_nodes_in_one_run(tiny_model, task, tmp_path):
+    found = find(tiny_model, task, config=recipe(), units=("edge", "neuron"), replace="mean", run_dir=tmp_path / "run")
+    assert set(found.circuit.by_unit()) == {"q", "k", "v", "mlp", "logits", "neuron"}
+    run = bc.load_run(tmp_path / "run")
+    tokens, seen = torch.from_numpy(task.tokens[:3]), []
+    for one in (found, run):
+        with bc.masked(tiny_model, one) as model, torch.no_grad():
+            seen.append(model(tokens))
+    assert torch.equal(*seen)
+
+
+def test_what_does_not_go_with_edges(tiny_model, task):
+    for options, said in (
+        ({"config": recipe(layers=(0,)), "edges": True}, "leave layers out"),
+        ({"config": recipe(low_memory=True), "edges": True}, "leave low_memory out"),
+        ({"units": "head", "edges": True}, "edges=True asks for edges alone: give units=.'head', 'edge'. for both"),
+        ({"units": ("edge", "weight")}, "own no weights, so that they cannot be learned beside weights"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            find(tiny_model, task, **options)
