@@ -11,7 +11,7 @@ import pytest
 from benchmarks import planted
 
 sys.path.append(str(Path(planted.__file__).parent))  # benchmarks import each other
-from benchmarks import planted_attention  # noqa: E402
+from benchmarks import planted_attention
 
 
 @pytest.fixture(scope="module")
