@@ -102,6 +102,20 @@ class Evaluation:
         return (self.empty.cross_entropy - self.subnetwork.cross_entropy) / gain
 
     @property
+    def lost(self) -> float:
+        """Share of the full model's gain in cross-entropy over the empty subnetwork that is lost without this one.
+
+        (CE of the complement - CE of the full model) / (CE of the empty subnetwork - CE of the full model). nan without
+        controls, where the full model gains nothing, and where it is not judged by cross-entropies (`by_loss`).
+        """
+        if not self.by_loss or self.complement is None or math.isnan(self.recovered):
+            return math.nan
+        assert self.full is not None, "what is recovered is known"
+        assert self.empty is not None, "what is recovered is known"
+        gain = self.empty.cross_entropy - self.full.cross_entropy
+        return (self.complement.cross_entropy - self.full.cross_entropy) / gain
+
+    @property
     def necessity(self) -> tuple[float, float]:
         """Rise in the model's loss (nats) without the subnetwork, and without a matched random one (mean of seeds)."""
         if self.full is None or self.complement is None:
@@ -566,12 +580,15 @@ _SUFFICIENT = (
 """Least correlation with the target's surprisals, or share recovered of the full model's gain, and the word for it."""
 _NECESSARY = ((10.0, "necessary"), (3.0, "fairly necessary"), (-math.inf, "hardly necessary"))
 """Least rise in loss, in times that of as many random weights, and the word for it."""
+_LOST = ((0.8, "necessary"), (0.4, "fairly necessary"), (-math.inf, "hardly necessary"))
+"""Least share of the full model's gain over the empty subnetwork that is lost without it, and the word for it, where
+evaluations are by loss: there, a loss cannot rise much beyond that of the empty subnetwork."""
 _NEEDED = 0.1
 """Rise in loss, in nats, from which a model needs a subnetwork."""
 _CONTROLS = {
     "full": "the full model",
     "empty": "the empty subnetwork",
-    "magnitude": "the largest {units}",
+    "magnitude": "the {largest} {units}",
     "random ": "random {units}",
 }
 """The controls whose correlation is compared, by the beginning of their names."""
@@ -598,12 +615,13 @@ def _verdict(evaluation: Evaluation) -> str:
 def _sufficiency(evaluation: Evaluation) -> str:
     """How closely the subnetwork follows the target, and which controls do so less closely."""
     beaten, unbeaten = [], []
+    largest = "largest" if evaluation.units == "weights" else "strongest"
     for prefix, label in _CONTROLS.items():
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
         if pairs:
             is_beaten = all(math.isnan(low) or low > 0 for low, _ in pairs)
-            (beaten if is_beaten else unbeaten).append(label.format(units=evaluation.units))
+            (beaten if is_beaten else unbeaten).append(label.format(units=evaluation.units, largest=largest))
     side = "below" if evaluation.by_loss else "above"
     words = [_by_loss_words(evaluation) if evaluation.by_loss else _by_correlation_words(evaluation)]
     if beaten:
@@ -644,8 +662,12 @@ def _necessity(evaluation: Evaluation) -> str:
         times = rise / random
         only = "only " if 0 < times < _NECESSARY[1][0] else ""
         ratio = f"{only}{times:,.{0 if times >= 10 else 1}f} times as much as " if times > 0 else ""
-    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in _NECESSARY if times >= least)
+    lost = evaluation.lost
+    table, value = (_NECESSARY, times) if math.isnan(lost) else (_LOST, lost)
+    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in table if value >= least)
     moves = f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.2f} nats"
+    if not math.isnan(lost):
+        moves += f" (a loss of {100 * lost:.0f}% of that gain)"
     return (
         f"{word}: without it the model's loss {moves}, {ratio}without as many random {evaluation.units} ({random:.2f})"
     )
