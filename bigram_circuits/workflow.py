@@ -51,6 +51,7 @@ from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.targets.next_token import NextTokenTarget
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
+from bigram_circuits.tasks.task import refuse_unable
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
 
 
@@ -193,11 +194,8 @@ def _checked(request: Request, subjects: Subjects) -> InputCheck:
             "out some of the text, or use find_subnetwork alone"
         )
     checked = check_inputs(subjects.model, subjects.target, subjects.corpus, request.config)
-    if checked.ability is not None and not checked.ability.able and not request.inputs.force:
-        raise ValueError(
-            f"{checked.ability}: a subnetwork of a model that cannot do a task explains nothing; give another task or "
-            "model, or go on in spite of it (--force)"
-        )
+    if checked.ability is not None and not request.inputs.force:
+        refuse_unable(checked.ability, "--force")
     return checked
 
 

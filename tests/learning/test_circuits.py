@@ -28,7 +28,7 @@ def recipe(**changes):
 
 
 def find(model, task, **options):
-    return bc.find_circuit(model, task, **({"check_memory": "off"} | options))
+    return bc.find_circuit(model, task, **({"check_memory": "off", "force": True} | options))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -178,6 +178,7 @@ def test_any_target_and_any_hook_point(tiny_model):
 def test_bad_input(tiny_model, task):
     calls = (
         (lambda: find(tiny_model, task, units="heads"), "'heads' is neither a unit"),
+        (lambda: find(tiny_model, task, force=False), r"NOT shown to do it: .* go on in spite of it .force=True."),
         (lambda: find(tiny_model, task, units=()), "units must be different names"),
         (lambda: find(tiny_model, task, units="head", replace="noise"), "replace must be one of zero, mean"),
         (lambda: find(tiny_model, bc.ModelTarget(tiny_model)), "a target that is no task needs a corpus"),
