@@ -493,6 +493,8 @@ def _sums(
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
+    if isinstance(subnetwork, Circuit):
+        batch_size = max(batch_size, subnetwork.replacement.smallest_batch)
     whole = subnetwork.kept == subnetwork.total
     rows = []
     with torch.inference_mode(), nullcontext() if whole else masked(model, subnetwork):

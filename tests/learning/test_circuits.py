@@ -249,3 +249,16 @@ def test_what_does_not_go_with_edges(tiny_model, task):
     ):
         with pytest.raises(ValueError, match=said):
             find(tiny_model, task, **options)
+
+
+def test_resampling_has_a_partner_in_every_batch(tiny_model, task, monkeypatch):
+    """A single sequence that is left joins the batch before; a batch of one is never made."""
+    monkeypatch.setattr("bigram_circuits.evaluation.batch_size_for", lambda model, length: 1)
+    circuit = bc.replaced(tiny_model, bc.Circuit.empty(tiny_model, "head"), "resample")
+    sizes = []
+    tiny_model.add_hook("embed.hook_out", lambda x, hook: sizes.append(len(x)) if x.shape[1] == 8 else None)
+    try:
+        bc.evaluate(tiny_model, circuit, bc.TaskTarget(task), task.tokens[:5], controls=False)
+    finally:
+        tiny_model.reset_hooks()
+    assert sizes == [2, 3]
