@@ -274,6 +274,10 @@ class BitMasks(Mapping[str, Tensor]):
         """Kept / total, 0 to 1."""
         return self.kept / self.total
 
+    def by_name(self) -> dict[str, Count]:
+        """Count kept units by name: of weight matrices or hook points."""
+        return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
+
     @abstractmethod
     def by_place(self) -> dict[tuple[int, str], Count]:
         """Count kept units by layer and what they are units of: a component, or a kind of node."""

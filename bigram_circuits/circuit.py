@@ -276,6 +276,18 @@ def _place(name: str) -> tuple[int, str]:
     return int(found[1]), _UNIT_AT.get(found[2], name)
 
 
+def place_label(name: str) -> str:
+    """The label of all nodes of a hook point, or weights of a matrix: `L0 heads`, `L0 neurons`, `L0.mlp`."""
+    layer, unit = _place(name)
+    return (
+        PartName(unit, layer).label
+        if unit in ("attn", "mlp")
+        else f"L{layer} {unit}s"
+        if layer >= 0 and unit != name
+        else name
+    )
+
+
 def _label(name: str, index: int) -> str:
     layer, unit = _place(name)
     if unit == "head":

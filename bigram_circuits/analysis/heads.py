@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
+from bigram_circuits.masking.apply import MaskLike
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError, batch_size_for, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.names import in_block
-from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.tasks.builtin import repeated_random_tokens
 from bigram_circuits.tasks.task import batches
 
@@ -28,7 +28,7 @@ _SCORES = (
 
 @uses_model
 def head_scores(
-    model: Model, subnetwork: SubnetworkLike | None = None, *, prompts: int = 16, period: int = 24, seed: int = 0
+    model: Model, subnetwork: MaskLike | None = None, *, prompts: int = 16, period: int = 24, seed: int = 0
 ) -> Maps:
     """Score every attention head by what it attends to on a block of random tokens that is repeated.
 
@@ -56,7 +56,7 @@ def head_scores(
     shape = (len(_SCORES), model.cfg.n_layers, model.cfg.n_heads)
     sums = {name: np.zeros(shape) for name in named}
     for name, condition in named.items():
-        for part in batches(len(tokens), batch_size_for(model, tokens.shape[1])):
+        for part in batches(len(tokens), batch_size_for(model, tokens.shape[1]), smallest=2):
             batch = torch.from_numpy(tokens[part].astype(np.int64)).to(model.cfg.device)
             points = [in_block(layer, "attn.hook_pattern") for layer in range(model.cfg.n_layers)]
             with torch.inference_mode(), reduced_to(model, condition):

@@ -347,9 +347,12 @@ def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Integer[np.ndarray,
 def in_order(
     tokens: Integer[np.ndarray, "sequence position"], batch_size: int
 ) -> Iterator[Integer[Tensor, "batch position"]]:
-    """Yield all sequences once, in order; the last batch may be smaller."""
-    for start in range(0, len(tokens), batch_size):
-        yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
+    """Yield all sequences once, in order; the last batch may be smaller, or one larger, so that none is left alone."""
+    start = 0
+    while start < len(tokens):
+        stop = start + batch_size + (len(tokens) == start + batch_size + 1)
+        yield torch.from_numpy(np.asarray(tokens[start:stop]).astype(np.int64))
+        start = stop
 
 
 def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:
