@@ -230,6 +230,11 @@ class Circuit(BitMasks):
         """Count kept nodes by layer and unit."""
         return self._by(_place)
 
+    @property
+    def places(self) -> dict[str, tuple[int, str]]:
+        """Layer and unit of the nodes of every hook point; layer -1 is before the first block."""
+        return {name: _place(name) for name in self}
+
     def _by(self, key: Any) -> dict[Any, Count]:
         counts: dict[Any, Count] = {}
         for name, mask in self.items():
@@ -279,13 +284,9 @@ def _place(name: str) -> tuple[int, str]:
 def place_label(name: str) -> str:
     """The label of all nodes of a hook point, or weights of a matrix: `L0 heads`, `L0 neurons`, `L0.mlp`."""
     layer, unit = _place(name)
-    return (
-        PartName(unit, layer).label
-        if unit in ("attn", "mlp")
-        else f"L{layer} {unit}s"
-        if layer >= 0 and unit != name
-        else name
-    )
+    if unit == name:
+        return name
+    return PartName(unit, layer).label if unit in ("attn", "mlp") else f"L{layer} {unit}s"
 
 
 def _label(name: str, index: int) -> str:

@@ -267,7 +267,7 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
 
     compare = commands.add_parser(
-        "compare", parents=[shared], help="write a page that compares several runs or subnetworks of a model"
+        "compare", parents=[shared], help="write a page that compares several runs, subnetworks or circuits of a model"
     )
     compare.set_defaults(command=_compare)
     compare.add_argument(
@@ -508,8 +508,8 @@ def _export(arguments: argparse.Namespace) -> int:
         check_new_folder(arguments.out)
     model = load_named(inputs, arguments.device)
     check_model(run, model)
-    (export_masks if masks_alone else export_huggingface)(model, run.subnetwork, arguments.out)
-    _tell(f"{run.subnetwork!r}\nwritten to {arguments.out}")
+    (export_masks if masks_alone else export_huggingface)(model, run.mask, arguments.out)
+    _tell(f"{run.mask!r}\nwritten to {arguments.out}")
     return 0
 
 

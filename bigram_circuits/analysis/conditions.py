@@ -77,9 +77,7 @@ def check_subnetwork(subnetwork: Any) -> Mask | None:
 def check_of_weights(kept: Any, what: str) -> Subnetwork:
     """Return a subnetwork; raises NotShownError if it is a circuit, and ValueError if it is neither."""
     if isinstance(found := as_mask(kept), Circuit):
-        raise NotShownError(
-            f"{what} is of weights, and a circuit is of nodes: circuit.weights(model) are those it owns"
-        )
+        raise NotShownError(f"{what} is of weights; circuit.weights(model) are those that a circuit owns")
     return found
 
 

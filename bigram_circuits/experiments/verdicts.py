@@ -48,9 +48,9 @@ def free_name(of: str) -> str:
     return f"{of}, no penalty"
 
 
-def sized_name(of: str, kept: int) -> str:
+def sized_name(of: str, kept: int, units: str = "weights") -> str:
     """The name of an attempt at another size than the subnetwork's."""
-    return f"{of} at {kept} weights"
+    return f"{of} at {kept} {units}"
 
 
 def seeds_of(names: Iterable[str]) -> list[str]:
@@ -126,7 +126,8 @@ def judge_controls(controls: Effects, gaps: Effects | None, curves: Curves | Non
             finding = _finding(controls, gaps, name)
             says = _gap_words(gaps, name)
             if name == RANDOM_BLOCKS:
-                says += _other_sizes(gaps) + _ratio_words(size_ratio(curves, controls.get("fraction")[FOUND]))
+                ratio = size_ratio(curves, controls.get("fraction")[FOUND])
+                says += _other_sizes(gaps, _units(controls)) + _ratio_words(ratio, controls)
         both = f"{when}, {_mask_words(controls, name)}; on the trained model, {_mask_words(controls, FOUND)}."
         if name == RANDOM_BLOCKS and not math.isnan(controls.get("context_told")[FOUND]):
             both = f"Recovered of the context's information about the next token: {both[0].lower()}{both[1:]}"
@@ -173,7 +174,12 @@ def _mask_words(controls: Effects, name: str) -> str:
     details = f"cross-entropy {cross_entropy:.3f} nats" if math.isnan(told) else f"KL {kl:z.3f} nats"
     details += "" if math.isnan(r) else f", r {r:.3f}"
     recovers = "" if math.isnan(told) else f" recover {100 * told:z.0f}%"
-    return f"{100 * kept:.2f}% of the weights{recovers} ({details})"
+    return f"{100 * kept:.2f}% of the {_units(controls)}{recovers} ({details})"
+
+
+def _units(controls: Effects) -> str:
+    """What is kept or dropped: `weights` or `nodes`."""
+    return str(controls.notes.get("units", "weights"))
 
 
 def _gap_words(gaps: Effects, name: str) -> str:
@@ -197,18 +203,19 @@ def _seeds_of_gap(gaps: Effects, name: str) -> list[str]:
     return [one for one in gaps.names if one.startswith(f"{name}, seed ")]
 
 
-def _other_sizes(gaps: Effects) -> str:
+def _other_sizes(gaps: Effects, units: str) -> str:
     """The gaps between trained and re-initialised blocks at other sizes."""
     gap, fraction = gaps.get("kl_gap"), gaps.get("fraction")
     others = [name for name in gaps.names if name.startswith(f"{RANDOM_BLOCKS} at ")]
-    parts = [f"{gap[name]:z.3f} nats at {100 * fraction[name]:.2f}% of the weights" for name in others]
+    parts = [f"{gap[name]:z.3f} nats at {100 * fraction[name]:.2f}% of the {units}" for name in others]
     return f" At other sizes it is {listed(parts)}." if parts else ""
 
 
-def _ratio_words(ratio: tuple[float, float]) -> str:
+def _ratio_words(ratio: tuple[float, float], controls: Effects) -> str:
     low, high = ratio
+    noun = controls.notes.get("noun", "subnetwork")
     times = f"{high:.1f} times" if low == high else f"more than {low:.1f} times" if low else f"at most {high:.1f} times"
-    return f" To reach the subnetwork's KL, re-initialised blocks need {times} its weights."
+    return f" To reach the {noun}'s KL, re-initialised blocks need {times} its {_units(controls)}."
 
 
 def ceiling_words(controls: Effects) -> str:
@@ -219,18 +226,18 @@ def ceiling_words(controls: Effects) -> str:
         for of, words in whose.items()
         if (name := free_name(of)) in controls.names
     ]
-    return f"The ceiling, without a penalty on kept weights: {'; '.join(parts)}." if parts else ""
+    return f"The ceiling, without a penalty on kept {_units(controls)}: {'; '.join(parts)}." if parts else ""
 
 
 # --- the seeds -------------------------------------------------------------------------------------------------------
 
 
 def judge_seeds(controls: Effects, seeds: Effects) -> Judged:
-    """Whether seeds keep the same weights, more than chance would have it."""
+    """Whether seeds keep the same weights, or nodes, more than chance would have it."""
     names = seeds_of(controls.names)
     r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
     shares = list(dict.fromkeys(f"{100 * share:.2f}%" for share in (kept.min(), kept.max())))
-    spread = f"Across {len(names)} seeds, {' to '.join(shares)} of the weights are kept"
+    spread = f"Across {len(names)} seeds, {' to '.join(shares)} of the {_units(controls)} are kept"
     if not np.isnan(r).all():
         spread += f", with r from {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
     empty: Sequence[str] = seeds.notes["kept_nothing"]
@@ -242,7 +249,7 @@ def judge_seeds(controls: Effects, seeds: Effects) -> Judged:
     jaccard = np.array([seeds.get("jaccard")[pair] for pair in whole])
     refutes = not max(logs) < math.log(_SURPRISING)
     verdict = (
-        "not significantly more for every pair: which weights are kept is an accident of the seed."
+        f"not significantly more for every pair: which {_units(controls)} are kept is an accident of the seed."
         if refutes
         else "significant for every pair (p < 0.05, exact null, Holm)."
     )
