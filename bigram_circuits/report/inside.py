@@ -164,7 +164,9 @@ def needed(run: Run, results: Results) -> Content:
         title = f"{shown} as all other {run.mask.units} are {gone}"
         blocks += result_blocks(removed, title, words, key)
     steps = ("ablation_components", "ablation_heads", "stochastic_ablation")
-    return Content(results.reasons(*steps) if blocks else results.absent("what ablations cost", *steps), blocks)
+    heading = "" if run.mask.noun == "subnetwork" else f"What the model and the {run.mask.noun} need"
+    says = results.reasons(*steps) if blocks else results.absent("what ablations cost", *steps)
+    return Content(says, blocks, heading)
 
 
 def _ablation(effects: Effects, what: str) -> list[Block]:

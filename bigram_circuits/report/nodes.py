@@ -36,10 +36,12 @@ def _words(circuit: Circuit) -> str:
     if not circuit.kept:
         return "No node was kept."
     counts = [f"{count.kept:,} of {count.total:,} {unit_words(unit)}" for unit, count in circuit.by_unit().items()]
-    layers = circuit.by_layer()
-    most = max(layers, key=lambda layer: layers[layer].kept)
-    share = percent(layers[most].kept / circuit.kept)
-    return f"It keeps {listed(counts)}. {share} of the kept {circuit.units} are in layer {most}."
+    kept = {layer: count.kept for layer, count in circuit.by_layer().items()}
+    most = max(kept, key=lambda layer: kept[layer])
+    says = f"It keeps {listed(counts)}."
+    if list(kept.values()).count(kept[most]) > 1:
+        return says
+    return f"{says} {percent(kept[most] / circuit.kept)} of the kept {circuit.units} are in layer {most}."
 
 
 def _of_unit(circuit: Circuit, unit: str) -> list[Block]:

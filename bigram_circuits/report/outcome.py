@@ -256,9 +256,12 @@ def _input_words(run: Run) -> list[str]:
 
 
 def _recipe_words(run: Run) -> str:
-    """Every setting of the recipe that is set, as a sentence."""
+    """Every setting of the recipe that is set and has a meaning, as a sentence."""
+    without = set() if run.settings.recipe.units else {"replace"}
     settings = [
-        f"{spaced(name)} {spaced(value)}" for name, value in flat(run.settings.recipe.to_json()) if value != "not set"
+        f"{spaced(name)} {spaced(value)}"
+        for name, value in flat(run.settings.recipe.to_json())
+        if value != "not set" and name not in without
     ]
     return f"Settings: {', '.join(settings)}."
 

@@ -133,7 +133,7 @@ def activating_tokens(tokens: Maps) -> Numbers:
     assert tokens.text is not None
     wanted = [name for name in (*OWN, "full") if name in tokens.conditions] or list(tokens.conditions[:1])
     rows = [
-        [neuron, *(spoken_tokens(tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
+        [neuron, *(spoken_tokens(list(filter(None, tokens.text[tokens.conditions.index(name)][r]))) for name in wanted)]
         for r, neuron in enumerate(tokens.rows)
     ]
     columns = ["neuron", *(f"maximally activating tokens ({label_of(name)})" for name in wanted)]
