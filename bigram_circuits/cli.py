@@ -497,12 +497,13 @@ def _import_published(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from bigram_circuits.runs import load_run
-    from bigram_circuits.sharing import export_huggingface, export_masks
+    from bigram_circuits.sharing import check_is_of_weights, export_huggingface, export_masks
     from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.workflow import check_model, inputs_of, load_named
 
     run = load_run(arguments.run)
     inputs = inputs_of(run, model=arguments.model, only_model=True)
+    check_is_of_weights(run.mask)
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)

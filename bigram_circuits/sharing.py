@@ -96,12 +96,11 @@ def export_masks(model: Model, subnetwork: MaskLike, path: str | os.PathLike[str
     return path
 
 
-def _weights_of(model: Model, given: MaskLike) -> Subnetwork:
-    """The weights that make the masked model, if it is that of a set of weights; raises ValueError if not."""
+def check_is_of_weights(given: Any) -> None:
+    """Raise ValueError if something is a circuit whose masked model is not that of a set of weights."""
     mask = as_mask(given)
-    mask.check_fits(model)
     if not isinstance(mask, Circuit):
-        return mask
+        return
     if mask.replacement.kind != "zero" and mask.kept < mask.total:
         raise ValueError(
             f"weights alone cannot hold a circuit whose nodes are replaced, replace={mask.replacement.kind!r}: "
@@ -110,7 +109,14 @@ def _weights_of(model: Model, given: MaskLike) -> Subnetwork:
     other = next((name for name, (_, unit) in mask.places.items() if unit not in ("head", "neuron", WEIGHT)), None)
     if other is not None:
         raise ValueError(f"weights alone cannot hold this circuit: the nodes of {other} are no heads or neurons")
-    return mask.weights(model)
+
+
+def _weights_of(model: Model, given: MaskLike) -> Subnetwork:
+    """The weights that make the masked model."""
+    mask = as_mask(given)
+    mask.check_fits(model)
+    check_is_of_weights(mask)
+    return mask.weights(model) if isinstance(mask, Circuit) else mask
 
 
 def push_subnetwork(

@@ -14,6 +14,7 @@ them with the loss without random ones.) A larger mask can do more, so everythin
 - on the first three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
 - for a nonsense target: the same distribution under a random permutation s of the vocabulary,
   P'(y | x) = P(s(y) | s(x)); for a task, its answers dealt to its prompts at random;
+- of a circuit, in its place: random nodes, as many at every hook point;
 - with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
 
 Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
@@ -50,6 +51,7 @@ from bigram_circuits.experiments.controls import (
 from bigram_circuits.experiments.verdicts import (
     FOUND,
     NONSENSE,
+    RANDOM_NODES,
     TRAINED,
     Judged,
     ceiling_words,
@@ -271,8 +273,14 @@ def falsify(
     everything = attempts.curve(RANDOM_MODEL, other, target, [own])
     free |= attempts.free(RANDOM_MODEL, other, target)
 
+    draws: dict[str, Measured] = {}
+    if isinstance(found, Circuit):
+        for seed in (config.seed, *others):
+            name = RANDOM_NODES if seed == config.seed else seed_name(seed, RANDOM_NODES)
+            draws[name] = measure(model, found.random_like(seed=seed), target, corpus.held_out)
+
     measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own]}
-    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | reseeded | free
+    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | draws | reseeded | free
     told = _Told(kl_of_best_constant(target, corpus.held_out))
     told_nonsense = _Told(kl_of_best_constant(nonsense, corpus.held_out))
     lines = {TRAINED: trained, RANDOM_BLOCKS: blocks, RANDOM_MODEL: everything}
@@ -287,6 +295,7 @@ def falsify(
         for size in kept
         if size != own
     }
+    gaps |= {name: _gap(trained[own], one, told) for name, one in draws.items()}
     for seed in others:
         name = seed_name(seed, RANDOM_BLOCKS)
         gaps[name] = _gap(reseeded[seed_name(seed)], reseeded[name], told)

@@ -20,6 +20,8 @@ from bigram_circuits.measures.words import listed
 
 FOUND, TRAINED, NONSENSE = "found", "trained", "nonsense target"
 """The subnetwork, the model whose it is, and the control with another target."""
+RANDOM_NODES = "random nodes"
+"""The control of a circuit that has as many nodes at every hook point."""
 _FORMER_SHARE = 0.95  # in results of versions that did not compare at equal size, a control refutes the finding if it
 _FORMER_SIZE = 2.0  # recovers this share of what the subnetwork recovers, with at most this many times its weights
 _HALF = 0.5  # a control that recovers this share of what the subnetwork recovers weakens the finding
@@ -100,6 +102,9 @@ _MEANS = {
         SHUFFLED,
         "stands",
     ): "The result depends on which weight is where: in random places they cannot be masked to match it.",
+    (RANDOM_NODES, "refuted"): "Nodes drawn at random do as well, so which nodes are kept is no finding.",
+    (RANDOM_NODES, "weakened"): "Nodes drawn at random do much of it; what the choice of nodes adds is the gap.",
+    (RANDOM_NODES, "stands"): "The result depends on which nodes are kept: as many random ones do not match it.",
     (NONSENSE, "refuted"): "Masks can make this model reproduce a meaningless target as well, "
     "so reproducing the real one is no evidence.",
     (NONSENSE, "weakened"): "Masks can make this model reproduce much of a meaningless target.",
@@ -109,6 +114,7 @@ _WHEN = {
     RANDOM_BLOCKS: "On the model with re-initialised blocks",
     RANDOM_MODEL: "On the model with everything re-initialised",
     SHUFFLED: "On the model with the weights of each matrix shuffled",
+    RANDOM_NODES: "With random nodes in its place, as many at every hook point",
     NONSENSE: "For a nonsense target",
 }
 

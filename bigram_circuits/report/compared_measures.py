@@ -144,7 +144,7 @@ def pareto(comparison: Comparison) -> Content:
             f"The line is the Pareto front of the measured values: no other {noun} keeps as few {units} and does "
             "as well as one on it. Differences within the intervals (error bars) may be noise."
         )
-    lacking = [one.name for one in drawn if one.measured(R, "random") is None]
+    lacking = [one.name for one in drawn if one.measured(R, "random") is None and one.measured(KL, "random") is None]
     if len(lacking) < len(drawn):
         where = "in every matrix" if units == "weights" else "at every hook point"
         what.append(f"Hollow marks: random {units}, as many {where} (mean over seeds).")

@@ -72,8 +72,9 @@ def _cosine_words(cosine: Maps) -> str:
 def read(run: Run, results: Results) -> Content:
     """Passages of held-out text, coloured by the surprisal of each reader."""
     found = results.maps("passages")
+    heading = "" if run.mask.noun == "subnetwork" else "Surprisal on real text: full model, circuit and target"
     if not found or found.text is None:
-        return Content(results.absent("surprisal on passages", "passages"))
+        return Content(results.absent("surprisal on passages", "passages"), heading=heading)
     names = [name for name in ("full", *OWN, "target") if name in found.conditions]
     most = _full_colour([found.get(found.quantities[0].name, name) for name in names])
     passages = [_passage_reading(run, found, names, row, most) for row in range(len(found.rows))]
@@ -81,7 +82,6 @@ def read(run: Run, results: Results) -> Content:
         f"Held-out text, coloured by surprisal: white at 0 nats, full orange from {rounded(most, 1)} nats. Hover over "
         "a token, or tap it, to see what each predicted in its place."
     )
-    heading = "" if run.mask.noun == "subnetwork" else "Surprisal on real text: full model, circuit and target"
     return Content([says], [*passages, _reading_table(found)], heading)
 
 
