@@ -25,7 +25,7 @@ from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, gated, masked
 from bigram_circuits.masking.effects import node_effects, strongest
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
-from bigram_circuits.measures.conditions import DRAWN, SINGLE
+from bigram_circuits.measures.conditions import CONDITIONS, DRAWN, SINGLE, condition_of
 from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness, Statistic
@@ -116,6 +116,11 @@ class Evaluation:
         return (self.complement.cross_entropy - self.full.cross_entropy) / gain
 
     @property
+    def noun(self) -> str:
+        """What was evaluated: `subnetwork` or `circuit`."""
+        return "subnetwork" if self.units == "weights" else "circuit"
+
+    @property
     def necessity(self) -> tuple[float, float]:
         """Rise in the model's loss (nats) without the subnetwork, and without a matched random one (mean of seeds)."""
         if self.full is None or self.complement is None:
@@ -197,16 +202,20 @@ class Evaluation:
         values = np.array([[getattr(value, one.name) for value in rows.values()] for one in FAITHFULNESS])
         pairs = [[self.interval(name, one.name) for name in rows] for one in FAITHFULNESS]
         low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
-        title = "The subnetwork and its controls"
-        return Effects(title, FAITHFULNESS, "condition", tuple(rows), values, low, high).plot(quantity)
+        title = f"The {self.noun} and its controls"
+        names = tuple(condition_of(name, self.noun) for name in rows)
+        return Effects(title, FAITHFULNESS, "condition", names, values, low, high).plot(quantity)
 
     def __str__(self) -> str:
-        head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
+        names = {name: condition_of(name, self.noun) for name, _ in self.rows()}
+        width = max(15, 2 + max(map(len, names.values())))
+        head = f"{'':<{width}}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}"
+        head += f"{'top-1':>8}{'kept':>12}{'share':>8}"
         lines = [head]
         for name, value in self.rows():
             r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
             lines.append(
-                f"{name:<15}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
+                f"{names[name]:<{width}}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
                 f"{value.mean_surprisal:>8.3f}{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}"
                 f"{100 * value.fraction:>7.2f}%"
             )
@@ -218,11 +227,12 @@ class Evaluation:
         """HTML for notebooks: the same table, its legend and the verdict."""
         columns = ["", "r", "95% interval", "CE", "KL", "loss", "top-1", "kept", "share"]
         rows = [
-            [name, value.surprisal_correlation, self._spread(name), value.cross_entropy, value.kl,
-             value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
+            [condition_of(name, self.noun), value.surprisal_correlation, self._spread(name), value.cross_entropy,
+             value.kl, value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept,
+             f"{100 * value.fraction:.2f}%"]
             for name, value in self.rows()
         ]  # fmt: skip
-        title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
+        title = f"A {self.noun} and its controls" if self.full is not None else f"A {self.noun}, without controls"
         return html.summary(title, self._conclusions, html.table(columns, rows, title), html.small(self._legend))
 
     @property
@@ -589,8 +599,8 @@ _NEEDED = 0.1
 """Rise in loss, in nats, from which a model needs a subnetwork."""
 _CONTROLS = {
     "full": "the full model",
-    "empty": "the empty subnetwork",
-    "magnitude": "the {largest} {units}",
+    "empty": "the empty {noun}",
+    "magnitude": "the {strongest}",
     "random ": "random {units}",
 }
 """The controls whose correlation is compared, by the beginning of their names."""
@@ -605,7 +615,7 @@ def _verdict(evaluation: Evaluation) -> str:
         return "Verdict: evaluated without controls, so no conclusion can be drawn."
     is_undefined = math.isnan(evaluation.subnetwork.surprisal_correlation)
     if is_undefined and math.isnan(evaluation.advantage.get("full", (math.nan, math.nan))[0]):
-        return "Verdict: the subnetwork's correlation with the target is undefined."
+        return f"Verdict: the {evaluation.noun}'s correlation with the target is undefined."
     fraction = evaluation.subnetwork.fraction
     word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
     return (
@@ -617,13 +627,15 @@ def _verdict(evaluation: Evaluation) -> str:
 def _sufficiency(evaluation: Evaluation) -> str:
     """How closely the subnetwork follows the target, and which controls do so less closely."""
     beaten, unbeaten = [], []
-    largest = "largest" if evaluation.units == "weights" else "strongest"
+    strongest = CONDITIONS[condition_of("magnitude", evaluation.noun)].label
     for prefix, label in _CONTROLS.items():
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
         if pairs:
             is_beaten = all(math.isnan(low) or low > 0 for low, _ in pairs)
-            (beaten if is_beaten else unbeaten).append(label.format(units=evaluation.units, largest=largest))
+            (beaten if is_beaten else unbeaten).append(
+                label.format(units=evaluation.units, noun=evaluation.noun, strongest=strongest)
+            )
     side = "below" if evaluation.by_loss else "above"
     words = [_by_loss_words(evaluation) if evaluation.by_loss else _by_correlation_words(evaluation)]
     if beaten:
@@ -645,11 +657,13 @@ def _by_loss_words(evaluation: Evaluation) -> str:
     low, high = evaluation.interval("subnetwork", "cross_entropy")
     losses = f"cross-entropy {value:.3f} nats (95% interval {low:.3f} to {high:.3f})"
     if evaluation.full is None or evaluation.empty is None or math.isnan(share):
-        return f"sufficiency is undefined, since the full model is not better than the empty subnetwork: {losses}"
+        return (
+            f"sufficiency is undefined, since the full model is not better than the empty {evaluation.noun}: {losses}"
+        )
     word = next(word for least, word in _SUFFICIENT if share >= least)
     if value < evaluation.full.cross_entropy:
         word += ", and better at it than the full model"
-    gain = f"{100 * share:.1f}% of the full model's gain over the empty subnetwork"
+    gain = f"{100 * share:.1f}% of the full model's gain over the empty {evaluation.noun}"
     both = f"full {evaluation.full.cross_entropy:.3f}, empty {evaluation.empty.cross_entropy:.3f}"
     return f"{word}: {gain} ({both}), {losses}"
 
