@@ -428,7 +428,7 @@ def curves(
     corpus: Any = "reference",
     *,
     target: Any = "ngram",
-    sizes: Sequence[float] = SIZES,
+    sizes: Sequence[float | int] = SIZES,
     methods: Sequence[str] = METHODS,
     draws: int = 5,
     out: str | os.PathLike[str] | None = None,

@@ -175,7 +175,7 @@ def faithfulness_curves(
     units: str | Sequence[str] | None = None,
     replace: str | None = None,
     measure: str = "loss",
-    sizes: Sequence[float] = SIZES,
+    sizes: Sequence[float | int] = SIZES,
     methods: Sequence[str] = METHODS,
     seeds: int = 5,
     steps: int = 8,
@@ -230,7 +230,7 @@ def faithfulness_curves(
     return found
 
 
-def check_choices(methods: Sequence[str], sizes: Sequence[float], seeds: int) -> None:
+def check_choices(methods: Sequence[str], sizes: Sequence[float | int], seeds: int) -> None:
     """Raise ValueError if a method, a size or the number of draws is not allowed."""
     wrong = [name for name in methods if name not in METHODS]
     if wrong or not methods:

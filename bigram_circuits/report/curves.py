@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigram_circuits.circuit import Circuit
-from bigram_circuits.experiments.faithfulness_curves import AREAS, LABELS, FaithfulnessCurves
+from bigram_circuits.experiments.faithfulness_curves import LABELS, FaithfulnessCurves
 from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
 from bigram_circuits.names import short_name
 from bigram_circuits.report import figures
@@ -28,7 +28,6 @@ section = CURVES_SECTIONS.add
 ENOUGH = 0.9
 """The faithfulness for which the page names the smallest circuits."""
 _MOST_NAMED = 30  # nodes of a circuit whose labels are listed; of more, they are counted
-_INTERVAL = ("95% interval",)
 _LOWEST = -1.0  # faithfulness at the bottom of the chart, at least
 _WORDS = {
     "zero": "0",
@@ -160,16 +159,12 @@ def areas(found: FaithfulnessCurves) -> Content:
         [label for _, label in named], {"CMD": [one[0] for one in cmd]}, "CMD: area between faithfulness and 1",
         {"CMD": ([one[1] for one in cmd], [one[2] for one in cmd])},
     )  # fmt: skip
+    interval = "95% interval"
+    over = [[label, *_cells(found, name, "cmd", "cmd_over_learned")] for name, label in named]
+    under = [[label, *_cells(found, name, "area", "cpr")] for name, label in named]
     tables = [
-        Numbers(caption, columns, [[label, *_cells(found, name, chosen)] for name, label in named], is_open=True)
-        for caption, columns, chosen in (
-            (
-                "CMD",
-                ["chosen", "CMD", *_INTERVAL, "CMD over learned", "95% interval, paired"],
-                ("cmd", "cmd_over_learned"),
-            ),
-            ("Area and CPR", ["chosen", "area", *_INTERVAL, "CPR", *_INTERVAL], ("area", "cpr")),
-        )
+        Numbers("CMD", ["chosen", "CMD", interval, "CMD over learned", f"{interval}, paired"], over, is_open=True),
+        Numbers("Area and CPR", ["chosen", "area", interval, "CPR", interval], under, is_open=True),
     ]
     says = [
         "Areas are over the share kept, from 0 to 1 on a linear axis, where the ends are 0 and 1 by definition.",
@@ -179,7 +174,7 @@ def areas(found: FaithfulnessCurves) -> Content:
     return Content(says, [Chart("CMD", "", figure), *tables])
 
 
-def _cells(found: FaithfulnessCurves, method: str, quantities: Sequence[str]) -> list[Any]:
+def _cells(found: FaithfulnessCurves, method: str, *quantities: str) -> list[Any]:
     """Values and intervals."""
     measured = [_area(found, one, method) for one in quantities]
     return [cell for value, low, high in measured for cell in (value, span(low, high))]
