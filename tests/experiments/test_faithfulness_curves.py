@@ -104,6 +104,8 @@ def test_the_planted_heads_come_first_and_random_ones_last(found):
     for method in ("learned", "integrated", "patching"):
         assert set(found.circuits[method][0].nodes) == planted, method
         assert found.smallest(method).kept == 2
+    # where attention is saturated, the gradient alone misses the head that the other one reads
+    assert set(found.circuits["attribution"][0].nodes) & planted == {"L1H2"}
     cmd = dict(zip(found.areas.names, found.areas.values[0], strict=True))
     assert max(cmd, key=cmd.get) == "random"
     at, over = found.areas.names.index("random"), [one.name for one in found.areas.quantities].index("cmd_over_learned")
