@@ -279,6 +279,10 @@ class BitMasks(Mapping[str, Tensor]):
         """What the units of these masks are called, where a subclass tells more than one kind."""
         return self.units
 
+    def by_name(self) -> dict[str, Count]:
+        """Count kept units by name: of weight matrices or hook points."""
+        return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
+
     @abstractmethod
     def by_place(self) -> dict[tuple[int, str], Count]:
         """Count kept units by layer and what they are units of: a component, or a kind of node."""

@@ -290,6 +290,11 @@ class Circuit(BitMasks):
         """Count kept nodes by layer and unit; see `by_layer` and `by_unit`."""
         return self._by(lambda place: place)
 
+    @property
+    def places(self) -> dict[str, tuple[int, str]]:
+        """Layer and unit of the nodes of every hook point; layer -1 is before the first block."""
+        return {name: _place(name) for name in self}
+
     def _by(self, key: Any) -> dict[Any, Count]:
         counts: dict[Any, Count] = {}
         readers = {site.name: (site.layer, site.kind) for site in self.edge_sites}
@@ -350,6 +355,14 @@ def _place(name: str) -> tuple[int, str]:
     if WeightName.is_one(name):
         return int(found[1]), WEIGHT
     return int(found[1]), _UNIT_AT.get(found[2], name)
+
+
+def place_label(name: str) -> str:
+    """The label of all nodes of a hook point, or weights of a matrix: `L0 heads`, `L0 neurons`, `L0.mlp`."""
+    layer, unit = _place(name)
+    if unit == name:
+        return name
+    return PartName(unit, layer).label if unit in ("attn", "mlp") else f"L{layer} {unit}s"
 
 
 def _label(name: str, index: int) -> str:

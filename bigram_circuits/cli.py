@@ -313,7 +313,7 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)")
 
     compare = commands.add_parser(
-        "compare", parents=[shared], help="write a page that compares several runs or subnetworks of a model"
+        "compare", parents=[shared], help="write a page that compares several runs, subnetworks or circuits of a model"
     )
     compare.set_defaults(command=_compare)
     compare.add_argument(
@@ -565,19 +565,20 @@ def _import_published(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from bigram_circuits.runs import load_run
-    from bigram_circuits.sharing import export_huggingface, export_masks
+    from bigram_circuits.sharing import check_is_of_weights, export_huggingface, export_masks
     from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.workflow import check_model, inputs_of, load_named
 
     run = load_run(arguments.run)
     inputs = inputs_of(run, model=arguments.model, only_model=True)
+    check_is_of_weights(run.mask)
     masks_alone = arguments.out.suffix in (".npz", ".safetensors")
     if not masks_alone:
         check_new_folder(arguments.out)
     model = load_named(inputs, arguments.device)
     check_model(run, model)
-    (export_masks if masks_alone else export_huggingface)(model, run.subnetwork, arguments.out)
-    _tell(f"{run.subnetwork!r}\nwritten to {arguments.out}")
+    (export_masks if masks_alone else export_huggingface)(model, run.mask, arguments.out)
+    _tell(f"{run.mask!r}\nwritten to {arguments.out}")
     return 0
 
 

@@ -25,7 +25,7 @@ from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, gated, masked
 from bigram_circuits.masking.effects import node_effects, strongest
 from bigram_circuits.masking.gates import Gates
 from bigram_circuits.measures import html, statistics
-from bigram_circuits.measures.conditions import DRAWN, SINGLE
+from bigram_circuits.measures.conditions import CONDITIONS, DRAWN, SINGLE, condition_of
 from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness, Statistic
@@ -100,6 +100,25 @@ class Evaluation:
             return math.nan
         gain = self.empty.cross_entropy - self.full.cross_entropy
         return (self.empty.cross_entropy - self.subnetwork.cross_entropy) / gain
+
+    @property
+    def lost(self) -> float:
+        """Share of the full model's gain in cross-entropy over the empty subnetwork that is lost without this one.
+
+        (CE of the complement - CE of the full model) / (CE of the empty subnetwork - CE of the full model). nan without
+        controls, where the full model gains nothing, and where it is not judged by cross-entropies (`by_loss`).
+        """
+        if not self.by_loss or self.complement is None or math.isnan(self.recovered):
+            return math.nan
+        assert self.full is not None, "what is recovered is known"
+        assert self.empty is not None, "what is recovered is known"
+        gain = self.empty.cross_entropy - self.full.cross_entropy
+        return (self.complement.cross_entropy - self.full.cross_entropy) / gain
+
+    @property
+    def noun(self) -> str:
+        """What was evaluated: `subnetwork` or `circuit`."""
+        return "subnetwork" if self.units == "weights" else "circuit"
 
     @property
     def necessity(self) -> tuple[float, float]:
@@ -183,16 +202,20 @@ class Evaluation:
         values = np.array([[getattr(value, one.name) for value in rows.values()] for one in FAITHFULNESS])
         pairs = [[self.interval(name, one.name) for name in rows] for one in FAITHFULNESS]
         low, high = np.moveaxis(np.array(pairs, dtype=float), -1, 0)
-        title = "The subnetwork and its controls"
-        return Effects(title, FAITHFULNESS, "condition", tuple(rows), values, low, high).plot(quantity)
+        title = f"The {self.noun} and its controls"
+        names = tuple(condition_of(name, self.noun) for name in rows)
+        return Effects(title, FAITHFULNESS, "condition", names, values, low, high).plot(quantity)
 
     def __str__(self) -> str:
-        head = f"{'':<15}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}{'top-1':>8}{'kept':>12}{'share':>8}"
+        names = {name: condition_of(name, self.noun) for name, _ in self.rows()}
+        width = max(15, 2 + max(map(len, names.values())))
+        head = f"{'':<{width}}{'r':>8}{'95% interval':>18}{'CE':>8}{'KL':>8}{'loss':>8}"
+        head += f"{'top-1':>8}{'kept':>12}{'share':>8}"
         lines = [head]
         for name, value in self.rows():
             r = "undef." if math.isnan(value.surprisal_correlation) else f"{value.surprisal_correlation:.3f}"
             lines.append(
-                f"{name:<15}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
+                f"{names[name]:<{width}}{r:>8}{self._spread(name):>18}{value.cross_entropy:>8.3f}{value.kl:>8.3f}"
                 f"{value.mean_surprisal:>8.3f}{100 * value.top1_agreement:>7.1f}%{value.kept:>12,}"
                 f"{100 * value.fraction:>7.2f}%"
             )
@@ -204,11 +227,12 @@ class Evaluation:
         """HTML for notebooks: the same table, its legend and the verdict."""
         columns = ["", "r", "95% interval", "CE", "KL", "loss", "top-1", "kept", "share"]
         rows = [
-            [name, value.surprisal_correlation, self._spread(name), value.cross_entropy, value.kl,
-             value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept, f"{100 * value.fraction:.2f}%"]
+            [condition_of(name, self.noun), value.surprisal_correlation, self._spread(name), value.cross_entropy,
+             value.kl, value.mean_surprisal, f"{100 * value.top1_agreement:.1f}%", value.kept,
+             f"{100 * value.fraction:.2f}%"]
             for name, value in self.rows()
         ]  # fmt: skip
-        title = "A subnetwork and its controls" if self.full is not None else "A subnetwork, without controls"
+        title = f"A {self.noun} and its controls" if self.full is not None else f"A {self.noun}, without controls"
         return html.summary(title, self._conclusions, html.table(columns, rows, title), html.small(self._legend))
 
     @property
@@ -479,6 +503,8 @@ def _sums(
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     batch_size = batch_size_for(model, tokens.shape[1])
+    if isinstance(subnetwork, Circuit):
+        batch_size = max(batch_size, subnetwork.replacement.smallest_batch)
     whole = subnetwork.kept == subnetwork.total
     rows = []
     with torch.inference_mode(), nullcontext() if whole else masked(model, subnetwork):
@@ -566,12 +592,15 @@ _SUFFICIENT = (
 """Least correlation with the target's surprisals, or share recovered of the full model's gain, and the word for it."""
 _NECESSARY = ((10.0, "necessary"), (3.0, "fairly necessary"), (-math.inf, "hardly necessary"))
 """Least rise in loss, in times that of as many random weights, and the word for it."""
+_LOST = ((0.8, "necessary"), (0.4, "fairly necessary"), (-math.inf, "hardly necessary"))
+"""Least share of the full model's gain over the empty subnetwork that is lost without it, and the word for it, where
+evaluations are by loss: there, a loss cannot rise much beyond that of the empty subnetwork."""
 _NEEDED = 0.1
 """Rise in loss, in nats, from which a model needs a subnetwork."""
 _CONTROLS = {
     "full": "the full model",
-    "empty": "the empty subnetwork",
-    "magnitude": "the largest {units}",
+    "empty": "the empty {noun}",
+    "magnitude": "the {strongest}",
     "random ": "random {units}",
 }
 """The controls whose correlation is compared, by the beginning of their names."""
@@ -586,7 +615,7 @@ def _verdict(evaluation: Evaluation) -> str:
         return "Verdict: evaluated without controls, so no conclusion can be drawn."
     is_undefined = math.isnan(evaluation.subnetwork.surprisal_correlation)
     if is_undefined and math.isnan(evaluation.advantage.get("full", (math.nan, math.nan))[0]):
-        return "Verdict: the subnetwork's correlation with the target is undefined."
+        return f"Verdict: the {evaluation.noun}'s correlation with the target is undefined."
     fraction = evaluation.subnetwork.fraction
     word = next((word for most, word in _SPARSE if fraction <= most), "of unknown sparsity")
     return (
@@ -598,12 +627,15 @@ def _verdict(evaluation: Evaluation) -> str:
 def _sufficiency(evaluation: Evaluation) -> str:
     """How closely the subnetwork follows the target, and which controls do so less closely."""
     beaten, unbeaten = [], []
+    strongest = CONDITIONS[condition_of("magnitude", evaluation.noun)].label
     for prefix, label in _CONTROLS.items():
         pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
         # an undefined control correlation (its surprisal is constant) carries no information about the target
         if pairs:
             is_beaten = all(math.isnan(low) or low > 0 for low, _ in pairs)
-            (beaten if is_beaten else unbeaten).append(label.format(units=evaluation.units))
+            (beaten if is_beaten else unbeaten).append(
+                label.format(units=evaluation.units, noun=evaluation.noun, strongest=strongest)
+            )
     side = "below" if evaluation.by_loss else "above"
     words = [_by_loss_words(evaluation) if evaluation.by_loss else _by_correlation_words(evaluation)]
     if beaten:
@@ -625,11 +657,13 @@ def _by_loss_words(evaluation: Evaluation) -> str:
     low, high = evaluation.interval("subnetwork", "cross_entropy")
     losses = f"cross-entropy {value:.3f} nats (95% interval {low:.3f} to {high:.3f})"
     if evaluation.full is None or evaluation.empty is None or math.isnan(share):
-        return f"sufficiency is undefined, since the full model is not better than the empty subnetwork: {losses}"
+        return (
+            f"sufficiency is undefined, since the full model is not better than the empty {evaluation.noun}: {losses}"
+        )
     word = next(word for least, word in _SUFFICIENT if share >= least)
     if value < evaluation.full.cross_entropy:
         word += ", and better at it than the full model"
-    gain = f"{100 * share:.1f}% of the full model's gain over the empty subnetwork"
+    gain = f"{100 * share:.1f}% of the full model's gain over the empty {evaluation.noun}"
     both = f"full {evaluation.full.cross_entropy:.3f}, empty {evaluation.empty.cross_entropy:.3f}"
     return f"{word}: {gain} ({both}), {losses}"
 
@@ -644,8 +678,12 @@ def _necessity(evaluation: Evaluation) -> str:
         times = rise / random
         only = "only " if 0 < times < _NECESSARY[1][0] else ""
         ratio = f"{only}{times:,.{0 if times >= 10 else 1}f} times as much as " if times > 0 else ""
-    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in _NECESSARY if times >= least)
+    lost = evaluation.lost
+    table, value = (_NECESSARY, times) if math.isnan(lost) else (_LOST, lost)
+    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in table if value >= least)
     moves = f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.2f} nats"
+    if not math.isnan(lost):
+        moves += f" (a loss of {100 * lost:.0f}% of that gain)"
     return (
         f"{word}: without it the model's loss {moves}, {ratio}without as many random {evaluation.units} ({random:.2f})"
     )

@@ -50,6 +50,11 @@ class Replacement:
     """For `counterfactual`: the pairs of prompts; None if they are not known, as for a circuit that was read from a
     file."""
 
+    @property
+    def smallest_batch(self) -> int:
+        """The fewest sequences that a forward pass may have."""
+        return 2 if self.kind == "resample" else 1
+
     def __post_init__(self) -> None:
         if self.kind not in REPLACEMENTS:
             raise ValueError(f"replace must be one of {', '.join(REPLACEMENTS)}, not {self.kind!r}")

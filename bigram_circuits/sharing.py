@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.circuit import WEIGHT, Circuit
+from bigram_circuits.masking.apply import MaskLike, as_mask
 from bigram_circuits.models.layouts import huggingface_layout
 from bigram_circuits.models.loading import hub_errors, is_local, plain_of
 from bigram_circuits.models.model import Model
@@ -30,21 +32,22 @@ _HASH = re.compile(r"[0-9a-z:,]+")
 
 
 @uses_model
-def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | os.PathLike[str]) -> Path:
+def export_huggingface(model: Model, subnetwork: MaskLike, folder: str | os.PathLike[str]) -> Path:
     """Export the masked model, with every dropped weight set to 0, for `AutoModelForCausalLM.from_pretrained`.
 
-    All weights are those of `model` as it is now; its files are not read again.
+    All weights are those of `model` as it is now; its files are not read again. Of a circuit of heads and neurons whose
+    dropped nodes are 0, the weights that they own are dropped (`Circuit.weights`), which is the same model.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, the folder is not empty, or the model is no Hugging Face
-            model.
+        ValueError: If the subnetwork does not fit the model, the folder is not empty, the model is no Hugging Face
+            model, or a circuit is no set of weights: its dropped nodes are replaced by other values than 0, or are
+            neither heads nor neurons.
         OSError: If the folder cannot be written.
     """
-    subnetwork = as_subnetwork(subnetwork)
-    subnetwork.check_fits(model)
+    subnetwork = _weights_of(model, subnetwork)
     if is_native(model.original_model):
         raise ValueError(
             f"{model.cfg.model_name!r} is not a Hugging Face model, but one of TransformerLens' own (boot_native): "
@@ -62,22 +65,23 @@ def export_huggingface(model: Model, subnetwork: SubnetworkLike, folder: str | o
 
 
 @uses_model
-def export_masks(model: Model, subnetwork: SubnetworkLike, path: str | os.PathLike[str]) -> Path:
+def export_masks(model: Model, subnetwork: MaskLike, path: str | os.PathLike[str]) -> Path:
     """Export boolean masks by Hugging Face parameter name; `import_published` reads them.
 
     Args:
         model: The model.
-        subnetwork: A subnetwork of that model.
+        subnetwork: A subnetwork of that model, or a circuit, as for `export_huggingface`.
         path: File to write, `.npz` or `.safetensors`.
 
     Raises:
-        ValueError: If the subnetwork does not fit the model, or the file has another suffix.
+        ValueError: If the subnetwork does not fit the model, the file has another suffix, or a circuit is no set of
+            weights.
         OSError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"masks are written as .npz or .safetensors, but the file is {str(path)!r}")
-    masks = as_subnetwork(subnetwork).to_huggingface(model)
+    masks = _weights_of(model, subnetwork).to_huggingface(model)
     name = str(model.cfg.model_name)
     made_for = {} if is_local(name) else {MODEL_KEY: name}  # a local path means nothing to others
     with whole_file(path) as temporary:
@@ -90,6 +94,29 @@ def export_masks(model: Model, subnetwork: SubnetworkLike, path: str | os.PathLi
                 content |= {key: np.array(value) for key, value in made_for.items()}
                 np.savez_compressed(file, **content)  # a zip file, with a checksum per member
     return path
+
+
+def check_is_of_weights(given: Any) -> None:
+    """Raise ValueError if something is a circuit whose masked model is not that of a set of weights."""
+    mask = as_mask(given)
+    if not isinstance(mask, Circuit):
+        return
+    if mask.replacement.kind != "zero" and mask.kept < mask.total:
+        raise ValueError(
+            f"weights alone cannot hold a circuit whose nodes are replaced, replace={mask.replacement.kind!r}: "
+            "Circuit.save keeps it, circuit.weights(model) are the weights that its nodes own"
+        )
+    other = next((name for name, (_, unit) in mask.places.items() if unit not in ("head", "neuron", WEIGHT)), None)
+    if other is not None:
+        raise ValueError(f"weights alone cannot hold this circuit: the nodes of {other} are no heads or neurons")
+
+
+def _weights_of(model: Model, given: MaskLike) -> Subnetwork:
+    """The weights that make the masked model."""
+    mask = as_mask(given)
+    mask.check_fits(model)
+    check_is_of_weights(mask)
+    return mask.weights(model) if isinstance(mask, Circuit) else mask
 
 
 def push_subnetwork(

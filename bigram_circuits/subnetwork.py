@@ -78,7 +78,7 @@ class Subnetwork(BitMasks):
 
     def by_weight(self) -> dict[str, Count]:
         """Count kept weights by weight matrix (canonical name)."""
-        return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
+        return self.by_name()
 
     def by_component(self) -> dict[tuple[int, str], Count]:
         """Count kept weights by (layer, `"attn"` or `"mlp"`)."""

@@ -62,11 +62,11 @@ from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
-from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.targets.next_token import NextTokenTarget
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
+from bigram_circuits.tasks.task import refuse_unable
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
 
 
@@ -201,7 +201,7 @@ def _study(
         try:
             _examine(request, subjects, folder, found, say)
         except KeyboardInterrupt:
-            kept = f"the subnetwork is saved in {str(folder.path)!r}; rerun the command to go on"
+            kept = f"the {found.mask.noun} is saved in {str(folder.path)!r}; rerun the command to go on"
             raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
     for line in _in_the_end(found):
         say(line)
@@ -221,11 +221,8 @@ def _checked(request: Request, subjects: Subjects) -> InputCheck:
             "out some of the text, or use find_subnetwork alone"
         )
     checked = check_inputs(subjects.model, subjects.target, subjects.corpus, request.config)
-    if checked.ability is not None and not checked.ability.able and not request.inputs.force:
-        raise ValueError(
-            f"{checked.ability}: a subnetwork of a model that cannot do a task explains nothing; give another task or "
-            "model, or go on in spite of it (--force)"
-        )
+    if checked.ability is not None and not request.inputs.force:
+        refuse_unable(checked.ability, "--force")
     return checked
 
 
@@ -313,12 +310,12 @@ def _examine(request: Request, subjects: Subjects, folder: RunFolder, found: Fou
     evaluation = evaluate(model, found.mask, target, corpus.held_out, seeds=options.random_seeds)
     folder.write_evaluation(evaluation, identity_of(corpus))
     say(f"\n{evaluation}\n\n{found.mask.table()}\n")
-    if options.analysis and isinstance(found.mask, Subnetwork):
+    if options.analysis:
         analyses = analyze(model, found.mask, target, corpus)
         analyses.save(folder.path / "analysis")
         say(f"{analyses}\n")
     write_report(folder.path)
-    if options.falsify and isinstance(found.mask, Subnetwork):
+    if options.falsify:
         tried = falsify(
             model, target, corpus, request.config,
             found=found.mask, seeds=options.falsify_seeds, run_dir=folder.path / "falsify",

@@ -1,7 +1,7 @@
 """Ablate parts of a model and measure the effect on its predictions.
 
 Parts are named in the language of `components`: `L2H3`, `L0.mlp`, `heads` for each in turn, `subnetwork`, or a
-`Subnetwork`, whose weights are ablated. Activations are replaced by hooks, or weights are set to 0:
+`Subnetwork` or `Circuit`, whose weights or nodes are ablated. Activations are replaced by hooks, or weights set to 0:
 
 - `zero`: the activation is set to 0.
 - `mean`: it is set to its mean over all sequences and positions of the text, in the unablated model.
@@ -9,8 +9,11 @@ Parts are named in the language of `components`: `L2H3`, `L0.mlp`, `heads` for e
   (where a task's prompts differ in length, the other prompt may already have ended there).
 - `weights`: all weights of the part are 0, as with `Subnetwork.drop_head`, `drop_neurons` and so on.
 
+The nodes of a `Circuit` are replaced as the circuit says (`Circuit.replacement`), or that in which it is ablated.
+
 Every rise in loss is compared with that of matched random ablations: as many random coordinates of the same
-activations, or as many random weights in the same matrices. There is no such control where the part is all there is.
+activations, random weights in the same matrices, or random nodes of the same hook points. There is no such control
+where the part is all there is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.components import (
     Coordinates,
+    M,
     Part,
     coordinates,
     matched_counts,
@@ -38,14 +42,17 @@ from bigram_circuits.analysis.components import (
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
+from bigram_circuits.measures.conditions import condition_of
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION, Quantity
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import NotShownError, check_predicts_tokens, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import target_of
 from bigram_circuits.tasks.task import Task, as_task, checked_task, measure
 from bigram_circuits.text.corpus import spread
@@ -60,7 +67,7 @@ WAYS = ("zero", "mean", "resample", "weights")
 def ablate(
     model: Model,
     what: Any,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     tokens: Any = None,
     *,
@@ -72,23 +79,26 @@ def ablate(
 
     Args:
         model: From `load_model`.
-        what: The parts, in the language of `components`: a string, a `Subnetwork`, or a list of these.
-        subnetwork: Also ablate within the model reduced to this subnetwork; those quantities end in `_in_subnetwork`.
+        what: The parts, in the language of `components`: a string, a `Subnetwork` or `Circuit`, or a list.
+        subnetwork: Also ablate within the model reduced to this subnetwork or circuit; those quantities end in
+            `_in_subnetwork`, or `_in_circuit`.
         target: If given, also measure the change of the correlation of surprisals with this target's.
         tokens: Text to measure on (an array, or a corpus: its held-out part), or a `Task`.
         by: `zero`, `mean`, `resample` or `weights`; by default `zero` for components and `weights` for subnetworks,
-            which can only be ablated by weights.
+            which can only be ablated by weights. To be left out for a `Circuit`, which has its own replacement.
         seeds: Number of matched random ablations to average over; 0 for none.
         seed: Seed of the resampling.
 
     Returns:
-        For every part, in the full model and, if given, in the subnetwork: `rise_in_loss` and its `excess` over
-        `random_rise`, that of the matched random ablations, with 95% paired intervals; the `loss` after ablation; with
-        a target `change_in_r`; for a task with wrong tokens `change_in_log_odds`. Losses are in nats per scored place.
+        For every part, in the full model and, if given, in the subnetwork or circuit: `rise_in_loss` and its `excess`
+        over `random_rise`, that of the matched random ablations, with 95% paired intervals; the `loss` after ablation;
+        with a target `change_in_r`; for a task with wrong tokens `change_in_log_odds`. Losses are in nats per scored
+        place.
 
     Raises:
-        ValueError: If an argument is wrong, `by` does not apply to a part, there is only one sequence to resample from,
-            the model does not show an activation, or a surprisal is not finite.
+        ValueError: If an argument is wrong, `by` does not apply to a part, weights should be ablated within a circuit
+            or nodes within a subnetwork, there is only one sequence to resample from, the model does not show an
+            activation, or a surprisal is not finite.
     """
     if by is not None and by not in WAYS:
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
@@ -105,7 +115,7 @@ def _ablate(
     model: Model,
     parts: Sequence[Part],
     task: Task,
-    subnetwork: Subnetwork | None,
+    subnetwork: Mask | None,
     *,
     by: str | None,
     target: Any,
@@ -113,15 +123,17 @@ def _ablate(
     seed: int,
 ) -> Effects:
     """`ablate` on checked arguments."""
-    ways = {part.name: by or ("weights" if part.subnetworks else "zero") for part in parts}
-    if "resample" in ways.values() and len(task) < 2:
+    ways = {part.name: _way(part, by, subnetwork) for part in parts}
+    if "resample" in [ways[part.name] for part in parts if not part.circuits] and len(task) < 2:
         raise ValueError("resampling takes activations from another sequence, but there is only one")
-    chosen = {part.name: coordinates(model, part) for part in parts if ways[part.name] != "weights"}
+    of_nodes = [part for part in parts if part.circuits]
+    by_weights = [part for part in parts if ways[part.name] == "weights" and part not in of_nodes]
+    chosen = {part.name: coordinates(model, part) for part in parts if part not in (*of_nodes, *by_weights)}
     _check_shown(model, task, chosen.values())
-    by_weights = [part for part in parts if ways[part.name] == "weights"]
     empty = Subnetwork.empty(model) if by_weights else None
-    dropped = {part.name: part.weights(empty) for part in by_weights if empty is not None}
-    bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {"subnetwork": subnetwork})
+    dropped: dict[str, Mask] = {part.name: part.weights(empty) for part in by_weights if empty is not None}
+    dropped |= {part.name: part.nodes(part.circuits[0]) for part in of_nodes}
+    bases: dict[str, Kept] = {"full": None} | ({} if subnetwork is None else {subnetwork.noun: subnetwork})
     measurements = PairedMeasurements(model, task, target)
     jobs: list[Job] = []
     for base, kept in bases.items():
@@ -131,7 +143,7 @@ def _ablate(
             if part.name in chosen:
                 jobs += _activation_jobs(part.name, base, kept, chosen[part.name], ways, means, task, seeds, seed)
             else:
-                jobs += _weight_jobs(part, base, kept, dropped[part.name], seeds)
+                jobs += _mask_jobs(part, base, kept, dropped[part.name], seeds)
     with progress(total=len(jobs) * len(task), desc="ablating", unit="sequence") as bar:
         for job in jobs:
             measurements.measure(job, bar)
@@ -153,6 +165,22 @@ def _ablate(
         }
         | ({"correlations": "scored places where the target's probability is above 0"} if target is not None else {}),
     )
+
+
+def _way(part: Part, by: str | None, subnetwork: Mask | None) -> str:
+    """How a part is ablated: one of `WAYS`, or the replacement of a circuit.
+
+    Raises:
+        ValueError: If that is impossible, or impossible within the subnetwork or circuit.
+    """
+    whole: Mask | None = next(iter((*part.circuits, *part.subnetworks)), None)
+    if part.circuits and by is not None:
+        raise ValueError(f"the nodes of {part.name!r} are replaced as their circuit says, not by={by!r}: leave by out")
+    is_mixed = subnetwork is not None and isinstance(subnetwork, Circuit) != bool(part.circuits)
+    if is_mixed and (whole is not None or by == "weights"):
+        what, where = ("nodes", "subnetwork") if part.circuits else ("weights", "circuit")
+        raise ValueError(f"the {what} of {part.name!r} cannot be ablated within a {where}")
+    return part.circuits[0].replacement.kind if part.circuits else by or ("weights" if whole is not None else "zero")
 
 
 def _check_shown(model: Model, task: Task, chosen: Iterable[Coordinates]) -> None:
@@ -207,16 +235,17 @@ def _activation_jobs(
             yield job(masks, random)
 
 
-def _weight_jobs(part: Part, base: str, kept: Kept, dropped: Subnetwork, seeds: int) -> Iterable[Job]:
-    pool = ~(dropped - dropped) if kept is None else kept  # all weights, or the base's
+def _mask_jobs(part: Part, base: str, kept: Any, dropped: Any, seeds: int) -> Iterable[Job]:
+    """Jobs without the weights or nodes of a part; the base, if it is reduced, has the same kind of mask."""
+    pool = dropped.constant(True) if kept is None else kept
     here = dropped & pool
-    yield Job(base, part.name, pool - here, key=(base, "weights", (pool - here).checksum))
+    yield Job(base, part.name, pool - here, key=(base, dropped.units, (pool - here).checksum))
     counts = matched_counts(here, pool)
     if counts is None or part.name == "random":
         return
     for random in range(seeds):
         rest = pool - random_within(pool, counts, random)
-        yield Job(base, part.name, rest, key=(base, "weights", rest.checksum), random=random)
+        yield Job(base, part.name, rest, key=(base, dropped.units, rest.checksum), random=random)
 
 
 def _quantities(bases: Sequence[str], with_target: bool, with_odds: bool) -> tuple[Quantity, ...]:
@@ -319,7 +348,7 @@ def mean_activations(model: Model, task: Task, names: Iterable[str]) -> dict[str
 @uses_model
 def stochastic_ablation(
     model: Model,
-    subnetwork: SubnetworkLike,
+    subnetwork: MaskLike,
     target: Any,
     tokens: Any,
     *,
@@ -337,15 +366,16 @@ def stochastic_ablation(
 
     Args:
         model: From `load_model`.
-        subnetwork: The weights that are always kept.
+        subnetwork: The weights or nodes that are always kept.
         target: The target whose surprisals are correlated with the model's.
         tokens: Text (an array, or a corpus: its held-out part), or a `Task`.
-        shares: Shares of the complement's weights to remove, from 0 (the full model) to 1 (the subnetwork alone).
+        shares: Shares of the complement to remove, from 0 (the full model) to 1 (the subnetwork or circuit alone).
         draws: Random choices for each share, each with its own matched random subnetwork.
         seed: Seed of the first draw.
 
     Returns:
-        `surprisal_correlation` and `loss` by share removed, for `subnetwork` and `random`: means over draws, with the
+        `surprisal_correlation` and `loss` by share removed, for `subnetwork` and `random` (of a circuit, `circuit` and
+        `random nodes`): means over draws, with the
         lowest and the highest draw as the interval.
 
     Raises:
@@ -357,14 +387,14 @@ def stochastic_ablation(
         raise ValueError(f"draws must be at least 1, not {draws}")
     check_model(model)
     target = target_of(target, model)  # None is not allowed here,
-    subnetwork = as_subnetwork(subnetwork)  # nor here
+    subnetwork = as_mask(subnetwork)  # nor here
     check_arguments(model, subnetwork, seed=seed)
     return _thin_out(model, subnetwork, target, checked_task(model, tokens), shares=shares, draws=draws, seed=seed)
 
 
 def _thin_out(
     model: Model,
-    subnetwork: Subnetwork,
+    subnetwork: Mask,
     target: Any,
     task: Task,
     *,
@@ -377,7 +407,7 @@ def _thin_out(
     seen: dict[str, tuple[float, float]] = {}
     with progress(total=2 * len(shares) * draws * len(task), desc="removing", unit="sequence") as bar:
         for draw in range(draws):
-            for row, core in enumerate((subnetwork, subnetwork.random_like(seed=seed + draw))):
+            for row, core in enumerate[Any]((subnetwork, subnetwork.random_like(seed=seed + draw))):
                 for point, share in enumerate(shares):
                     kept = core | _thinned(~core, 1 - share, seed + draw)
                     if (key := kept.checksum) not in seen:
@@ -394,7 +424,7 @@ def _thin_out(
         ),
         axis="share_removed",
         points=tuple(shares),
-        conditions=("subnetwork", "random"),
+        conditions=(subnetwork.noun, condition_of("random", subnetwork.noun)),
         values=numbers.mean(-1),
         low=numbers.min(-1),
         high=numbers.max(-1),
@@ -408,9 +438,9 @@ def _thin_out(
     )
 
 
-def _thinned(subnetwork: Subnetwork, share: float | int, seed: int) -> Subnetwork:
-    """Keep a random share of the weights, the same in every matrix (to the nearest weight)."""
-    counts = {name: round(share * count.kept) for name, count in subnetwork.by_weight().items()}
+def _thinned(subnetwork: M, share: float | int, seed: int) -> M:
+    """Keep a random share of the weights or nodes, the same of every name (to the nearest one)."""
+    counts = {name: round(share * count.kept) for name, count in subnetwork.by_name().items()}
     return random_within(subnetwork, counts, seed)
 
 

@@ -33,6 +33,7 @@ from bigram_circuits.analysis.conditions import (
     observe,
     reduced_to,
 )
+from bigram_circuits.masking.apply import Mask, MaskLike
 from bigram_circuits.models.activations import readout, residual_streams, rows_at_once
 from bigram_circuits.models.identity import how_models_differ, weight_hash
 from bigram_circuits.models.model import Model
@@ -48,7 +49,6 @@ from bigram_circuits.storage.records import (
     shown,
     write_tensors,
 )
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
 _FORMAT = "bigram_circuits.affine_maps/1"
@@ -177,7 +177,7 @@ class AffineFitter:
         self._e += embedded.sum(0)
         self._n += x.shape[1]
 
-    def freeze(self, model: Model, subnetwork: Subnetwork | None, alpha: float) -> AffineMaps:
+    def freeze(self, model: Model, subnetwork: Mask | None, alpha: float) -> AffineMaps:
         """Solve (X'X + alpha) W = X'Y for centred X and Y, layer by layer; the intercept is not penalised."""
         assert self._shift is not None, "no text was added"
         n, x, e = self._n, self._x, self._e
@@ -211,7 +211,7 @@ class AffineFitter:
 @uses_model
 def fit_affine_lens(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     tokens: Any = None,
     *,
     alpha: float = 1.0,
@@ -250,7 +250,7 @@ def fit_maps(
 
 
 def _fit(
-    model: Model, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Subnetwork | None, alpha: float
+    model: Model, tokens: Integer[np.ndarray, "sequence position"], name: str, kept: Mask | None, alpha: float
 ) -> AffineMaps:
     """Fit one condition's maps; its normal equations are freed before the next condition's are accumulated."""
     fitter = AffineFitter(model)
@@ -263,7 +263,7 @@ def _fit(
 def refine_affine_lens(
     model: Model,
     maps: AffineMaps,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     tokens: Any = None,
     *,
     steps: int = 200,

@@ -1,6 +1,7 @@
 """The order of arguments: model, subnetwork, target, tokens, in every function of a model and a text.
 
-Subnetwork and target may be left out: `logit_lens(model, tokens)`, `logit_lens(model, subnetwork, tokens)`. What a
+Subnetwork and target may be left out: `logit_lens(model, tokens)`, `logit_lens(model, subnetwork, tokens)`; a circuit
+stands where a subnetwork does. What a
 function needs besides (the part to ablate, the neurons to look at) comes right after the model. Another order, in
 which an earlier version took them, still works, with a DeprecationWarning that says the present one.
 """
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import is_target
 
@@ -81,7 +83,7 @@ def _may_be(value: Any, slot: str) -> bool:
     """Whether a value could be meant for a parameter."""
     if value is None:
         return True
-    is_subnetwork = isinstance(getattr(value, "subnetwork", value), Subnetwork)
+    is_subnetwork = any(isinstance(getattr(value, kind.noun, value), kind) for kind in (Subnetwork, Circuit))
     if slot == _SUBNETWORK:
         return is_subnetwork
     is_distribution = not is_subnetwork and (is_target(value) or callable(value))

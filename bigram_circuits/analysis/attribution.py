@@ -30,6 +30,8 @@ from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import MaskLike
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import (
@@ -43,7 +45,6 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
-from bigram_circuits.subnetwork import SubnetworkLike
 
 _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
 
@@ -52,7 +53,7 @@ _TOLERANCE = 1e-3  # of the largest term in the sum, in float32
 @uses_model
 def logit_attribution(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     prompt: Prompt = "",
     *,
     answer: str | int | None = None,
@@ -130,7 +131,7 @@ def logit_attribution(
 @uses_model
 def attention_patterns(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     prompt: Prompt = "",
     *,
     heads: Sequence[tuple[int, int]] | None = None,
@@ -327,11 +328,19 @@ def _(subject: Subject) -> Maps:
     return logit_attribution(subject.model, subject.subnetwork, subject.prompt, seed=subject.seed)
 
 
+def _most_kept_heads(subject: Subject) -> list[tuple[int, int]]:
+    """The heads with the most kept weights; of a circuit, the kept ones with the largest effects."""
+    if isinstance(subject.subnetwork, Circuit):
+        named = [PartName.parse(label) for label in subject.kept_nodes("head", _HEADS_SHOWN)]
+        return sorted((name.layer, name.indices[0]) for name in named if name is not None)
+    counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
+    return sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
+
+
 @in_suite("attention")
 def _(subject: Subject) -> Maps:
-    """Attention patterns of the heads with the most kept weights, from the first layer to the last."""
-    counts = {head: count.fraction for head, count in subject.subnetwork.by_head().items() if count.kept}
-    if not counts:
-        raise NotShownError("no weight of any head is kept")
-    heads = sorted(sorted(counts, key=lambda head: -counts[head])[:_HEADS_SHOWN])
+    """Attention patterns of the heads that keep most, from the first layer to the last."""
+    heads = _most_kept_heads(subject)
+    if not heads:
+        raise NotShownError("nothing of any head is kept")
     return attention_patterns(subject.model, subject.subnetwork, subject.prompt, heads=heads, seed=subject.seed)

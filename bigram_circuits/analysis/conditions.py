@@ -1,5 +1,7 @@
 """The conditions that analyses compare: the full model, a subnetwork, its complement, a matched random subnetwork.
 
+In place of a subnetwork there may be a circuit; its conditions are named `circuit` and `random nodes`.
+
 `observe` is the loop shared by the analyses: for every condition it streams the text through the model once and passes
 each batch's residual streams and logits to observers, which accumulate what they need.
 """
@@ -16,28 +18,29 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.masking.apply import masked
-from bigram_circuits.measures.conditions import COMPARED
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, as_mask, masked
+from bigram_circuits.measures.conditions import COMPARED, compared
 from bigram_circuits.measures.statistics import check_seed
-from bigram_circuits.models.activations import batch_size_for, check_tokens, residual_streams
+from bigram_circuits.models.activations import NotShownError, batch_size_for, check_tokens, residual_streams
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import Subnetwork, as_subnetwork
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.text.corpus import in_order, token_array
 
-Conditions = Mapping[str, Subnetwork | None]
-"""Condition name -> the weights that are kept, or None for all of them."""
+Conditions = Mapping[str, Mask | None]
+"""Condition name -> what is kept, or None for the full model."""
 
 
 def check_arguments(
     model: Model, subnetwork: Any = None, *, target: Any = None, seed: int = 0
-) -> tuple[Subnetwork | None, Target | None]:
+) -> tuple[Mask | None, Target | None]:
     """Check the arguments of a public analysis once; private functions take them as they are.
 
     Returns:
-        The subnetwork as a `Subnetwork` and the target as a `Target`; None where there is none.
+        The subnetwork as a `Subnetwork` or `Circuit`, and the target as a `Target`; None where there is none.
 
     Raises:
         ValueError: If the model is not a hooked model, subnetwork or target do not fit it, or the seed is below 0.
@@ -58,20 +61,28 @@ def checked_text(model: Model, text: Any) -> Integer[np.ndarray, "sequence posit
     return array
 
 
-def conditions(subnetwork: Subnetwork | None, *, seed: int = 0) -> dict[str, Subnetwork | None]:
+def conditions(subnetwork: Mask | None, *, seed: int = 0) -> dict[str, Mask | None]:
     """`full`, and with a subnetwork also `subnetwork`, `complement` and `random` (one matched random draw)."""
     if subnetwork is None:
         return {COMPARED[0]: None}
-    return dict(zip(COMPARED, (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed)), strict=True))
+    kept = (None, subnetwork, ~subnetwork, subnetwork.random_like(seed=seed))
+    return dict(zip(compared(subnetwork.noun), kept, strict=True))
 
 
-def check_subnetwork(subnetwork: Any) -> Subnetwork | None:
-    """Return it as a `Subnetwork`, or None if it is None; raises ValueError if it is neither."""
-    return None if subnetwork is None else as_subnetwork(subnetwork)
+def check_subnetwork(subnetwork: Any) -> Mask | None:
+    """Return it as a `Subnetwork` or `Circuit`, or None if it is None; raises ValueError if it is none of these."""
+    return None if subnetwork is None else as_mask(subnetwork)
 
 
-def reduced_to(model: Model, subnetwork: Subnetwork | None) -> AbstractContextManager[Any]:
-    """The context of `masked`, or an empty one where all weights are kept."""
+def check_of_weights(kept: Any, what: str) -> Subnetwork:
+    """Return a subnetwork; raises NotShownError if it is a circuit, and ValueError if it is neither."""
+    if isinstance(found := as_mask(kept), Circuit):
+        raise NotShownError(f"{what} is of weights; circuit.weights(model) are those that a circuit owns")
+    return found
+
+
+def reduced_to(model: Model, subnetwork: Mask | None) -> AbstractContextManager[Any]:
+    """The context of `masked`, or an empty one where everything is kept."""
     return nullcontext(model) if subnetwork is None else masked(model, subnetwork)
 
 

@@ -52,6 +52,8 @@ from bigram_circuits.analysis.conditions import (
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.masking.apply import Mask, MaskLike
+from bigram_circuits.measures.conditions import own_of
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
 from bigram_circuits.models.activations import (
@@ -62,7 +64,6 @@ from bigram_circuits.models.activations import (
 )
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
 from bigram_circuits.targets.base import Target
 from bigram_circuits.text.corpus import spread, token_array
 
@@ -97,7 +98,7 @@ _CONSTANT = 1e-12  # of the mean square of the activations: a covariance below t
 @usual_order
 @uses_model
 def cosine_to_unembedding(
-    model: Model, subnetwork: SubnetworkLike | None = None, target: Any = None, text: Any = None, *, seed: int = 0
+    model: Model, subnetwork: MaskLike | None = None, target: Any = None, text: Any = None, *, seed: int = 0
 ) -> Curves | Maps:
     """Cosine between the residual stream and (un)embedding vectors, by layer; for a prompt, by layer and position.
 
@@ -236,7 +237,7 @@ def rotation_angles(matrix: Float[Tensor, "*layer d d"]) -> Float[Tensor, "*laye
 @uses_model
 def layer_rotations(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     text: Any = None,
     *,
     maps: Mapping[str, AffineMaps] | None = None,
@@ -345,7 +346,7 @@ def covariance_cosine(x: Float[Tensor, "token_x d"], y: Float[Tensor, "token_y d
 @uses_model
 def covariance_similarity(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     text: Any = None,
     *,
     measure: str = "cka",
@@ -381,14 +382,16 @@ def covariance_similarity(
     if tokens.size < 4:
         raise NotShownError(f"a similarity of layers needs at least 4 tokens, not {tokens.size}")
     check_tokens(model, tokens)
-    named = {"full": None} if subnetwork is None else {"full": None, "subnetwork": subnetwork}
+    named = {"full": None} if subnetwork is None else {"full": None, subnetwork.noun: subnetwork}
     return _MEASURES[measure](model, tokens, named, tokens_at_once)
 
 
 def _by_cka(
     model: Model, tokens: Integer[np.ndarray, "sequence position"], named: Conditions, tokens_at_once: int
 ) -> Maps:
-    sums = covariance_sums(tokens, named.get("subnetwork"), max_tokens=int(tokens.size), tokens_at_once=tokens_at_once)
+    sums = covariance_sums(
+        tokens, named.get(own_of(named) or ""), max_tokens=int(tokens.size), tokens_at_once=tokens_at_once
+    )
     observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
     return covariance_maps(model, sums)
 
@@ -398,9 +401,11 @@ def _by_covariance_cosine(
 ) -> Maps:
     sums = {name: MomentSums() for name in named}
     observe(model, tokens, named, lambda name: [sums[name]], what="covariances")
-    similarity = _cosines(torch.cat([_without_top(*one.freeze()) for one in sums.values()]))
+    similarity, own = _cosines(torch.cat([_without_top(*one.freeze()) for one in sums.values()])), own_of(sums)
     notes = {"tokens": int(tokens.size), "formula": "Frobenius cosine of covariances without the top dimension"}
-    return _similarity_maps(model, "Covariance similarity (Frobenius cosine)", _COVARIANCE_COSINE, similarity, notes)
+    return _similarity_maps(
+        model, "Covariance similarity (Frobenius cosine)", _COVARIANCE_COSINE, similarity, notes, own
+    )
 
 
 _MEASURES = {"cka": _by_cka, "covariance_cosine": _by_covariance_cosine}
@@ -409,18 +414,18 @@ _MEASURES = {"cka": _by_cka, "covariance_cosine": _by_covariance_cosine}
 
 def covariance_sums(
     tokens: Integer[np.ndarray, "sequence position"],
-    subnetwork: Subnetwork | None,
+    subnetwork: Mask | None,
     *,
     max_tokens: int = 1 << 13,
     tokens_at_once: int = 512,
 ) -> dict[str, CovarianceSums]:
-    """Observers for `full` and, if given, `subnetwork`, to be shown a text of at least 4 tokens in this order.
+    """Observers for `full` and, if given, what is kept, to be shown a text of at least 4 tokens in this order.
 
     They use at most `max_tokens` of it, evenly spread.
     """
     make = functools.partial(CovarianceSums, tokens, max_tokens=max_tokens, tokens_at_once=tokens_at_once)
     full = make(keep=subnetwork is not None)
-    return {"full": full} | ({} if subnetwork is None else {"subnetwork": make(full=full)})
+    return {"full": full} | ({} if subnetwork is None else {subnetwork.noun: make(full=full)})
 
 
 class CovarianceSums:
@@ -484,18 +489,19 @@ def covariance_maps(model: Model, sums: Mapping[str, CovarianceSums]) -> Maps:
     """The result of `covariance_similarity`, from observers that have seen all of their text."""
     last = list(sums.values())[-1]
     notes = last.notes | {"formula": "linear CKA, unbiased HSIC"}
-    return _similarity_maps(model, "Covariance similarity (linear CKA)", _CKA, _ratio(last.hsic), notes)
+    return _similarity_maps(model, "Covariance similarity (linear CKA)", _CKA, _ratio(last.hsic), notes, own_of(sums))
 
 
 def _similarity_maps(
-    model: Model, title: str, quantity: Quantity, similarities: Float[Tensor, "a a"], notes: Mapping[str, Any]
-) -> Maps:
-    """Panels of a matrix whose rows and columns are the full model's layers, then, if measured, the subnetwork's."""
+    model: Model, title: str, quantity: Quantity, similarities: Float[Tensor, "a a"], notes: Mapping[str, Any],
+    own: str | None,
+) -> Maps:  # fmt: skip
+    """Panels of a matrix whose rows and columns are the full model's layers, then, if there is one, those of `own`."""
     similarity, n_layers = similarities.cpu().numpy(), model.cfg.n_layers + 1
     panels = {"full": similarity[:n_layers, :n_layers]}
-    if len(similarity) > n_layers:
-        panels["subnetwork"] = similarity[n_layers:, n_layers:]
-        panels["full (rows) and subnetwork"] = similarity[:n_layers, n_layers:]
+    if own is not None:
+        panels[own] = similarity[n_layers:, n_layers:]
+        panels[f"full (rows) and {own}"] = similarity[:n_layers, n_layers:]
     names = layer_names(model)
     return Maps(
         title, (quantity,), "layer", names, "layer", names, tuple(panels), np.stack(list(panels.values()))[None],

@@ -11,6 +11,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
+from bigram_circuits.masking.apply import MaskLike
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import (
@@ -39,7 +40,7 @@ _SCORES = (
 
 @uses_model
 def head_scores(
-    model: Model, subnetwork: SubnetworkLike | None = None, *, prompts: int = 16, period: int = 24, seed: int = 0
+    model: Model, subnetwork: MaskLike | None = None, *, prompts: int = 16, period: int = 24, seed: int = 0
 ) -> Maps:
     """Score every attention head by what it attends to on a block of random tokens that is repeated.
 
@@ -211,7 +212,7 @@ def _patterns(
 ) -> Iterator[tuple[slice, list[Float[Tensor, "batch head to from"]]]]:
     """Which prompts a batch has, and the attention patterns of every layer on it, under a condition."""
     points = [in_block(layer, "attn.hook_pattern") for layer in range(model.cfg.n_layers)]
-    for part in batches(len(tokens), batch_size_for(model, tokens.shape[1])):
+    for part in batches(len(tokens), batch_size_for(model, tokens.shape[1]), smallest=2):
         batch = torch.from_numpy(tokens[part].astype(np.int64)).to(model.cfg.device)
         with torch.inference_mode(), reduced_to(model, condition):
             seen, _ = record(model, batch, points)

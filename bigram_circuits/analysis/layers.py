@@ -20,10 +20,11 @@ from bigram_circuits.analysis.geometry import (
     rotation_curves,
 )
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.masking.apply import MaskLike
+from bigram_circuits.measures.conditions import own_of
 from bigram_circuits.measures.results import Curves, Maps
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, spread
 
 
@@ -31,7 +32,7 @@ from bigram_circuits.text.corpus import Corpus, spread
 @uses_model
 def layer_by_layer(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     corpus: Corpus | None = None,
     *,
@@ -77,7 +78,7 @@ def _layer_by_layer(
     mapped = {name: lens.LensSums(model, target, maps[name]) for name in named}
     recalls = {name: RecallSums(model, maps[name]) for name in named}
     cosines = {name: CosineSums(model, target) for name in named}
-    covariances = covariance_sums(held_out, named.get("subnetwork"))
+    covariances = covariance_sums(held_out, named.get(own_of(named) or ""))
     groups = (plain, mapped, recalls, cosines, covariances)
     observe(
         model, held_out, named, lambda name: [group[name] for group in groups if name in group], what="layer by layer"

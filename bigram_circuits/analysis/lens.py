@@ -38,6 +38,7 @@ from bigram_circuits.analysis.conditions import (
 )
 from bigram_circuits.analysis.prompts import is_prompt, position_names, prompt_tokens, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.masking.apply import MaskLike
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Maps, curves_from_sums
@@ -52,7 +53,6 @@ from bigram_circuits.models.activations import (
 )
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
-from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.text.corpus import Corpus, token_array
 
 _LOGITS_IN_CACHE = 1 << 18  # read repeatedly, so they should fit a cache: 1 MiB
@@ -87,7 +87,7 @@ PROMPT_QUANTITIES = (
 @uses_model
 def logit_lens(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     text: Any = None,
     *,
@@ -303,7 +303,7 @@ def check_readout(model: Model) -> None:
 @uses_model
 def affine_lens(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     text: Any = None,
     *,

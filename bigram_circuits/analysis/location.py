@@ -9,6 +9,8 @@ by neuron it differs, and is the control. How unevenly the kept MLP weights are 
 curve (Lorenz 1905): the share of them in the k densest neurons. Its Gini coefficient is twice the area between the
 curve and the diagonal: 0 if all neurons keep the same, near 1 if one keeps everything. A small random subnetwork is
 uneven too, so only the difference from it is meaningful.
+
+Of a circuit, nodes are counted in place of weights: by layer and kind, and one by one as heads and neurons.
 """
 
 from __future__ import annotations
@@ -26,17 +28,22 @@ from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import (
     Conditions,
     check_arguments,
+    check_of_weights,
     checked_text,
     conditions,
     reduced_to,
 )
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
+from bigram_circuits.measures.conditions import condition_of
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.statistics import check_seed
 from bigram_circuits.models.activations import NotShownError, batch_size_for, record
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.nodes import UNITS
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import (
@@ -49,24 +56,31 @@ from bigram_circuits.names import (
     neuron_label,
 )
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import Count, Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import Count, Subnetwork
 from bigram_circuits.text.corpus import in_order
 
 _MIN_COUNT = 5  # occurrences of a token in a text
 _DENSITY = Quantity("density", "share", "Share of the weights there that are kept.")
 _SHARE = Quantity("share_of_kept", "share", "Share of all kept weights that are there.")
+_OF_NODES = (
+    Quantity("density", "share", "Share of the nodes there that are kept."),
+    Quantity("share_of_kept", "share", "Share of all kept nodes that are there."),
+)
 
 
-def by_layer(subnetwork: SubnetworkLike) -> Maps:
-    """Density and share of the kept weights, by layer and component (attention, MLP)."""
-    subnetwork = as_subnetwork(subnetwork)
+def by_layer(subnetwork: MaskLike) -> Maps:
+    """Density and share of the kept weights, by layer and component (attention, MLP); of kept nodes, by kind."""
+    subnetwork = as_mask(subnetwork)
+    if isinstance(subnetwork, Circuit):
+        kinds = tuple(subnetwork.by_unit())
+        return _counts_map(subnetwork, subnetwork.by_place(), "unit", kinds, "Kept nodes by layer and kind")
     counts = subnetwork.by_component()
     return _counts_map(subnetwork, counts, "component", COMPONENTS, "Kept weights by layer and component")
 
 
-def by_matrix(subnetwork: SubnetworkLike) -> Maps:
+def by_matrix(subnetwork: MaskLike) -> Maps:
     """Density and share of the kept weights, by layer and weight matrix."""
-    subnetwork = as_subnetwork(subnetwork)
+    subnetwork = check_of_weights(subnetwork, "by_matrix")
     counts = {}
     for name, count in subnetwork.by_weight().items():
         weight = WeightName.parse(name)
@@ -76,25 +90,29 @@ def by_matrix(subnetwork: SubnetworkLike) -> Maps:
     return _counts_map(subnetwork, counts, "matrix", matrices, "Kept weights by layer and matrix")
 
 
-def by_head(subnetwork: SubnetworkLike, *, seed: int = 0) -> Maps:
+def by_head(subnetwork: MaskLike, *, seed: int = 0) -> Maps:
     """Density and share of the kept weights, by layer and attention head, with a matched random subnetwork.
 
-    With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts.
+    With grouped queries, W_K and W_V belong to no single head and are left out of the heads' counts. Of a circuit, the
+    density of a head is 1 if it is kept, and 0 if not.
 
     Raises:
         ValueError: If the subnetwork has no attention, or the seed is below 0.
     """
     check_seed(seed)
-    subnetwork = as_subnetwork(subnetwork)
-    both = {"subnetwork": subnetwork, "random": subnetwork.random_like(seed=seed)}
+    subnetwork = as_mask(subnetwork)
+    both = {
+        subnetwork.noun: subnetwork,
+        condition_of("random", subnetwork.noun): subnetwork.random_like(seed=seed),
+    }
     maps = []
     for one in both.values():
-        counts = one.by_head()
+        counts = _nodes_of(one, "head") if isinstance(one, Circuit) else one.by_head()
         if not counts:
-            raise NotShownError("this subnetwork has no attention heads")
+            raise NotShownError(f"this {one.noun} has no attention heads")
         heads = range(1 + max(head for _, head in counts))
         named = {(layer, str(head)): count for (layer, head), count in counts.items()}
-        maps.append(_counts_map(one, named, "head", tuple(map(str, heads)), "Kept weights by layer and head"))
+        maps.append(_counts_map(one, named, "head", tuple(map(str, heads)), f"Kept {one.units} by layer and head"))
     values = np.concatenate([one.values for one in maps], axis=1)
     first = maps[0]
     return Maps(
@@ -103,9 +121,19 @@ def by_head(subnetwork: SubnetworkLike, *, seed: int = 0) -> Maps:
     )  # fmt: skip
 
 
-def by_neuron(subnetwork: SubnetworkLike) -> Maps:
-    """Density and share of the kept MLP weights, by layer and neuron: its columns of W_in and W_gate, row of W_out."""
-    subnetwork = as_subnetwork(subnetwork)
+def by_neuron(subnetwork: MaskLike) -> Maps:
+    """Density and share of the kept MLP weights, by layer and neuron: its columns of W_in and W_gate, row of W_out.
+
+    Of a circuit, the density of a neuron is 1 if it is kept, and 0 if not.
+    """
+    subnetwork = as_mask(subnetwork)
+    if isinstance(subnetwork, Circuit):
+        found = _nodes_of(subnetwork, "neuron")
+        if not found:
+            raise NotShownError("this circuit has no neurons")
+        named = {(layer, str(index)): count for (layer, index), count in found.items()}
+        columns = tuple(map(str, range(1 + max(index for _, index in found))))
+        return _counts_map(subnetwork, named, "neuron", columns, "Kept nodes by layer and neuron")
     counts = neuron_counts(subnetwork)
     kept = sum(int(of.sum()) for of in counts.values())
     wide = max(len(of[0]) for of in counts.values())
@@ -127,7 +155,7 @@ def by_neuron(subnetwork: SubnetworkLike) -> Maps:
 
 
 def concentration(
-    subnetwork: SubnetworkLike, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
+    subnetwork: MaskLike, *, layers: Sequence[int] | None = None, points: int = 101, seed: int = 0
 ) -> Curves:
     """How concentrated the kept MLP weights are in few neurons: a Lorenz curve, with a matched random subnetwork's.
 
@@ -145,7 +173,7 @@ def concentration(
         ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
     """
     check_seed(seed)
-    subnetwork = as_subnetwork(subnetwork)
+    subnetwork = check_of_weights(subnetwork, "concentration")
     if points < 2:
         raise ValueError(f"a curve needs at least 2 points, not {points}")
     x = np.linspace(0, 1, points)
@@ -178,9 +206,7 @@ def concentration(
     )
 
 
-def whole_neurons(
-    subnetwork: SubnetworkLike, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0
-) -> Effects:
+def whole_neurons(subnetwork: MaskLike, *, threshold: float | int = 0.5, most: int = 100, seed: int = 0) -> Effects:
     """The MLP neurons that are kept entirely or nearly so: the densest ones, densest first.
 
     Args:
@@ -197,7 +223,7 @@ def whole_neurons(
         ValueError: If the threshold is not a share, or `most` is below 1.
     """
     check_seed(seed)
-    subnetwork = as_subnetwork(subnetwork)
+    subnetwork = check_of_weights(subnetwork, "whole_neurons")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a share from 0 to 1, not {threshold}")
     if most < 1:
@@ -233,7 +259,7 @@ def whole_neurons(
 def max_activating_tokens(
     model: Model,
     neurons: Sequence[tuple[int, int]],
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     tokens: Any = None,
     *,
     k: int = 10,
@@ -338,6 +364,14 @@ def exciting_tokens(*args: Any, **options: Any) -> Maps:
     return max_activating_tokens(*args, **options)
 
 
+def _nodes_of(circuit: Circuit, unit: str) -> dict[tuple[int, int], Count]:
+    """By layer and index, the nodes of a unit: whether each is kept."""
+    masks = {layer: circuit[in_block(layer, UNITS[unit])] for layer, of in circuit.by_place() if of == unit}
+    return {
+        (layer, index): Count(int(kept), 1) for layer, mask in masks.items() for index, kept in enumerate(mask.tolist())
+    }
+
+
 def neuron_counts(subnetwork: Subnetwork) -> dict[int, Integer[np.ndarray, "matrix neuron"]]:
     """Number of weights kept of every MLP neuron, by layer: rows are W_in, W_gate (if there is one) and W_out.
 
@@ -367,7 +401,7 @@ def _neuron_size(subnetwork: Subnetwork, layer: int) -> int:
 
 
 def _counts_map(
-    subnetwork: Subnetwork, counts: dict[tuple[int, str], Count], axis: str, columns: tuple[str, ...], title: str
+    subnetwork: Mask, counts: dict[tuple[int, str], Count], axis: str, columns: tuple[str, ...], title: str
 ) -> Maps:
     layers = sorted({layer for layer, _ in counts})
     values = np.full((2, 1, len(layers), len(columns)), np.nan)
@@ -377,12 +411,12 @@ def _counts_map(
         values[(1, *at)] = count.kept / subnetwork.kept if subnetwork.kept else math.nan
     return Maps(
         title=title,
-        quantities=(_DENSITY, _SHARE),
+        quantities=(_DENSITY, _SHARE) if subnetwork.noun == "subnetwork" else _OF_NODES,
         row_axis="layer",
         rows=tuple(map(str, layers)),
         column_axis=axis,
         columns=columns,
-        conditions=("subnetwork",),
+        conditions=(subnetwork.noun,),
         values=values,
         notes={"kept": subnetwork.kept, "total": subnetwork.total},
     )
@@ -438,10 +472,15 @@ def _(subject: Subject) -> Effects:
 
 @in_suite("max_activating_tokens")
 def _(subject: Subject) -> Maps:
-    """Max-activating tokens of the densest neurons."""
-    densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed)
-    names = [PartName.parse(name) for name in densest.names]
+    """Max-activating tokens of the densest neurons; of a circuit, of the kept ones with the largest effects."""
+    if isinstance(subject.subnetwork, Circuit):
+        densest = subject.kept_nodes("neuron", _NEURONS_SHOWN)
+    else:
+        densest = whole_neurons(subject.subnetwork, threshold=0, most=_NEURONS_SHOWN, seed=subject.seed).names
+    names = [PartName.parse(name) for name in densest]
     neurons = [(name.layer, name.indices[0]) for name in names if name is not None]
+    if not neurons:
+        raise NotShownError("the circuit keeps no neuron")
     text = subject.sample(subject.fit_tokens)
     return _max_activating(
         subject.model, neurons, text, subject.conditions, k=5, min_count=_MIN_COUNT, seed=subject.seed

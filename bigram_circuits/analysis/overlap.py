@@ -10,6 +10,9 @@ independent between matrices, so means and variances add. A preference of both s
 evidence under this null, which conditions on it. By head, the null conditions on more: `a` is uniform among sets with
 as many weights in every head's slice of every attention matrix.
 
+Of two circuits over the same nodes, nodes are counted in place of weights, and hook points (the nodes of one kind in
+one layer) stand for matrices.
+
 Tail probabilities of the sum are exact up to rounding, however small. Every X_i is tilted exponentially, by the
 factor exp(t x), so that the mean of the sum is near the observed overlap. The tilted probabilities (Fisher's noncentral
 hypergeometric) are combined by convolution and tilted back:
@@ -29,17 +32,21 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from bigram_circuits.analysis.conditions import check_of_weights
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.circuit import Circuit, place_label
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects, Maps
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.names import ATTENTION_MATRICES, WeightName, head_label, key_value_label
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import Subnetwork
 
 _DEVIATIONS = 12  # half the width of a window, in standard deviations,
 _MARGIN = 40  # plus this, because the tail of a small count is longer than a normal one
@@ -63,14 +70,23 @@ _QUANTITIES = (
     Quantity("log10_p", "", "log10 of the p-value, exact even if p is too small for a float."),
     Quantity("p_adjusted", "", "p after Holm's correction for the number of strata; of `all`, p itself."),
 )
+_OF_NODES = tuple(
+    Quantity(
+        one.name,
+        one.unit.replace("weights", "nodes"),
+        one.meaning.replace("Weights", "Nodes").replace("weights", "nodes"),
+    )
+    for one in _QUANTITIES
+)
+_PLACES = {"subnetwork": "weights in every weight matrix", "circuit": "nodes at every hook point"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A set of weights within which the null hypothesis draws uniformly, with the numbers that are kept."""
+    """A set of weights or nodes within which the null hypothesis draws uniformly, with the numbers that are kept."""
 
     total: int
-    """Number of weights."""
+    """Its size."""
     a: int
     """Number kept by the first subnetwork."""
     b: int
@@ -105,14 +121,15 @@ class Cell:
         return Cell(self.total, self.total - self.a, self.b, self.b - self.both)
 
 
-def overlap(a: SubnetworkLike, b: SubnetworkLike, *, by: str = "matrix", alternative: str = "greater") -> Effects:
-    """Test the overlap of two subnetworks against the exact null of independent draws.
+def overlap(a: MaskLike, b: MaskLike, *, by: str = "matrix", alternative: str = "greater") -> Effects:
+    """Test the overlap of two subnetworks, or two circuits, against the exact null of independent draws.
 
     Args:
-        a: The first subnetwork.
+        a: The first subnetwork or circuit.
         b: The second, of the same shapes.
-        by: Strata beside `all`: every weight `matrix`, every `component` (a block's attention or MLP), or every
-            attention `head`. `all` and the first two are tested given the counts in every matrix; heads given the
+        by: Strata beside `all`: every weight `matrix` (of circuits, every hook point), every `component` (a block's
+            attention or MLP; of circuits, the nodes of one kind in one layer), or, of subnetworks, every attention
+            `head`. `all` and the first two are tested given the counts in every matrix; heads given the
             counts in the head's slice of every matrix. With grouped queries W_K and W_V belong to no single query
             head and get strata of their own, `L0KV1`.
         alternative: The alternative hypothesis: an overlap that is `greater` or `less` than chance, or `two-sided`
@@ -123,19 +140,20 @@ def overlap(a: SubnetworkLike, b: SubnetworkLike, *, by: str = "matrix", alterna
         method over those strata whose overlap is not determined by the counts alone.
 
     Raises:
-        ValueError: If the shapes differ, one subnetwork keeps nothing, or an argument is not one of its choices.
+        ValueError: If the shapes differ, one is a subnetwork and the other a circuit, one keeps nothing, or an argument
+            is not one of its choices.
     """
     for name, value, choices in (("by", by, _STRATA), ("alternative", alternative, _ALTERNATIVES)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    a, b = as_subnetwork(a), as_subnetwork(b)
+    a, b = as_mask(a), as_mask(b)
     matrices = _matrix_cells(a, b)
     if by == "head":
-        strata = _head_cells(a, b)
+        strata = _head_cells(check_of_weights(a, "the overlap by head"), check_of_weights(b, "the overlap by head"))
     else:
         strata = {}
         for name, cell in matrices.items():
-            strata.setdefault(name if by == "matrix" else WeightName.parse(name).part.label, []).append(cell)
+            strata.setdefault(name if by == "matrix" else _component(a, name), []).append(cell)
     logs = {name: log_p_value(cells, alternative) for name, cells in strata.items()}
     open_ones = [name for name, cells in strata.items() if any(cell.most > cell.least for cell in cells)]
     adjusted = dict.fromkeys(strata, 0.0) | dict(
@@ -148,13 +166,13 @@ def overlap(a: SubnetworkLike, b: SubnetworkLike, *, by: str = "matrix", alterna
         *(_row(cells, logs[name], adjusted[name]) for name, cells in strata.items()),
     ]
     values = np.array(rows).T
-    null = "as many weights in every weight matrix"
+    null = f"as many {_PLACES[a.noun]}"
     if by == "head":
         null += "; for heads: as many in the head's slice of every weight matrix"
     return Effects(
         title=f"Overlap of {a.lineage} with {b.lineage}",
-        quantities=_QUANTITIES,
-        subject="weights" if by == "matrix" else by,
+        quantities=_QUANTITIES if a.units == "weights" else _OF_NODES,
+        subject=by if a.units == "weights" and by != "matrix" else a.units,
         names=("all", *strata),
         values=values,
         low=np.full(values.shape, np.nan),
@@ -167,11 +185,11 @@ def overlap(a: SubnetworkLike, b: SubnetworkLike, *, by: str = "matrix", alterna
     )
 
 
-def overlaps(subnetworks: Mapping[str, SubnetworkLike] | Sequence[SubnetworkLike]) -> Maps:
-    """Overlap of each pair of subnetworks of one model, for example those found with different seeds.
+def overlaps(subnetworks: Mapping[str, MaskLike] | Sequence[MaskLike]) -> Maps:
+    """Overlap of each pair of subnetworks, or circuits, of one model, for example those found with different seeds.
 
     Args:
-        subnetworks: Subnetworks by name; or a list, named by lineage if lineages differ, else by number.
+        subnetworks: Subnetworks or circuits by name; or a list, named by lineage if lineages differ, else by number.
 
     Returns:
         A matrix for every quantity; `share_in` is the share of the row's weights that the column keeps. p-values are
@@ -192,24 +210,27 @@ def overlaps(subnetworks: Mapping[str, SubnetworkLike] | Sequence[SubnetworkLike
             symmetric = [row[name] for name in ("jaccard", "log2_ratio", "excess", "z", "log10_p")]
             values[:, 0, i, j] = [*symmetric, row["share_of_a_in_b"]]
             values[:, 0, j, i] = [*symmetric, row["share_of_b_in_a"]]
-    known = {one.name: one for one in _QUANTITIES}
-    share = Quantity("share_in", "share", "Share of the weights kept by the row's subnetwork that the column's keeps.")
+    known = {quantity.name: quantity for quantity in _QUANTITIES}
+    one = next(iter(named.values()))
+    share = Quantity(
+        "share_in", "share", f"Share of the {one.units} kept by the row's {one.noun} that the column's keeps."
+    )
     return Maps(
-        title="Overlap between subnetworks",
+        title=f"Overlap between {one.noun}s",
         quantities=(*(known[name] for name in ("jaccard", "log2_ratio", "excess", "z", "log10_p")), share),
-        row_axis="subnetwork",
+        row_axis=one.noun,
         rows=tuple(named),
-        column_axis="subnetwork",
+        column_axis=one.noun,
         columns=tuple(named),
-        conditions=("subnetwork",),
+        conditions=(one.noun,),
         values=values,
-        notes={"null": "one fixed, the other uniform among sets with as many weights in every weight matrix"},
+        notes={"null": f"one fixed, the other uniform among sets with as many {_PLACES[one.noun]}"},
     )
 
 
-def jaccard(a: Subnetwork, b: Subnetwork) -> float:
-    """Jaccard index: weights kept by both over those kept by either; nan if neither keeps any."""
-    both = (a & b).kept
+def jaccard(a: Mask, b: Mask) -> float:
+    """Jaccard index: weights or nodes kept by both over those kept by either; nan if neither keeps any."""
+    both = _both(a, b).kept
     either = a.kept + b.kept - both
     return both / either if either else math.nan
 
@@ -226,16 +247,29 @@ def log_p_value(cells: Sequence[Cell], alternative: str = "greater") -> float:
 # --- counts ---
 
 
-def _matrix_cells(a: Subnetwork, b: Subnetwork) -> dict[str, Cell]:
-    both = a & b
+def _both(a: Any, b: Any) -> Mask:
+    """What both keep; raises ValueError if one is a subnetwork and the other a circuit."""
+    if type(a) is not type(b):
+        raise ValueError(f"a {a.noun} and a {b.noun} have no overlap: one is of {a.units}, the other of {b.units}")
+    return a & b
+
+
+def _matrix_cells(a: Mask, b: Mask) -> dict[str, Cell]:
+    both = _both(a, b)
     for which, one in (("first", a), ("second", b)):
         if one.kept == 0:
-            raise NotShownError(f"the {which} subnetwork ({one.lineage}) keeps no weight, so there is no overlap")
-    ours, theirs = a.by_weight(), b.by_weight()
+            unit = one.units.removesuffix("s")
+            raise NotShownError(f"the {which} {one.noun} ({one.lineage}) keeps no {unit}, so there is no overlap")
+    ours, theirs = a.by_name(), b.by_name()
     return {
         name: Cell(count.total, ours[name].kept, theirs[name].kept, count.kept)
-        for name, count in both.by_weight().items()
+        for name, count in both.by_name().items()
     }
+
+
+def _component(mask: Mask, name: str) -> str:
+    """The component of a matrix, or the kind and layer of a hook point."""
+    return place_label(name) if isinstance(mask, Circuit) else WeightName.parse(name).part.label
 
 
 def _head_cells(a: Subnetwork, b: Subnetwork) -> dict[str, list[Cell]]:
@@ -261,13 +295,13 @@ def _slices(a: Subnetwork, b: Subnetwork, name: str) -> Iterator[Cell]:
         yield Cell(ours.shape[1], kept_a, kept_b, both)
 
 
-def _named(subnetworks: Mapping[str, SubnetworkLike] | Sequence[SubnetworkLike]) -> dict[str, Subnetwork]:
-    if isinstance(subnetworks, Subnetwork):
+def _named(subnetworks: Mapping[str, MaskLike] | Sequence[MaskLike]) -> dict[str, Mask]:
+    if isinstance(subnetworks, Subnetwork | Circuit):
         raise ValueError("comparing subnetworks needs at least two, not 1")
     if isinstance(subnetworks, Mapping):
-        named = {name: as_subnetwork(one) for name, one in subnetworks.items()}
+        named = {name: as_mask(one) for name, one in subnetworks.items()}
     else:
-        items = [as_subnetwork(one) for one in subnetworks]
+        items = [as_mask(one) for one in subnetworks]
         lineages = [one.lineage for one in items]
         distinct = len(set(lineages)) == len(items)
         named = dict(zip(lineages if distinct else map(str, range(len(items))), items, strict=True))
@@ -398,5 +432,4 @@ def _tilt(cells: Sequence[Cell], observed: int) -> float:
 
 @in_suite("overlap_magnitude")
 def _(subject: Subject) -> Effects:
-    largest = Subnetwork.magnitude(subject.model, like=subject.subnetwork)
-    return overlap(subject.subnetwork, largest, by="component")
+    return overlap(subject.subnetwork, subject.largest, by="component")

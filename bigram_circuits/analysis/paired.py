@@ -16,16 +16,16 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits.analysis.conditions import reduced_to
+from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.statistics import Statistic
 from bigram_circuits.models.model import Model
-from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.tasks.task import Hooks, Task, measure, per_place
 
 _DRAWS = 1000
 
-Kept = Subnetwork | None
-"""The weights of a model that are kept, or None for all of them."""
+Kept = Mask | None
+"""What of a model is kept, or None for the full model."""
 
 
 class Table:
@@ -99,7 +99,7 @@ class Job:
     name: str
     """Name of the part; empty for the base itself."""
     kept: Kept
-    """The weights that are kept."""
+    """What is kept."""
     hooks: Callable[[], Hooks | None] = lambda: None
     """Makes the forward hooks when the job is measured."""
     key: Any = None

@@ -24,12 +24,13 @@ from bigram_circuits.analysis.conditions import (
 )
 from bigram_circuits.analysis.prompts import prompt_tokens, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.masking.apply import MaskLike
+from bigram_circuits.measures.conditions import own_of
 from bigram_circuits.measures.quantities import COUNT, Quantity
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.models.activations import NotShownError, check_predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.targets.base import PlacedTarget, entropy, target_of
 from bigram_circuits.text.corpus import spread
 
@@ -50,7 +51,7 @@ _Words = tuple[tuple[str, ...], ...]
 @uses_model
 def passages(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     text: Any = None,
     *,
@@ -124,7 +125,7 @@ def _passages(
 @uses_model
 def next_tokens(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     prompts: Sequence[str] = (),
     *,
@@ -206,7 +207,7 @@ def _shown(
 @uses_model
 def faithfulness_by_token(
     model: Model,
-    subnetwork: SubnetworkLike | None = None,
+    subnetwork: MaskLike | None = None,
     target: Any = None,
     text: Any = None,
     *,
@@ -269,7 +270,7 @@ def _by_token(
     if len(frequent) == 0:
         raise NotShownError(f"no token occurs {min_count} times in these {array.size} tokens: give more text")
 
-    first = "subnetwork" if "subnetwork" in by_name else "full"
+    first = own_of(by_name) or "full"
     ranked = _SumsByToken(model, target, frequent)
     observe(model, array, {first: by_name[first]}, lambda name: [ranked], what="ranking tokens")
     order = frequent[np.argsort(ranked.mean_kl(), kind="stable")]

@@ -21,8 +21,13 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from bigram_circuits.analysis.conditions import Conditions, conditions
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask
+from bigram_circuits.masking.effects import Scores, node_effects, strongest
 from bigram_circuits.measures.results import Result
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.nodes import UNITS
+from bigram_circuits.names import head_label, in_block, neuron_label
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.tasks.task import Task
 from bigram_circuits.text.corpus import Corpus, spread
@@ -42,8 +47,8 @@ class Subject:
 
     model: Model = field(repr=False)
     """From `load_model`."""
-    subnetwork: Subnetwork
-    """The subnetwork to analyse."""
+    subnetwork: Mask
+    """The subnetwork or circuit to analyse."""
     target: Any
     """The target it was learned for."""
     corpus: Corpus
@@ -78,6 +83,31 @@ class Subject:
     def sweep_text(self) -> Integer[np.ndarray, "sequence position"]:
         """The text that each ablation is measured on."""
         return self.sample(self.sweep_tokens)
+
+    @cached_property
+    def largest(self) -> Mask:
+        """The largest weights, as many in every matrix; of a circuit, the nodes with the largest effects."""
+        if isinstance(self.subnetwork, Circuit):
+            return strongest(self._effects, self.subnetwork)
+        return Subnetwork.magnitude(self.model, like=self.subnetwork)
+
+    @cached_property
+    def _effects(self) -> Scores:
+        """What each node of the circuit contributes to the target, by the gradient of its gate in the full model."""
+        assert isinstance(self.subnetwork, Circuit), "asked for circuits alone"
+        return node_effects(self.model, self.subnetwork, self.target, self.sample(self.sweep_tokens))
+
+    def kept_nodes(self, unit: str, most: int) -> list[str]:
+        """Labels of at most so many nodes of a unit that the circuit keeps: those with the largest effects first."""
+        circuit = self.subnetwork
+        assert isinstance(circuit, Circuit), "asked for circuits alone"
+        label = {"head": head_label, "neuron": neuron_label}[unit]
+        found: dict[str, float] = {}
+        for layer in [layer for layer, of in circuit.by_place() if of == unit]:
+            name = in_block(layer, UNITS[unit])
+            kept = circuit[name].nonzero().flatten().tolist()
+            found |= {label(layer, index): float(self._effects[name][index]) for index in kept}
+        return sorted(found, key=lambda one: -found[one])[:most]
 
     def sample(self, tokens: int) -> Integer[np.ndarray, "sequence position"]:
         """At most this many tokens of the held-out text, evenly spread."""

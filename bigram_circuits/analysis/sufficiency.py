@@ -20,9 +20,11 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import log_ndtr
 
-from bigram_circuits.analysis.components import matched_counts, parse, random_within
+from bigram_circuits.analysis.components import M, Part, matched_counts, parse, random_within
 from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
@@ -30,44 +32,44 @@ from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.tasks.builtin import repeated_random_tokens
 from bigram_circuits.tasks.task import COLUMNS, ability, checked_task
 
 
 @uses_model
-def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, seeds: int = 5) -> Effects:
-    """Measure how much a subnetwork's loss on a task falls with each of several additions.
+def sufficiency(model: Model, base: MaskLike, added: Any, task: Any, *, seeds: int = 5) -> Effects:
+    """Measure how much the loss of a subnetwork or circuit on a task falls with each of several additions.
 
     Args:
         model: From `load_model`.
-        base: The subnetwork to add to.
+        base: The subnetwork or circuit to add to.
         added: The additions, one at a time: `heads` for every single head (all its weights, including W_K and W_V
             that it shares with its group), any other part in the language of `components`, a `Subnetwork`, a list
-            of these, or a mapping of names to them.
+            of these, or a mapping of names to them. To a circuit, nodes that it is over: parts in the same language
+            (an MLP is all of its neurons), or a `Circuit`.
         task: A `Task`, or text (an array, or a corpus: its held-out part).
         seeds: Number of random additions to average over for each; 0 for none.
 
     Returns:
         For every addition `fall_in_loss`, its `excess` over the `random_fall` of random additions (both with 95% paired
-        intervals), the `loss` with it, `weights_added` and `p`; for a task with wrong tokens `rise_in_log_odds`.
-        Losses are in nats per scored place. Random controls are nan if everything that could be added is added.
+        intervals), the `loss` with it, `weights_added` (or `nodes_added`) and `p`; for a task with wrong tokens
+        `rise_in_log_odds`. Losses are in nats per scored place. Random controls are nan if everything that
+        could be added is added.
 
     Raises:
-        ValueError: If an argument is wrong, or a surprisal is not finite.
+        ValueError: If an argument is wrong, a part is not made of a circuit's nodes, or a surprisal is not finite.
     """
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")
     check_model(model)
-    base = as_subnetwork(base)
+    base = as_mask(base)
     base.check_fits(model)
     scored = checked_task(model, task)
-    empty = Subnetwork.empty(model)
-    parts = {part.name: part.weights(empty, shared=True) for part in parse(added, model, base)}
+    parts = {part.name: _units(part, base) for part in parse(added, model, base)}
     jobs = [Job("full", "", None, key="full"), Job("base", "", base)]
-    for name, weights in parts.items():
-        jobs.append(Job("base", name, base | weights, key=(base | weights).checksum))
-        for seed, random in enumerate(random_additions(base, weights, seeds)):
+    for name, units in parts.items():
+        jobs.append(Job("base", name, base | units, key=(base | units).checksum))
+        for seed, random in enumerate(random_additions(base, units, seeds)):
             jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
     measurements = PairedMeasurements(model, scored)
     with progress(total=len(jobs) * len(scored), desc="adding", unit="sequence") as bar:
@@ -75,8 +77,11 @@ def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, se
             measurements.measure(job, bar)
     table = measurements.table()
     names = tuple(parts)
-    new = [(weights - base).kept for weights in parts.values()]
-    rows = _rows(table, names, new, with_odds=scored.wrong is not None)
+    new = Quantity(
+        f"{base.units}_added", "", f"Number of {base.units} in the addition that the {base.noun} did not have."
+    )
+    counts = [(units - base).kept for units in parts.values()]
+    rows = _rows(table, names, base.noun, new, counts, with_odds=scored.wrong is not None)
     return Effects(
         title=f"Sufficiency on {scored.name}",
         quantities=tuple(rows),
@@ -87,7 +92,7 @@ def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, se
         high=np.array([[high for _, _, high in row] for row in rows.values()], dtype=float),
         notes={
             "base": base.lineage,
-            "base_weights": base.kept,
+            f"base_{base.units}": base.kept,
             "loss_of_base": table.point("base", "", mean_loss),
             "loss_of_full": table.point("full", "", mean_loss),
             "loss_of_guessing": scored.chance,
@@ -100,10 +105,19 @@ def sufficiency(model: Model, base: SubnetworkLike, added: Any, task: Any, *, se
     )
 
 
-def random_additions(base: Subnetwork, added: Subnetwork, seeds: int) -> list[Subnetwork]:
-    """Random sets of weights outside `base`, as many in every matrix as `added` has there.
+def _units(part: Part, base: Mask) -> Mask:
+    """The weights of a part, or its nodes among those of a circuit."""
+    if isinstance(base, Circuit):
+        return part.nodes(base)
+    if part.circuits:
+        raise ValueError(f"{part.name!r} is a set of nodes, and cannot be added to a subnetwork, a set of weights")
+    return part.weights(base.constant(False), shared=True)
 
-    There are none if a draw could only be the same: `added` has all or none of the remaining weights in each matrix.
+
+def random_additions(base: M, added: M, seeds: int) -> list[M]:
+    """Random sets of weights or nodes outside `base`, as many in every matrix, or hook point, as `added` has there.
+
+    There are none if a draw could only be the same: `added` has all or none of what remains in each.
     """
     rest = ~base
     counts = matched_counts(added - base, rest)
@@ -123,27 +137,27 @@ def log_p_of_fall(differences: Float[np.ndarray, " prompt"]) -> float:
 _Row = list[tuple[float, float, float]]  # value, low, high for every addition
 
 
-def _rows(table: Table, names: tuple[str, ...], new: list[int], *, with_odds: bool) -> dict[Quantity, _Row]:
+def _rows(
+    table: Table, names: tuple[str, ...], noun: str, added: Quantity, counts: list[int], *, with_odds: bool
+) -> dict[Quantity, _Row]:
     nan = math.nan
     before = table.prompts("base", "")
     differences = {name: _surprisal(before) - _surprisal(table.prompts("base", name)) for name in names}
     p = np.maximum(np.exp(statistics.holm([log_p_of_fall(differences[name]) for name in names])), sys.float_info.min)
     rows = {
-        Quantity("fall_in_loss", "nats", "Fall in the subnetwork's loss with the addition."): [
+        Quantity("fall_in_loss", "nats", f"Fall in the {noun}'s loss with the addition."): [
             _negated(table.change("base", name, mean_loss)) for name in names
         ],
-        Quantity("excess", "nats", "Fall in loss minus that with random additions of as many weights."): [
+        Quantity("excess", "nats", "Fall in loss minus that with random additions of the same size."): [
             _negated(table.excess("base", name, mean_loss)) for name in names
         ],
         Quantity("random_fall", "nats", "Fall in loss with random additions, mean over draws."): [
             (-table.random_change("base", name, mean_loss), nan, nan) for name in names
         ],
-        Quantity("loss", "nats", "Loss of the subnetwork with the addition."): [
+        Quantity("loss", "nats", f"Loss of the {noun} with the addition."): [
             (table.point("base", name, mean_loss), nan, nan) for name in names
         ],
-        Quantity("weights_added", "", "Number of weights in the addition that the subnetwork did not have."): [
-            (count, nan, nan) for count in new
-        ],
+        added: [(count, nan, nan) for count in counts],
         Quantity("p", "", "One-sided p-value that the loss does not fall, corrected over all additions; never 0."): [
             (value, nan, nan) for value in p.tolist()
         ],
@@ -179,7 +193,14 @@ def _(subject: Subject) -> dict[str, Effects]:
             f"the full model cannot continue repeated random tokens: its loss is {able.loss:.2f} nats, "
             f"guessing would be {able.chance:.2f}"
         )
-    alone = sufficiency(model, subnetwork, "heads", task, seeds=1)
+    heads = [part.name for part in parse("heads", model)]
+    if isinstance(subnetwork, Circuit):
+        heads = [name for name in heads if name in (~subnetwork).nodes]
+        if not heads:
+            raise NotShownError("the circuit drops no head that could be added to it")
+    alone = sufficiency(model, subnetwork, heads, task, seeds=1)
     best = alone.top(1)[0][0]
     pairs = [f"{best} + {head}" for head in alone.names if head != best]
+    if not pairs:
+        return {"induction": alone}
     return {"induction": alone, "induction_pairs": sufficiency(model, subnetwork, pairs, task, seeds=1)}

@@ -12,7 +12,9 @@ import numpy as np
 
 from bigram_circuits.analysis.conditions import check_arguments, checked_text
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
+from bigram_circuits.masking.apply import MaskLike, as_mask
 from bigram_circuits.measures import html
+from bigram_circuits.measures.conditions import OWN
 from bigram_circuits.measures.results import Curves, Effects, Result
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
@@ -21,7 +23,6 @@ from bigram_circuits.progress import progress
 from bigram_circuits.runs import LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
-from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import target_of
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import Corpus
@@ -72,7 +73,7 @@ class Analyses:
 @uses_model
 def analyze(
     model: Model,
-    subnetwork: SubnetworkLike,
+    subnetwork: MaskLike,
     target: Any,
     corpus: Corpus,
     *,
@@ -81,11 +82,11 @@ def analyze(
     sweep_tokens: int = SWEEP_TOKENS,
     fit_tokens: int = FIT_TOKENS,
 ) -> Analyses:
-    """Run the standard set of analyses on a subnetwork.
+    """Run the standard set of analyses on a subnetwork, or on a circuit what of it can be said of nodes.
 
     Args:
         model: From `load_model`.
-        subnetwork: The subnetwork to analyse.
+        subnetwork: The subnetwork or circuit to analyse.
         target: The target it was learned for.
         corpus: The text: affine maps are fitted on its training part, everything else is measured on its held-out part.
         seed: Seed of the matched random subnetworks.
@@ -108,7 +109,7 @@ def analyze(
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
             that the model does not support (`NotShownError`) are left out with the reason; other errors are raised.
     """
-    subnetwork = as_subnetwork(subnetwork)
+    subnetwork = as_mask(subnetwork)
     check_arguments(model, subnetwork, seed=seed)
     target = target_of(target, model)
     for part in (corpus.train, corpus.held_out):
@@ -158,7 +159,7 @@ _STEPS = (
 _EFFECTS = (
     ("ablation_components", "attentions and MLPs with the largest rise in loss when zeroed, nats"),
     ("ablation_heads", "heads with the largest rise in loss when zeroed, nats"),
-    ("induction", "heads with the largest fall in loss on repeated random tokens when added to the subnetwork, nats"),
+    ("induction", "heads with the largest fall in loss on repeated random tokens when added to it, nats"),
     ("induction_pairs", "the best of these heads with a second one"),
 )
 
@@ -184,7 +185,7 @@ def _story(analyses: Analyses) -> str:
 def _largest_step(curves: Curves, quantity: str, words: str) -> str:
     """A sentence on the block that changes a quantity most, in full model and subnetwork; empty if undefined."""
     parts = []
-    for condition in ("full", "subnetwork"):
+    for condition in (name for name in ("full", *OWN) if name in curves.conditions):
         values = curves.get(quantity, condition)
         steps = np.abs(np.diff(values))
         if not np.isnan(steps).all():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
 from bigram_circuits.analysis.registry import Subject, in_suite
+from bigram_circuits.masking.apply import MaskLike
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
@@ -18,7 +19,6 @@ from bigram_circuits.models.activations import batch_size_for
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import SubnetworkLike
 from bigram_circuits.tasks.answers import Answers
 from bigram_circuits.tasks.task import Task, batches, checked_task
 
@@ -35,7 +35,7 @@ _WITH_WRONG = (
 
 
 @uses_model
-def measure_task(model: Model, task: Any, subnetwork: SubnetworkLike | None = None, *, seed: int = 0) -> Effects:
+def measure_task(model: Model, task: Any, subnetwork: MaskLike | None = None, *, seed: int = 0) -> Effects:
     """Measure a model at the answers of a task, under each condition.
 
     Args:
@@ -61,7 +61,7 @@ def measure_task(model: Model, task: Any, subnetwork: SubnetworkLike | None = No
     named = conditions(kept, seed=seed)
     rows: dict[str, list[Float[np.ndarray, "row quantity"]]] = {name: [] for name in named}
     with progress(total=len(task) * len(named), desc="measuring answers", unit="row") as bar:
-        for part in batches(len(task), batch_size_for(model, task.tokens.shape[1])):
+        for part in batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest=2):
             tokens = torch.from_numpy(task.tokens[part].astype(np.int64)).to(model.cfg.device)
             answers = task.answers.at(torch.arange(part.start, part.stop), tokens.device)
             full = None

@@ -21,7 +21,9 @@ from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_subnetwork, conditions
 from bigram_circuits.analysis.overlap import jaccard
 from bigram_circuits.evaluation import evaluate
-from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
+from bigram_circuits.learning.training import SparsifyConfig, find_mask
+from bigram_circuits.masking.apply import Mask, MaskLike
+from bigram_circuits.measures.conditions import condition_of
 from bigram_circuits.measures.quantities import FAITHFULNESS, FRACTION, MEASURED, Quantity
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.statistics import check_seed
@@ -31,7 +33,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, in_use
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.progress import progress
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import is_target
 from bigram_circuits.text.corpus import Corpus, token_array
 
@@ -58,9 +60,10 @@ class SubnetworksOverTraining:
     """The result of `subnetworks_over_training`."""
 
     curves: Curves
-    """Size, faithfulness, location and overlap by checkpoint; conditions are `subnetwork`, `full` and `random`."""
-    subnetworks: Mapping[str, Subnetwork]
-    """The subnetworks found, by checkpoint."""
+    """Size, faithfulness, location and overlap by checkpoint; conditions are `subnetwork`, `full` and `random`, or
+    those of a circuit."""
+    subnetworks: Mapping[str, Mask]
+    """The subnetworks, or circuits, found, by checkpoint."""
 
     def to_dataframe(self) -> Any:
         """The curves as a pandas table."""
@@ -118,7 +121,7 @@ def trajectory(
 
 @usual_order
 def faithfulness_to(
-    subnetwork: SubnetworkLike | None = None, target: Any = None, tokens: Any = None, *, seed: int = 0
+    subnetwork: MaskLike | None = None, target: Any = None, tokens: Any = None, *, seed: int = 0
 ) -> Measure:
     """A measure for `trajectory`: faithfulness to a target under every condition, on the same text.
 
@@ -142,7 +145,8 @@ def faithfulness_to(
         check_model(model)
         of_model = _target_of(target, model)
         with in_use(model, "trajectory"):
-            every = {name: one or Subnetwork.full(model) for name, one in conditions(kept, seed=seed).items()}
+            full = Subnetwork.full(model) if kept is None else kept.constant(True)
+            every = {name: full if one is None else one for name, one in conditions(kept, seed=seed).items()}
             return {name: _faithfulness(model, one, of_model, array) for name, one in every.items()}
 
     return measure
@@ -169,7 +173,7 @@ def subnetworks_over_training(
             (`checkpoints`): all of these.
         target: The target to reproduce, or a function from a model to a target.
         corpus: Masks are learned on its training part and evaluated on its held-out part.
-        config: The recipe; `SparsifyConfig()` by default.
+        config: The recipe; `SparsifyConfig()` by default. With `units`, circuits are found.
         model: The hub id that the checkpoints are revisions of.
         tokenizer: The tokenizer of models in memory.
         run_dir: If given, every checkpoint's run is written to a subfolder named after the checkpoint; existing runs
@@ -186,16 +190,17 @@ def subnetworks_over_training(
     names = tuple(sources)
     check_seed(seed)
     _check_target(target)
-    found: dict[str, Subnetwork] = {}
+    found: dict[str, Mask] = {}
     rows: list[dict[str, dict[str, Any]]] = []
     for name, loaded in _each(sources, tokenizer, device, dtype):
         folder = None if run_dir is None else Path(run_dir) / name.replace("/", "--")
         of_model = _target_of(target, loaded)
         with in_use(loaded, "subnetworks_over_training"):
-            one = find_subnetwork(loaded, of_model, corpus, config, run_dir=folder).subnetwork
-            compared = {"subnetwork": one, "full": Subnetwork.full(loaded), "random": one.random_like(seed=seed)}
+            one = find_mask(loaded, of_model, corpus, config or SparsifyConfig(), run_dir=folder).mask
+            own, random = one.noun, condition_of("random", one.noun)
+            compared: dict[str, Mask] = {own: one, "full": one.constant(True), random: one.random_like(seed=seed)}
             rows.append({key: _faithfulness(loaded, value, of_model, array) for key, value in compared.items()})
-        for key in ("subnetwork", "random"):
+        for key in (own, random):
             rows[-1][key] |= {
                 "fraction": one.fraction,
                 "share_in_first_mlp": _share_in_first_mlp(one),
@@ -203,16 +208,17 @@ def subnetworks_over_training(
         found[name] = one
     last = found[names[-1]]
     for place, (one, row) in enumerate(zip(found.values(), rows, strict=True)):
-        row["subnetwork"]["jaccard_with_previous"] = jaccard(found[names[place - 1]], one) if place else math.nan
-        row["subnetwork"]["jaccard_with_last"] = jaccard(one, last)
+        row[one.noun]["jaccard_with_previous"] = jaccard(found[names[place - 1]], one) if place else math.nan
+        row[one.noun]["jaccard_with_last"] = jaccard(one, last)
     notes = {"model": model, "target": type(target).__name__, "corpus": corpus.source, "seed": seed}
     return SubnetworksOverTraining(_curves("Subnetworks over training", names, rows, notes), found)
 
 
-def _share_in_first_mlp(subnetwork: Subnetwork) -> float:
-    """Share of the kept weights in the first layer's MLP; nan if nothing is kept, or there is no such MLP."""
-    first = subnetwork.by_component().get((0, "mlp"))
-    return first.kept / subnetwork.kept if first and subnetwork.kept else math.nan
+def _share_in_first_mlp(found: Mask) -> float:
+    """Share of the kept weights or nodes in the first layer's MLP; nan if nothing is kept, or there is none."""
+    counts = found.by_place()
+    first = [counts[0, part].kept for part in ("mlp", "neuron") if (0, part) in counts]
+    return sum(first) / found.kept if first and found.kept else math.nan
 
 
 def _each(
@@ -282,7 +288,7 @@ def _target_of(target: Any, model: Model) -> Any:
     return target if is_target(target) else target(model)
 
 
-def _faithfulness(model: Model, subnetwork: Subnetwork, target: Any, tokens: np.ndarray) -> dict[str, Any]:
+def _faithfulness(model: Model, subnetwork: Mask, target: Any, tokens: np.ndarray) -> dict[str, Any]:
     """Numbers by name, with intervals where defined."""
     evaluation = evaluate(model, subnetwork, target, tokens, controls=False)
     measured = evaluation.subnetwork

@@ -1,4 +1,4 @@
-"""Compare subnetworks of one model: their faithfulness, their settings and the overlap of each pair."""
+"""Compare subnetworks, or circuits, of one model: their faithfulness, their settings and the overlap of each pair."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import numpy as np
 
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.capacity import MaskCapacity
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import FAITHFULNESS
 from bigram_circuits.measures.results import Effects, Result
@@ -27,10 +29,12 @@ from bigram_circuits.measures.words import flat, listed, percent, rounded
 from bigram_circuits.models.identity import how_models_differ
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike
+from bigram_circuits.storage.records import read_tensors
+from bigram_circuits.subnetwork import Subnetwork
 
-Source: TypeAlias = Run | SubnetworkLike | str | os.PathLike[str]
-"""A run, a subnetwork or what holds one; a run's folder, a path's folder (all its runs), or a subnetwork's file."""
+Source: TypeAlias = Run | MaskLike | str | os.PathLike[str]
+"""A run, a subnetwork or circuit, or what holds one; a run's folder, a path's folder (all its runs), or the file of a
+subnetwork or circuit."""
 SMALLEST = sys.float_info.min
 """Smaller p-values are reported as this one; their logarithm is exact."""
 R, KL, CROSS_ENTROPY = "surprisal_correlation", "kl", "cross_entropy"
@@ -45,8 +49,8 @@ class Compared:
 
     name: str
     """A name that no other has."""
-    subnetwork: Subnetwork
-    """The weights it keeps."""
+    subnetwork: Mask
+    """What it keeps: a subnetwork or a circuit."""
     run: Run | None = None
     """The run that found it, if known."""
 
@@ -165,6 +169,16 @@ class Comparison:
     against: str | None = None
     """Name of the subnetwork that each of the others is compared with; None if every pair is compared."""
 
+    @property
+    def units(self) -> str:
+        """What they keep: `weights` or `nodes`."""
+        return self.items[0].subnetwork.units
+
+    @property
+    def noun(self) -> str:
+        """What they are: `subnetwork` or `circuit`."""
+        return self.items[0].subnetwork.noun
+
     @cached_property
     def differing(self) -> Mapping[str, list[str | None]]:
         """The settings that differ between runs: name -> one value each, None where the run is unknown."""
@@ -235,7 +249,7 @@ class Comparison:
         names = [f"{number} {one.name}" for number, one in zip(numbers, self.items, strict=True)]
         columns = [place for place, one in enumerate(self.items) if self.against in (None, one.name)]
         width = max(len(name) for name in names) + 2
-        lines = [f"{'':<{width}}{'kept':>12}{'fraction':>10}{'r':>8}{'KL':>8}  weights also kept by (by chance)"]
+        lines = [f"{'':<{width}}{'kept':>12}{'fraction':>10}{'r':>8}{'KL':>8}  {self.units} also kept by (by chance)"]
         lines.append(" " * (width + 38) + "".join(f"{numbers[place]:>17}" for place in columns))
         for name, one, shares, chances in zip(names, self.items, self.shares, self.chances, strict=True):
             r, kl = (_cell(one.measured(key)) for key in ("surprisal_correlation", "kl"))
@@ -259,7 +273,7 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
     """Read runs or subnetworks and compute the overlap of each pair.
 
     Args:
-        runs: At least two runs or subnetworks of one model, by name or in a sequence. A folder written by
+        runs: At least two runs, subnetworks or circuits of one model, by name or in a sequence. A folder written by
             `find --sparsity-weights` stands for all its runs, and may be given alone. A run without a name is named
             after its folder, or after its settings that differ from the others' if its folder is named by a hash.
         against: Name of one of them: only the overlaps of the others with this one are computed. By default those of
@@ -270,7 +284,8 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
         ValueError: If there are fewer than two, a file cannot be read, they are of different models, or none is
             named `against`.
     """
-    several: Any = [runs] if isinstance(runs, Subnetwork | str | os.PathLike) or hasattr(runs, "subnetwork") else runs
+    is_one = isinstance(runs, Run | Subnetwork | Circuit | str | os.PathLike)
+    several: Any = [runs] if is_one or hasattr(runs, "subnetwork") or hasattr(runs, "circuit") else runs
     by_name = isinstance(several, Mapping)
     labelled = [
         (label, subnetwork, run)
@@ -296,26 +311,33 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
 _Label: TypeAlias = tuple[str, ...]  # parts of a name; the last is shown first, others only if needed
 
 
-def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Subnetwork, Run | None]]:
-    """The subnetworks in a source, with the parts of their names and their runs."""
-    if isinstance(source, Subnetwork):
-        yield (name or source.lineage,), source, None
-    elif isinstance(source, Run):
+def _opened(source: Any, name: str | None) -> Iterator[tuple[_Label, Mask, Run | None]]:
+    """The subnetworks or circuits in a source, with the parts of their names and their runs."""
+    if isinstance(source, Run):
         run = with_path_evaluation(source)
-        yield (name,) if name else _parts(run.path), run.subnetwork, run
-    elif isinstance(held := getattr(source, "subnetwork", None), Subnetwork):
-        yield (name or held.lineage,), held, None
+        yield (name,) if name else _parts(run.path), run.mask, run
     elif not isinstance(source, str | os.PathLike):
-        raise ValueError(f"cannot compare a {type(source).__name__}: give runs, subnetworks, folders or files")
+        try:
+            held = as_mask(source)
+        except ValueError:
+            what = "give runs, subnetworks, circuits, folders or files"
+            raise ValueError(f"cannot compare a {type(source).__name__}: {what}") from None
+        yield (name or held.lineage,), held, None
     elif Path(source).is_file():
         path = Path(source)
         label = (*_parts(path)[:-1], path.stem)
-        yield (name,) if name else label, Subnetwork.load(path), None
+        yield (name,) if name else label, _loaded(path), None
     elif is_path(source):
         for run in load_path_runs(source):
-            yield (name, run.path.name) if name else _parts(run.path), run.subnetwork, run
+            yield (name, run.path.name) if name else _parts(run.path), run.mask, run
     else:
         yield from _opened(load_run(source, history=False), name)
+
+
+def _loaded(path: Path) -> Mask:
+    """The subnetwork or circuit in a file."""
+    _, metadata = read_tensors(path, "is not a subnetwork file")
+    return (Circuit if metadata.get("format") == Circuit.file_format else Subnetwork).load(path)
 
 
 def _parts(path: Path) -> _Label:
@@ -377,11 +399,15 @@ def _check_one_model(items: Sequence[Compared]) -> None:
     first = items[0]
     hashed: Compared | None = None
     for other in items:
+        if first.subnetwork.noun != other.subnetwork.noun:
+            kinds = f"{first.name!r} is a {first.subnetwork.noun}, {other.name!r} a {other.subnetwork.noun}"
+            raise ValueError(f"{kinds}: compare those of one kind")
         ours, theirs = first.subnetwork.shapes, other.subnetwork.shapes
         for matrix in (*ours, *theirs):
             if ours.get(matrix) != theirs.get(matrix):
+                what = "of different models" if first.subnetwork.units == "weights" else "over different nodes"
                 shapes = f"{matrix} has shape {ours.get(matrix)} in the one, {theirs.get(matrix)} in the other"
-                raise ValueError(f"{first.name!r} and {other.name!r} are of different models: {shapes}")
+                raise ValueError(f"{first.name!r} and {other.name!r} are {what}: {shapes}")
         if hashed is None:
             hashed = other if _weight_hash(other) else None
         elif (its := _weight_hash(other)) and (how := how_models_differ(_weight_hash(hashed) or "", its)):

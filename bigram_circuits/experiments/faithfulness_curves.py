@@ -268,7 +268,7 @@ class _Job:
         config = replace(self.config, target_fraction=size / self.full.total)
         folder = None if self.folder is None else self.folder / f"learned-{size}"
         return find_circuit(
-            self.model, self.target, self.corpus, config, run_dir=folder, callbacks=self.callbacks,
+            self.model, self.target, self.corpus, config, force=True, run_dir=folder, callbacks=self.callbacks,
             check_memory=self.check_memory,
         ).circuit  # fmt: skip
 

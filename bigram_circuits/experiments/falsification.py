@@ -14,6 +14,7 @@ them with the loss without random ones.) A larger mask can do more, so everythin
 - on the first three without a penalty on kept weights: the ceiling of each (Chang and Bergen 2025, Table 2);
 - for a nonsense target: the same distribution under a random permutation s of the vocabulary,
   P'(y | x) = P(s(y) | s(x)); for a task, its answers dealt to its prompts at random;
+- of a circuit, in its place: random nodes, as many at every hook point;
 - with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
 
 Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
@@ -36,6 +37,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bigram_circuits.analysis.overlap import overlap
+from bigram_circuits.circuit import WEIGHT, Circuit
 from bigram_circuits.evaluation import Measured, measure
 from bigram_circuits.experiments.controls import (
     RANDOM_BLOCKS,
@@ -49,6 +51,7 @@ from bigram_circuits.experiments.controls import (
 from bigram_circuits.experiments.verdicts import (
     FOUND,
     NONSENSE,
+    RANDOM_NODES,
     TRAINED,
     Judged,
     ceiling_words,
@@ -60,8 +63,9 @@ from bigram_circuits.experiments.verdicts import (
     size_ratio,
     sized_name,
 )
-from bigram_circuits.learning.training import SparsifyConfig, find_subnetwork
-from bigram_circuits.masking.gates import group_gates
+from bigram_circuits.learning.training import SparsifyConfig, find_mask
+from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
+from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.measures.quantities import (
     CROSS_ENTROPY,
     FRACTION,
@@ -76,11 +80,9 @@ from bigram_circuits.measures.statistics import STATISTICS, Statistic
 from bigram_circuits.models.activations import check_predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
-from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
@@ -200,7 +202,7 @@ def falsify(
     corpus: Corpus,
     config: SparsifyConfig | None = None,
     *,
-    found: SubnetworkLike,
+    found: MaskLike,
     sizes: Sequence[float | int] | None = None,
     seeds: int = 3,
     run_dir: str | os.PathLike[str] | None = None,
@@ -214,33 +216,35 @@ def falsify(
         model: From `load_model`.
         target: The target that the subnetwork was learned for.
         corpus: Masks are learned on its training part and measured on its held-out part.
-        config: The recipe that found the subnetwork; `SparsifyConfig()` by default. Its `target_fraction` is replaced
-            by each size in turn; without a penalty, it is left out and `sparsity_weight` is 0. (Straight-through masks
-            need a size, so there is no such attempt with them.)
-        found: The subnetwork to be tested.
-        sizes: Sizes of the curves, as shares of the maskable weights; by default half, once and twice the
-            subnetwork's (of the weights that the recipe can drop). The subnetwork's own is always among them.
+        config: The recipe that found it, of weights or of nodes; `SparsifyConfig()` by default. Its `target_fraction`
+            is replaced by each size in turn; without a penalty, it is left out and `sparsity_weight` is 0.
+            (Straight-through masks need a size, so there is no such attempt with them.)
+        found: The subnetwork or circuit to be tested.
+        sizes: Sizes of the curves, as shares of the maskable weights, or of the nodes; by default half, once and twice
+            that of what was found (of the weights that the recipe can drop), which is always among them.
         seeds: Number of other seeds, for the trained model and for re-initialised blocks; at least 2, to have a
             spread.
         run_dir: A folder for the runs and the results; runs that are already there are reused.
 
     Raises:
-        ValueError: If `seeds` is below 2, a size is out of range or given twice, the subnetwork keeps none of the
-            weights that the recipe can drop, or model, target, subnetwork and corpus do not fit together.
+        ValueError: If `seeds` is below 2, a size is out of range or given twice, nothing is kept of what the recipe
+            can drop, the recipe is of other units than what was found, or both of weights and of nodes, or model,
+            target, subnetwork and corpus do not fit together.
         OSError: If the model's files, which are read again, no longer exist.
     """
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
     config = config or SparsifyConfig()
-    found = as_subnetwork(found)
+    found = as_mask(found)
     found.check_fits(model)
+    _check_recipe(config, found)
     target = target_of(target, model)
     check_predicts_tokens(model)
-    own, kept = found.kept, _sizes_in_weights(model, config, found, sizes)
+    own, kept = found.kept, _sizes_kept(model, config, found, sizes)
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         check_no_link(folder)
-    attempts = _Attempts(corpus, config, found.total, folder)
+    attempts = _Attempts(corpus, config, found, folder)
     others = range(config.seed + 1, config.seed + 1 + seeds)
 
     trained = attempts.curve(TRAINED, model, target, [size for size in kept if size != own])
@@ -248,7 +252,7 @@ def falsify(
     free = attempts.free(TRAINED, model, target)
     nonsense = _nonsense(target, model.cfg.d_vocab, config.seed)
     meaningless = attempts.at(NONSENSE, model, nonsense, own)[1]
-    again = {FOUND: found}
+    again: dict[str, Mask] = {FOUND: found}
     reseeded: dict[str, Measured] = {}
     for seed in others:
         name = seed_name(seed)
@@ -269,8 +273,14 @@ def falsify(
     everything = attempts.curve(RANDOM_MODEL, other, target, [own])
     free |= attempts.free(RANDOM_MODEL, other, target)
 
+    draws: dict[str, Measured] = {}
+    if isinstance(found, Circuit):
+        for seed in (config.seed, *others):
+            name = RANDOM_NODES if seed == config.seed else seed_name(seed, RANDOM_NODES)
+            draws[name] = measure(model, found.random_like(seed=seed), target, corpus.held_out)
+
     measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own]}
-    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | reseeded | free
+    measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | draws | reseeded | free
     told = _Told(kl_of_best_constant(target, corpus.held_out))
     told_nonsense = _Told(kl_of_best_constant(nonsense, corpus.held_out))
     lines = {TRAINED: trained, RANDOM_BLOCKS: blocks, RANDOM_MODEL: everything}
@@ -280,12 +290,17 @@ def falsify(
         SHUFFLED: _gap(trained[own], shuffled, told),
         NONSENSE: _gap(trained[own], meaningless, told, told_nonsense),
     }
-    gaps |= {sized_name(RANDOM_BLOCKS, size): _gap(trained[size], blocks[size], told) for size in kept if size != own}
+    gaps |= {
+        attempts.sized_name(RANDOM_BLOCKS, size): _gap(trained[size], blocks[size], told)
+        for size in kept
+        if size != own
+    }
+    gaps |= {name: _gap(trained[own], one, told) for name, one in draws.items()}
     for seed in others:
         name = seed_name(seed, RANDOM_BLOCKS)
         gaps[name] = _gap(reseeded[seed_name(seed)], reseeded[name], told)
     result = Falsification(
-        _controls(measured, {name: told_nonsense if name == NONSENSE else told for name in measured}),
+        _controls(measured, {name: told_nonsense if name == NONSENSE else told for name in measured}, found),
         _overlaps(again),
         _spread(measured),
         _curves(lines, kept, found.total, told),
@@ -304,17 +319,32 @@ def _nonsense(target: Target, d_vocab: int, seed: int) -> Target:
     return RenamedTarget(target, d_vocab, seed=seed)
 
 
-def _sizes_in_weights(
-    model: Model, config: SparsifyConfig, found: Subnetwork, sizes: Sequence[float | int] | None
-) -> list[int]:
-    """The numbers of weights to keep, from the smallest; the subnetwork's own is among them."""
-    groups = group_gates(weight_sites(model), config.unit_of, config.layers)
-    always = found.total - sum(group.site.size for group in groups)
+def _check_recipe(config: SparsifyConfig, found: Mask) -> None:
+    """Raise ValueError unless a recipe finds what is of the same units, and of one kind of unit."""
+    units = set(config.units or (WEIGHT,))
+    if (config.units is None) == isinstance(found, Circuit) or (units > {WEIGHT}):
+        raise ValueError(
+            f"the recipe is of {', '.join(sorted(units))}, and what was found is a {found.noun}: give the recipe that "
+            "found it; nodes and weights cannot be tried together"
+        )
+
+
+def _sizes_kept(model: Model, config: SparsifyConfig, found: Mask, sizes: Sequence[float | int] | None) -> list[int]:
+    """The numbers of weights or nodes to keep, from the smallest; that of what was found is among them.
+
+    Raises:
+        ValueError: If the recipe is of other nodes than what was found, nothing is kept that it can drop, or a size is
+            out of range.
+    """
+    candidates = Candidates(model, config)
+    if candidates.total != found.total:
+        raise ValueError(f"the recipe is of {candidates.total:,} {found.units}, the {found.noun} of {found.total:,}")
+    always = candidates.total - candidates.gated_size
     free = found.kept - always
     if free < 1:
         raise ValueError(
-            f"the subnetwork keeps {found.kept:,} weights, none of those that the recipe can drop: there is nothing to "
-            "compare at equal size"
+            f"the {found.noun} keeps {found.kept:,} {found.units}, none of those that the recipe can drop: there is "
+            "nothing to compare at equal size"
         )
     if sizes is None:
         kept = {always + max(1, round(times * free)) for times in _SIZES}
@@ -322,7 +352,9 @@ def _sizes_in_weights(
     kept = [round(size * found.total) if 0 < size <= 1 else 0 for size in sizes]
     if len(kept) < 1 or min(kept) <= always:
         least = always / found.total
-        raise ValueError(f"sizes must be shares of the weights, above {least:.4g} and at most 1, not {list(sizes)}")
+        raise ValueError(
+            f"sizes must be shares of the {found.units}, above {least:.4g} and at most 1, not {list(sizes)}"
+        )
     if len(set(kept)) < len(kept):
         raise ValueError(f"sizes must differ, not {list(sizes)}")
     return sorted({*kept, found.kept})
@@ -334,17 +366,19 @@ class _Attempts:
 
     corpus: Corpus
     config: SparsifyConfig
-    total: int
-    """Number of maskable weights."""
+    found: Mask
+    """What the recipe found."""
     folder: Path | None
 
-    def at(
-        self, name: str, model: Model, target: Target, kept: int, seed: int | None = None
-    ) -> tuple[Subnetwork, Measured]:
-        """Find a subnetwork of a size, and measure it."""
+    def sized_name(self, of: str, kept: int) -> str:
+        """The name of an attempt at another size."""
+        return sized_name(of, kept, self.found.units)
+
+    def at(self, name: str, model: Model, target: Target, kept: int, seed: int | None = None) -> tuple[Mask, Measured]:
+        """Find a subnetwork or circuit of a size, and measure it."""
         seed = self.config.seed if seed is None else seed
-        recipe = replace(self.config, target_fraction=kept / self.total, seed=seed)
-        return self._learn(sized_name(name, kept), model, target, recipe)
+        recipe = replace(self.config, target_fraction=kept / self.found.total, seed=seed)
+        return self._learn(self.sized_name(name, kept), model, target, recipe)
 
     def curve(self, name: str, model: Model, target: Target, sizes: Sequence[int]) -> dict[int, Measured]:
         """Measure a subnetwork of every size."""
@@ -359,14 +393,13 @@ class _Attempts:
         name = free_name(of)
         return {name: self._learn(name, model, target, recipe)[1]}
 
-    def _learn(self, name: str, model: Model, target: Target, recipe: SparsifyConfig) -> tuple[Subnetwork, Measured]:
+    def _learn(self, name: str, model: Model, target: Target, recipe: SparsifyConfig) -> tuple[Mask, Measured]:
         to = None if self.folder is None else self.folder / name.replace(",", "").replace(" ", "-")
         if to is not None:
             check_no_link(to)
         # the finding's own run needed as much memory
-        learned = find_subnetwork(model, target, self.corpus, recipe, run_dir=to, check_memory="off")
-        subnetwork = learned.subnetwork
-        return subnetwork, measure(model, subnetwork, target, self.corpus.held_out)
+        learned = find_mask(model, target, self.corpus, recipe, run_dir=to, check_memory="off").mask
+        return learned, measure(model, learned, target, self.corpus.held_out)
 
 
 # --- what was measured, as results -----------------------------------------------------------------------------------
@@ -417,10 +450,11 @@ def _effects(title: str, quantities: tuple[Quantity, ...], subject: str, rows: M
     return Effects(title, quantities, subject, tuple(rows), values, low, high)
 
 
-def _controls(measured: Mapping[str, Measured], told: Mapping[str, _Told]) -> Effects:
+def _controls(measured: Mapping[str, Measured], told: Mapping[str, _Told], found: Mask) -> Effects:
     """A row for each attempt."""
     rows = {name: _numbers(one, told[name]) for name, one in measured.items()}
-    return _effects("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
+    controls = _effects("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
+    return replace(controls, notes={"noun": found.noun, "units": found.units})
 
 
 def _gaps(rows: Mapping[str, list[Ends]]) -> Effects:
@@ -457,7 +491,7 @@ def _spread(measured: Mapping[str, Measured]) -> Effects:
     return Effects("Spread over seeds", quantities, "number", tuple(numbers), values, none, none, notes=notes)
 
 
-def _overlaps(subnetworks: Mapping[str, Subnetwork]) -> Effects:
+def _overlaps(subnetworks: Mapping[str, Mask]) -> Effects:
     """Overlap of each pair, overall and by component; empty subnetworks are left out and noted."""
     some = {name: one for name, one in subnetworks.items() if one.kept}
     pairs = {f"{a}, {b}": overlap(some[a], some[b], by="component") for a, b in combinations(some, 2)}

@@ -1,4 +1,4 @@
-"""Nested subnetworks of several sizes, and one curve of faithfulness by size.
+"""Nested subnetworks, or circuits, of several sizes, and one curve of faithfulness by size.
 
 They are found from the largest to the smallest, each inside the one before (a dropped weight is never considered
 again), so a smaller subnetwork is always contained in a larger one.
@@ -17,8 +17,8 @@ import numpy as np
 
 from bigram_circuits.evaluation import Evaluation, evaluate
 from bigram_circuits.learning.callbacks import Callback
-from bigram_circuits.learning.found import FoundSubnetwork
-from bigram_circuits.learning.training import find_subnetwork
+from bigram_circuits.learning.found import FoundCircuit, FoundSubnetwork
+from bigram_circuits.learning.training import find_mask
 from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
@@ -28,7 +28,6 @@ from bigram_circuits.storage.files import checked_json, damaged, read_checked_js
 from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.records import check_no_link
 from bigram_circuits.storage.typed import Record
-from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.text.corpus import Corpus
 
 _FILE = "path.json"
@@ -38,8 +37,8 @@ _FILE = "path.json"
 class SubnetworkPath:
     """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text."""
 
-    found: tuple[FoundSubnetwork, ...]
-    """The subnetwork found at each sparsity weight."""
+    found: tuple[FoundSubnetwork | FoundCircuit, ...]
+    """The subnetwork, or circuit, found at each sparsity weight."""
     measured: tuple[Faithfulness, ...]
     """The faithfulness of each."""
     empty: Faithfulness
@@ -72,7 +71,7 @@ class SubnetworkPath:
                 **vars(one),
                 sparsity_weight=found.config.sparsity_weight,
                 faithfulness=faithful,
-                subnetwork=found.subnetwork.checksum,
+                subnetwork=found.mask.checksum,
             )
             for found, one, faithful in zip(self.found, self.measured, self.faithfulness, strict=True)
         )
@@ -146,13 +145,13 @@ def sparsity_path(
     check_memory: str = "warn",
     rebuild: Inputs | None = None,
 ) -> SubnetworkPath:
-    """Find nested subnetworks along increasing sparsity weights, and measure each on held-out text.
+    """Find nested subnetworks, or circuits, along increasing sparsity weights, and measure each on held-out text.
 
     Args:
         model: From `load_model`.
         target: A target that has an entropy, so that KL and faithfulness are defined.
         corpus: Masks are learned on its training part and measured on its held-out part.
-        config: The recipe; its `sparsity_weight` is replaced by each in turn.
+        config: The recipe; its `sparsity_weight` is replaced by each in turn. With `units`, circuits are found.
         sparsity_weights: At least two different ones; taken from the smallest (largest subnetwork) to the largest.
         run_dir: A folder for the path: one run folder for each sparsity weight, and `path.json`.
         callbacks: As for `find_subnetwork`.
@@ -182,19 +181,19 @@ def _along(
     weights: Sequence[float | int], model: Model, target: Any, corpus: Corpus, config: SparsifyConfig,
     run_dir: Path | None, how: Mapping[str, Any],
 ) -> SubnetworkPath:  # fmt: skip
-    found: list[FoundSubnetwork] = []
+    found: list[FoundSubnetwork | FoundCircuit] = []
     within = None
     for weight in weights:
         folder = None if run_dir is None else run_dir / _folder_of(weight)
         if folder is not None:
             check_no_link(folder)
         recipe = replace(config, sparsity_weight=weight)
-        found.append(find_subnetwork(model, target, corpus, recipe, run_dir=folder, within=within, **how))
-        within = found[-1].subnetwork
-    ends = [Subnetwork.empty(model), Subnetwork.full(model)]
+        found.append(find_mask(model, target, corpus, recipe, run_dir=folder, within=within, **how))
+        within = found[-1].mask
+    ends = [found[0].mask.constant(value) for value in (False, True)]
     measured = [
-        evaluate(model, subnetwork, target, corpus.held_out, controls=False).subnetwork
-        for subnetwork in (*ends, *(one.subnetwork for one in found))
+        evaluate(model, mask, target, corpus.held_out, controls=False).subnetwork
+        for mask in (*ends, *(one.mask for one in found))
     ]
     return SubnetworkPath(tuple(found), tuple(measured[2:]), empty=measured[0], full=measured[1])
 
@@ -232,8 +231,8 @@ def load_path_runs(folder: str | os.PathLike[str]) -> list[Run]:
 
 def _is_of(point: _Point, run: Run) -> bool:
     """Whether a point of a path is of the subnetwork of a run."""
-    return point.kept == run.subnetwork.kept and (
-        point.subnetwork == run.subnetwork.checksum or (point.subnetwork is None and run.is_former)
+    return point.kept == run.mask.kept and (
+        point.subnetwork == run.mask.checksum or (point.subnetwork is None and run.is_former)
     )
 
 

@@ -20,6 +20,8 @@ from bigram_circuits.measures.words import listed
 
 FOUND, TRAINED, NONSENSE = "found", "trained", "nonsense target"
 """The subnetwork, the model whose it is, and the control with another target."""
+RANDOM_NODES = "random nodes"
+"""The control of a circuit that has as many nodes at every hook point."""
 _FORMER_SHARE = 0.95  # in results of versions that did not compare at equal size, a control refutes the finding if it
 _FORMER_SIZE = 2.0  # recovers this share of what the subnetwork recovers, with at most this many times its weights
 _HALF = 0.5  # a control that recovers this share of what the subnetwork recovers weakens the finding
@@ -48,9 +50,9 @@ def free_name(of: str) -> str:
     return f"{of}, no penalty"
 
 
-def sized_name(of: str, kept: int) -> str:
+def sized_name(of: str, kept: int, units: str = "weights") -> str:
     """The name of an attempt at another size than the subnetwork's."""
-    return f"{of} at {kept} weights"
+    return f"{of} at {kept} {units}"
 
 
 def seeds_of(names: Iterable[str]) -> list[str]:
@@ -100,6 +102,9 @@ _MEANS = {
         SHUFFLED,
         "stands",
     ): "The result depends on which weight is where: in random places they cannot be masked to match it.",
+    (RANDOM_NODES, "refuted"): "Nodes drawn at random do as well, so which nodes are kept is no finding.",
+    (RANDOM_NODES, "weakened"): "Nodes drawn at random do much of it; what the choice of nodes adds is the gap.",
+    (RANDOM_NODES, "stands"): "The result depends on which nodes are kept: as many random ones do not match it.",
     (NONSENSE, "refuted"): "Masks can make this model reproduce a meaningless target as well, "
     "so reproducing the real one is no evidence.",
     (NONSENSE, "weakened"): "Masks can make this model reproduce much of a meaningless target.",
@@ -109,6 +114,7 @@ _WHEN = {
     RANDOM_BLOCKS: "On the model with re-initialised blocks",
     RANDOM_MODEL: "On the model with everything re-initialised",
     SHUFFLED: "On the model with the weights of each matrix shuffled",
+    RANDOM_NODES: "With random nodes in its place, as many at every hook point",
     NONSENSE: "For a nonsense target",
 }
 
@@ -126,7 +132,8 @@ def judge_controls(controls: Effects, gaps: Effects | None, curves: Curves | Non
             finding = _finding(controls, gaps, name)
             says = _gap_words(gaps, name)
             if name == RANDOM_BLOCKS:
-                says += _other_sizes(gaps) + _ratio_words(size_ratio(curves, controls.get("fraction")[FOUND]))
+                ratio = size_ratio(curves, controls.get("fraction")[FOUND])
+                says += _other_sizes(gaps, _units(controls)) + _ratio_words(ratio, controls)
         both = f"{when}, {_mask_words(controls, name)}; on the trained model, {_mask_words(controls, FOUND)}."
         if name == RANDOM_BLOCKS and not math.isnan(controls.get("context_told")[FOUND]):
             both = f"Recovered of the context's information about the next token: {both[0].lower()}{both[1:]}"
@@ -173,7 +180,12 @@ def _mask_words(controls: Effects, name: str) -> str:
     details = f"cross-entropy {cross_entropy:.3f} nats" if math.isnan(told) else f"KL {kl:z.3f} nats"
     details += "" if math.isnan(r) else f", r {r:.3f}"
     recovers = "" if math.isnan(told) else f" recover {100 * told:z.0f}%"
-    return f"{100 * kept:.2f}% of the weights{recovers} ({details})"
+    return f"{100 * kept:.2f}% of the {_units(controls)}{recovers} ({details})"
+
+
+def _units(controls: Effects) -> str:
+    """What is kept or dropped: `weights` or `nodes`."""
+    return str(controls.notes.get("units", "weights"))
 
 
 def _gap_words(gaps: Effects, name: str) -> str:
@@ -197,18 +209,19 @@ def _seeds_of_gap(gaps: Effects, name: str) -> list[str]:
     return [one for one in gaps.names if one.startswith(f"{name}, seed ")]
 
 
-def _other_sizes(gaps: Effects) -> str:
+def _other_sizes(gaps: Effects, units: str) -> str:
     """The gaps between trained and re-initialised blocks at other sizes."""
     gap, fraction = gaps.get("kl_gap"), gaps.get("fraction")
     others = [name for name in gaps.names if name.startswith(f"{RANDOM_BLOCKS} at ")]
-    parts = [f"{gap[name]:z.3f} nats at {100 * fraction[name]:.2f}% of the weights" for name in others]
+    parts = [f"{gap[name]:z.3f} nats at {100 * fraction[name]:.2f}% of the {units}" for name in others]
     return f" At other sizes it is {listed(parts)}." if parts else ""
 
 
-def _ratio_words(ratio: tuple[float, float]) -> str:
+def _ratio_words(ratio: tuple[float, float], controls: Effects) -> str:
     low, high = ratio
+    noun = controls.notes.get("noun", "subnetwork")
     times = f"{high:.1f} times" if low == high else f"more than {low:.1f} times" if low else f"at most {high:.1f} times"
-    return f" To reach the subnetwork's KL, re-initialised blocks need {times} its weights."
+    return f" To reach the {noun}'s KL, re-initialised blocks need {times} its {_units(controls)}."
 
 
 def ceiling_words(controls: Effects) -> str:
@@ -219,18 +232,18 @@ def ceiling_words(controls: Effects) -> str:
         for of, words in whose.items()
         if (name := free_name(of)) in controls.names
     ]
-    return f"The ceiling, without a penalty on kept weights: {'; '.join(parts)}." if parts else ""
+    return f"The ceiling, without a penalty on kept {_units(controls)}: {'; '.join(parts)}." if parts else ""
 
 
 # --- the seeds -------------------------------------------------------------------------------------------------------
 
 
 def judge_seeds(controls: Effects, seeds: Effects) -> Judged:
-    """Whether seeds keep the same weights, more than chance would have it."""
+    """Whether seeds keep the same weights, or nodes, more than chance would have it."""
     names = seeds_of(controls.names)
     r, kept = (np.array([controls.get(key)[name] for name in names]) for key in ("surprisal_correlation", "fraction"))
     shares = list(dict.fromkeys(f"{100 * share:.2f}%" for share in (kept.min(), kept.max())))
-    spread = f"Across {len(names)} seeds, {' to '.join(shares)} of the weights are kept"
+    spread = f"Across {len(names)} seeds, {' to '.join(shares)} of the {_units(controls)} are kept"
     if not np.isnan(r).all():
         spread += f", with r from {np.nanmin(r):.3f} to {np.nanmax(r):.3f}"
     empty: Sequence[str] = seeds.notes["kept_nothing"]
@@ -242,7 +255,7 @@ def judge_seeds(controls: Effects, seeds: Effects) -> Judged:
     jaccard = np.array([seeds.get("jaccard")[pair] for pair in whole])
     refutes = not max(logs) < math.log(_SURPRISING)
     verdict = (
-        "not significantly more for every pair: which weights are kept is an accident of the seed."
+        f"not significantly more for every pair: which {_units(controls)} are kept is an accident of the seed."
         if refutes
         else "significant for every pair (p < 0.05, exact null, Holm)."
     )

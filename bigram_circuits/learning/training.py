@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +56,7 @@ from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.tasks.target import TaskTarget
-from bigram_circuits.tasks.task import Task
+from bigram_circuits.tasks.task import Task, ability, refuse_unable
 from bigram_circuits.text.corpus import Corpus, batch_of, spread
 
 __all__ = ["FoundSubnetwork", "SparsifyConfig", "find_circuit", "find_subnetwork", "forecast_memory", "run_settings"]
@@ -150,6 +150,7 @@ def find_circuit(
     target_fraction: float | None = None,
     edges: bool = False,
     measure: str = "loss",
+    force: bool = False,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     within: MaskLike | None = None,
@@ -177,6 +178,7 @@ def find_circuit(
         target_fraction: Keep exactly this share of the nodes.
         edges: The same as `units="edge"`.
         measure: What is asked for at the answers of a `Task`, one of `MEASURES`; see `TaskTarget`.
+        force: Go on although the full model is not shown to do the task better than guessing.
         run_dir: As for `find_subnetwork`; the circuit is in `circuit.safetensors`.
         resume: As for `find_subnetwork`.
         within: Search only inside this circuit, which has the same units.
@@ -185,7 +187,8 @@ def find_circuit(
         check_memory: As for `find_subnetwork`.
 
     Raises:
-        ValueError: As `find_subnetwork`; and if the model lacks a unit, the replacement is unknown or lacks its text.
+        ValueError: As `find_subnetwork`; and if the model lacks a unit, the replacement is unknown or lacks its text,
+            or the full model is not shown to do the task.
         MemoryError: As `find_subnetwork`.
         OSError: As `find_subnetwork`.
         KeyboardInterrupt: As `find_subnetwork`.
@@ -195,6 +198,8 @@ def find_circuit(
     units = EDGE if edges else units
     target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, target_fraction, measure)
     bounds = None if within is None else as_mask(within)
+    if isinstance(target, TaskTarget) and not force:
+        refuse_unable(ability(model, target.task), "force=True")
     found = _find(model, target, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
     assert isinstance(found, FoundCircuit), "nodes were asked for"
     return found
@@ -246,9 +251,10 @@ def find_mask(
     config: SparsifyConfig,
     **options: Any,
 ) -> FoundSubnetwork | FoundCircuit:
-    """`find_circuit` if the recipe asks for nodes, else `find_subnetwork`."""
-    find: Callable[..., Any] = find_subnetwork if config.units is None else find_circuit
-    return find(model, target, corpus, config, **options)
+    """`find_circuit` if the recipe asks for nodes, else `find_subnetwork`; the model was shown to do a task."""
+    if config.units is None:
+        return find_subnetwork(model, target, corpus, config, **options)
+    return find_circuit(model, target, corpus, config, force=True, **options)
 
 
 def _find(

@@ -73,7 +73,7 @@ class Replacer:
         if mean.ndim == 1:
             return mean.to(value.dtype).view(value.shape[2:])
         if value.shape[1] > len(mean):
-            raise ValueError(
+            raise NotShownError(
                 f"replace='mean_by_position' knows {len(mean)} positions, but there is a sequence of {value.shape[1]}"
             )
         return mean[: value.shape[1]].to(value.dtype).view(value.shape[1:])
@@ -124,7 +124,7 @@ def partners(n: int, seed: int) -> Integer[Tensor, " n"]:
         ValueError: If there is only one sequence.
     """
     if n < 2:
-        raise ValueError("resampling takes activations from another sequence, but there is only one")
+        raise NotShownError("resampling takes activations from another sequence, but there is only one")
     order = np.random.default_rng(seed).permutation(n)
     partner = torch.empty(n, dtype=torch.long)
     partner[torch.from_numpy(order)] = torch.from_numpy(np.roll(order, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,7 +12,7 @@ GREY = "#7A7A7A"
 
 @dataclass(frozen=True)
 class Condition:
-    """A set of weights that a model is run with; all other maskable weights are 0."""
+    """What of a model is kept: a set of weights, and all other maskable ones are 0, or a set of nodes."""
 
     name: str
     """Its key in results and files, for example `full`."""
@@ -36,7 +36,7 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
                 "the model without any maskable weight: embeddings, normalisation and biases remain",
                 "#CC79A7",
             ),
-            Condition("complement", "complement", "the full model without the subnetwork's weights", "#D55E00"),
+            Condition("complement", "complement", "the full model without what was found", "#D55E00"),
             Condition(
                 "magnitude",
                 "largest weights",
@@ -55,16 +55,57 @@ CONDITIONS: Mapping[str, Condition] = MappingProxyType(
                 "the full model without such random weights: mean over seeds",
                 "#999999",
             ),
+            Condition("circuit", "circuit", "the model with only the circuit's nodes, the others replaced", "#0072B2"),
+            Condition("empty circuit", "empty circuit", "the model with all nodes of these units replaced", "#CC79A7"),
+            Condition(
+                "strongest nodes",
+                "strongest nodes",
+                "the nodes whose gates have the largest gradients, as many at every hook point as the circuit keeps",
+                "#009E73",
+            ),
+            Condition(
+                "random nodes",
+                "matched random nodes",
+                "random nodes, as many at every hook point as the circuit keeps: mean over seeds",
+                "#999999",
+            ),
+            Condition(
+                "full - random nodes",
+                "full model without matched random nodes",
+                "the full model without such random nodes: mean over seeds",
+                "#999999",
+            ),
         )
     }
 )
 """Every condition, by name."""
 COMPARED = ("full", "subnetwork", "complement", "random")
 """Conditions that an analysis compares, in this order, if a subnetwork is given; without one, only the first."""
+OWN = ("subnetwork", "circuit")
+"""The conditions of which one is what was found."""
+_OF_A_CIRCUIT = {
+    "subnetwork": "circuit", "empty": "empty circuit", "magnitude": "strongest nodes", "random": "random nodes",
+    "full - random": "full - random nodes",
+}  # fmt: skip
 SINGLE = ("subnetwork", "full", "empty", "complement", "magnitude")
 """Conditions that an evaluation measures once."""
 DRAWN = ("random", "full - random")
 """Conditions that an evaluation draws again for every seed."""
+
+
+def condition_of(name: str, noun: str) -> str:
+    """The condition of a `subnetwork` or of a `circuit` (the noun) that corresponds to one of a subnetwork."""
+    return _OF_A_CIRCUIT.get(name, name) if noun == "circuit" else name
+
+
+def compared(noun: str) -> tuple[str, ...]:
+    """The conditions that an analysis of a `subnetwork` or a `circuit` compares, in this order."""
+    return tuple(condition_of(name, noun) for name in COMPARED)
+
+
+def own_of(names: Container[str]) -> str | None:
+    """The condition that is what was found; None if it is not among these."""
+    return next((name for name in OWN if name in names), None)
 
 
 def label_of(name: str) -> str:

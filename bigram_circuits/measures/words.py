@@ -40,6 +40,8 @@ def flat(values: Mapping[str, Any], at: str = "") -> list[list[str]]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
     return "not set" if value is None else str(value)
 
 

@@ -98,6 +98,8 @@ class Content:
     """Sentences; empty ones are left out."""
     blocks: Sequence[Block] = ()
     """Charts and tables below them."""
+    heading: str = ""
+    """The heading, if it is not the section's usual one."""
 
 
 @dataclass(frozen=True)

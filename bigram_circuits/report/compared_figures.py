@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigram_circuits.experiments.comparison import numbered
+from bigram_circuits.measures.conditions import condition_of, label_of
 from bigram_circuits.measures.plots import (
     IN_CELL,
     LIGHT_SHADES,
@@ -62,8 +63,10 @@ class Line:
     """The values."""
 
 
-def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Sequence[Points]) -> Any:
-    """Quantities against the share of weights kept, one panel each: a mark per subnetwork, a line for the front."""
+def pareto(
+    names: Sequence[str], fractions: Sequence[float | int], panels: Sequence[Points], noun: str = "subnetwork"
+) -> Any:
+    """Quantities against the share kept, one panel each: a mark per subnetwork or circuit, a line for the front."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
@@ -85,26 +88,29 @@ def pareto(names: Sequence[str], fractions: Sequence[float | int], panels: Seque
                 **_legend("Pareto front", seen), **at,
             )  # fmt: skip
         if len(names) > _MOST_MARKS:
-            _add_cloud(figure, short, fractions, panel, scale, seen, at)
+            _add_cloud(figure, short, fractions, panel, scale, seen, at, noun)
         else:
-            _add_marks(figure, short, fractions, panel, scale, seen, at)
+            _add_marks(figure, short, fractions, panel, scale, seen, at, noun)
         figure.update_yaxes(title=plain(panel.title), zeroline=False, **ticks, **at)
     ticks = _log_ticks([fraction for fraction in fractions if fraction > 0])
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{100 * tick:.6g}%" for tick in ticks], zeroline=False)
-    figure.update_xaxes(title="share of weights kept (log scale)", row=len(panels), col=1)
+    figure.update_xaxes(
+        title=f"share of {'weights' if noun == 'subnetwork' else 'nodes'} kept (log scale)", row=len(panels), col=1
+    )
     told = names if len(names) <= _MOST_MARKS else []
     return dressed(figure, 90 + 270 * len(panels) + _legend_height([*told, "full model", "Pareto front", "random"]))
 
 
 def _add_marks(
     figure: Any, names: Sequence[str], fractions: Sequence[float | int], panel: Points, scale: Any, seen: set[str],
-    at: Mapping[str, Any],
+    at: Mapping[str, Any], noun: str,
 ) -> None:  # fmt: skip
     """Add a mark with error bars for every subnetwork, each in its colour, and hollow ones for random weights."""
+    random = label_of(condition_of("random", noun))
     for place, (fraction, chance) in enumerate(zip(fractions, panel.random, strict=True)):
         if fraction > 0 and chance is not None:
             look = {"size": 9, "color": MUTED, "symbol": f"{_symbol(place)}-open"}
-            what = _legend("matched random weights", seen) | {"name": "matched random weights"}
+            what = _legend(random, seen) | {"name": random}
             figure.add_scatter(**_dot(fraction, chance, scale), marker=look, **what, **at)
     for place, (name, fraction, value) in enumerate(zip(names, fractions, panel.values, strict=True)):
         if fraction > 0 and value is not None:
@@ -119,12 +125,12 @@ def _add_marks(
 
 def _add_cloud(
     figure: Any, names: Sequence[str], fractions: Sequence[float | int], panel: Points, scale: Any, seen: set[str],
-    at: Mapping[str, Any],
+    at: Mapping[str, Any], noun: str,
 ) -> None:  # fmt: skip
     """Add the marks of many subnetworks in one colour, without error bars; their names show on hover."""
     clouds = {
-        "matched random weights": (panel.random, {"size": 6, "color": MUTED, "symbol": "circle-open"}),
-        "subnetworks": (panel.values, {"size": 6, "color": SERIES[0]}),
+        label_of(condition_of("random", noun)): (panel.random, {"size": 6, "color": MUTED, "symbol": "circle-open"}),
+        f"{noun}s": (panel.values, {"size": 6, "color": SERIES[0]}),
     }
     for what, (values, look) in clouds.items():
         known = [

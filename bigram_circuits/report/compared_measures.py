@@ -29,7 +29,7 @@ def what(comparison: Comparison) -> Content:
     """Settings that differ, sizes, measurements, verdicts and origins."""
     items = comparison.items
     differing = comparison.differing
-    says = [_differences(items, differing)]
+    says = [_differences(items, differing, comparison.noun)]
     many = len(items) > MOST_DRAWN
     names = short_settings(list(differing))
     rows = [[one.name, *(values[place] for values in differing.values())] for place, one in enumerate(items) if one.run]
@@ -70,10 +70,10 @@ def what(comparison: Comparison) -> Content:
     return Content(says, blocks)
 
 
-def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str:
+def _differences(items: Sequence[Compared], differing: Mapping[str, Any], noun: str) -> str:
     runs, n = [one for one in items if one.run], len(items)
     alone = n - len(runs)
-    counted = f"{n} subnetworks, {len(runs)} of them from runs." if alone and runs else f"{n} subnetworks."
+    counted = f"{n} {noun}s, {len(runs)} of them from runs." if alone and runs else f"{n} {noun}s."
     counted = f"{n} runs." if not alone else counted
     if len(runs) < 2:
         return counted
@@ -84,7 +84,7 @@ def _differences(items: Sequence[Compared], differing: Mapping[str, Any]) -> str
 
 
 def _measured(items: Sequence[Compared], *, is_open: bool) -> Numbers:
-    columns = ["", "weights kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
+    columns = ["", f"{items[0].subnetwork.units} kept", "fraction", "r", "KL", "cross-entropy", "loss", "interval of r",
                "of cross-entropy", "of loss"]  # fmt: skip
     measured, bounded = (R, KL, "cross_entropy", "mean_surprisal"), (R, "cross_entropy", "mean_surprisal")
     rows = [
@@ -119,8 +119,8 @@ def _origin(one: Compared) -> list[str]:
 
 @section("pareto", "Faithfulness against size")
 def pareto(comparison: Comparison) -> Content:
-    """Faithfulness (r and KL) against the share of weights kept."""
-    items = comparison.items
+    """Faithfulness (r and KL) against the share of weights or nodes kept."""
+    items, noun, units = comparison.items, comparison.noun, comparison.units
     drawn = [one for one in items if one.is_evaluated and one.subnetwork.kept]
     if not drawn:
         return Content(["None of them was evaluated, so there is nothing to plot."])
@@ -141,24 +141,26 @@ def pareto(comparison: Comparison) -> Content:
     what = ["Better is up and to the left for r, down and to the left for KL."]
     if any(panel.fronts for panel in panels):
         what.append(
-            "The line is the Pareto front of the measured values: no other subnetwork keeps as few weights and does "
+            f"The line is the Pareto front of the measured values: no other {noun} keeps as few {units} and does "
             "as well as one on it. Differences within the intervals (error bars) may be noise."
         )
-    lacking = [one.name for one in drawn if one.measured(R, "random") is None]
+    lacking = [one.name for one in drawn if one.measured(R, "random") is None and one.measured(KL, "random") is None]
     if len(lacking) < len(drawn):
-        what.append("Hollow marks: random weights, as many in every matrix (mean over seeds).")
+        where = "in every matrix" if units == "weights" else "at every hook point"
+        what.append(f"Hollow marks: random {units}, as many {where} (mean over seeds).")
     if lacking:
         says.append(f"Without a random control: {listed(lacking)}.")
     if any(panel.whole for panel in panels):
         what.append("Dashed: the full model.")
     what.append("The axis of r is Fisher's z.")
-    figure = compared_figures.pareto([one.name for one in drawn], [one.subnetwork.fraction for one in drawn], panels)
+    fractions = [one.subnetwork.fraction for one in drawn]
+    figure = compared_figures.pareto([one.name for one in drawn], fractions, panels, noun)
     rows = [
         [one.name, one.subnetwork.fraction, *(one.measured(key, of) for key in (R, KL) for of in _CONDITIONS)]
         for one in drawn
     ]
     columns = ["", "fraction", *(f"{word}{of}" for word in ("r", "KL") for of in ("", " of random", " of full model"))]
-    chart = Chart("r and KL against the share of weights kept", " ".join(what), figure)
+    chart = Chart(f"r and KL against the share of {units} kept", " ".join(what), figure)
     return Content(says, [chart, Numbers("Numbers: faithfulness against size", columns, rows)])
 
 

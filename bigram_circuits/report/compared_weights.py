@@ -1,4 +1,4 @@
-"""Sections of the comparison page about the weights: how far they overlap, where they are, what they do by layer."""
+"""Sections of the comparison page about weights, or nodes: how far they overlap, where they are, what they do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bigram_circuits.circuit import Circuit
 from bigram_circuits.experiments.comparison import SMALLEST, Compared, Comparison, Pair
 from bigram_circuits.measures.results import Curves
 from bigram_circuits.measures.words import listed, percent, rounded
-from bigram_circuits.names import PartName
+from bigram_circuits.names import COMPONENTS, PartName
 from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import (
@@ -25,32 +26,35 @@ from bigram_circuits.report.compared_words import (
     value_range,
 )
 from bigram_circuits.report.results import LAYER_CHARTS, LayerChart
-from bigram_circuits.report.words import component_name, component_words
+from bigram_circuits.report.words import component_name, component_words, unit_words
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
 _SURPRISING = 0.05  # a p-value below it
+_MOST_LABELS = 60  # nodes of a circuit, named one by one
 _CELL = 74  # pixels, of width for a column of a map with words
 
 
 @section("overlaps", "Are they the same weights?")
 def overlaps(comparison: Comparison) -> Content:
     """Overlap of each pair, against chance."""
-    pairs, items = comparison.pairs, comparison.items
+    pairs, items, units = comparison.pairs, comparison.items, comparison.units
+    heading = "" if units == "weights" else f"Are they the same {units}?"
     empty = [one.name for one in items if not one.subnetwork.kept]
     says = [f"Empty, and so without overlaps: {listed(empty)}."] if empty else []
     if not pairs:
-        return Content(says)
+        return Content(says, heading=heading)
     given = [pair_with(pair) for pair in pairs if pair.is_given]
     if given:
         says.insert(0, f"Nested by construction, so their overlap is not a finding: {listed(given)}.")
     if found_pairs(pairs):
-        says.insert(0, _overlap_words(found_pairs(pairs)))
+        says.insert(0, _overlap_words(found_pairs(pairs), units))
     if comparison.against is not None:
-        says.insert(0, f"Of {len(items)} subnetworks, each is compared with one alone, {comparison.against}.")
+        says.insert(0, f"Of {len(items)} {comparison.noun}s, each is compared with one alone, {comparison.against}.")
     corrected = f", with Holm's correction over the {len(pairs)} pairs" if len(pairs) > 1 else ""
+    where, places = ("in every matrix", "matrices") if units == "weights" else ("at every hook point", "hook points")
     says.append(
-        "Chance: one of the two is drawn at random with the same number of weights in every matrix, so a shared "
-        "preference for some matrices does not count as evidence. p is exact (a sum of hypergeometric counts) and "
+        f"Chance: one of the two is drawn at random with the same number of {units} {where}, so a shared "
+        f"preference for some {places} does not count as evidence. p is exact (a sum of hypergeometric counts) and "
         f"one-sided{corrected}."
     )
     columns = ["", *_PAIR_COLUMNS]
@@ -61,13 +65,13 @@ def overlaps(comparison: Comparison) -> Content:
             f"Left out: the map of all pairs, and overlaps by component if there are more than {_MOST_ROWS} pairs "
             "(compare(...).pairs has them)."
         )
-        return Content(says, [table, *(_by_component(pairs) if len(pairs) <= _MOST_ROWS else [])])
+        return Content(says, [table, *(_by_component(pairs, units) if len(pairs) <= _MOST_ROWS else [])], heading)
     names = [one.name for one in items]
     maps = compared_figures.pair_maps(
         names, {"observed": comparison.shares, "expected by chance": comparison.chances}, "share"
     )
-    chart = Chart("Share of the row's weights that the column keeps too", _largest(pairs), maps, 640)
-    return Content(says, [chart, table, *_by_component(pairs)])
+    chart = Chart(f"Share of the row's {units} that the column keeps too", _largest(pairs, units), maps, 640)
+    return Content(says, [chart, table, *_by_component(pairs, units)], heading)
 
 
 _PAIR_COLUMNS = (
@@ -82,12 +86,12 @@ def _pair_row(pair: Pair, stratum: str) -> list[float | int | str]:
     return [pair.get("intersection", stratum), pair.get("expected", stratum), *tested, *shares]
 
 
-def _overlap_words(pairs: Sequence[Pair]) -> str:
+def _overlap_words(pairs: Sequence[Pair], units: str) -> str:
     if len(pairs) == 1:
         pair = pairs[0]
         is_above = "significantly" if pair.p() < _SURPRISING else "not significantly"
         return (
-            f"{pair_words(pair)} share {pair.get('intersection'):,.0f} weights: Jaccard "
+            f"{pair_words(pair)} share {pair.get('intersection'):,.0f} {units}: Jaccard "
             f"{percent(pair.get('jaccard'))}, {few(pair.ratio())} times chance ({pair.get('expected'):,.0f} expected), "
             f"{is_above} above it ({_p_words(pair)})."
         )
@@ -104,7 +108,7 @@ def _p_words(pair: Pair) -> str:
     return f"p = {pair.p():.2g}" if pair.p() > 1e-4 else f"p = 10^{pair.log10_p['all']:,.0f}"
 
 
-def _largest(pairs: Sequence[Pair]) -> str:
+def _largest(pairs: Sequence[Pair], units: str) -> str:
     """The largest share, among pairs that are not nested by construction."""
     shares = [
         (pair.get(share), pair.get("expected") / pair.get(kept), one.name, other.name)
@@ -119,15 +123,16 @@ def _largest(pairs: Sequence[Pair]) -> str:
     share, chance, one, other = max(shares)
     among = "Largest" if len(shares) == 2 * len(pairs) else "Largest of those not nested by construction"
     return (
-        f"{among}: {percent(share)} of the weights of {one} are also in {other} ({percent(chance)} expected by chance)."
+        f"{among}: {percent(share)} of the {units} of {one} are also in {other} ({percent(chance)} expected by chance)."
     )
 
 
-def _by_component(pairs: Sequence[Pair]) -> list[Block]:
+def _by_component(pairs: Sequence[Pair], units: str) -> list[Block]:
     strata = [name for name in pairs[0].effects.names if name != "all"]
     rows = [[pair_words(pair), component_name(name), *_pair_row(pair, name)] for pair in pairs for name in strata]
-    columns = ["", "component", *_PAIR_COLUMNS]
-    caption = "Overlap by component (Holm's correction over all components of all pairs)"
+    what = "component" if units == "weights" else "hook point"
+    columns = ["", what, *_PAIR_COLUMNS]
+    caption = f"Overlap by {what} (Holm's correction over all {what}s of all pairs)"
     blocks: list[Block] = []
     if len(pairs) <= _MOST_ROWS:
         ratios = [[pair.ratio(name) for name in strata] for pair in pairs]
@@ -136,47 +141,67 @@ def _by_component(pairs: Sequence[Pair]) -> list[Block]:
         tested = [(pair, name) for pair in found_pairs(pairs) for name in strata if pair.get("sd", name) > 0]
         above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
         says = (
-            f"Shared weights over those expected by chance; empty where none is shared or expected. {above} of "
+            f"Shared {units} over those expected by chance; empty where none is shared or expected. {above} of "
             f"{len(tested)} overlaps are significantly above chance (p < {_SURPRISING} after Holm's correction)."
         )
         width = 220 + _CELL * len(strata)
-        blocks.append(Chart("Overlap by component, in times chance", says, figure, width))
+        blocks.append(Chart(f"Overlap by {what}, in times chance", says, figure, width))
     return [*blocks, Numbers(caption, columns, rows)]
 
 
 @section("places", "Where the kept weights are")
 def places(comparison: Comparison) -> Content:
-    """Kept weights by layer and component."""
-    items = drawn(comparison)
-    counts = {one.name: one.subnetwork.by_component() for one in items}
+    """Kept weights by layer and component, or nodes by layer and unit."""
+    items, units = drawn(comparison), comparison.units
+    counts = {one.name: one.subnetwork.by_place() for one in items}
     parts = sorted({part for _, part in counts[items[0].name]})
     layers = sorted({layer for layer, _ in counts[items[0].name]})
-    panels: dict[str, list[compared_figures.Line]] = {component_words(part): [] for part in parts}
+    words = {part: component_words(part) if units == "weights" else unit_words(part) for part in parts}
+    panels: dict[str, list[compared_figures.Line]] = {words[part]: [] for part in parts}
     rows = []
     for place, one in enumerate(items):
         for part in parts:
             here = [counts[one.name].get((layer, part)) for layer in layers]
             shares = [count.kept / max(one.subnetwork.kept, 1) if count else math.nan for count in here]
             line = compared_figures.Line(one.name, place, [str(layer) for layer in layers], shares)
-            panels[component_words(part)].append(line)
+            panels[words[part]].append(line)
             rows += [
-                [one.name, PartName(part, layer).label, count.kept, count.total, share, count.fraction]
+                [one.name, _place_label(layer, part), count.kept, count.total, share, count.fraction]
                 for layer, count, share in zip(layers, here, shares, strict=True)
                 if count
             ]
-    chart = Chart(
-        "Share of all kept weights, by layer and component", "", compared_figures.lines(panels, "layer", "~%")
-    )
-    columns = ["", "component", "kept", "of", "share of all kept", "fraction"]
-    table = Numbers("Numbers: kept weights by component", columns, rows)
-    return Content([_place_words(comparison.items), left_out(comparison)], [chart, table])
+    what = "component" if units == "weights" else "unit"
+    chart = Chart(f"Share of all kept {units}, by layer and {what}", "", compared_figures.lines(panels, "layer", "~%"))
+    columns = ["", what, "kept", "of", "share of all kept", "fraction"]
+    table = Numbers(f"Numbers: kept {units} by {what}", columns, rows)
+    heading = "" if units == "weights" else f"Where the kept {units} are"
+    blocks: list[Block] = [chart, table]
+    if units != "weights":
+        blocks.append(_nodes_of_each(items))
+    return Content([_place_words(comparison.items), left_out(comparison)], blocks, heading)
+
+
+def _nodes_of_each(items: Sequence[Compared]) -> Numbers:
+    """The labels of the nodes that each keeps, where they are few."""
+    rows = []
+    for one in items:
+        assert isinstance(one.subnetwork, Circuit), "all are circuits"
+        nodes = one.subnetwork.nodes
+        rows.append([one.name, ", ".join(nodes) if len(nodes) <= _MOST_LABELS else f"{len(nodes):,}: too many to list"])
+    return Numbers("The nodes that each keeps", ["", "nodes"], rows, is_open=True)
+
+
+def _place_label(layer: int, part: str) -> str:
+    """The label of a component, or of the nodes of a unit in a layer."""
+    return PartName(part, layer).label if part in COMPONENTS else f"L{layer} {unit_words(part)}"
 
 
 def _place_words(items: Sequence[Compared]) -> str:
     """The component that holds most of the kept weights, for each subnetwork."""
+    units = items[0].subnetwork.units
     by_place: dict[tuple[int, str], dict[str, float | int]] = {}
     for one in items:
-        counts = one.subnetwork.by_component()
+        counts = one.subnetwork.by_place()
         if one.subnetwork.kept:
             at = max(counts, key=lambda place: counts[place].kept)
             by_place.setdefault(at, {})[one.name] = counts[at].kept / one.subnetwork.kept
@@ -184,9 +209,12 @@ def _place_words(items: Sequence[Compared]) -> str:
     for (layer, part), shares in by_place.items():
         of = "all of them" if len(by_place) == 1 and len(shares) == len(items) else listed(list(shares))
         parts.append(
-            f"{PartName(part, layer).label} in {of} ({value_range(list(shares.values()), percent)} of the kept weights)"
+            f"{_place_label(layer, part)} in {of} ({value_range(list(shares.values()), percent)} of the kept {units})"
         )
-    return f"The component with the most kept weights is {'; '.join(parts)}." if parts else "No weight was kept."
+    if not parts:
+        return f"No {units.removesuffix('s')} was kept."
+    whose = "component" if units == "weights" else "place"
+    return f"The {whose} with the most kept {units} is {'; '.join(parts)}."
 
 
 @section("layers", "Layer by layer")
@@ -202,19 +230,24 @@ def layers(comparison: Comparison) -> Content:
     blocks: list[Block] = []
     for chart in LAYER_CHARTS:
         blocks += _by_layer(items, having, chart)
-    says = [left_out(comparison), missing, "The model with only the subnetwork's weights, after every layer."]
+    says = [
+        left_out(comparison),
+        missing,
+        f"The model with only the {comparison.noun}'s {comparison.units}, after every layer.",
+    ]
     return Content(says, blocks)
 
 
 def _by_layer(items: Sequence[Compared], having: Sequence[Compared], chart: LayerChart) -> list[Block]:
     lines, rows, ends, tokens = [], [], [], {}
     for one in having:
-        curves = _curves(one, chart, "subnetwork")
+        own = one.subnetwork.noun
+        curves = _curves(one, chart, own)
         if curves is None:
             continue
-        points, values = [str(point) for point in curves.points], curves.get(chart.quantity, "subnetwork")
+        points, values = [str(point) for point in curves.points], curves.get(chart.quantity, own)
         lines.append(compared_figures.Line(one.name, items.index(one), points, values.tolist()))
-        low, high = curves.interval(chart.quantity, "subnetwork")
+        low, high = curves.interval(chart.quantity, own)
         rows += [[one.name, *row] for row in zip(points, values.tolist(), low.tolist(), high.tolist(), strict=True)]
         tokens[one.name] = curves.notes.get("tokens")
         known = values[~np.isnan(values)]

@@ -1,4 +1,4 @@
-"""The page that sets several subnetworks of one model side by side: how faithful for how few weights, and how alike.
+"""The page that sets several subnetworks, or circuits, of one model side by side: how faithful, how small, how alike.
 
 Every sentence is computed from what is compared; what is missing is named.
 """
@@ -35,10 +35,10 @@ def write_comparison(
     runs: Comparison | Mapping[str, Source] | Sequence[Source] | Source,
     path: str | os.PathLike[str] = "comparison.html",
 ) -> Path:
-    """Write the page that sets several subnetworks of one model side by side, replacing an earlier one.
+    """Write the page that sets several subnetworks, or circuits, of one model side by side, replacing an earlier one.
 
     Args:
-        runs: At least two runs, run folders, subnetworks or subnetwork files, in a sequence or by name. A folder
+        runs: At least two runs, run folders, subnetworks, circuits or their files, in a sequence or by name. A folder
             written by `find --sparsity-weights` counts as all its runs. Subnetworks without an evaluation appear
             only where weights are compared.
         path: Where to write it.
@@ -61,19 +61,22 @@ def write_comparison(
 def page(comparison: Comparison) -> str:
     """The page as text."""
     sections = [section(comparison) for section in COMPARISON_SECTIONS]
-    return document(_opening(comparison), sections, "Made from the folders and files of the subnetworks compared.")
+    return document(
+        _opening(comparison), sections, f"Made from the folders and files of the {comparison.noun}s compared."
+    )
 
 
 def _opening(comparison: Comparison) -> Opening:
-    items = comparison.items
+    items, noun, units = comparison.items, comparison.noun, comparison.units
     fractions = [one.subnetwork.fraction for one in items]
-    sizes = f"They keep {value_range(fractions, percent)} of {items[0].subnetwork.total:,} maskable weights."
+    what = "maskable weights" if units == "weights" else units
+    sizes = f"They keep {value_range(fractions, percent)} of {items[0].subnetwork.total:,} {what}."
     answer = " ".join(one for one in (sizes, _best(comparison), _shared(comparison)) if one)
-    title = f"{len(items)} subnetworks of {_model(items)}, compared"
-    asked = "Which subnetwork reproduces its target best with the fewest weights, and do they share the same weights?"
+    title = f"{len(items)} {noun}s of {_model(items)}, compared"
+    asked = f"Which {noun} reproduces its target best with the fewest {units}, and do they share the same {units}?"
     if comparison.is_repetition:
         asked = "How much does the result depend on the seed?"
-    marks = [("subnetworks", str(len(items))), ("of weights kept", value_range(fractions, percent))]
+    marks = [(f"{noun}s", str(len(items))), (f"of {units} kept", value_range(fractions, percent))]
     known = known_values(items, R)
     if known:
         marks.append(("r with the target", value_range(list(known.values()), rounded)))
@@ -131,13 +134,14 @@ def _shared(comparison: Comparison) -> str:
         jaccard = Spread.of([pair.get("jaccard") for pair in found])
         times = Spread.of([pair.ratio() for pair in found])
         return (
-            f"Two of them share {percent(jaccard.mean)} of the weights that either keeps (mean of {len(found)} pairs, "
+            f"Two of them share {percent(jaccard.mean)} of the {comparison.units} that either keeps "
+            f"(mean of {len(found)} pairs, "
             f"{percent(jaccard.low)} to {percent(jaccard.high)}): {few(times.mean)} times as many as by chance."
         )
     pairs = sorted(found, key=lambda pair: _or_lowest(pair.ratio()))
     least, most = pairs[0], pairs[-1]
     if least is most:
-        return f"{pair_words(most)} share {few(most.ratio())} times as many weights as expected by chance."
+        return f"{pair_words(most)} share {few(most.ratio())} times as many {comparison.units} as expected by chance."
     return (
         f"Relative to chance, {pair_words(most)} overlap most ({few(most.ratio())} times), {pair_words(least)} least "
         f"({few(least.ratio())} times)."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.measures.conditions import condition_of
 from bigram_circuits.measures.statistics import Faithfulness
 
 Ends = tuple[float, float]
@@ -25,6 +26,8 @@ class Row:
     """Its measurements; for random controls, their mean over seeds."""
     ends: Ends
     """95% interval of r; for random controls, its range over seeds."""
+    condition: str
+    """Its name as a condition: as before, or of a circuit, `circuit`, `random nodes`."""
 
     @property
     def r(self) -> float:
@@ -36,7 +39,12 @@ def control_rows(evaluation: Evaluation) -> list[Row]:
     """The subnetwork and every control that was measured, in the order of the page."""
     found, groups = dict(evaluation.rows()), of_seeds(evaluation)
     return [
-        Row(name, found[name], _range(groups[name]) if name in groups else evaluation.interval(name))
+        Row(
+            name,
+            found[name],
+            _range(groups[name]) if name in groups else evaluation.interval(name),
+            condition_of(name, evaluation.noun),
+        )
         for name in _ORDER
         if name in found
     ]

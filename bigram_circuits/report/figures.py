@@ -25,6 +25,7 @@ MUTED = "#808080"
 """Replaced by the colour of the page's softer text."""
 _BAR = 24  # pixels, of height for a horizontal bar
 _HEIGHT = 340
+_SQUARE = 18  # pixels, of the side of a node in a grid
 _FAR = 3.0  # times the smallest height of lines by size, from which the heights are logarithmic
 _LABEL = 24  # characters, of a line of a label beside a chart
 _WORD = 6  # characters, of a word in a cell
@@ -51,13 +52,13 @@ def dressed(figure: Any, height: int | None = None) -> Any:
     return figure
 
 
-def training(steps: Sequence[StepRecord]) -> Any:
-    """Cross-entropy, share of weights kept and share of gates undecided by step, a line for every attempt."""
+def training(steps: Sequence[StepRecord], units: str) -> Any:
+    """Cross-entropy, share of weights or nodes kept and share of gates undecided by step, a line for every attempt."""
     from plotly.subplots import make_subplots
 
     panels = {
         "cross-entropy (nats)": "cross_entropy",
-        "share of weights kept": "fraction",
+        f"share of {units} kept": "fraction",
         "share of gates undecided": "undecided",
     }
     figure = make_subplots(
@@ -99,8 +100,8 @@ def controls(rows: Sequence[tuple[str, float, float, float]], axis: str) -> Any:
     return figure.update_layout(margin_t=8)
 
 
-def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float]]) -> Any:
-    """A quantity's lines by share of weights kept, and where each ends: (share, value) without a penalty, dotted."""
+def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float]], units: str) -> Any:
+    """A quantity's lines by share kept, and where each ends: (share, value) without a penalty, dotted."""
     figure = curves.plot(quantity)
     shown = {trace.name: trace.line.color for trace in figure.data if trace.name}
     for condition, (share, value) in ends.items():
@@ -111,7 +112,7 @@ def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float
             name=f"{name}, no penalty", legendgroup=name, line={"color": shown.get(name, MUTED), "dash": "dot"},
             marker={"symbol": "circle-open", "size": [0, 11]},
         )  # fmt: skip
-    figure.update_xaxes(type="log", dtick="D2", title="share of weights kept", tickformat="~%")
+    figure.update_xaxes(type="log", dtick="D2", title=f"share of {units} kept", tickformat="~%")
     heights = curves.values[curves.quantities.index(curves.quantity(quantity))]
     if np.nanmin(heights) > 0 and np.nanmax(heights) > _FAR * np.nanmin(heights):
         figure.update_yaxes(
@@ -136,6 +137,33 @@ def heat_map(
     figure.update_xaxes(type="category", side="top")
     figure.update_yaxes(type="category", title=plain(row_axis))
     return dressed(figure, 110 + 34 * len(rows))
+
+
+def grid(rows: Sequence[str], columns: Sequence[str], kept: Sequence[Sequence[bool | None]], row_axis: str) -> Any:
+    """Squares for the nodes of each row: filled if kept, hollow if dropped; none where it is None."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    looks = {
+        "kept": {"color": CONDITIONS["circuit"].colour, "size": _SQUARE, "symbol": "square"},
+        "dropped": {"color": MUTED, "size": _SQUARE, "symbol": "square-open", "opacity": 0.6},
+    }
+    for name, look in looks.items():
+        at = [(r, c) for r, row in enumerate(kept) for c, one in enumerate(row) if one is (name == "kept")]
+        figure.add_scatter(
+            x=[columns[c] for _, c in at], y=[rows[r] for r, _ in at], mode="markers", name=name, marker=look,
+            hovertemplate=f"{plain(row_axis)} %{{y}}, %{{x}}: {name}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(
+        type="category", categoryorder="array", categoryarray=list(columns), range=[-0.7, len(columns) - 0.3],
+        showgrid=False, zeroline=False, side="top",
+    )  # fmt: skip
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=list(rows), range=[len(rows) - 0.3, -0.7],
+        title=plain(row_axis), showgrid=False, zeroline=False,
+    )  # fmt: skip
+    dressed(figure, 110 + 30 * len(rows))
+    return figure.update_layout(margin_t=56, legend_y=1.0 + 36 / (30 * len(rows) + 46))
 
 
 def bars(

@@ -1,4 +1,4 @@
-"""Sections about the subnetwork in the model: where it is, ablations, layers, attribution, what it lacks."""
+"""Sections about what was found in the model: where it is, ablations, layers, attribution, what it lacks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import math
 
 import numpy as np
 
-from bigram_circuits.measures.conditions import label_of
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.measures.conditions import CONDITIONS, OWN, condition_of, label_of, own_of
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.measures.words import listed, percent, rounded, sentence
 from bigram_circuits.names import PartName, head_label
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
-from bigram_circuits.report.results import LAYER_CHARTS, LayerChart, Results, result_blocks, result_table
+from bigram_circuits.report.nodes import nodes_kept
+from bigram_circuits.report.results import (
+    LAYER_CHARTS,
+    LayerChart,
+    Results,
+    activating_tokens,
+    result_blocks,
+    result_table,
+)
 from bigram_circuits.report.sections import section
-from bigram_circuits.report.words import component_words, spoken_tokens
+from bigram_circuits.report.words import component_words
 from bigram_circuits.runs import Run
 
 _MOST_BARS = 20
@@ -22,7 +31,9 @@ _MOST_BARS = 20
 
 @section("where", "Where the kept weights are")
 def where(run: Run, results: Results) -> Content:
-    """Kept weights by layer, component, head and neuron."""
+    """Kept weights by layer, component, head and neuron; of a circuit, which nodes are kept."""
+    if isinstance(run.mask, Circuit):
+        return nodes_kept(run.mask, results)
     says = [_component_words(run)]
     if not run.analyses:
         says.append("This run was not analysed, so nothing is known about single heads and neurons.")
@@ -75,7 +86,10 @@ def _neurons(results: Results) -> list[Block]:
         blocks.append(Chart(neurons.title, says, figures.bars(neurons.names, series, neurons.quantities[0].label)))
         blocks.append(result_table(neurons, "densest neurons"))
     if tokens and tokens.text:
-        blocks += [_activating(tokens), result_table(tokens, "maximally activating tokens of the densest neurons")]
+        blocks += [
+            activating_tokens(tokens),
+            result_table(tokens, "maximally activating tokens of the densest neurons"),
+        ]
     return blocks
 
 
@@ -112,18 +126,6 @@ def _concentration_words(dense: Curves) -> str:
     return f"Share of the kept MLP weights in the densest {neurons} of neurons: {', '.join(shares)}."
 
 
-def _activating(tokens: Maps) -> Numbers:
-    """A row for every neuron: its maximally activating tokens, by condition."""
-    assert tokens.text is not None
-    wanted = [name for name in ("subnetwork", "full") if name in tokens.conditions] or list(tokens.conditions[:1])
-    rows = [
-        [neuron, *(spoken_tokens(tokens.text[tokens.conditions.index(name)][r]) for name in wanted)]
-        for r, neuron in enumerate(tokens.rows)
-    ]
-    columns = ["neuron", *(f"maximally activating tokens ({label_of(name)})" for name in wanted)]
-    return Numbers(tokens.title, columns, rows, is_open=True)
-
-
 @section("task", "The answers of the task")
 def task(run: Run, results: Results) -> Content:
     """What the model answers under each condition."""
@@ -149,18 +151,26 @@ def needed(run: Run, results: Results) -> Content:
             blocks += _ablation(effects, what)
     removed = results.curves("stochastic_ablation")
     if removed:
+        key, measured, shown = "surprisal_correlation", "r", "r with the target"
+        if np.isnan(removed.get(key, removed.conditions[0])).all():
+            key, measured, shown = "loss", "the model's loss", "The model's loss"
+        gone = "removed" if run.mask.units == "weights" else "replaced"
+        lines = {name: removed.get(key, name) for name in removed.conditions}
         says = [
             f"from {rounded(float(line[0]), 2)} to {rounded(float(line[-1]), 2)} for the {label_of(name)}"
-            for name, line in zip(removed.conditions, removed.values[0], strict=True)
+            for name, line in lines.items()
         ]
-        words = f"As all other weights are removed at random, r goes {listed(says)}."
-        blocks += result_blocks(removed, "r with the target as all other weights are removed", words)
+        words = f"As all other {run.mask.units} are {gone} at random, {measured} goes {listed(says)}."
+        title = f"{shown} as all other {run.mask.units} are {gone}"
+        blocks += result_blocks(removed, title, words, key)
     steps = ("ablation_components", "ablation_heads", "stochastic_ablation")
-    return Content(results.reasons(*steps) if blocks else results.absent("what ablations cost", *steps), blocks)
+    heading = "" if run.mask.noun == "subnetwork" else f"What the model and the {run.mask.noun} need"
+    says = results.reasons(*steps) if blocks else results.absent("what ablations cost", *steps)
+    return Content(says, blocks, heading)
 
 
 def _ablation(effects: Effects, what: str) -> list[Block]:
-    keys = {"full": "rise_in_loss", "subnetwork": "rise_in_loss_in_subnetwork"}
+    keys = {"full": "rise_in_loss"} | {own: f"rise_in_loss_in_{own}" for own in OWN}
     names = [one.name for one in effects.quantities]
     series = {name: effects.get(key) for name, key in keys.items() if key in names}
     if not series:
@@ -210,8 +220,8 @@ def layers(run: Run, results: Results) -> Content:
         min_width = 620 if len(alike.conditions) > 1 else 0
         blocks += result_blocks(alike, alike.title, _alike_words(alike), min_width=min_width)
     says = (
-        "One line per condition: the full model, the subnetwork, its complement (the full model without it), and "
-        "matched random weights."
+        f"One line per condition: the full model, the {run.mask.noun}, its complement (the full model without it), and "
+        f"matched random {run.mask.units}."
     )
     lens = results.curves("logit_lens")
     steps = ("layer by layer", "covariance")
@@ -242,7 +252,7 @@ def _by_layer(curves: Curves, chart: LayerChart) -> Chart:
 def _course(curves: Curves, quantity: str, what: str) -> str:
     """The first and the last value, by condition, and the layer that changes it most."""
     parts = []
-    for condition in (name for name in ("subnetwork", "full") if name in curves.conditions):
+    for condition in (name for name in (*OWN, "full") if name in curves.conditions):
         values = curves.get(quantity, condition)
         steps = np.abs(np.diff(values))
         if np.isnan(steps).all():
@@ -265,7 +275,7 @@ def _rise_words(lens: Curves) -> str:
     if "surprisal_correlation" not in [one.name for one in lens.quantities]:
         return ""
     parts = []
-    for condition in (name for name in ("full", "subnetwork") if name in lens.conditions):
+    for condition in (name for name in ("full", *OWN) if name in lens.conditions):
         values = lens.get("surprisal_correlation", condition)
         steps = np.diff(values)
         if np.isnan(steps).all():
@@ -282,12 +292,13 @@ _LITTLE = 0.01
 
 
 def _alike_words(alike: Maps) -> str:
-    both = [name for name in alike.conditions if "full" in name and "subnetwork" in name]
+    both = [name for name in alike.conditions if "full" in name and any(own in name for own in OWN)]
     if not both or len(alike.rows) != len(alike.columns):
         return ""
     own = np.diag(alike.get(alike.quantities[0].name, both[0]))
     return (
-        f"Between the same layer of the full model and the subnetwork: {rounded(float(own[0]), 2)} at {alike.rows[0]}, "
+        f"Between the same layer of the full model and the {own_of(alike.conditions)}: "
+        f"{rounded(float(own[0]), 2)} at {alike.rows[0]}, "
         f"{rounded(float(own[-1]), 2)} at layer {alike.rows[-1]}."
     )
 
@@ -299,7 +310,7 @@ def attribution(run: Run, results: Results) -> Content:
     if not found:
         return Content(results.absent("direct logit attribution", "attribution"))
     parts = []
-    for condition in (name for name in ("subnetwork", "full") if name in found.conditions):
+    for condition in (name for name in (*OWN, "full") if name in found.conditions):
         values = found.get(found.quantities[0].name, condition)
         if not np.isnan(values).all():
             row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
@@ -316,22 +327,31 @@ def attribution(run: Run, results: Results) -> Content:
 
 @section("overlap", "Is it just the largest weights?")
 def overlap(run: Run, results: Results) -> Content:
-    """Overlap of the kept weights with the largest ones."""
+    """Overlap of the kept weights with the largest ones; of kept nodes, with those of the largest gradients."""
     found = results.effects("overlap_magnitude")
+    of_nodes = isinstance(run.mask, Circuit)
+    heading = "Is it what gradients alone would choose?" if of_nodes else ""
     if not found:
-        return Content(results.absent("overlap with the largest weights", "overlap_magnitude"))
+        what = CONDITIONS[condition_of("magnitude", run.mask.noun)].label
+        return Content(results.absent(f"overlap with the {what}", "overlap_magnitude"), heading=heading)
     shares, expected, kept = found.get("share_of_a_in_b"), found.get("expected"), found.get("kept_a")
     common = found.get("intersection")
     chance = [expected[name] / kept[name] if kept[name] else math.nan for name in found.names]
     whole = found.names[0]
+    among = (
+        "have the largest gradients of their hook points, in the full model" if of_nodes
+        else "are also among the largest of their matrices"
+    )  # fmt: skip
     says = (
-        f"{percent(shares[whole])} of the kept weights ({common[whole]:,.0f}) are also among the largest of their "
-        f"matrices; {percent(chance[0])} ({expected[whole]:,.0f}) are expected by chance."
+        f"{percent(shares[whole])} of the kept {run.mask.units} ({common[whole]:,.0f}) {among}; "
+        f"{percent(chance[0])} ({expected[whole]:,.0f}) are expected by chance."
     )
-    series = {"subnetwork": list(shares.values()), "random": chance}
-    chart = figures.bars(found.names, series, "share among the largest weights")
-    title = "Share of the kept weights that are among the largest (random: expected by chance)"
-    return Content([], [Chart(title, says, chart), result_table(found, "overlap")])
+    what = f"strongest {run.mask.units}" if of_nodes else "largest weights"
+    series = {run.mask.noun: list(shares.values()), condition_of("random", run.mask.noun): chance}
+    chart = figures.bars(found.names, series, f"share among the {what}")
+    which = "strongest" if of_nodes else "largest"
+    title = f"Share of the kept {run.mask.units} that are among the {which} (random: expected by chance)"
+    return Content([], [Chart(title, says, chart), result_table(found, "overlap")], heading)
 
 
 @section("lacks", "What it lacks: induction")
@@ -339,7 +359,7 @@ def lacks(run: Run, results: Results) -> Content:
     """How far single heads and pairs of heads, added to the subnetwork, restore induction."""
     blocks: list[Block] = []
     for name, title in (
-        ("induction", "Fall in loss when one head is added to the subnetwork"),
+        ("induction", f"Fall in loss when one head is added to the {run.mask.noun}"),
         ("induction_pairs", "Fall in loss when the best head and another are added"),
     ):
         found = results.effects(name)
@@ -350,7 +370,7 @@ def lacks(run: Run, results: Results) -> Content:
     notes = next(results.by_name[name].notes for name in ("induction", "induction_pairs") if name in results.by_name)
     known = {key: notes.get(f"loss_of_{key}") for key in ("base", "full", "guessing")}
     says = (
-        f"On repeated random tokens, the loss is {rounded(known['base'], 2)} nats for the subnetwork, "
+        f"On repeated random tokens, the loss is {rounded(known['base'], 2)} nats for the {run.mask.noun}, "
         f"{rounded(known['full'], 2)} for the full model and {rounded(known['guessing'], 2)} for a uniform guess."
     )
     return Content([says if None not in known.values() else ""], blocks)

@@ -10,7 +10,7 @@ import numpy as np
 from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
 from bigram_circuits.experiments.verdicts import free_name
-from bigram_circuits.measures.conditions import CONDITIONS, label_of
+from bigram_circuits.measures.conditions import CONDITIONS, condition_of, label_of
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
 from bigram_circuits.names import is_in_memory
@@ -30,7 +30,7 @@ def controls(run: Run, results: Results) -> Content:
     evaluation = run.evaluation
     if evaluation is None:
         return Content(["This run was not evaluated, so there are no controls to compare it with."])
-    rows, says = control_rows(evaluation), [evaluation.verdict]
+    rows, says, noun = control_rows(evaluation), [evaluation.verdict], evaluation.noun
     if evaluation.mask_capacity:
         says.append(evaluation.mask_capacity.says)
     if evaluation.positions and evaluation.used is not None:
@@ -40,22 +40,25 @@ def controls(run: Run, results: Results) -> Content:
     blocks: list[Block] = []
     if len(rows) > 1 and evaluation.by_loss:
         ends = [evaluation.interval(row.name, "cross_entropy") for row in rows]
-        losses = [(row.name, row.numbers.cross_entropy, *pair) for row, pair in zip(rows, ends, strict=True)]
+        losses = [(row.condition, row.numbers.cross_entropy, *pair) for row, pair in zip(rows, ends, strict=True)]
         figure = figures.controls(losses, "cross-entropy from the target (nats)")
-        blocks.append(Chart("Cross-entropy from the target: subnetwork and controls", _BY_LOSS, figure))
+        blocks.append(Chart(f"Cross-entropy from the target: {noun} and controls", _BY_LOSS, figure))
     elif len(rows) > 1:
-        words = f"{_closest(rows)} {_INTERVALS}".strip()
-        figure = figures.controls([(row.name, row.r, *row.ends) for row in rows], "r with the target's surprisals")
-        blocks.append(Chart("r with the target: subnetwork and controls", words, figure))
-    blocks += [_control_table(rows), Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows))]
-    advantage = [[label_of(name), *ends] for name, ends in evaluation.advantage.items()]
+        words = f"{_closest(rows, noun)} {_INTERVALS}".strip()
+        figure = figures.controls([(row.condition, row.r, *row.ends) for row in rows], "r with the target's surprisals")
+        blocks.append(Chart(f"r with the target: {noun} and controls", words, figure))
+    blocks += [
+        _control_table(rows, evaluation),
+        Numbers("Glossary of rows and columns", ["name", "meaning"], _glossary(rows)),
+    ]
+    advantage = [[_label(name, noun), *ends] for name, ends in evaluation.advantage.items()]
     if advantage:
-        caption = "r of the subnetwork minus r of each control: 95% paired bootstrap intervals"
+        caption = f"r of the {noun} minus r of each control: 95% paired bootstrap intervals"
         if evaluation.by_loss:
-            caption = "Cross-entropy of each control minus that of the subnetwork: 95% paired bootstrap intervals"
+            caption = f"Cross-entropy of each control minus that of the {noun}: 95% paired bootstrap intervals"
         blocks.append(Numbers(caption, ["control", "low", "high"], advantage))
     seeds = [
-        [label_of(f"{name} {seed}"), *(getattr(numbers, key) for key in _COLUMNS)]
+        [_label(f"{name} {seed}", noun), *(getattr(numbers, key) for key in _COLUMNS)]
         for name, group in of_seeds(evaluation).items()
         for seed, numbers in enumerate(group)
     ]
@@ -83,46 +86,53 @@ _MEANINGS = {name: one.meaning for name, one in CONDITIONS.items()} | {
 _NOT_ROWS = ("r", "cross-entropy, KL", "loss", "top-1")
 
 
-def _control_table(rows: Sequence[Row]) -> Numbers:
+def _label(name: str, noun: str) -> str:
+    """The label of a row, which may end in a seed."""
+    whole, _, seed = name.rpartition(" ")
+    return label_of(f"{condition_of(whole, noun)} {seed}" if seed.isdigit() else condition_of(name, noun))
+
+
+def _control_table(rows: Sequence[Row], evaluation: Evaluation) -> Numbers:
     r, *others = _COLUMNS.values()
-    columns = ["", r, "interval", *others, "weights kept", "fraction"]
+    columns = ["", r, "interval", *others, f"{evaluation.units} kept", "fraction"]
     table = []
     for row in rows:
         r, *others = (getattr(row.numbers, key) for key in _COLUMNS)
-        table.append([label_of(row.name), r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
-    return Numbers("Subnetwork and controls", columns, table, is_open=True)
+        table.append([label_of(row.condition), r, span(*row.ends), *others, row.numbers.kept, row.numbers.fraction])
+    return Numbers(f"{evaluation.noun.capitalize()} and controls", columns, table, is_open=True)
 
 
 def _glossary(rows: Sequence[Row]) -> list[list[str]]:
-    names = {row.name for row in rows}
+    names = {row.condition for row in rows}
     return [[label_of(name), meaning] for name, meaning in _MEANINGS.items() if name in names or name in _NOT_ROWS]
 
 
-def _closest(rows: Sequence[Row]) -> str:
+def _closest(rows: Sequence[Row], noun: str) -> str:
     own, *others = rows
     known = [row for row in others if not math.isnan(row.r)]
     if math.isnan(own.r) or not known:
         return ""
     best = max(known, key=lambda row: row.r)
-    other = f"{label_of(best.name)}, with {rounded(best.r)}"
-    return f"The subnetwork has r = {rounded(own.r)}; the best of the others is {other}."
+    other = f"{label_of(best.condition)}, with {rounded(best.r)}"
+    return f"The {noun} has r = {rounded(own.r)}; the best of the others is {other}."
 
 
 def _loss_words(evaluation: Evaluation) -> list[str]:
-    """The model's loss with all weights, without the subnetwork, and without as many random weights, with intervals."""
+    """The model's loss with everything, without what was found, and without as much at random, with intervals."""
     rows = {name: numbers.mean_surprisal for name, numbers in evaluation.rows()}
     parts = []
     for name, words in _LOSSES.items():
         if name in rows:
             ends = span(*evaluation.interval(name, "mean_surprisal"))
-            parts.append(f"{rounded(rows[name], 2)} nats{f' (95% interval {ends})' if ends else ''} {words}")
+            told = words.format(noun=evaluation.noun, units=evaluation.units)
+            parts.append(f"{rounded(rows[name], 2)} nats{f' (95% interval {ends})' if ends else ''} {told}")
     return [f"The model's loss is {listed(parts)}."] if len(parts) > 1 else []
 
 
 _LOSSES = {
-    "full": "with all weights",
-    "complement": "without the subnetwork",
-    "full - random": "without as many random weights (mean over seeds)",
+    "full": "with all {units}",
+    "complement": "without the {noun}",
+    "full - random": "without as many random {units} (mean over seeds)",
 }
 
 
@@ -132,7 +142,7 @@ def refuted(run: Run, results: Results) -> Content:
     tried = load_falsification(run.path / "falsify", run)
     if tried is None:
         return Content(["Not attempted: bigram-circuits find --falsify tries to refute the finding."])
-    first = [*_by_size(tried.curves, tried.controls), *_gap_tables(tried.gaps)] or _bars(tried.controls)
+    first = [*_by_size(tried.curves, tried.controls, run.mask.units), *_gap_tables(tried.gaps)] or _bars(tried.controls)
     tables = [
         result_table(tried.controls, "every attempt"), result_table(tried.spread, "spread over seeds"),
         result_table(tried.seeds, "overlap between seeds"),
@@ -141,11 +151,11 @@ def refuted(run: Run, results: Results) -> Content:
     return Content([tried.verdict, *tried.says], [*first, *tables])
 
 
-_BY_SIZE = "Bands: 95% bootstrap intervals over sequences. Open circles: without a penalty on kept weights."
+_BY_SIZE = "Bands: 95% bootstrap intervals over sequences. Open circles: without a penalty on kept {}."
 
 
-def _by_size(curves: Curves | None, controls: Effects) -> list[Block]:
-    """KL and r by share of weights kept, for trained and untrained weights, with their ends without a penalty."""
+def _by_size(curves: Curves | None, controls: Effects, units: str) -> list[Block]:
+    """KL and r by size, for trained and untrained weights, with their ends without a penalty."""
     if curves is None:
         return []
     charts: list[Block] = []
@@ -159,7 +169,7 @@ def _by_size(curves: Curves | None, controls: Effects) -> list[Block]:
         }
         if known:
             title = f"{name} by size: trained and untrained weights"
-            charts.append(Chart(title, _BY_SIZE, figures.by_size(curves, key, ends)))
+            charts.append(Chart(title, _BY_SIZE.format(units), figures.by_size(curves, key, ends, units)))
     return charts
 
 
@@ -204,20 +214,20 @@ def training(run: Run, results: Results) -> Content:
     says = (
         f"The masks were learned in {len(last):,} steps{took}; learning stopped because {run.why}. "
         f"Cross-entropy went from {rounded(first.cross_entropy, 2)} to {rounded(end.cross_entropy, 2)} nats, "
-        f"the share of weights kept from {percent(first.fraction)} to {percent(end.fraction)}."
+        f"the share of {run.mask.units} kept from {percent(first.fraction)} to {percent(end.fraction)}."
     )
     every = max(1, math.ceil(len(steps) / _MOST_STEPS))
     shown = [one.to_json() for place, one in enumerate(steps) if place % every == 0 or one is steps[-1]]
     caption = "All steps" if every == 1 else f"One step in {every}, and the last"
-    words = "Cross-entropy, share of weights kept and share of gates undecided, by step."
-    chart = Chart("Training", words, figures.training(steps))
+    words = f"Cross-entropy, share of {run.mask.units} kept and share of gates undecided, by step."
+    chart = Chart("Training", words, figures.training(steps, run.mask.units))
     table = Numbers(caption, [spaced(name) for name in shown[0]], [[*one.values()] for one in shown])
     went_back = [
         f"At step {one.step} {one.what}: the run was rolled back to step {one.back_to}, with learning rate "
         f"{one.learning_rate:g}."
         for one in outcome.rollbacks
     ]
-    ended = [*_gap_words(outcome.soft_hard), *_polish_words(outcome.polish)]
+    ended = [*_gap_words(outcome.soft_hard), *_polish_words(outcome.polish, run.mask.units)]
     ended += [f"Warning: {caution}." for caution in run.cautions]
     return Content([*_input_words(run), says, _recipe_words(run), *went_back, *ended], [chart, table])
 
@@ -246,9 +256,12 @@ def _input_words(run: Run) -> list[str]:
 
 
 def _recipe_words(run: Run) -> str:
-    """Every setting of the recipe that is set, as a sentence."""
+    """Every setting of the recipe that is set and has a meaning, as a sentence."""
+    without = set() if run.settings.recipe.units else {"replace"}
     settings = [
-        f"{spaced(name)} {spaced(value)}" for name, value in flat(run.settings.recipe.to_json()) if value != "not set"
+        f"{spaced(name)} {spaced(value)}"
+        for name, value in flat(run.settings.recipe.to_json())
+        if value != "not set" and name not in without
     ]
     return f"Settings: {', '.join(settings)}."
 
@@ -263,12 +276,12 @@ def _gap_words(gap: SoftHardGap | None) -> list[str]:
     ]
 
 
-def _polish_words(polish: PolishRecord | None) -> list[str]:
+def _polish_words(polish: PolishRecord | None, units: str) -> list[str]:
     """What polishing changed."""
     if polish is None:
         return []
     return [
-        f"Then the mask was polished: {polish.dropped:,} weights were dropped and {polish.readmitted:,} re-admitted. "
+        f"Then the mask was polished: {polish.dropped:,} {units} were dropped and {polish.readmitted:,} re-admitted. "
         f"Its cross-entropy on some of the training text went from {rounded(polish.before)} to "
         f"{rounded(polish.after)} nats."
     ]
@@ -277,7 +290,7 @@ def _polish_words(polish: PolishRecord | None) -> list[str]:
 @section("again", "How to reproduce it")
 def again(run: Run, results: Results) -> Content:
     """The command, settings, versions, results and files of the run."""
-    lines = [["folder", str(run.path)], ["lineage", run.subnetwork.lineage], *flat(run.settings.to_json())]
+    lines = [["folder", str(run.path)], ["lineage", run.mask.lineage], *flat(run.settings.to_json())]
     files = sorted(path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file())
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
     listing = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
@@ -308,4 +321,4 @@ def _why_no_command(run: Run) -> str:
         return "This run was made in Python from objects, so no command reproduces it; its settings are below."
     if is_in_memory(run.rebuild.model):
         return "This run was made in Python with a model in memory, so no command reproduces it; settings are below."
-    return "This run looked only inside another subnetwork, so no single command reproduces it."
+    return f"This run looked only inside another {run.mask.noun}, so no single command reproduces it."

@@ -15,7 +15,7 @@ from bigram_circuits.report.document import document
 from bigram_circuits.report.facts import Row, control_rows
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
-from bigram_circuits.report.words import reader_of
+from bigram_circuits.report.words import asked_units, dropped_words, reader_of
 from bigram_circuits.runs import CorpusIdentity, Run, load_run, too_short
 from bigram_circuits.storage.files import write_text
 
@@ -59,26 +59,30 @@ def opening(run: Run) -> Opening:
     """The title, what was done and what came of it in a sentence, the verdict, and how it was made."""
     target, model, source = run.target_words, run.model_words, run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
-    asked = f"The question: which weights of {model} are enough to reproduce {target[1]}? The masks were learned on "
+    mask = run.mask
+    asked = f"The question: which {asked_units(mask)} of {model} are enough to reproduce {target[1]}? "
+    asked += "The masks were learned on "
     of_other = other_text(run.evaluated_on, run, "evaluated") if run.evaluation else ""
     if run.evaluation and run.evaluated_on is None and not run.is_former:
         of_other = " Which text it was evaluated on was not recorded."
     evaluated = "" if of_other else " and evaluated on its held-out part"
     asked += f"{text}{evaluated}.{_starts(run)}{of_other}{other_text(run.analysed_on, run, 'analysed')}"
-    title = f"The {target[0]} subnetwork of {model}"
-    kept = (
-        f"We keep {percent(run.subnetwork.fraction)} of the weights ({run.subnetwork.kept:,} of "
-        f"{run.subnetwork.total:,}) and zero the rest"
-    )
+    title = f"The {target[0]} {mask.noun} of {model}"
+    kept = f"We keep {percent(mask.fraction)} of the {mask.units} ({mask.kept:,} of {mask.total:,})"
+    kept += f" and {dropped_words(mask)}"
     if run.evaluation is None:
         answer = f"{kept}. What remains was not evaluated, so its faithfulness is unknown."
         return Opening(title, asked, answer, _doubts(run), _made(run))
     rows = {row.name: row for row in control_rows(run.evaluation)}
     tried = load_falsification(run.path / "falsify", run)
     refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
-    marks = [("of weights kept", percent(run.subnetwork.fraction))]
+    marks = [(f"of {mask.units} kept", percent(mask.fraction))]
     value, of = ("cross_entropy", "cross-entropy") if run.evaluation.by_loss else ("surprisal_correlation", "r")
-    marks += [(f"{of} {w}", rounded(getattr(rows[n].numbers, value))) for n, w in _MARKS.items() if n in rows]
+    marks += [
+        (f"{of} {w.format(units=mask.units)}", rounded(getattr(rows[n].numbers, value)))
+        for n, w in _MARKS.items()
+        if n in rows
+    ]
     answer = f"{kept}; {_what_remains(run, rows)}"
     held = f" {run.evaluation.mask_capacity.says}" if run.evaluation.mask_capacity else ""
     verdict = f"{run.evaluation.verdict}{refuted}{held} {_doubts(run)}".strip()
@@ -98,12 +102,17 @@ def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:
     own, reader = rows["subnetwork"], reader_of(run)
     if math.isnan(own.r):
         numbers = {name: rounded(row.numbers.cross_entropy) for name, row in rows.items()}
-        others = [f"{words} {numbers[name]}" for name, words in _OTHERS.items() if name in numbers]
+        mask = run.mask
+        others = [
+            f"{words.format(noun=mask.noun, units=mask.units)} {numbers[name]}"
+            for name, words in _OTHERS.items()
+            if name in numbers
+        ]
         than = f" ({', '.join(others)})" if others else ""
         return f"what remains has a cross-entropy of {numbers['subnetwork']} nats from {reader}{than}."
     how = next(words for least, words in _SAME if own.r >= least)
     interval = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
-    chance = f"; as many random weights: {rounded(rows['random'].r)}" if "random" in rows else ""
+    chance = f"; as many random {run.mask.units}: {rounded(rows['random'].r)}" if "random" in rows else ""
     return f"what remains is {how} as {reader}: r = {rounded(own.r)}{interval}{chance}."
 
 
@@ -147,8 +156,8 @@ def _starts(run: Run) -> str:
 
 _MARKS = {
     "subnetwork": "with the target",
-    "random": "of matched random weights",
+    "random": "of matched random {units}",
     "full": "of the full model",
 }
 """The rows of which r, or the cross-entropy, is shown large at the top, and what stands beside it."""
-_OTHERS = {"full": "the full model", "empty": "the empty subnetwork", "random": "as many random weights"}
+_OTHERS = {"full": "the full model", "empty": "the empty {noun}", "random": "as many random {units}"}

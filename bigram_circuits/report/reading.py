@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.measures.conditions import label_of
+from bigram_circuits.measures.conditions import OWN, label_of
 from bigram_circuits.measures.results import Maps
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.report import figures
@@ -47,7 +47,7 @@ def _prompt_words(lens: Maps) -> str:
     if lens.text is None:
         return ""
     parts = []
-    for condition in (name for name in ("subnetwork", "full") if name in lens.conditions):
+    for condition in (name for name in (*OWN, "full") if name in lens.conditions):
         text = lens.text[lens.conditions.index(condition)]
         first = [[cell.split("\n")[0] for cell in row] for row in text]
         same = [sum(a == b for a, b in zip(row, first[-1], strict=True)) for row in first]
@@ -62,7 +62,7 @@ def _cosine_words(cosine: Maps) -> str:
     last = {name: cosine.values[0, c, -1] for c, name in enumerate(cosine.conditions)}
     means = [
         f"{rounded(float(np.nanmean(last[name])), 2)} in the {label_of(name)}"
-        for name in ("subnetwork", "full")
+        for name in (*OWN, "full")
         if name in last and not np.isnan(last[name]).all()
     ]
     return f"After the last layer, the mean is {' and '.join(means)}." if means else ""
@@ -72,16 +72,17 @@ def _cosine_words(cosine: Maps) -> str:
 def read(run: Run, results: Results) -> Content:
     """Passages of held-out text, coloured by the surprisal of each reader."""
     found = results.maps("passages")
+    heading = "" if run.mask.noun == "subnetwork" else "Surprisal on real text: full model, circuit and target"
     if not found or found.text is None:
-        return Content(results.absent("surprisal on passages", "passages"))
-    names = [name for name in ("full", "subnetwork", "target") if name in found.conditions]
+        return Content(results.absent("surprisal on passages", "passages"), heading=heading)
+    names = [name for name in ("full", *OWN, "target") if name in found.conditions]
     most = _full_colour([found.get(found.quantities[0].name, name) for name in names])
     passages = [_passage_reading(run, found, names, row, most) for row in range(len(found.rows))]
     says = (
         f"Held-out text, coloured by surprisal: white at 0 nats, full orange from {rounded(most, 1)} nats. Hover over "
         "a token, or tap it, to see what each predicted in its place."
     )
-    return Content([says], [*passages, _reading_table(found)])
+    return Content([says], [*passages, _reading_table(found)], heading)
 
 
 def _passage_reading(run: Run, found: Maps, names: Sequence[str], row: int, most: float) -> Reading:
@@ -151,7 +152,7 @@ def tokens(run: Run, results: Results) -> Content:
     found = results.maps("faithful_tokens")
     if not found or found.text is None:
         return Content(results.absent("faithfulness by token", "faithful_tokens"))
-    own = next((name for name in ("subnetwork", "full") if name in found.conditions), found.conditions[0])
+    own = next((name for name in (*OWN, "full") if name in found.conditions), found.conditions[0])
     shown = [name for name in dict.fromkeys((own, "full")) if name in found.conditions]
     predicting = [name for name in ("target", own) if name in found.conditions]
     text = {name: found.text[found.conditions.index(name)] for name in (own, *predicting)}
@@ -194,7 +195,7 @@ def heads(run: Run, results: Results) -> Content:
     rows = []
     numbers = []
     tokens = [name.split(": ", 1)[-1] for name in found.rows]
-    for condition in (name for name in ("full", "subnetwork") if (name, heads[0]) in panels):
+    for condition in (name for name in ("full", *OWN) if (name, heads[0]) in panels):
         patterns = [found.get(found.quantities[0].name, f"{condition} {head}") for head in heads]
         blocks.append(Attention(f"In the {label_of(condition)}", "", tokens, heads, [one.tolist() for one in patterns]))
         for head, pattern in zip(heads, patterns, strict=True):
@@ -213,8 +214,11 @@ def heads(run: Run, results: Results) -> Content:
         Numbers("Mean attention", ["head", "in", "previous token", "itself", "first token"], rows, is_open=True)
     )
     blocks.append(Numbers("Numbers: attention patterns", ["head", "in", "from", *found.rows], numbers))
+    which = "The heads that keep most of their weights"
+    if run.mask.noun == "circuit":
+        which = "Of the heads that are kept, those with the largest effects (by the gradients of their gates)"
     says = (
-        "The heads that keep most of their weights, on the first tokens of the held-out text; each row is a query "
+        f"{which}, on the first tokens of the held-out text; each row is a query "
         "position. The table gives the mean attention to the previous token, to the token itself and to the first one."
     )
     return Content([says, _most_backward(rows)], blocks)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bigram_circuits.measures.conditions import label_of
+from bigram_circuits.measures.conditions import OWN, label_of
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Numbers
-from bigram_circuits.report.words import spaced
+from bigram_circuits.report.words import spaced, spoken_tokens
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,15 @@ def result_table(result: Result, title: str) -> Numbers:
         for row in frame.itertuples(index=False, name=None)
     ]
     return Numbers(f"Numbers: {title}", [spaced(str(name)) for name in frame.columns], rows)
+
+
+def activating_tokens(tokens: Maps) -> Numbers:
+    """A row for every neuron: its maximally activating tokens, by condition."""
+    assert tokens.text is not None
+    wanted = [name for name in (*OWN, "full") if name in tokens.conditions] or list(tokens.conditions[:1])
+    rows = [
+        [neuron, *(spoken_tokens(list(filter(None, tokens.text[tokens.conditions.index(name)][r]))) for name in wanted)]
+        for r, neuron in enumerate(tokens.rows)
+    ]
+    columns = ["neuron", *(f"maximally activating tokens ({label_of(name)})" for name in wanted)]
+    return Numbers(tokens.title, columns, rows, is_open=True)

@@ -41,7 +41,7 @@ class SectionKind:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
             return Section(self.key, self.heading, [f"{LEFT_OUT} ({reason})."])
-        return Section(self.key, self.heading, content.says, content.blocks)
+        return Section(self.key, content.heading or self.heading, content.says, content.blocks)
 
 
 class Sections:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from bigram_circuits.circuit import WEIGHT, Circuit
+from bigram_circuits.masking.apply import Mask
+from bigram_circuits.measures.words import listed
 from bigram_circuits.runs import Run
 
 _COMPONENTS = {"attn": "attention", "mlp": "MLP"}
@@ -39,6 +42,31 @@ def component_words(part: str) -> str:
 def component_name(name: str) -> str:
     """A component by its short name: `blocks.0.attn` as `L0.attn`."""
     return re.sub(r"^blocks\.(\d+)\.", r"L\1.", name)
+
+
+_UNITS = {"head": "heads", "neuron": "neurons", "attn": "attention outputs", "mlp": "MLP outputs", WEIGHT: "weights"}
+_IN_PLACE = {
+    "zero": "set the values of the rest to 0",
+    "mean": "give the rest their mean over the training text",
+    "mean_by_position": "give the rest their mean over the training text at the same position",
+    "resample": "give the rest their values in another sequence of the batch",
+    "counterfactual": "give the rest their values in the paired counterfactual prompt",
+}
+
+
+def unit_words(unit: str) -> str:
+    """Nodes of a unit, in words: `heads`, `neurons`, `coordinates of blocks.0.hook_resid_post`."""
+    return _UNITS.get(unit, f"coordinates of {unit}")
+
+
+def asked_units(mask: Mask) -> str:
+    """What could be kept or dropped: `weights`, or `heads and neurons`."""
+    return listed([unit_words(unit) for unit in mask.by_unit()]) if isinstance(mask, Circuit) else mask.units
+
+
+def dropped_words(mask: Mask) -> str:
+    """What is done with the rest, as the end of `we keep some weights and ...`."""
+    return _IN_PLACE[mask.replacement.kind] if isinstance(mask, Circuit) else "zero the rest"
 
 
 def reader_of(run: Run) -> str:

@@ -92,6 +92,6 @@ def lost_in_hardening(history: Sequence[StepRecord], outcome: Outcome) -> str | 
     return (
         f"hardening cost {lost:.2f} nats: the mask's cross-entropy is {outcome.soft_hard.hard:.2f}, that of the soft "
         f"gates was {means[best]:.2f} around step {there.step}, with {percent(there.undecided)} of them undecided and "
-        f"{percent(there.fraction)} of the weights kept; a longer run that learns with hard gates loses less (--effort "
+        f"{percent(there.fraction)} kept; a longer run that learns with hard gates loses less (--effort "
         "thorough), and a smaller penalty (--sparsity-weight) keeps more"
     )

@@ -282,6 +282,15 @@ class Ability:
         return f"{self.task}: loss {self.loss:.2f} ({low:.2f} to {high:.2f}), chance {self.chance:.2f}{odds}: {verdict}"
 
 
+def refuse_unable(able: Ability, how: str) -> None:
+    """Raise ValueError if a model is not shown to do a task; `how` says how to go on in spite of it."""
+    if not able.able:
+        raise ValueError(
+            f"{able}: a subnetwork of a model that cannot do a task explains nothing; give another task or model, or "
+            f"go on in spite of it ({how})"
+        )
+
+
 def as_task(tokens: Any, d_vocab: int) -> Task:
     """A task unchanged, or text (an array, a tensor, or a corpus: its held-out part) with every prediction scored.
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -347,9 +348,16 @@ def _epoch_order(n_sequences: int, seed: int, epoch: int) -> Integer[np.ndarray,
 def in_order(
     tokens: Integer[np.ndarray, "sequence position"], batch_size: int
 ) -> Iterator[Integer[Tensor, "batch position"]]:
-    """Yield all sequences once, in order; the last batch may be smaller."""
-    for start in range(0, len(tokens), batch_size):
-        yield torch.from_numpy(np.asarray(tokens[start : start + batch_size]).astype(np.int64))
+    """Yield all sequences once, in order.
+
+    The last batch may be smaller, but a single sequence that is left joins the batch before, since some replacements
+    take activations from another sequence of the batch.
+    """
+    edges = [*range(0, len(tokens), batch_size), len(tokens)]
+    if batch_size > 1 and len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        del edges[-2]
+    for start, stop in pairwise(edges):
+        yield torch.from_numpy(np.asarray(tokens[start:stop]).astype(np.int64))
 
 
 def token_array(tokens: Any) -> Integer[np.ndarray, "sequence position"]:

@@ -18,7 +18,7 @@ from bigram_circuits.experiments.controls import (
 from bigram_circuits.experiments.falsification import (
     Falsification,
     _overlaps,
-    _sizes_in_weights,
+    _sizes_kept,
     falsify,
     load_falsification,
 )
@@ -380,7 +380,7 @@ def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model, m
     assert abs(kl_of_best_constant(unigram, CORPUS.held_out)) < 1e-4
     full = bc.Subnetwork.full(tiny_model)
     found = bc.FoundSubnetwork(full, [], RECIPE, "decided", 0.0, None)
-    monkeypatch.setattr(falsification, "find_subnetwork", lambda *args, **options: found)
+    monkeypatch.setattr(falsification, "find_mask", lambda *args, **options: found)
     for make in ("with_random_blocks", "with_shuffled_blocks"):
         monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
     result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2)
@@ -398,7 +398,7 @@ def test_without_a_size_straight_through_masks_are_not_learned(tiny_model, monke
         recipes.append(config)
         return bc.FoundSubnetwork(full, [], config, "decided", 0.0, None)
 
-    monkeypatch.setattr(falsification, "find_subnetwork", find)
+    monkeypatch.setattr(falsification, "find_mask", find)
     for make in ("with_random_blocks", "with_shuffled_blocks"):
         monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
     result = falsify(tiny_model, TARGET, CORPUS, recipe, found=full, seeds=2)
@@ -447,11 +447,11 @@ def test_a_seed_that_keeps_nothing_is_told(tiny_model):
 def test_default_sizes_are_half_once_and_twice_of_what_the_recipe_can_drop(tiny_model):
     full, first = bc.Subnetwork.full(tiny_model), replace(RECIPE, layers=(0,))
     n = full.total
-    assert _sizes_in_weights(tiny_model, RECIPE, full, None) == [n // 2, n]  # there are not twice as many
-    assert _sizes_in_weights(tiny_model, first, full, None) == [n // 2 + n // 4, n]  # layer 1 stays whole
+    assert _sizes_kept(tiny_model, RECIPE, full, None) == [n // 2, n]  # there are not twice as many
+    assert _sizes_kept(tiny_model, first, full, None) == [n // 2 + n // 4, n]  # layer 1 stays whole
     some = full.drop_layer(1)
-    assert _sizes_in_weights(tiny_model, RECIPE, some, None) == [some.kept // 2, some.kept, 2 * some.kept]
-    assert _sizes_in_weights(tiny_model, RECIPE, some, [0.2]) == sorted([round(0.2 * n), some.kept])
+    assert _sizes_kept(tiny_model, RECIPE, some, None) == [some.kept // 2, some.kept, 2 * some.kept]
+    assert _sizes_kept(tiny_model, RECIPE, some, [0.2]) == sorted([round(0.2 * n), some.kept])
 
 
 def test_bad_input(tiny_model):

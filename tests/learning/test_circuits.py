@@ -28,7 +28,7 @@ def recipe(**changes):
 
 
 def find(model, task, **options):
-    return bc.find_circuit(model, task, **({"check_memory": "off"} | options))
+    return bc.find_circuit(model, task, **({"check_memory": "off", "force": True} | options))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,7 +119,7 @@ def test_a_run_resumes_bit_for_bit_and_is_read_again(tiny_model, task, tmp_path)
     assert run.circuit == whole.circuit
     with pytest.raises(AttributeError, match="found a circuit, and no subnetwork"):
         run.subnetwork  # noqa: B018
-    with pytest.raises(ValueError, match="a Run is no subnetwork"):
+    with pytest.raises(ValueError, match="weights alone cannot hold a circuit"):
         bc.export_huggingface(tiny_model, run, tmp_path / "out")
     with (
         pytest.raises(ValueError, match="needs the pairs of prompts, which a file does not hold"),
@@ -178,6 +178,7 @@ def test_any_target_and_any_hook_point(tiny_model):
 def test_bad_input(tiny_model, task):
     calls = (
         (lambda: find(tiny_model, task, units="heads"), "'heads' is neither a unit"),
+        (lambda: find(tiny_model, task, force=False), r"NOT shown to do it: .* go on in spite of it .force=True."),
         (lambda: find(tiny_model, task, units=()), "units must be different names"),
         (lambda: find(tiny_model, task, units="head", replace="noise"), "replace must be one of zero, mean"),
         (lambda: find(tiny_model, bc.ModelTarget(tiny_model)), "a target that is no task needs a corpus"),
@@ -248,3 +249,16 @@ def test_what_does_not_go_with_edges(tiny_model, task):
     ):
         with pytest.raises(ValueError, match=said):
             find(tiny_model, task, **options)
+
+
+def test_resampling_has_a_partner_in_every_batch(tiny_model, task, monkeypatch):
+    """A single sequence that is left joins the batch before; a batch of one is never made."""
+    monkeypatch.setattr("bigram_circuits.evaluation.batch_size_for", lambda model, length: 1)
+    circuit = bc.replaced(tiny_model, bc.Circuit.empty(tiny_model, "head"), "resample")
+    sizes = []
+    tiny_model.add_hook("embed.hook_out", lambda x, hook: sizes.append(len(x)) if x.shape[1] == 8 else None)
+    try:
+        bc.evaluate(tiny_model, circuit, bc.TaskTarget(task), task.tokens[:5], controls=False)
+    finally:
+        tiny_model.reset_hooks()
+    assert sizes == [2, 3]

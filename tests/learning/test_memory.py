@@ -40,7 +40,9 @@ def test_a_sequence_takes_what_its_length_and_the_model_say(tiny_model):
     assert forecast(tiny_model, low_memory=True).per_sequence < whole.per_sequence
 
 
-@pytest.mark.parametrize(("low_memory", "units"), [(False, None), (True, None), (False, ("head", "neuron"))])
+@pytest.mark.parametrize(
+    ("low_memory", "units"), [(False, None), (True, None), (False, ("head", "neuron")), (False, ("edge",))]
+)
 def test_it_follows_every_tensor_to_sizes_that_it_does_not_try(any_model, monkeypatch, low_memory, units):
     for name, value in {"_RETAINED": 1, "_RETAINED_LOW": 1, "_LONGEST": 16}.items():
         monkeypatch.setattr(memory, name, value)
