@@ -28,7 +28,7 @@ ladder
 
 # %% [markdown]
 # `loss` is that at the next token of held-out text, `repeated` that at repeated random tokens, where n-grams do not
-# help.
+# help. The cautions are due to the few steps.
 #
 # ## What each step adds
 #
