@@ -1,8 +1,9 @@
 """Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about 20 minutes on two cores).
 
 It runs the benchmarks in this folder, each of which also runs on its own: time and memory of a step (`step.py`),
-counting (`counting.py`), evaluation (`evaluation.py`), start-up (`start.py`), and how cost grows (`growth.py`). Quality
-for a given time (`quality.py`) takes hours and is not included. Nothing else should run on the machine meanwhile.
+time of a step for nodes and edges (`nodes.py`), counting (`counting.py`), evaluation (`evaluation.py`), start-up
+(`start.py`), and how cost grows (`growth.py`). Quality for a given time (`quality.py`) takes hours and is not
+included. Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import counting
 import evaluation
 import growth
+import nodes
 import start
 import step
 import torch
@@ -21,6 +23,7 @@ import torch
 PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
     "start": start.measure,
     "step": step.measure,
+    "nodes": nodes.measure,
     "counting": counting.measure,
     "evaluation": evaluation.measure,
     "growth": growth.measure,

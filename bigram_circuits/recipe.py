@@ -257,6 +257,11 @@ class SparsifyConfig(Record):
     """Continuous sparsification: the share of `max_steps` after which gates are exactly 0 or 1 in the forward pass,
     with straight-through gradients and a learning rate that falls to 0. 1: never; gates then become hard only because
     beta grows, as published."""
+    along_path: bool = option(
+        False, "--along-path", None, "straight-through: score by integrated gradients while ever fewer gates are open"
+    )
+    """Straight-through: while ever fewer gates are open, multiply them by points between 0 and 1, so that scores are
+    integrated gradients; see `masking/methods/straight_through.py`."""
     max_steps: int = option(400, "--max-steps --steps", whole(1), "maximum number of steps")
     """Maximum number of steps."""
     batch_size: int = option(16, "--batch-size", whole(1), "sequences per step")
@@ -296,6 +301,7 @@ class SparsifyConfig(Record):
             "beta_start": (lambda v: 0 < v < math.inf, "above 0"),
             "beta_growth": (lambda v: v is None or 1 <= v < 2, "from 1 to below 2"),
             "hard_from": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            "along_path": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "second_moment_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
             "max_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "batch_size": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
@@ -379,14 +385,19 @@ steps, for a first look. `thorough` takes about five times as many, most of them
 gates find something that is lost when they become 0 or 1 (docs/method.md has numbers)."""
 
 
-def for_nodes(target_fraction: float | int | None) -> dict[str, Any]:
+def for_nodes(target_fraction: float | int | None, units: Iterable[str]) -> dict[str, Any]:
     """The options of our recipe for nodes that differ from its defaults.
 
     There are far fewer nodes than weights, and most of them matter a little. AdamW moves all scores at the same speed,
     so it hardly ranks them in a few hundred steps; straight-through adds up what each contributes. Without a share to
     keep, gates are 0 or 1 from half of the steps on.
+
+    What takes the place of edges is the mean: of a reader that reads from one writer alone, as in the first block, a
+    norm would undo whatever a gate does between 0 and 1 if the rest were zero.
     """
-    return {"hard_from": 0.5} if target_fraction is None else {"method": "straight_through", "max_steps": 200}
+    exact = {"method": "straight_through", "max_steps": 200, "along_path": True}
+    size: dict[str, Any] = {"hard_from": 0.5} if target_fraction is None else exact
+    return size | ({"replace": "mean"} if "edge" in units else {})
 
 
 # --- model, text and target by name ---
@@ -612,7 +623,7 @@ class Request:
             raise ValueError("sparsity_weights cannot be combined with sparsity_weight or target_fraction")
         ours = EFFORTS[options.effort]
         if changes.get("units") and options.recipe == "default" and options.effort == "normal":
-            ours = {} if "method" in changes else for_nodes(changes.get("target_fraction"))
+            ours = {} if "method" in changes else for_nodes(changes.get("target_fraction"), changes["units"])
         return cls(inputs, RECIPES[options.recipe](**{**ours, **changes}), options)
 
     def command(self) -> str:

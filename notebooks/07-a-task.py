@@ -54,7 +54,7 @@ print(able)
 # (`kl`), mistakes included. Exactly a tenth of the heads may stay. (Fewer steps than usual, to save time.)
 
 # %%
-recipe = bc.SparsifyConfig(method="straight_through", target_fraction=0.1, max_steps=40)
+recipe = bc.SparsifyConfig(method="straight_through", along_path=True, target_fraction=0.1, max_steps=40)
 found = bc.find_circuit(
     model, task, config=recipe, units="head", replace="counterfactual", measure="kl", run_dir="runs/heads"
 )

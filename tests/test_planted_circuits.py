@@ -7,6 +7,7 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.planted.bigram import ARCHITECTURES
+from bigram_circuits.recipe import for_nodes
 from tests.conftest import planted_circuit
 
 
@@ -133,6 +134,24 @@ def test_straight_through_finds_the_planted_weights():
     recipe = bc.SparsifyConfig(method="straight_through", retries=0, **size)
     found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, recipe).subnetwork
     assert min(planted.recovery(found)) >= 0.95
+
+
+@pytest.mark.parametrize("units", [("head", "neuron"), ("edge",)])
+def test_the_recipe_for_nodes_finds_planted_nodes_and_edges(units):
+    """Edges need scores along the path: a sharp head's queries and keys have no gradient at open gates."""
+    planted = bc.plant_attention("induction", seed=10)
+    full = bc.Circuit.full(planted.model, units)
+    truth = full.constant(False).keep(*(planted.edges if units == ("edge",) else planted.nodes.nodes))
+
+    def recovery(**changes):
+        recipe = for_nodes(truth.fraction, units) | {"max_steps": 40} | changes
+        config = bc.SparsifyConfig(**recipe, units=units, target_fraction=truth.fraction, batch_size=8)
+        found = bc.find_circuit(planted.model, planted.task, planted.corpus, config, check_memory="off").circuit
+        return planted.edge_recovery(found.edges) if units == ("edge",) else planted.node_recovery(found)
+
+    assert min(recovery()) >= 0.95
+    if units == ("edge",):
+        assert max(recovery(along_path=False)) < 0.95
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,11 +1,17 @@
-"""docs/planted.md says what the runs in docs/planted.jsonl measured, and these are complete."""
+"""docs/planted.md says what the runs in docs/planted*.jsonl measured, and these are complete."""
 
 import dataclasses
+import itertools
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import planted
+
+sys.path.append(str(Path(planted.__file__).parent))  # benchmarks import each other
+from benchmarks import planted_attention
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +66,16 @@ def test_rows_of_other_settings_are_left_out_and_those_that_are_there_are_not_me
     )  # measures nothing
     assert path.read_text() == before
     assert "| gpt2 | 1 | 0.1 | continuous sparsification | target fraction | 5 |" in capsys.readouterr().out
+
+
+def test_nodes_and_edges_are_found_on_every_attention_circuit_with_every_seed():
+    rows = planted_attention.read(planted_attention.RESULTS)
+    groups = planted_attention.by_cell(rows)
+    assert set(groups) == set(itertools.product(planted_attention.KINDS, planted_attention.UNITS))
+    for group in groups.values():
+        assert sorted(row.seed for row in group) == sorted(planted.SEEDS)
+        for row in group:
+            assert min(row.precision, row.recall) >= planted.WANTED
+    assert len(rows) == len(planted_attention.RESULTS.read_text().splitlines())  # none is of another recipe
+    page = (planted.PAGES / "planted.md").read_text()
+    assert planted_attention.page_with(page, rows) == page

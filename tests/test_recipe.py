@@ -58,6 +58,7 @@ OTHER = {  # for every option a value that is not its default
     "beta_start": 2.0,
     "beta_growth": 1.01,
     "hard_from": 0.5,
+    "along_path": True,
     "max_steps": 7,
     "batch_size": 3,
     "stop_undecided": 0.02,
@@ -193,7 +194,7 @@ def test_mistakes_about_the_text_are_named(options, words):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="there is no option 'stpes': there are analysis, batch_size"):
+    with pytest.raises(ValueError, match="there is no option 'stpes': there are along_path, analysis, batch_size"):
         Request.of(stpes=3)
     with pytest.raises(ValueError, match="target must be one of induced, model, next-token, ngram, not 'bigram'"):
         Request.of(target="bigram")

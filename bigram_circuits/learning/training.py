@@ -168,13 +168,14 @@ def find_circuit(
         corpus: The circuit is learned on its training part. By default that of the task, 70% of its rows; hold out
             others with `task.corpus(held_out=...)`.
         config: The recipe, which the next three arguments change. By default ours for nodes (`for_nodes`): with a
-            `target_fraction` straight-through, else continuous sparsification with hard gates from half of the steps.
+            `target_fraction` straight-through, scored along the path from closed to open gates; else continuous
+            sparsification with hard gates from half of the steps.
         units: What has a gate: `head`, `neuron`, `attn`, `mlp`, `edge` (what each part writes into what each other
             part reads: `edge_sites`), or names of hook points, one or several; and `weight` for single weights, of the
             components in `config.granularity`. By default the recipe's, or heads and neurons.
         replace: What takes the place of a dropped node: `zero`, `mean`, `mean_by_position` (over the training part),
             `resample` (another sequence of the batch) or `counterfactual` (the paired prompt of the task); see
-            `Replacement`. By default the recipe's.
+            `Replacement`. By default the recipe's: of ours zero, or the mean if edges have gates.
         target_fraction: Keep exactly this share of the nodes.
         edges: The same as `units="edge"`.
         measure: What is asked for at the answers of a `Task`, one of `MEASURES`; see `TaskTarget`.
@@ -225,9 +226,10 @@ def as_behaviour(
     Raises:
         ValueError: As `find_circuit`.
     """
-    config = config or SparsifyConfig(**for_nodes(target_fraction), target_fraction=target_fraction)
+    asked = as_units(units) or ("head", "neuron")
+    config = config or SparsifyConfig(**for_nodes(target_fraction, asked), target_fraction=target_fraction, units=asked)
     changes: dict[str, Any] = {
-        "units": config.units or ("head", "neuron"),
+        "units": config.units or asked,
         "replace": replace or config.replace,
         "target_fraction": config.target_fraction if target_fraction is None else target_fraction,
     }

@@ -92,6 +92,30 @@ def test_integrated_effects_add_up(tiny_model, task):
     assert few.nodes == (f"L1H{int(scores[name].argmax())}",)
 
 
+def test_scores_along_the_path_are_integrated_gradients(tiny_model, task):
+    """While all gates are open: their mean gradients sum to the difference that all of them make."""
+    config = recipe(method="straight_through", along_path=True, target_fraction=1.0, max_steps=64, units=("head",))
+    candidates, target = Candidates(tiny_model, config), bc.TaskTarget(task, "loss")
+    gates, wanted = candidates.gates(config, 0, None)
+    assert wanted == gates.n_weights
+    total, tokens, points = torch.zeros(gates.n_weights), torch.from_numpy(task.tokens), []
+    with candidates.applied(gates):
+        for step in range(64):
+            gates.refresh(step)
+            points.append(float(gates.soft(slice(0, 1))))
+            if step < 32:
+                assert gates.penalise(0.0)[0] == 1
+                target.cross_entropy(tiny_model(tokens), tokens).mean(1).mean().backward()
+                total -= gates.scores.grad / 32
+    assert points[32:] == [1.0] * 32
+    ordered = np.sort(points[:32])
+    np.testing.assert_allclose(ordered, (np.arange(32) + 0.5) / 32, atol=0.03)
+    full = bc.Circuit.full(tiny_model, "head")
+    ends = [bc.evaluate(tiny_model, one, target, task.tokens, controls=False) for one in (~full, full)]
+    difference = ends[0].subnetwork.cross_entropy - ends[1].subnetwork.cross_entropy
+    assert float(total.sum()) == pytest.approx(difference, abs=5e-3)
+
+
 def test_a_run_resumes_bit_for_bit_and_is_read_again(tiny_model, task, tmp_path):
     class Stop:
         def on_step(self, record):
