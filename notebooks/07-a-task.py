@@ -63,8 +63,9 @@ found.circuit.nodes
 # %% [markdown]
 # ## Its controls
 #
-# All on rows that were not learned from. `random` has as many heads in every layer, drawn at random; `magnitude` those
-# whose gates have the largest gradient, as many in every layer; `complement` is the full model without the circuit.
+# All on rows that were not learned from. *Random nodes* are as many heads in every layer, drawn at random; *strongest
+# nodes* those whose gates have the largest gradient, as many in every layer; the *complement* is the full model without
+# the circuit.
 
 # %%
 target, corpus = bc.TaskTarget(task, "kl", model=model), task.corpus()
