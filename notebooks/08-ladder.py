@@ -44,8 +44,8 @@ for step in ladder.steps:
 ladder.plot("mean_surprisal")
 
 # %% [markdown]
-# Most of what the model gains is in the first two rungs. The trigram adds less: a table of so little text has seen few of
-# the contexts that it is asked about. The last step is what the model knows beyond such tables.
+# Most of what the model gains is in the first two rungs. The trigram adds less: a table of so little text has seen few
+# of the contexts that it is asked about. The last step is what the model knows beyond such tables.
 #
 # ## Induction
 #
