@@ -10,7 +10,7 @@ full model, without gradients, which is timed by itself.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ def frozen(model: Any, target: Target, tokens: torch.Tensor) -> Callable[[bool],
     return step
 
 
-def measure_steps(folder: str, kind: str, number: int, device: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Median seconds of steps by what is gated and its replacement, beside those of the frozen model in between."""
+def measure_steps(
+    folder: str, kind: str, number: int, device: str, dtype: torch.dtype
+) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Yield what is gated, its replacement, and median seconds of steps and of the frozen model in between."""
     learned, plain = (bc.load_model(folder, device=device, dtype=dtype) for _ in range(2))
     batch_size = SHAPES[kind]
     tokens = some_tokens(learned.cfg.d_vocab, max(64, 2 * batch_size))
@@ -60,7 +62,6 @@ def measure_steps(folder: str, kind: str, number: int, device: str, dtype: torch
     target = target_of(bc.count_ngrams(tokens, 2, d_vocab=learned.cfg.d_vocab), learned)
     batch = torch.from_numpy(tokens[:batch_size]).long().to(device)
     run = frozen(plain, target, batch)
-    found = {}
     for what in KINDS[kind]:
         for replace in REPLACED:
             unit: list[float] = []
@@ -77,8 +78,7 @@ def measure_steps(folder: str, kind: str, number: int, device: str, dtype: torch
                 check_memory="off",
             )  # fmt: skip
             times = {"step": pace.steps, "unit": unit[1:], "forward": forward[1:]}
-            found[f"{what}, {replace}"] = {name: float(np.median(each)) for name, each in times.items()}
-    return found
+            yield what, replace, {name: float(np.median(each)) for name, each in times.items()}
 
 
 def measure(
@@ -91,18 +91,16 @@ def measure(
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             save_model(kind, Path(folder))
-            taken = measure_steps(folder, kind, steps, device, getattr(torch, dtype))
-        for name, seconds in taken.items():
-            what, replace = name.split(", ")
-            ratio, more = seconds["step"] / seconds["unit"], ""
-            if replace == "resample":
-                ratio -= seconds["forward"] / seconds["unit"]
-                more = f", of which the other forward pass {seconds['forward']:.3f} s is not counted"
-            print(
-                f"{TITLES[kind]}, {name}: step {seconds['step']:.3f} s{more}, frozen model {seconds['unit']:.3f} s",
-                flush=True,
-            )
-            rows.append((f"step of {what} ({replace}), {TITLES[kind]}", ratio, GOALS[what], "x"))
+            for what, replace, seconds in measure_steps(folder, kind, steps, device, getattr(torch, dtype)):
+                ratio, more = seconds["step"] / seconds["unit"], ""
+                if replace == "resample":
+                    ratio -= seconds["forward"] / seconds["unit"]
+                    more = f", of which the other forward pass {seconds['forward']:.3f} s is not counted"
+                print(
+                    f"{TITLES[kind]}, {what}, {replace}: step {seconds['step']:.3f} s{more}, "
+                    f"frozen model {seconds['unit']:.3f} s", flush=True,
+                )  # fmt: skip
+                rows.append((f"step of {what} ({replace}), {TITLES[kind]}", ratio, GOALS[what], "x"))
     return rows
 
 
