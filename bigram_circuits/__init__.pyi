@@ -69,6 +69,7 @@ from .planted.bigram import Planted as Planted, plant_bigram as plant_bigram
 from .published import import_published as import_published, load_published as load_published
 from .recipe import SparsifyConfig as SparsifyConfig
 from .report.comparison import write_comparison as write_comparison
+from .report.curves import write_curves as write_curves
 from .report.ladder import write_ladder as write_ladder
 from .report.page import write_report as write_report
 from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run

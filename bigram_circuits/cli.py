@@ -18,10 +18,13 @@ from typing import Any, NoReturn
 
 from bigram_circuits.paper import PAPERS, ROWS
 from bigram_circuits.recipe import (
+    NAMES,
+    NOT_FOR_CURVES,
     NOT_FOR_LADDER,
     NOT_FOR_REPRODUCE,
     NUMBERS,
     PARTS,
+    SHARES,
     Inputs,
     Option,
     Request,
@@ -41,6 +44,7 @@ _EPILOG = """examples:
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
   bigram-circuits compare runs/mine runs/other
+  bigram-circuits curves ./my_model --task capitals.jsonl --unit head --replace mean
   bigram-circuits ladder --out runs/ladder                unigram, bigram, trigram, induction: what each adds
   bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
   bigram-circuits hooks reference
@@ -167,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     _add_find(commands, shared)
+    _add_curves(commands, shared)
     _add_ladder(commands, shared)
     _add_reproduce(commands, shared)
     _add_work_on_runs(commands, shared)
@@ -201,6 +206,28 @@ def _add_ladder(commands: Any, shared: argparse.ArgumentParser) -> None:
     ladder.add_argument(
         "--out", type=Path, metavar="FOLDER",
         help="the folder of runs and page; the same command goes on there (default: one under runs/)",
+    )  # fmt: skip
+
+
+def _add_curves(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """`curves`, with those options of `find` that it does not set itself."""
+    curves = commands.add_parser(
+        "curves", parents=[shared], help="choose circuits of several sizes in several ways, and compare how faithful "
+        "they are", usage="bigram-circuits curves [MODEL] [OPTION ...]",
+    )  # fmt: skip
+    curves.set_defaults(command=_curves)
+    _add_options(curves, NOT_FOR_CURVES)
+    curves.add_argument(
+        "--sizes", type=SHARES.read, metavar=SHARES.metavar, help="shares of the nodes to keep (default: 0.02 to 0.5)"
+    )
+    curves.add_argument(
+        "--methods", type=NAMES.read, metavar=NAMES.metavar,
+        help="ways of choosing: learned, integrated, attribution, patching, random (default: all)",
+    )  # fmt: skip
+    curves.add_argument("--draws", type=_COUNT, metavar="N", help="number of random draws (default: 5)")
+    curves.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="the folder of circuits and page; the same command goes on there (default: one under runs/)",
     )  # fmt: skip
 
 
@@ -377,6 +404,15 @@ def _find(arguments: argparse.Namespace) -> int:
         **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh,
         tell=_tell,
     )  # fmt: skip
+    return 0
+
+
+def _curves(arguments: argparse.Namespace) -> int:
+    given = _given(arguments, NOT_FOR_CURVES)
+    own = {name: value for name in ("sizes", "methods", "draws") if (value := getattr(arguments, name)) is not None}
+    from bigram_circuits.workflow import curves
+
+    curves(**given, **own, out=arguments.out, device=arguments.device, tell=_tell)
     return 0
 
 

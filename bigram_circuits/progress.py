@@ -65,8 +65,9 @@ class _Lines(_Terminal):
             self.fp.flush()
 
     def close(self) -> None:
-        self.disable = True
-        self._decr_instances(self)
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
 def _kind() -> type[Any]:

@@ -142,7 +142,8 @@ TEXT = Kind(str, "NAME")
 NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
 _LAYERS = Kind(lambda text: tuple(whole(0).read(part) for part in text.split(",")), "I,J,..", _write_list)
 _UNITS = Kind(_granularity, "G", _write_granularity)
-_NODES = Kind(lambda text: tuple(part.strip() for part in text.split(",")), "U,V,..", ",".join)
+NAMES = Kind(lambda text: tuple(part.strip() for part in text.split(",")), "U,V,..", ",".join)
+SHARES = Kind(lambda text: tuple(_number(part) for part in text.split(",")), "X,Y,..", _write_list)
 _OPTION = "option"
 
 
@@ -211,7 +212,7 @@ class SparsifyConfig(Record):
     layers: tuple[int, ...] | None = option(None, "--layers", _LAYERS, "mask only these layers", says="all")
     """The layers to mask (None: all); the others are kept whole."""
     units: tuple[str, ...] | str | None = option(
-        None, "--units --unit", _NODES, "learn which nodes are needed, through hooks, instead of weights: head, "
+        None, "--units --unit", NAMES, "learn which nodes are needed, through hooks, instead of weights: head, "
         "neuron, attn, mlp, edge, or names of hook points; one, or several", says="weights",
     )  # fmt: skip
     """Learn which nodes are needed, instead of weights: `head`, `neuron`, `attn`, `mlp`, or names of hook points, one
@@ -662,6 +663,11 @@ NOT_FOR_LADDER = frozenset(
     | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `ladder` does not take: it has targets of its own, and sizes that are not fixed."""
+
+NOT_FOR_CURVES = frozenset(
+    {"target_fraction", "sparsity_weights", "polish", "random_seeds", "analysis", "falsify", "falsify_seeds"}
+)
+"""The options of `find` that `curves` does not take: it has sizes, controls and measures of its own."""
 
 
 def _changed(instance: Any) -> dict[str, Any]:

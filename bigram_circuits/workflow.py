@@ -21,6 +21,13 @@ from typing import Any, overload
 
 from bigram_circuits.analysis.suite import analyze
 from bigram_circuits.evaluation import evaluate
+from bigram_circuits.experiments.faithfulness_curves import (
+    METHODS,
+    SIZES,
+    FaithfulnessCurves,
+    check_choices,
+    faithfulness_curves,
+)
 from bigram_circuits.experiments.falsification import falsify
 from bigram_circuits.experiments.ladder import Ladder, find_ladder
 from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, start_reproduction
@@ -40,7 +47,16 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.names import is_in_memory, short_name
 from bigram_circuits.paper import PAPERS, ROWS, Paper
-from bigram_circuits.recipe import DTYPES, NOT_FOR_LADDER, NOT_FOR_REPRODUCE, Inputs, Request, SparsifyConfig
+from bigram_circuits.recipe import (
+    DTYPES,
+    NOT_FOR_CURVES,
+    NOT_FOR_LADDER,
+    NOT_FOR_REPRODUCE,
+    Inputs,
+    Request,
+    SparsifyConfig,
+)
+from bigram_circuits.report.curves import write_curves
 from bigram_circuits.report.ladder import write_ladder
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
@@ -127,7 +143,27 @@ def study(
         MemoryError: If learning cannot fit the device.
     """
     started = time.monotonic()
-    names = {"model": model, "corpus": corpus, "target": target}
+    request, subjects = _requested(model, corpus, target, device, options)
+    say = tell or (lambda line: None)
+    with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
+        if request.options.sparsity_weights is not None:
+            return _path(request, subjects, out, callbacks, say)
+        folder = _study(request, subjects, out, fresh, callbacks, say)
+    say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
+    say(f"the page to look at: {folder.path / 'report.html'}")
+    return load_run(folder.path)
+
+
+def _requested(
+    model: Any, corpus: Any, target: Any, device: str | None, options: Mapping[str, Any]
+) -> tuple[Request, Subjects]:
+    """All options, and the model, text and target that they name or that were given.
+
+    Raises:
+        ValueError: As `study`.
+        OSError: As `study`.
+    """
+    names, options = {"model": model, "corpus": corpus, "target": target}, dict(options)
     if options.get("task") is not None:
         if not isinstance(corpus, str) or not isinstance(target, str):
             raise ValueError("a task brings its own text and target: leave corpus and target out")
@@ -138,15 +174,7 @@ def study(
     if "corpus" in named and corpus != "reference" and Path(corpus).expanduser().exists():
         named["corpus"] = os.path.abspath(Path(corpus).expanduser())
     request = Request.of(**named, **options)
-    subjects = _subjects(request.inputs, request.config, names, set(named), device)
-    say = tell or (lambda line: None)
-    with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
-        if request.options.sparsity_weights is not None:
-            return _path(request, subjects, out, callbacks, say)
-        folder = _study(request, subjects, out, fresh, callbacks, say)
-    say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
-    say(f"the page to look at: {folder.path / 'report.html'}")
-    return load_run(folder.path)
+    return request, _subjects(request.inputs, request.config, names, set(named), device)
 
 
 def _study(
@@ -385,6 +413,75 @@ def ladder(
             loaded, text, request.config, run_dir=folder, callbacks=callbacks, check_memory=request.options.check_memory
         )
     page = write_ladder(found, folder / "ladder.html")
+    say(f"\n{found}\n\nthe page to look at: {page}")
+    return found
+
+
+# --- circuits, chosen in several ways ---
+
+
+def curves(
+    model: Model | str | Path = "reference",
+    corpus: Any = "reference",
+    *,
+    target: Any = "ngram",
+    sizes: Sequence[float | int] = SIZES,
+    methods: Sequence[str] = METHODS,
+    draws: int = 5,
+    out: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> FaithfulnessCurves:
+    """Choose circuits of several sizes in several ways, measure how faithful they are, and write their page.
+
+    This is what `bigram-circuits curves` does; `faithfulness_curves` says what is measured. The same call goes on where
+    it was interrupted: circuits that were learned are not learned again.
+
+    Args:
+        model: As for `study`.
+        corpus: As for `study`.
+        target: As for `study`.
+        sizes: As for `faithfulness_curves`.
+        methods: As for `faithfulness_curves`.
+        draws: Number of random draws.
+        out: The folder of circuits and page; by default one under `runs/`, named after model and settings.
+        device: Device to load the model to; by default CUDA if available, else the CPU.
+        callbacks: As for `find_circuit`.
+        tell: Called with lines of text that report progress and results, for example `print`.
+        **options: As for `study`, except those in `NOT_FOR_CURVES`; `units` are heads and neurons by default.
+
+    Raises:
+        ValueError: As `faithfulness_curves`; if an option does not exist or has a value that is not allowed, or the
+            full model is not shown to do the task.
+        OSError: If something cannot be loaded, or the folder cannot be written.
+        MemoryError: If learning cannot fit the device.
+    """
+    wrong = next((name for name in options if name in NOT_FOR_CURVES), None)
+    if wrong is not None:
+        raise ValueError(f"curves have no option {wrong!r}: they have sizes and measures of their own")
+    check_choices(methods, sizes, draws)
+    options = {"units": ("head", "neuron"), "target_fraction": sizes[0]} | options
+    request, subjects = _requested(model, corpus, target, device, options)
+    say = tell or (lambda line: None)
+    with in_use(subjects.model, "curves"):  # nobody edits its weights meanwhile
+        settings = run_settings(
+            subjects.model, target_of(subjects.target, subjects.model), subjects.corpus, request.config
+        )
+        folder = Path(out or default_folder(subjects.model, settings, "curves", list(sizes), list(methods), draws))
+        cfg = subjects.model.cfg
+        say(f"model   {cfg.model_name}: {cfg.n_layers} blocks, d_model {cfg.d_model}, {cfg.device}")
+        say(f"text    {subjects.corpus!r}")
+        say(f"target  {subjects.target!r}")
+        say(f"curves  {folder}")
+        warn_of(_checked(request, subjects))
+        with lock_folder(folder):
+            found = faithfulness_curves(
+                subjects.model, subjects.target, subjects.corpus, request.config, sizes=sizes, methods=methods,
+                seeds=draws, run_dir=folder, callbacks=callbacks, check_memory=request.options.check_memory,
+            )  # fmt: skip
+            page = write_curves(found, folder / "curves.html")
     say(f"\n{found}\n\nthe page to look at: {page}")
     return found
 

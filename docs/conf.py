@@ -18,7 +18,8 @@ exclude_patterns = ["_build", "_extensions"]
 nitpicky = True
 nitpick_ignore_regex = [  # what other packages define has no page here
     ("py:.*", r"(abc|collections(\.abc)?|io|jaxtyping|numpy|os|pathlib|torch|typing)\..*"),
-    ("py:class", r"bigram_circuits\.(bitmasks\.M|tasks\.answers\.Answers)"),
+    ("py:class", r"bigram_circuits\.(bitmasks\.M|learning\.found\.F|tasks\.answers\.Answers|models\.nodes\.NodeSite)"),
+    ("py:class", r"bigram_circuits\.(masking\.(candidates\.Candidates|gates\.Slots)|replacement\.Pairs)"),
     ("py:.*", r"(Any|Callable|Tensor|(np\.)?ndarray|nn\.Module|Mapping|Sequence|Iterator|Path|os\.PathLike)"),
 ]
 

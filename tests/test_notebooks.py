@@ -32,7 +32,7 @@ def outputs(notebook):
 
 
 def test_every_notebook_has_a_source_and_the_other_way_round():
-    assert len(SOURCES) == 6
+    assert len(SOURCES) == 8
     assert sorted(FOLDER.glob("*.ipynb")) == [source.with_suffix(".ipynb") for source in SOURCES]
 
 

@@ -95,3 +95,10 @@ def test_notes_are_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     note("back to step 3")
     assert sys.stderr.getvalue() == "back to step 3\n"
+
+
+def test_bars_can_be_switched_off(monkeypatch, capsys):
+    monkeypatch.setattr(module, "_kind", lambda: module._Lines)
+    with progress(3, desc="learning", unit="step", disable=True) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""

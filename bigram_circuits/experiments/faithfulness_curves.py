@@ -36,7 +36,7 @@ from bigram_circuits.evaluation import measure
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.training import as_behaviour, find_circuit, make_candidates
 from bigram_circuits.masking.effects import node_effects
-from bigram_circuits.measures import html, statistics
+from bigram_circuits.measures import html, plots, statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, load_result
 from bigram_circuits.models.activations import check_tokens
@@ -45,10 +45,19 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import steps as counted_steps
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.targets.base import Target
+from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import Corpus, spread
 
 METHODS = ("learned", "integrated", "attribution", "patching", "random")
 """The ways of choosing a circuit."""
+LABELS: Mapping[str, str] = {
+    "learned": "learned",
+    "integrated": "integrated gradients",
+    "attribution": "attribution patching",
+    "patching": "patching one by one",
+    "random": "at random",
+}
+"""The ways in the words of charts and pages."""
 SIZES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the nodes, by default."""
 _SCORED = 1 << 15  # tokens of the training part that scores are computed on, at most
@@ -79,9 +88,21 @@ class FaithfulnessCurves:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Methods that were left out, with the reason."""
 
+    @property
+    def noun(self) -> str:
+        """What the circuits are of: `nodes`, or `edges`."""
+        return next((one.units_here for circuits in self.circuits.values() for one in circuits), "nodes")
+
     def plot(self, quantity: str = "faithfulness") -> Any:
-        """A plotly figure of a quantity by share of nodes: `faithfulness` or `cross_entropy`."""
-        return self.curves.plot(quantity)
+        """A plotly figure of a quantity by share of nodes, on a log axis: `faithfulness` or `cross_entropy`."""
+        measured = self.curves.quantity(quantity)
+        series = {
+            LABELS[name]: (self.curves.get(quantity, name), *self.curves.interval(quantity, name))
+            for name in self.curves.conditions
+        }
+        title = f"{self.curves.title}: {measured.words}"
+        figure = plots.lines(f"share of {self.noun} kept", self.curves.points, series, measured.label, title)
+        return figure.update_xaxes(type="log", dtick="D2", tickformat="~%")
 
     def to_dataframe(self) -> Any:
         """A pandas table: a row for every method and size."""
@@ -154,7 +175,7 @@ def faithfulness_curves(
     units: str | Sequence[str] | None = None,
     replace: str | None = None,
     measure: str = "loss",
-    sizes: Sequence[float] = SIZES,
+    sizes: Sequence[float | int] = SIZES,
     methods: Sequence[str] = METHODS,
     seeds: int = 5,
     steps: int = 8,
@@ -184,13 +205,9 @@ def faithfulness_curves(
         ValueError: As `find_circuit`; if a size, method or number is out of range, or the full model is not better than
             the empty circuit, so that faithfulness is undefined.
     """
-    wrong = [name for name in methods if name not in METHODS]
-    if wrong or not methods:
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {', '.join(wrong) or 'none'}")
-    if not sizes or not all(0 < size < 1 for size in sizes):
-        raise ValueError(f"sizes must be shares of the nodes, above 0 and below 1, not {list(sizes)}")
-    if seeds < 1 or steps < 1:
-        raise ValueError(f"seeds and steps must be at least 1, not {seeds} and {steps}")
+    check_choices(methods, sizes, seeds)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
     target, corpus, config = as_behaviour(model, task, corpus, config, units, replace, sizes[0], measure)
     if "weight" in (config.units or ()):
         raise ValueError("methods are compared on nodes: leave weight out of units")
@@ -198,6 +215,8 @@ def faithfulness_curves(
     full = make_candidates(model, target, corpus, config).everything
     job = _Job(model, target, corpus, config, full, None if run_dir is None else Path(run_dir), callbacks, check_memory)
     kept = sorted({max(1, round(size * full.total)) for size in sizes} - {full.total})
+    if not kept:
+        raise ValueError(f"no size lies between the empty and the full circuit: {full.total} {full.units_here} in all")
     circuits: dict[str, list[list[Circuit]]] = {}
     left_out: dict[str, str] = {}
     for method in (name for name in METHODS if name in methods):
@@ -209,6 +228,17 @@ def faithfulness_curves(
     if run_dir is not None:
         found.save(run_dir)
     return found
+
+
+def check_choices(methods: Sequence[str], sizes: Sequence[float | int], seeds: int) -> None:
+    """Raise ValueError if a method, a size or the number of draws is not allowed."""
+    wrong = [name for name in methods if name not in METHODS]
+    if wrong or not methods:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {', '.join(wrong) or 'none'}")
+    if not sizes or not all(0 < size < 1 for size in sizes):
+        raise ValueError(f"sizes must be shares of the nodes, above 0 and below 1, not {list(sizes)}")
+    if seeds < 1:
+        raise ValueError(f"there must be at least 1 random draw, not {seeds}")
 
 
 @dataclass(frozen=True)
@@ -300,6 +330,7 @@ def _result(
     notes = {
         "empty": float(empty[0]), "full": float(full[0]), "nodes": total, "sequences": len(text),
         "replace": job.full.replacement.kind, "units": list(job.config.units or ()),
+        "model": job.full.model_name, "target": _words(job.target), "text": str(job.corpus.source),
         "interval": "95%, bootstrap over held-out sequences", "left_out": dict(left_out),
     }  # fmt: skip
     curves = Curves(
@@ -312,6 +343,13 @@ def _result(
         {method: tuple(drawn[0] for drawn in by_size) for method, by_size in circuits.items()},
         left_out,
     )
+
+
+def _words(target: Target) -> str:
+    """What is asked of the circuits."""
+    if isinstance(target, TaskTarget):
+        return f"the task {target.task.name} (measure {target.measure})"
+    return f"the target {target.kind}"
 
 
 def _values(
