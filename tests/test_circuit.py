@@ -235,6 +235,18 @@ def test_the_nodes_that_a_subnetwork_touches(any_model):
     assert one.weights(any_model) == kept
 
 
+def test_a_hook_point_of_a_unit_stands_for_the_unit(any_model):
+    one = bc.Circuit.empty(any_model, ("blocks.1.attn.hook_z", "blocks.0.hook_mlp_out")).keep("L1H2")
+    assert (one.shapes, one.nodes) == ({"blocks.0.hook_mlp_out": (1,), "blocks.1.attn.hook_z": (4,)}, ("L1H2",))
+    with bc.masked(any_model, one):
+        by_name = logits(any_model)
+    whole = bc.Circuit.full(any_model, ("head", "mlp")).drop("L0.mlp", "L1H0", "L1H1", "L1H3")
+    with bc.masked(any_model, whole):
+        assert torch.equal(logits(any_model), by_name)
+    with pytest.raises(ValueError, match=r"name the nodes of blocks\.1\.attn\.hook_z twice"):
+        bc.Circuit.full(any_model, ("head", "blocks.1.attn.hook_z"))
+
+
 # --- bad input: one line each ---
 
 

@@ -6,8 +6,9 @@
 | `neuron` | an MLP neuron's activation, which W_out reads | `blocks.i.mlp.hook_post`, one coordinate |
 | `attn`, `mlp` | what it adds to the residual stream | `blocks.i.hook_attn_out`, `blocks.i.hook_mlp_out` |
 
-Any other hook point with an activation [batch, pos, d] can be named, for example `blocks.1.hook_resid_post`: each of
-its coordinates is a node. So are the latents of a dictionary within `spliced`: `blocks.1.hook_resid_post.features`.
+A hook point of these, named as such, stands for its unit in that block. Any other hook point with an activation
+[batch, pos, d] can be named, for example `blocks.1.hook_resid_post`: each of its coordinates is a node. So are the
+latents of a dictionary within `spliced`: `blocks.1.hook_resid_post.features`.
 """
 
 from __future__ import annotations
@@ -62,12 +63,21 @@ def node_sites(model: Model, units: str | Iterable[str] = ("head", "neuron")) ->
     wanted = [units] if isinstance(units, str) else list(units)
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"units must be different ones of {', '.join(UNITS)}, or names of hook points, not {wanted}")
-    named = [(unit, name) for unit in wanted for name in _points(model, unit)]
+    named = [(_unit_at(name) or unit, name) for unit in wanted for name in _points(model, unit)]
+    twice = [name for place, (_, name) in enumerate(named) if name in [other for _, other in named[:place]]]
+    if twice:
+        raise ValueError(f"units {', '.join(wanted)} name the nodes of {twice[0]} twice")
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
     with torch.inference_mode():
         seen, _ = record(model, tokens, [name for _, name in named])
     sites = [_site(unit, name, seen[name]) for unit, name in named]
     return tuple(sorted(sites, key=lambda site: (layer_of_point(site.name), wanted.index(_asked(site, wanted)))))
+
+
+def _unit_at(name: str) -> str | None:
+    """The unit whose nodes a hook point has, if it is that of one."""
+    point = name.removeprefix(in_block(max(layer_of_point(name), 0), ""))
+    return next((unit for unit, its in UNITS.items() if its == point), None)
 
 
 def _points(model: Model, unit: str) -> Sequence[str]:
