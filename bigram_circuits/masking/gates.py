@@ -161,6 +161,8 @@ class Gates(nn.Module, ABC):
     """The optimizer's learning rate if the recipe gives none."""
     scratch: ClassVar[int] = 0
     """Bytes per gate that the method needs besides scores, gradient and Adam's moments."""
+    ends_hard: ClassVar[bool] = False
+    """Whether the gates of the last steps are the mask itself, whatever the recipe says."""
     steepness = 1.0
     """Slope factor of the penalised value, a logistic function of the score: steepness * value * (1 - value)."""
 

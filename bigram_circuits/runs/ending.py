@@ -9,7 +9,7 @@ import numpy as np
 
 from bigram_circuits.evaluation import GAP_MATTERS
 from bigram_circuits.measures.words import percent
-from bigram_circuits.recipe import SparsifyConfig
+from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs.contents import STOPS, Outcome, StepRecord
 
 STILL_FALLING = 0.05
@@ -30,7 +30,8 @@ def cautions(history: Sequence[StepRecord], outcome: Outcome, config: SparsifyCo
         config: The recipe.
     """
     gap = outcome.soft_hard.warning if outcome.soft_hard else None
-    lost = lost_in_hardening(history, outcome) if config.hard_from == 1 else None  # else the mask itself was learned
+    is_soft = config.hard_from == 1 and not METHODS[config.method].ends_hard  # else the mask itself was learned
+    lost = lost_in_hardening(history, outcome) if is_soft else None
     found = (too_short(history, outcome, config.max_steps), gap or lost)
     return tuple(one for one in found if one)
 

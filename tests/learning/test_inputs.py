@@ -208,7 +208,7 @@ def test_a_study_warns_before_it_learns(tiny_model, tmp_path, monkeypatch):
     def learn(*_, **__):
         raise ValueError("learning begins")
 
-    monkeypatch.setattr(workflow, "find_subnetwork", learn)
+    monkeypatch.setattr(workflow, "find_mask", learn)
     with pytest.warns(bc.InputWarning) as told, pytest.raises(ValueError, match="learning begins"):
         bc.study(tiny_model, corpus, out=tmp_path / "run")
     assert [str(one.message).partition(":")[0] for one in told] == [

@@ -4,11 +4,20 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.analysis.conditions import conditions
-from bigram_circuits.measures.conditions import COMPARED, CONDITIONS, DRAWN, SINGLE, colour_of, label_of
+from bigram_circuits.measures.conditions import (
+    COMPARED,
+    CONDITIONS,
+    DRAWN,
+    SINGLE,
+    colour_of,
+    condition_of,
+    label_of,
+)
 
 
 def test_every_list_of_conditions_is_of_the_table():
-    assert set(SINGLE) | set(DRAWN) == set(CONDITIONS)
+    names = {condition_of(name, noun) for name in (*SINGLE, *DRAWN) for noun in ("subnetwork", "circuit")}
+    assert names == set(CONDITIONS)
     assert set(COMPARED) <= set(CONDITIONS)
     assert all(re.fullmatch("#[0-9A-F]{6}", one.colour) and one.meaning for one in CONDITIONS.values())
 

@@ -43,6 +43,7 @@ class StraightThrough(Gates):
 
     learning_rate = 1.0
     scratch = 16
+    ends_hard = True
 
     def __init__(
         self, groups: Sequence[GateGroup], *, target: int, steps: int, along_path: bool = False, **start: Any
