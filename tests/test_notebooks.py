@@ -66,6 +66,11 @@ def few(code):
         (r"range\(300\)", "range(3)"),
         (r'max_steps": \d+', 'max_steps": 3'),
         ("prompts=16", "prompts=2"),
+        ("prompts=40, period=16", "prompts=6, period=8"),
+        (r"max_steps=\d+", "max_steps=3"),
+        (r"sizes=\(0\.05, [\d., ]+\)", "sizes=(0.1, 0.3)"),
+        (r"\[::14\]", "[::50]"),
+        ("seeds=[23], steps=5", "seeds=1, steps=1"),
     ):
         code = re.sub(pattern, less, code)
     return code
