@@ -41,6 +41,11 @@ def short_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_path else name
 
 
+def model_words(name: str | None) -> str:
+    """A model's name in a sentence."""
+    return "the reference model" if name == "reference" else short_name(name or "a model")
+
+
 _IN_MEMORY = " (in memory)"
 
 

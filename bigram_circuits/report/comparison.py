@@ -27,8 +27,7 @@ from bigram_circuits.names import short_name
 from bigram_circuits.report import compared_measures, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening
 from bigram_circuits.report.compared_words import COMPARISON_SECTIONS, few, found_pairs, pair_words, value_range
-from bigram_circuits.report.document import document
-from bigram_circuits.storage.files import write_text
+from bigram_circuits.report.document import document, write_page
 
 
 def write_comparison(
@@ -51,11 +50,7 @@ def write_comparison(
         ValueError: If there are fewer than two, a file cannot be read, or two of them are of different models.
         OSError: If the page cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
-    write_text(path, page(runs if isinstance(runs, Comparison) else compare(runs)))
-    return path
+    return write_page(path, lambda: page(runs if isinstance(runs, Comparison) else compare(runs)))
 
 
 def page(comparison: Comparison) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.experiments.faithfulness_curves import LABELS, FaithfulnessCurves
-from bigram_circuits.measures.words import flat, listed, percent, rounded, sentence, span
-from bigram_circuits.names import short_name
+from bigram_circuits.measures.words import flat, listed, percent, rounded, span
+from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
-from bigram_circuits.report.document import document
+from bigram_circuits.report.document import document, write_page
 from bigram_circuits.report.sections import Sections
-from bigram_circuits.storage.files import write_text
+from bigram_circuits.report.words import IN_PLACE
 
 CURVES_SECTIONS = Sections()
 """The sections of the page."""
@@ -29,13 +29,6 @@ ENOUGH = 0.9
 """The faithfulness for which the page names the smallest circuits."""
 _MOST_NAMED = 30  # nodes of a circuit whose labels are listed; of more, they are counted
 _LOWEST = -1.0  # faithfulness at the bottom of the chart, at least
-_WORDS = {
-    "zero": "0",
-    "mean": "their mean over the training part",
-    "mean_by_position": "their mean over the training part at the same position",
-    "resample": "their values in another sequence",
-    "counterfactual": "their values in the paired prompt",
-}
 
 
 def write_curves(found: FaithfulnessCurves, path: str | os.PathLike[str] = "curves.html") -> Path:
@@ -52,22 +45,19 @@ def write_curves(found: FaithfulnessCurves, path: str | os.PathLike[str] = "curv
         ValueError: If the path is a folder.
         OSError: If the page cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
     sections = [tell(found) for tell in CURVES_SECTIONS]
-    write_text(path, document(_opening(found), sections, "Made from curves that faithfulness_curves returned."))
-    return path
+    footer = "Made from curves that faithfulness_curves returned."
+    return write_page(path, lambda: document(_opening(found), sections, footer))
 
 
 def _opening(found: FaithfulnessCurves) -> Opening:
     notes = found.curves.notes
-    name = short_name(str(notes.get("model")))
+    name = model_words(str(notes.get("model")))
     noun, total = found.noun, int(notes.get("nodes", 0))
-    replaced = _WORDS.get(str(notes.get("replace")), "other values")
+    replaced = IN_PLACE.get(str(notes.get("replace")), "other values")
     asked = (
         f"The question: how few of the {total:,} {noun} of {name} does {notes.get('target')} need, and which way of "
-        f"choosing finds the fewest? {sentence(f'in the place of dropped {noun} come {replaced}')} All ways choose on "
+        f"choosing finds the fewest? Dropped {noun} are given {replaced}. All ways choose on "
         f"the training part; faithfulness is measured on {notes.get('sequences', 0):,} held-out sequences."
     )
     methods = found.areas.names

@@ -7,14 +7,17 @@ for every kind of block, named after its class. Jinja2 escapes everything that c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigram_circuits.measures import html
 from bigram_circuits.report.blocks import Attention, Block, Chart, Numbers, Opening, Reading, Section
+from bigram_circuits.storage.files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,6 +31,20 @@ def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
     template = _environment().get_template("page.html")
     text = template.render(opening=opening, sections=sections, footer=footer, drawn=_Drawn())
     return text.encode("utf-8", "replace").decode("utf-8")  # a path may hold bytes that are not UTF-8
+
+
+def write_page(path: str | os.PathLike[str], make: Callable[[], str]) -> Path:
+    """Write the page that `make` returns, replacing an earlier one; returns its path.
+
+    Raises:
+        ValueError: If the path is a folder; whatever `make` raises.
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
+    write_text(path, make())
+    return path
 
 
 @cache

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from bigram_circuits.experiments.ladder import FULL, INDUCTION, N_GRAMS, WITHIN, Ladder, Rung, Step
 from bigram_circuits.measures.words import listed, percent, rounded, span
-from bigram_circuits.names import short_name
+from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
 from bigram_circuits.report.compared_figures import pair_maps
 from bigram_circuits.report.compared_words import few
-from bigram_circuits.report.document import document
+from bigram_circuits.report.document import document, write_page
 from bigram_circuits.report.sections import Sections
-from bigram_circuits.storage.files import write_text
 
 LADDER_SECTIONS = Sections()
 """The sections of the page."""
@@ -42,12 +41,9 @@ def write_ladder(ladder: Ladder, path: str | os.PathLike[str] = "ladder.html") -
         ValueError: If the path is a folder.
         OSError: If the page cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
     sections = [tell(ladder) for tell in LADDER_SECTIONS]
-    write_text(path, document(_opening(ladder), sections, "Made from a ladder that find_ladder returned."))
-    return path
+    footer = "Made from a ladder that find_ladder returned."
+    return write_page(path, lambda: document(_opening(ladder), sections, footer))
 
 
 def _opening(ladder: Ladder) -> Opening:
@@ -61,7 +57,7 @@ def _opening(ladder: Ladder) -> Opening:
     marks = [(f"of weights, {name}", percent(ladder.rung(name).fraction)) for name in (*N_GRAMS, INDUCTION)]
     marks.append(("loss of the full model", rounded(ladder.rung(FULL).loss)))
     answer = f"Found free, they keep {listed(sizes)} of {ladder.rung(FULL).total:,} maskable weights. {_walk(ladder)}"
-    title = f"The n-gram ladder of {short_name(ladder.model)}"
+    title = f"The n-gram ladder of {model_words(ladder.model)}"
     return Opening(title, asked, answer, _induced(ladder), marks=marks)
 
 
@@ -166,7 +162,11 @@ def steps(ladder: Ladder) -> Content:
 def _worse(these: Sequence[Step]) -> str:
     """The steps that are not shown to add anything."""
     flat = [one.name for one in these if not one.interval[0] > 0]
-    return f"Not shown to add anything: {listed(flat)}." if flat else "Every step adds something, beyond doubt."
+    return (
+        f"Not shown to add anything: {listed(flat)}."
+        if flat
+        else "Every step adds something: all intervals lie above 0."
+    )
 
 
 def _cost(ladder: Ladder, name: str) -> str:

@@ -45,13 +45,14 @@ def component_name(name: str) -> str:
 
 
 _UNITS = {"head": "heads", "neuron": "neurons", "attn": "attention outputs", "mlp": "MLP outputs", WEIGHT: "weights"}
-_IN_PLACE = {
-    "zero": "set the values of the rest to 0",
-    "mean": "give the rest their mean over the training text",
-    "mean_by_position": "give the rest their mean over the training text at the same position",
-    "resample": "give the rest their values in another sequence of the batch",
-    "counterfactual": "give the rest their values in the paired counterfactual prompt",
+IN_PLACE = {
+    "zero": "the value 0",
+    "mean": "their mean over the training text",
+    "mean_by_position": "their mean over the training text at the same position",
+    "resample": "their values in another sequence of the batch",
+    "counterfactual": "their values in the paired counterfactual prompt",
 }
+"""What takes the place of nodes that are dropped."""
 
 
 def unit_words(unit: str) -> str:
@@ -66,7 +67,7 @@ def asked_units(mask: Mask) -> str:
 
 def dropped_words(mask: Mask) -> str:
     """What is done with the rest, as the end of `we keep some weights and ...`."""
-    return _IN_PLACE[mask.replacement.kind] if isinstance(mask, Circuit) else "zero the rest"
+    return f"give the rest {IN_PLACE[mask.replacement.kind]}" if isinstance(mask, Circuit) else "zero the rest"
 
 
 def reader_of(run: Run) -> str:

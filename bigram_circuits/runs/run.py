@@ -15,7 +15,7 @@ from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result_and_origin
 from bigram_circuits.measures.words import rounded, sentence
-from bigram_circuits.names import short_name
+from bigram_circuits.names import model_words, short_name
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.runs.contents import (
     FORMER,
@@ -172,7 +172,7 @@ class Run:
     def model_words(self) -> str:
         """The name of its model, as a phrase."""
         name = (self.rebuild and self.rebuild.model) or self.settings.model.name or self.mask.model_name
-        return "the reference model" if name == "reference" else short_name(name or "a model")
+        return model_words(name)
 
     @property
     def target_words(self) -> tuple[str, str]:

@@ -196,7 +196,7 @@ def test_the_page_is_one_file_with_every_number(found, tmp_path):
     assert "Left out" not in text
     for words in (
         "Faithfulness by size", "Areas over size", "What each way keeps", "How it was made", "L0H1, L1H2",
-        "the task repeated random tokens (measure loss)", "In the place of dropped nodes come 0.",
+        "the task repeated random tokens (measure loss)", "Dropped nodes are given the value 0.",
         "24 held-out sequences",
         "The fewest nodes with a faithfulness of at least 0.9: learned 2 (25.0%)", "closer to the full model than",
     ):  # fmt: skip
