@@ -19,7 +19,6 @@ too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +41,7 @@ from bigram_circuits.models.activations import (
     record,
 )
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.norms import frozen_norm
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.models.weights import weight_sites
 from bigram_circuits.names import COMPONENTS, PartName, WeightName, head_label, in_block
@@ -204,11 +204,10 @@ def _contributions(
     parts, final, logits = _components(model, tokens, place, by)
     check_has_readout(model, len(final))
     directions = model.W_U[:, ids].float()
-    terms = {name: through_norm(model, model.ln_final, part, final) @ directions for name, part in parts.items()}
-    norm_bias = getattr(model.ln_final.original_component, "bias", None)
-    constant = torch.zeros(len(ids), dtype=torch.float32, device=directions.device)
-    constant = constant if norm_bias is None else norm_bias.float() @ directions
-    terms["bias"] = constant + model.b_U[ids].float()
+    norm = frozen_norm(model, model.ln_final, final)
+    terms = {name: norm.of(part) @ directions for name, part in parts.items()}
+    constant = model.b_U[ids].float()
+    terms["bias"] = constant if norm.bias is None else norm.bias @ directions + constant
     raw = model.unembed(model.ln_final(final[None, None].to(model.W_U.dtype)))[0, 0].float()
     total = torch.stack(list(terms.values())).sum(0)
     scale = float(torch.stack(list(terms.values())).abs().max())
@@ -272,44 +271,11 @@ def _heads(
         parts[bias_name] = bias.float()
     if before_norm is None:
         return parts
-    norm = model.blocks[layer].ln1_post
-    parts = {name: through_norm(model, norm, part, before_norm) for name, part in parts.items()}
-    if (norm_bias := getattr(norm.original_component, "bias", None)) is not None:
-        parts[bias_name] = parts.get(bias_name, torch.zeros_like(before_norm)) + norm_bias.float()
+    norm = frozen_norm(model, model.blocks[layer].ln1_post, before_norm)
+    parts = {name: norm.of(part) for name, part in parts.items()}
+    if norm.bias is not None:
+        parts[bias_name] = parts.get(bias_name, torch.zeros_like(before_norm)) + norm.bias
     return parts
-
-
-def through_norm(
-    model: Model, norm: Any, part: Float[Tensor, "*rows d_model"], whole: Float[Tensor, "*rows d_model"]
-) -> Float[Tensor, "*rows d_model"]:
-    """Apply a norm to a part of the residual stream, with its scale frozen at the value for the sum; no bias.
-
-    Raises:
-        NotShownError: If it is neither a LayerNorm nor an RMSNorm.
-    """
-    inner = norm.original_component
-    if isinstance(inner, torch.nn.Identity):
-        return part
-    kind = _kind_of_norm(model, inner)
-    if kind not in ("LN", "RMS"):
-        raise NotShownError(
-            f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
-        )
-    if kind == "LN":
-        part, whole = part - part.mean(-1, keepdim=True), whole - whole.mean(-1, keepdim=True)
-    eps = next((getattr(inner, name) for name in ("eps", "variance_epsilon") if hasattr(inner, name)), model.cfg.eps)
-    scale = (whole.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    weight = getattr(inner, "weight", None)
-    if weight is None:
-        return part / scale
-    return part * (weight.float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)) / scale
-
-
-def _kind_of_norm(model: Model, inner: Any) -> str:
-    """LN or RMS; a final norm may be of another kind than those of the blocks (`final_rms`)."""
-    if "RMS" in type(inner).__name__:
-        return "RMS"
-    return str(model.cfg.normalization_type).upper().removesuffix("PRE")
 
 
 def _position(position: int, length: int) -> int:

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.analysis.attribution import through_norm
 from bigram_circuits.analysis.prompts import token_words
 from bigram_circuits.models.activations import (
     NotShownError,
@@ -20,6 +19,7 @@ from bigram_circuits.models.activations import (
 )
 from bigram_circuits.models.dictionaries import Dictionary
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.norms import frozen_norm
 from bigram_circuits.models.state import uses_model
 
 _ELSEWHERE = ("hook_z", "hook_q", "hook_k", "hook_v", "hook_normalized")  # as wide as the residual stream, perhaps
@@ -79,7 +79,7 @@ def feature_tokens(model: Model, dictionary: Any, *, top: int = 5) -> FeatureTok
         found = []
         for part in directions.split(rows_at_once(model.cfg.d_vocab)):
             part = part.to(model.W_U.device).float()
-            found.append((through_norm(model, model.ln_final, part, part) @ model.W_U.float()).topk(top))
+            found.append((frozen_norm(model, model.ln_final, part).of(part) @ model.W_U.float()).topk(top))
     tokens = torch.cat([one.indices for one in found]).cpu()
     words = tuple(tuple(token_words(model, ids)) for ids in tokens.tolist())
     return FeatureTokens(tokens.numpy(), torch.cat([one.values for one in found]).cpu().numpy(), words)

@@ -1,0 +1,147 @@
+"""Explanations: how much of a prediction each part of a masked model writes, and along which paths.
+
+With attention patterns, the scales of norms and the slopes of activation functions frozen at the values that they take
+on a prompt, a model is linear from its embeddings to its logits. Then a logit is a sum over the parts that write to the
+residual stream (their direct contributions), and it is a sum over all paths from an input to it. `flow` is the sum of
+all the paths through a node or an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigram_circuits.storage.typed import Record
+
+KINDS = {
+    "token": "the embedding of a token of the prompt",
+    "position": "the embedding of a position",
+    "neuron": "an MLP neuron",
+    "head": "an attention head",
+    "attn": "a whole attention layer",
+    "mlp": "a whole MLP",
+    "bias": "biases, which are the same for every prompt",
+    "replaced": "what stands for nodes that a circuit drops",
+    "answer": "what is explained",
+}
+"""The kinds of nodes, and what each is."""
+SOURCES = ("token", "position", "bias", "replaced")
+"""The kinds at which paths begin."""
+
+
+@dataclass(frozen=True)
+class Node(Record):
+    """A part of the model at a position of the prompt."""
+
+    key: str
+    """Names it within an explanation: `L0N12@1`, `token@1`, `answer`."""
+    kind: str
+    """One of `KINDS`."""
+    label: str
+    """For example `L0N12`; of a token, the token itself, quoted."""
+    layer: int
+    """Index of its block; -1 before the blocks, `n_layers` for the answer."""
+    position: int | None
+    """Position in the prompt; None where it has none (biases, the answer)."""
+    direct: float
+    """What it adds to the answer by itself, in the unit of the answer (logits)."""
+    flow: float
+    """What it adds along all paths through it, in the unit of the answer."""
+    unseen: float = 0.0
+    """The part of `flow` that comes into it from nodes that the explanation does not list."""
+    activation: float | None = None
+    """Of a neuron: its activation."""
+
+
+@dataclass(frozen=True)
+class Edge(Record):
+    """What one node writes for another to read."""
+
+    source: str
+    """Key of the node that writes."""
+    target: str
+    """Key of the node that reads."""
+    flow: float
+    """What is added to the answer along all paths through this edge, in its unit."""
+
+
+@dataclass(frozen=True)
+class CircuitPath(Record):
+    """One path from an input to the answer."""
+
+    nodes: tuple[str, ...]
+    """Keys of the nodes, from the input to the answer. Those that no `Node` describes are in no drawing."""
+    labels: tuple[str, ...]
+    """Their labels."""
+    value: float
+    """What it adds to the answer, in its unit."""
+
+
+@dataclass(frozen=True)
+class UnitTokens(Record):
+    """What is known of a neuron or head, whatever the prompt."""
+
+    drives: tuple[tuple[str, float], ...] = ()
+    """Tokens that drive it, with its input (a neuron's preactivation) from each alone, the largest first."""
+    promotes: tuple[tuple[str, float], ...] = ()
+    """Tokens whose logits it raises most, with how much per unit of activation."""
+    suppresses: tuple[tuple[str, float], ...] = ()
+    """Tokens whose logits it lowers most, likewise."""
+    lost: float | None = None
+    """Share of the target's information that is lost without it, if it was measured."""
+
+
+@dataclass(frozen=True)
+class Explanation(Record):
+    """A prediction as a sum over the parts of a masked model, and over paths through them."""
+
+    model: str
+    """The model, in words."""
+    mask: str
+    """What of it is kept, in words: `59,194 of 3,145,728 weights (1.88%)`, or `full model`."""
+    prompt: tuple[str, ...]
+    """The tokens of the prompt."""
+    position: int
+    """The position after which the prediction is made."""
+    answer: str
+    """What is explained: `logit of ' the'`."""
+    value: float
+    """Its value in the masked model; `terms` add up to it."""
+    predictions: tuple[tuple[str, float], ...]
+    """The most likely next tokens in the masked model, with their probabilities."""
+    terms: Mapping[str, float] = field(repr=False)
+    """Direct contributions: of every embedding, head, neuron and bias, by label, none left out but exact zeros."""
+    nodes: tuple[Node, ...] = field(repr=False)
+    """The nodes with the largest flows, with inputs and answer; from the inputs to the answer."""
+    edges: tuple[Edge, ...] = field(repr=False)
+    """The edges between them; the edges into a node and its `unseen` add up to its flow."""
+    paths: tuple[CircuitPath, ...] = field(repr=False)
+    """The strongest paths, strongest first."""
+    left_out: float
+    """What all other paths add up to: `value` less the listed paths."""
+    left_out_share: float
+    """How much of the paths' total strength (the sum of absolute values) is not listed, from 0 to 1.
+
+    Paths that were never taken apart count as one with those that they begin with.
+    """
+    units: Mapping[str, UnitTokens] = field(repr=False, default_factory=dict)
+    """What is known of the neurons and heads among the nodes, by label."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, as JSON values: what could not be taken apart, what was frozen."""
+
+
+@dataclass(frozen=True)
+class Atlas(Record):
+    """Explanations of what follows each of many tokens."""
+
+    title: str
+    """What it is of."""
+    explanations: tuple[Explanation, ...] = field(repr=False)
+    """One for each token, in order of frequency, without `terms` and `units`."""
+    counts: tuple[int, ...] = field(repr=False)
+    """How often each token occurs in the text that was counted."""
+    units: Mapping[str, UnitTokens] = field(repr=False, default_factory=dict)
+    """What is known of the neurons and heads, by label."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, as JSON values."""
