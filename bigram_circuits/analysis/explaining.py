@@ -177,19 +177,22 @@ def explained(
     place: int,
     asked: Asked,
     limits: Limits,
+    *,
+    brief: bool = False,
 ) -> Explanation:
-    """The explanation of a functional of the logits at one position of a forward pass that was taken apart."""
+    """The explanation of a functional of the logits at one position of a forward pass that was taken apart.
+
+    `brief` leaves out the direct contributions and the tokens of neurons and heads.
+    """
     end = passed.direction(asked.weights, place)
     words = token_words(model, tokens[0].tolist())
     value = float(passed.logits[place].double() @ asked.weights.double())
     constant = float(passed.constant.double() @ asked.weights.double())
     graph = _Graph(passed, _Reader(end, len(passed.writers), value), constant, words)
-    terms = graph.terms(place)
-    largest = max(1.0, *(abs(one) for one in terms.values()))
-    if not abs(math.fsum(terms.values()) - value) <= _TOLERANCE * largest:
-        raise NotShownError(
-            f"the {asked.words} is {value:.6g}, but the contributions add up to {math.fsum(terms.values()):.6g}"
-        )
+    direct = torch.cat([one.flatten() for one in passed.written(end)]).double()
+    total, largest = float(direct.sum()) + constant, max(1.0, abs(constant), float(direct.abs().max()))
+    if not abs(total - value) <= _TOLERANCE * largest:
+        raise NotShownError(f"the {asked.words} is {value:.6g}, but the contributions add up to {total:.6g}")
     shown, flows = graph.nodes_and_edges(limits)
     paths, left_out, share = graph.paths(limits.paths)
     probabilities = passed.shown[place].softmax(-1)
@@ -201,6 +204,7 @@ def explained(
         passed.logits[place], passed.shown[place], atol=1e-3
     ):
         notes["logits"] = "before the soft cap or scale that the model applies to them"
+    units = [node.label for node in shown if node.kind in ("neuron", "head")]
     return Explanation(
         model=model_words(model.cfg.model_name),
         mask="full model" if kept is None else _kept_words(kept),
@@ -209,13 +213,13 @@ def explained(
         answer=asked.words,
         value=value,
         predictions=tuple(zip(token_words(model, top.indices.tolist()), top.values.tolist(), strict=True)),
-        terms=terms,
+        terms={} if brief else graph.terms(place),
         nodes=shown,
         edges=flows,
         paths=paths,
         left_out=left_out,
         left_out_share=share,
-        units=unit_tokens(model, passed, [node.label for node in shown if node.kind in ("neuron", "head")]),
+        units={} if brief else unit_tokens(model, passed, units, place),
         notes=notes,
     )
 

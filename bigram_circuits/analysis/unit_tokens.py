@@ -40,7 +40,8 @@ def unit_tokens(
         assert name is not None, "labels of neurons and heads"
         by_part.setdefault((name.kind, name.layer), []).extend(name.indices)
     embeddings = _embeddings(model, passed)
-    final = passed.final.rows(slice(position, None) if position == -1 else slice(position, position + 1))
+    last = position % len(passed.logits)
+    final = passed.final.rows(slice(last, last + 1))
     found: dict[str, UnitTokens] = {}
     for writer in passed.writers:
         if isinstance(writer, Vector) or not (units := by_part.get((writer.kind, writer.layer))):
