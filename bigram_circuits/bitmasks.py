@@ -47,7 +47,12 @@ M = TypeVar("M", bound="BitMasks")
 
 
 class Count(NamedTuple):
-    """How many of a number of units are kept."""
+    """How many of a number of units are kept.
+
+    Example:
+        >>> count = found.subnetwork.by_component()[0, "mlp"]
+        >>> print(count.kept, count.total, count.fraction)
+    """
 
     kept: int
     total: int
