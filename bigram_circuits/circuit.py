@@ -58,6 +58,7 @@ class Circuit(BitMasks):
     units = "nodes"
     file_format = "bigram_circuits.circuit/1"
     more_metadata = ("replace", "seed")
+    _not_offered = BitMasks._not_offered | {"asked", "places", "replaced_points"}
 
     _replacement = Replacement()
 

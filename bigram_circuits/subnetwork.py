@@ -47,6 +47,7 @@ class Subnetwork(BitMasks):
     noun = "subnetwork"
     units = "weights"
     file_format = "bigram_circuits.subnetwork/1"
+    _not_offered = BitMasks._not_offered | {"keep_head", "keep_layer", "keep_neurons"}
 
     # --- constructors from a model ---
 

@@ -82,3 +82,28 @@ def test_they_run_and_give_what_they_show(name, names, monkeypatch, capsys):
         exec(compile(one.source, name, "single" if one.want else "exec"), namespace)
         printed = capsys.readouterr().out
         assert not one.want or printed == one.want, one.source
+
+
+def completed(value):
+    """What completion offers after a dot."""
+    return {name for name in dir(value) if not name.startswith("_")}
+
+
+def test_completion_offers_public_names_alone(names):
+    given = names[1]
+    assert completed(bc) == set(bc.__all__)
+    assert completed(analysis) == set(analysis.__all__)
+    subnetwork, circuit, found = given["found"].subnetwork, given["circuit"], given["found"]
+    lens = analysis.logit_lens(given["model"], subnetwork, text="import os")
+    evaluation = bc.evaluate(given["model"], subnetwork, given["target"], given["text"], controls=False)
+    for value in (subnetwork, circuit, found, lens, evaluation, given["corpus"], given["target"], given["config"]):
+        own = {name for kind in type(value).__mro__ for name in vars(kind)} | set(getattr(value, "__dict__", {}))
+        assert completed(value) <= own
+        assert not completed(value) & {"annotations", "Any", "np", "torch"}
+    assert {"only", "add_head", "save", "fraction"} <= completed(subnetwork)
+    assert not completed(subnetwork) & {"keep_head", "more_metadata", "file_format", "constant", "units_here"}
+    assert {"keep", "drop", "nodes", "edges"} <= completed(circuit)
+    assert not completed(circuit) & {"asked", "places", "more_metadata", "noun"}
+    assert {"get", "only", "plot", "to_dataframe"} <= completed(lens)
+    assert not completed(lens) & {"axes", "kinds"}
+    assert "upgraded" not in completed(evaluation) | completed(given["config"])

@@ -58,6 +58,9 @@ class Result(ABC):
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
 
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in ("axes", "kinds")]
+
     def quantity(self, name: str) -> Quantity:
         """Look up a quantity by name. Raises ValueError if it was not measured."""
         return self.quantities[_place("quantity", name, [quantity.name for quantity in self.quantities])]
