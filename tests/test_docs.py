@@ -282,8 +282,8 @@ def test_the_citation_is_that_of_the_repository():
 @pytest.mark.parametrize(
     "symbol",
     [
-        "$r$", "KL", "CE", "CPR", "CMD", r"$\lambda$", r"$\beta$", "nats", "d_model", "d_vocab", "d_head", "d_mlp", "W_E",
-        "W_U", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate",
+        "$r$", "KL", "CE", "CPR", "CMD", r"$\lambda$", r"$\beta$", "nats", "d_model", "d_vocab", "d_head", "d_mlp",
+        "W_E", "W_U", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate",
     ],
 )  # fmt: skip
 def test_symbols_are_in_the_glossary(symbol):
