@@ -118,3 +118,7 @@ __all__ = [
     "trajectory",
     "whole_neurons",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -26,7 +26,12 @@ RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED = "re-initialised blocks", "everything re-
 
 
 class RenamedTarget(Target):
-    """A target under a permutation s of the vocabulary, P'(y | x) = P(s(y) | s(x)): same shape, no meaning."""
+    """A target under a permutation s of the vocabulary, P'(y | x) = P(s(y) | s(x)): same shape, no meaning.
+
+    Example:
+        >>> nonsense = bc.RenamedTarget(target, model.cfg.d_vocab)
+        >>> bc.evaluate(model, found, nonsense, text, controls=False)
+    """
 
     def __init__(self, target: Any, d_vocab: int, seed: int = 0) -> None:
         """Permute a target's vocabulary; `seed` draws the permutation s.
@@ -84,6 +89,10 @@ def with_random_blocks(model: Model, seed: int = 0, *, everything: bool = False)
 
     Returns:
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
+
+    Example:
+        >>> control = bc.with_random_blocks(model, seed=1)
+        >>> bc.evaluate(control, bc.Subnetwork.full(control), target, text, controls=False)
     """
     plain = unhooked(model)
     untrained = _untrained(plain, seed)
@@ -122,6 +131,10 @@ def with_shuffled_blocks(model: Model, seed: int = 0) -> Model:
 
     Returns:
         A new hooked model in eval mode, on the device and in the precision of `model`, which is left unchanged.
+
+    Example:
+        >>> control = bc.with_shuffled_blocks(model, seed=1)
+        >>> bc.evaluate(control, bc.Subnetwork.full(control), target, text, controls=False)
     """
     plain = unhooked(model)
     generator, state = torch.Generator().manual_seed(seed), plain.state_dict()

@@ -103,7 +103,13 @@ _R = STATISTICS["surprisal_correlation"]
 
 @dataclass(frozen=True)
 class Falsification:
-    """The outcome of the attempts to refute a finding."""
+    """The outcome of the attempts to refute a finding.
+
+    Example:
+        >>> tested = bc.falsify(model, target, corpus, config, found=found)
+        >>> tested.verdict  # what the attempts to refute it show, in words
+        >>> tested.gaps.plot()  # how far the trained model is ahead at equal size
+    """
 
     controls: Effects
     """A row for the subnetwork found and for every attempt of its size or without a penalty: r, KL, cross-entropy,
@@ -178,6 +184,10 @@ def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -
 
     Raises:
         ValueError: If a file is damaged, a symbolic link, or of another run.
+
+    Example:
+        >>> bc.load_falsification("runs/short") is None  # nobody has tried to refute this run
+        True
     """
     kinds = _PARTS | _LATER_PARTS
     paths = {name: path for name in kinds if (path := Path(folder) / f"{name}.json").is_file()}
@@ -230,6 +240,10 @@ def falsify(
             can drop, the recipe is of other units than what was found, or both of weights and of nodes, or model,
             target, subnetwork and corpus do not fit together.
         OSError: If the model's files, which are read again, no longer exist.
+
+    Example:
+        >>> tested = bc.falsify(model, target, corpus, config, found=found)
+        >>> tested.save("runs/short/falsify")
     """
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")

@@ -81,6 +81,11 @@ def masked(
         ValueError: If the subnetwork's names or shapes do not match the model's, the model is already masked, or it is
             in compatibility mode; or if `replace` is unknown or lacks its text.
         RuntimeError: If another thread keeps the model masked.
+
+    Example:
+        >>> with bc.masked(model, found):
+        ...     logits, cache = model.run_with_cache("import os")
+        >>> cache["blocks.0.hook_resid_post"].shape  # [batch, pos, d_model]
     """
     kept = as_mask(subnetwork)
     with in_use(model, "masked", block=True):
@@ -157,6 +162,11 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
 
     Raises:
         ValueError: If there is no such replacement, it lacks its text, or it is no circuit of this model.
+
+    Example:
+        >>> averaged = bc.replaced(model, circuit, "mean", text=text)
+        >>> with bc.masked(model, averaged):
+        ...     logits = model("import os")
     """
     given = as_mask(circuit)
     if not isinstance(given, Circuit):
@@ -179,6 +189,13 @@ def gated(model: Model, gates: Gates, replacement: Replacement | None = None) ->
         model: From `load_model`.
         gates: The gates.
         replacement: What takes the place of nodes; by default zero.
+
+    Example:
+        >>> from bigram_circuits.masking.candidates import Candidates
+        >>> gates, _ = Candidates(model, config).gates(config, seed=0, within=None)
+        >>> with bc.gated(model, gates):
+        ...     gates.refresh(0)
+        ...     loss = model("import os", return_type="loss")  # with soft gates, all half open
     """
 
     def gate(site: WeightSite) -> nn.Module | None:

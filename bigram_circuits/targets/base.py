@@ -30,7 +30,15 @@ _AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
 
 
 class Target(ABC):
-    """A distribution over the next token, at all positions or at some of them."""
+    """A distribution over the next token, at all positions or at some of them.
+
+    Example:
+        >>> class Uniform(bc.Target):
+        ...     def cross_entropy(self, logits, tokens):  # [batch, pos, d_vocab], [batch, pos] -> [batch, pos]
+        ...         return -logits.log_softmax(-1).mean(-1)
+        ...     def surprisal(self, tokens):  # of each next token: [batch, pos] -> [batch, pos - 1]
+        ...         return math.log(model.cfg.d_vocab) * torch.ones(tokens[:, 1:].shape)
+    """
 
     d_vocab: int | None = None
     """Size of the vocabulary; None if any will do."""
