@@ -247,9 +247,9 @@ def pulled_back(
         max_tokens: Maximum number of tokens, from sequences evenly spread over the text.
 
     Raises:
-        ValueError: If no path leads through these parts, or a text or position is needed or does not fit.
-        NotShownError: If the model's residual stream is not the sum of what its parts write, its logits are not W_U of
-            a final norm, or a norm is neither a LayerNorm nor an RMSNorm; or if a circuit is given.
+        ValueError: If no path leads through these parts; a text or position is needed or does not fit; the model's
+            residual stream is not the sum of what its parts write, its logits are not W_U of a final norm, or a norm is
+            neither a LayerNorm nor an RMSNorm; or if a circuit is given.
     """
     functional, kept, path = _checked(model, observable, subnetwork, through)
     if norms not in NORMS:
@@ -307,7 +307,6 @@ def norm_effect(
 
     Raises:
         ValueError: As `pulled_back`.
-        NotShownError: As `pulled_back`.
     """
     functional, kept, path = _checked(model, observable, subnetwork, through)
     tokens = _tokens(model, text, max_tokens)
@@ -339,7 +338,7 @@ def norm_effect(
 def coupling(*directions: Direction | Observable) -> Maps:
     """Coupling coefficients and cosines of directions, or of observables, pair by pair.
 
-    The coupling coefficient of a (row) and b (column) is a . b / |a|^2: what b's value of a vector is expected to be
+    The coupling coefficient of a (row) and b (column) is `a . b / |a|^2`: what b's value of a vector is expected to be
     where a's is 1, if the vector is uniform on a sphere apart from that (Dunefsky and Cohan 2023, arXiv 2312.16291).
 
     Returns:
