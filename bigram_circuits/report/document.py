@@ -7,17 +7,14 @@ for every kind of block, named after its class. Jinja2 escapes everything that c
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigram_circuits.measures import html
 from bigram_circuits.report.blocks import Attention, Block, Chart, Numbers, Opening, Reading, Section
-from bigram_circuits.storage.files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,36 +30,12 @@ def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # a path may hold bytes that are not UTF-8
 
 
-def write_page(path: str | os.PathLike[str], make: Callable[[], str]) -> Path:
-    """Write the page that `make` returns, replacing an earlier one; returns its path.
-
-    Raises:
-        ValueError: If the path is a folder; whatever `make` raises.
-        OSError: If it cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
-    write_text(path, make())
-    return path
-
-
 @cache
 def _environment() -> Environment:
-    """Jinja2 with the page's templates; imported only when a page is written."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("bigram_circuits.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    """Jinja2 with the templates of reports and of circuits."""
+    environment = html.environment("report", "explanations")
     environment.filters["template"] = _template
-    environment.globals |= {"table": _table, "source": _source}
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.globals["table"] = _table
     return environment
 
 
@@ -76,13 +49,6 @@ def _table(numbers: Numbers) -> Markup:
     from markupsafe import Markup
 
     return Markup(html.table(numbers.columns, numbers.rows, numbers.caption))
-
-
-def _source(name: str) -> Markup:
-    """The text of the style sheet or the script, unescaped."""
-    from markupsafe import Markup
-
-    return Markup(files("bigram_circuits.report").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
 @dataclass
