@@ -43,8 +43,7 @@ class CircuitView:
 
 def explanation_page(explanation: Explanation) -> str:
     """A complete HTML document about an explanation; it requests nothing."""
-    title = f"What follows {words.quoted(explanation.prompt[explanation.position])}"
-    return _document(title, explanation.model, circuit_view(explanation))
+    return _document(words.title(explanation), explanation.model, circuit_view(explanation))
 
 
 def atlas_page(atlas: Atlas) -> str:
@@ -98,6 +97,7 @@ def _view(
     tokens: Markup | None = None,
 ) -> CircuitView:
     first = explanations[0]
+    paths = [(path, adds, words.share_words(share)) for path, adds, share in words.path_rows(first)]
     labels = _Strings()
     graphs = [_graph(one, labels) for one in explanations]
     for graph, count in zip(graphs, counts, strict=False):
@@ -107,7 +107,7 @@ def _view(
     return CircuitView(
         says=(words.prediction_words(first), words.sum_words(first)),
         data={"graphs": graphs, "labels": labels.found, "units": known},
-        paths=_table(words.PATH_COLUMNS, words.path_rows(first), "Strongest paths"),
+        paths=_table(words.PATH_COLUMNS, paths, "Strongest paths"),
         nodes=_table(words.NODE_COLUMNS, words.node_rows(first), "Nodes"),
         tokens=tokens,
     )

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigram_circuits.explanations.explanation import Atlas, CircuitPath, Explanation, Node, UnitTokens
 
-ARROW = " → "
-"""Between the nodes of a path."""
 _TOKENS_NAMED = 5  # of a neuron or head, in a table
+_TITLE = 80  # characters of a prompt in a title
 PATH_COLUMNS = ("path", "adds", "share of all paths")
 """Columns of a table of paths."""
 NODE_COLUMNS = ("node", "position", "directly", "along all paths", "activation", "driven by", "raises", "lowers")
@@ -23,9 +22,9 @@ def quoted(token: str) -> str:
     return f"'{token}'"
 
 
-def path_words(path: CircuitPath) -> str:
+def path_words(path: CircuitPath, arrow: str = "→") -> str:
     """A path from its input to the answer: `' of' → L0N12 → ' the'`."""
-    return ARROW.join(path.labels)
+    return f" {arrow} ".join(path.labels)
 
 
 def number(value: float | None) -> str:
@@ -42,6 +41,15 @@ def share_words(share: float | None) -> str:
     if share is None or math.isnan(share):
         return "undefined"
     return f"{100 * share:.0f}%" if share >= 0.1 or not share else f"{100 * share:.1f}%"
+
+
+def title(explanation: Explanation) -> str:
+    """What was asked: what follows a token, or the end of a prompt."""
+    before = explanation.prompt[: explanation.position + 1]
+    if len(before) == 1:
+        return f"What follows {quoted(before[0])}"
+    text = "".join(before)
+    return f"What follows “{text if len(text) <= _TITLE else '…' + text[-_TITLE:]}”"
 
 
 def prediction_words(explanation: Explanation) -> str:
@@ -66,12 +74,12 @@ def sum_words(explanation: Explanation) -> str:
     )
 
 
-def path_rows(explanation: Explanation) -> list[tuple[str, float, float]]:
+def path_rows(explanation: Explanation, arrow: str = "→") -> list[tuple[str, float, float]]:
     """For every listed path, the strongest first: its words, what it adds, and its share of all paths' strength."""
     listed = math.fsum(abs(path.value) for path in explanation.paths)
     kept = 1 - explanation.left_out_share
     share = kept / listed if listed else 0.0
-    return [(path_words(path), path.value, abs(path.value) * share) for path in explanation.paths]
+    return [(path_words(path, arrow), path.value, abs(path.value) * share) for path in explanation.paths]
 
 
 def node_rows(explanation: Explanation) -> list[list[Any]]:
@@ -101,7 +109,7 @@ def atlas_rows(atlas: Atlas) -> Iterator[tuple[Any, ...]]:
     """A row of `ATLAS_COLUMNS` for every token."""
     for explanation, count in zip(atlas.explanations, atlas.counts, strict=True):
         token, probability = explanation.predictions[0] if explanation.predictions else ("", math.nan)
-        path, adds, _ = next(iter(path_rows(explanation)), ("", math.nan, 0.0))
+        path, adds, _ = next(iter(path_rows(explanation, "->")), ("", math.nan, 0.0))
         kinds = [node.kind for node in explanation.nodes]
         yield (
             explanation.prompt[explanation.position], count, token, probability, explanation.answer, explanation.value,

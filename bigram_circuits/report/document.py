@@ -13,8 +13,9 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from bigram_circuits.explanations.page import CircuitView
 from bigram_circuits.measures import html
-from bigram_circuits.report.blocks import Attention, Block, Chart, Numbers, Opening, Reading, Section
+from bigram_circuits.report.blocks import Attention, Block, Chart, Circuit, Numbers, Opening, Reading, Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -59,6 +60,8 @@ class _Drawn:
     """Plotly figures."""
     views: list[Any] = field(default_factory=list)
     """CircuitsVis components with their properties."""
+    circuits: list[CircuitView] = field(default_factory=list)
+    """Pictures of explanations; each has its data in its own markup."""
 
     def chart(self, chart: Chart) -> int:
         """Register a chart; returns its index among the figures."""
@@ -82,6 +85,11 @@ class _Drawn:
             "attentionHeadNames": list(attention.heads), "minValue": 0, "maxValue": 1, "maskUpperTri": True,
         }  # fmt: skip
         return self._view("AttentionHeads", properties)
+
+    def circuit(self, circuit: Circuit) -> CircuitView:
+        """Register the picture of an explanation; returns what its template shows."""
+        self.circuits.append(circuit.view)
+        return circuit.view
 
     def _view(self, component: str, properties: Mapping[str, Any], pointed: Sequence[Sequence[str]] = ()) -> int:
         self.views.append({"component": component, "properties": properties, "pointed": pointed})

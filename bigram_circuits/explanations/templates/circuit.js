@@ -12,7 +12,8 @@
   const SOURCES = ['token', 'position', 'bias', 'replaced'];
   const RANK = {token: 0, position: 1, bias: 2, replaced: 3, head: 0, attn: 0, mlp: 1, neuron: 1, answer: 0};
   const SVG = 'http://www.w3.org/2000/svg';
-  const HEIGHT = 42, TOP = 24, WIDEST = 12, TALL = 500;  // of nodes, headings, edges, a picture that is not crowded; in pixels
+  const LOW = 28, HIGH = 42;  // pixels: of nodes with one line and with two
+  const TOP = 24, WIDEST = 12, TALL = 500;  // pixels: of headings, of edges, of a picture that is not crowded
 
   document.querySelectorAll('.circuit').forEach(start);
 
@@ -28,6 +29,10 @@
     const size = Math.abs(value);
     const text = size && size < 0.005 ? size.toExponential(1) : size.toFixed(size < 10 ? 2 : 1);
     return (value < 0 ? '\u2212' : signed ? '+' : '') + text;
+  }
+  function brief(value) {  // where there is little room
+    const size = Math.abs(value), text = size < 0.995 ? size.toFixed(2) : size.toFixed(size < 99.5 ? 1 : 0);
+    return (value < 0 ? '\u2212' : '+') + text;
   }
   function percent(share) {
     return share === null ? 'undefined' : (100 * share).toFixed(share >= 0.1 || !share ? 0 : 1) + '%';
@@ -50,7 +55,8 @@
       graph = data.graphs[place];
       end = graph.nodes.findIndex((node) => node[KIND] === 'answer');
       order = graph.nodes.map((_, at) => at).filter((at) => at !== end);
-      order.sort((a, b) => strength(graph.nodes[b][FLOW]) - strength(graph.nodes[a][FLOW]));
+      const asked = (at) => graph.nodes[at][KIND] === 'token' && graph.nodes[at][POSITION] === graph.position;
+      order.sort((a, b) => asked(b) - asked(a) || strength(graph.nodes[b][FLOW]) - strength(graph.nodes[a][FLOW]));
       into = graph.nodes.map(() => []);
       outOf = graph.nodes.map(() => []);
       graph.edges.forEach((edge) => { into[edge[TO]].push(edge); outOf[edge[FROM]].push(edge); });
@@ -99,6 +105,8 @@
       const node = graph.nodes[at];
       return at === end ? Infinity : SOURCES.includes(node[KIND]) ? -1 : node[LAYER];
     }
+    function height(at) { return caption(at) ? HIGH : LOW; }
+    function middle(spot) { return spot.y + spot.height / 2; }
     function label(at) { return data.labels[graph.nodes[at][LABEL]]; }
 
     function layout(shown) {  // the place of every node, of every column and of every band of a position
@@ -107,7 +115,7 @@
       const banded = positions.filter((one) => one !== null).length > 1;
       const rows = banded ? bands(positions) : [undefined];
       const room = board.clientWidth - 24, spaces = Math.max(1, columns.length - 1);
-      const width = Math.max(104, Math.min(136, (room - 48 * spaces) / columns.length));
+      const width = Math.max(116, Math.min(136, (room - 48 * spaces) / columns.length));
       const pitch = width + Math.max(44, Math.min(150, (room - columns.length * width) / spaces));
       const cells = new Map();
       shown.forEach((at) => {
@@ -116,15 +124,18 @@
         cells.set(key, [...(cells.get(key) || []), at]);
       });
       const crowd = Math.max(...[...cells.values()].map((cell) => cell.length));
-      const gap = banded ? 8 : Math.max(8, Math.min(28, TALL / crowd - HEIGHT));
-      const tall = rows.map((row) => Math.max(banded ? 26 : HEIGHT, ...columns.map((_, place) =>
-        (cells.get(place + ' ' + row) || []).length * (HEIGHT + gap) - gap)));
+      const gap = banded ? 8 : Math.max(8, Math.min(28, TALL / crowd - HIGH));
+      const extent = (cell) => cell.reduce((sum, at) => sum + height(at) + gap, -gap);
+      const tall = rows.map((row) => Math.max(LOW, ...columns.map((_, place) => extent(cells.get(place + ' ' + row) || []))));
       const tops = [];
       tall.reduce((top, height, place) => { tops[place] = top; return top + height + (banded ? 14 : 0); }, TOP + 6);
       const place = new Map();
       function put(cell, columnPlace, rowPlace) {
-        let y = tops[rowPlace] + (tall[rowPlace] - cell.length * (HEIGHT + gap) + gap) / 2;
-        cell.forEach((at) => { place.set(at, {x: columnPlace * pitch, y: y, width: width}); y += HEIGHT + gap; });
+        let y = tops[rowPlace] + (tall[rowPlace] - extent(cell)) / 2;
+        cell.forEach((at) => {
+          place.set(at, {x: columnPlace * pitch, y: y, width: width, height: height(at)});
+          y += height(at) + gap;
+        });
       }
       function each(visit) {
         columns.forEach((_, columnPlace) => rows.forEach((row, rowPlace) => {
@@ -153,11 +164,11 @@
     function pull(at, place) {
       let sum = 0, weight = 0;
       const add = (other, edge) => {
-        if (place.has(other)) { sum += strength(edge[STRENGTH]) * place.get(other).y; weight += strength(edge[STRENGTH]); }
+        if (place.has(other)) { sum += strength(edge[STRENGTH]) * middle(place.get(other)); weight += strength(edge[STRENGTH]); }
       };
       into[at].forEach((edge) => add(edge[FROM], edge));
       outOf[at].forEach((edge) => add(edge[TO], edge));
-      return weight ? sum / weight : place.get(at).y;
+      return weight ? sum / weight : middle(place.get(at));
     }
 
     function draw() {
@@ -189,7 +200,7 @@
       aim(pinned);
     }
     function drawBands(plan, shown) {
-      const named = new Set([...shown].filter((at) => graph.nodes[at][KIND] === 'token').map((at) => graph.nodes[at][POSITION]));
+      const named = new Set([...shown].filter((at) => column(at) < 0).map((at) => graph.nodes[at][POSITION]));
       plan.rows.forEach((row, place) => {
         const band = make(stage, 'div', 'band' + (place % 2 ? '' : ' odd'));
         band.style.top = plan.tops[place] - 6 + 'px';
@@ -201,7 +212,7 @@
     }
     function drawEdge(edge, place) {
       const a = place.get(edge[FROM]), b = place.get(edge[TO]), line = document.createElementNS(SVG, 'path');
-      const y1 = a.y + HEIGHT / 2, y2 = b.y + HEIGHT / 2;
+      const y1 = middle(a), y2 = middle(b);
       if (a.x === b.x) {  // a head and a neuron of one layer
         const bulge = a.x - 14 - Math.min(24, Math.abs(y2 - y1) / 6);
         line.setAttribute('d', `M${a.x},${y1}C${bulge},${y1} ${bulge},${y2} ${b.x},${y2}`);
@@ -224,11 +235,11 @@
       one.tabIndex = at === (pinned === null ? end : pinned) ? 0 : -1;
       one.style.transform = `translate(${spot.x}px, ${spot.y}px)`;
       one.style.width = spot.width + 'px';
-      one.style.height = HEIGHT + 'px';
+      one.style.height = spot.height + 'px';
       one.style.setProperty('--sign', node[FLOW] < 0 ? 'var(--lowers)' : 'var(--raises)');
       one.style.setProperty('--fill', (4 + 24 * Math.min(1, strength(node[FLOW]) / most.node)).toFixed(1));
       make(one, 'b', '', label(at));
-      make(one, 'data', '', number(node[FLOW], true)).value = node[FLOW];
+      make(one, 'data', '', brief(node[FLOW])).value = node[FLOW];
       const about = caption(at);
       if (about) { make(one, 'small', '', about); }
       one.setAttribute('aria-label', label(at) + ', ' + KINDS[node[KIND]] + where(node) + ': ' + number(node[FLOW], true));
@@ -242,6 +253,7 @@
         const likely = graph.predictions.find(([token]) => quoted(token) === label(at));
         return likely ? percent(likely[1]) + ' likely' : '';
       }
+      if (graph.nodes[at][KIND] === 'position') { return quoted(graph.prompt[graph.nodes[at][POSITION]]); }
       if (known && known[1].length) { return '\u2192 ' + known[1].slice(0, 3).map(([token]) => quoted(token)).join(' '); }
       return '';
     }
@@ -410,7 +422,7 @@
     }
     function tables() {
       fill('.paths', graph.paths.map(([value, share, , labels]) =>
-        [labels.map((place) => data.labels[place]).join(' \u2192 '), value, share]));
+        [labels.map((place) => data.labels[place]).join(' \u2192 '), value, percent(share)]));
       fill('.nodes', [...order, ...(end >= 0 ? [end] : [])].map((at) => {
         const node = graph.nodes[at], known = data.units[label(at)] || [[], [], []];
         const named = (pairs) => pairs.slice(0, 5).map(([token]) => quoted(token)).join(' ');
