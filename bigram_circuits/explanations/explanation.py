@@ -159,19 +159,18 @@ class Explanation(Record):
         """Draw what each of the strongest paths adds to the answer, as a plotly figure."""
         paths = self.paths[:_PATHS_SHOWN]
         names, values = list(map(words.path_words, paths)), np.array([path.value for path in paths], dtype=float)
-        return plots.ranked(
-            "path", names, values, f"added to the {self.answer}", f"Strongest paths to the {self.answer}"
-        )
+        title = f"Strongest paths to the {self.answer}"
+        return plots.ranked("path", names, values, f"added to the {self.answer}", title)
 
     def to_dataframe(self) -> Any:
         """Convert the paths to a pandas DataFrame, the strongest first.
 
-        Columns: `path`, in words (`' of' → L0N12 → ' the'`); `value`, what it adds, in the unit of the answer; and
+        Columns: `path`, in words (`' of' -> L0N12 -> ' the'`); `value`, what it adds, in the unit of the answer; and
         `share`, its share of the strength of all paths, also those that are not listed.
         """
         import pandas as pd
 
-        return pd.DataFrame(words.path_rows(self), columns=["path", "value", "share"])
+        return pd.DataFrame(words.path_rows(self, "->"), columns=["path", "value", "share"])
 
     def terms_frame(self) -> Any:
         """Convert the direct contributions to a pandas DataFrame of `part` and `value`, the strongest first."""
@@ -181,7 +180,7 @@ class Explanation(Record):
         return pd.DataFrame(ordered, columns=["part", "value"])
 
     def __str__(self) -> str:
-        lines = [f"{path.value:+9.3f}  {words.path_words(path)}" for path in self.paths[:_PATHS_SHOWN]]
+        lines = [f"{path.value:+9.3f}  {words.path_words(path, '->')}" for path in self.paths[:_PATHS_SHOWN]]
         return "\n".join([words.prediction_words(self), words.sum_words(self), *lines])
 
     def _repr_html_(self) -> str:

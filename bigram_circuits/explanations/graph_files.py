@@ -1,7 +1,7 @@
 """Write explanations as the JSON of attribution graphs that other viewers open: circuit-tracer's, Neuronpedia's.
 
-The format is that of Neuronpedia's `graph-schema.json` and of circuit-tracer (github.com/safety-research/circuit-tracer):
-`metadata`, `qParams`, `nodes` and `links`. It knows embeddings, features of transcoders, errors and logits. Neurons,
+The format is that of Neuronpedia's `graph-schema.json` and of github.com/safety-research/circuit-tracer: `metadata`,
+`qParams`, `nodes` and `links`. It knows embeddings, features of transcoders, errors and logits. Neurons,
 heads and whole components are written as features with their label in `clerp`, biases and replaced nodes as errors.
 """
 

@@ -1,7 +1,7 @@
 """Draw explanations: as a page that can be explored, offline, and as a part of other pages.
 
-The picture is drawn by `templates/circuit.js` from the values that `circuit_view` packs: buttons in columns, with curves
-between them. Its tables and sentences are there without a script.
+The picture is drawn by `templates/circuit.js` from the values that `circuit_view` packs: buttons in columns, with
+curves between them. Its tables and sentences are there without a script.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigram_circuits.explanations import words
 from bigram_circuits.measures import html
+from bigram_circuits.measures.words import flat
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,6 +40,8 @@ class CircuitView:
     """Table of its nodes."""
     tokens: Markup | None
     """Of an atlas: the table of its tokens."""
+    notes: Markup | None
+    """Table of how it was made."""
 
 
 def explanation_page(explanation: Explanation) -> str:
@@ -57,7 +60,7 @@ def atlas_page(atlas: Atlas) -> str:
 
 def circuit_view(explanation: Explanation) -> CircuitView:
     """What the picture of an explanation shows."""
-    return _view([explanation], explanation.units)
+    return _view([explanation], explanation.units, explanation.notes)
 
 
 def atlas_view(atlas: Atlas) -> CircuitView:
@@ -77,7 +80,9 @@ def atlas_view(atlas: Atlas) -> CircuitView:
         for row, strongest in zip(words.atlas_rows(atlas), paths, strict=True)
     ]
     columns = ("after", "count", "prediction", "neurons", "heads", "strongest paths, and what each adds")
-    return _view(atlas.explanations, atlas.units, atlas.counts, _table(columns, rows, "All tokens of the atlas"))
+    return _view(
+        atlas.explanations, atlas.units, atlas.notes, atlas.counts, _table(columns, rows, "All tokens of the atlas")
+    )
 
 
 def _document(title: str, about: str, view: CircuitView) -> str:
@@ -93,6 +98,7 @@ def _environment() -> Environment:
 def _view(
     explanations: Sequence[Explanation],
     units: Mapping[str, UnitTokens],
+    notes: Mapping[str, Any],
     counts: Sequence[int] = (),
     tokens: Markup | None = None,
 ) -> CircuitView:
@@ -110,6 +116,7 @@ def _view(
         paths=_table(words.PATH_COLUMNS, paths, "Strongest paths"),
         nodes=_table(words.NODE_COLUMNS, words.node_rows(first), "Nodes"),
         tokens=tokens,
+        notes=_table(("setting", "value"), flat(notes), "How it was made") if notes else None,
     )
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from bigram_circuits.explanations.explanation import Atlas, CircuitPath, Edge, Explanation, Node, UnitTokens
 
 VOCABULARY = (
-    " the", " a", " this", " his", " an", " which", " course", " these", " its", " all", " their", " it", " our", " them",
-    " that", " my", " one", " those", " each", " what",
+    " the", " a", " this", " his", " an", " which", " course", " these", " its", " all", " their", " it", " our",
+    " them", " that", " my", " one", " those", " each", " what",
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def example(
         slopes[source] = weights[source] @ slopes
     scale = 9.6 / values[-1]
     flows, matrix = values * slopes * scale, values[:, None] * weights * slopes[None] * scale
-    ranked = [int(at) for at in np.argsort(-np.abs(flows[:-1]))][: listed - 1] + [n - 1]
-    ranked = sorted({*ranked, *(at for at, part in enumerate(parts) if part[0] == "token")})
+    strongest = np.argsort(-np.abs(flows[:-1]))[: listed - 1].tolist()
+    ranked = sorted({*strongest, n - 1, *(at for at, part in enumerate(parts) if part[0] == "token")})
     keys = [f"{label}@{place}" if kind != "answer" else "answer" for kind, label, _, place in parts]
     found = [(s, t) for s in ranked for t in ranked if weights[s, t]]
     found = sorted(found, key=lambda pair: -abs(matrix[pair]))[:most_edges]
