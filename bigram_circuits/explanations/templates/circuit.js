@@ -292,7 +292,7 @@
       const fact = (name, value) => { make(facts, 'dt', '', name); make(facts, 'dd', '', value); };
       fact(at === end ? 'All paths' : 'Adds along all paths', number(node[FLOW], true));
       if (at !== end) { fact('Directly', number(node[DIRECT], true)); }
-      if (node[UNSEEN]) { fact('Of it from nodes not in the list', number(node[UNSEEN], true)); }
+      if (strength(node[UNSEEN]) > 0.005 * strength(node[FLOW])) { fact('Of it from nodes not in the list', number(node[UNSEEN], true)); }
       if (node[ACTIVATION] !== null) { fact('Activation', number(node[ACTIVATION])); }
       if (known && known[3] !== null) { fact('Of the target\u2019s information lost without it', percent(known[3])); }
       if (at === end && graph.predictions.length) { likely(); }
