@@ -34,6 +34,8 @@ LIGHT_SHADES = ((0.0, "#f2f7fb"), (1.0, "#5aa9dd"))
 """Colour scale of cells with words in them: black text is readable on all of it."""
 SIGNED_LIGHT_SHADES = ((0.0, "#6fb1dc"), (0.5, "#f7f7f7"), (1.0, "#ef9a72"))
 """The same for values that can be negative."""
+POSITIVE, NEGATIVE = SERIES[1], SERIES[0]
+"""Colours of values above and below 0, as at the ends of `SIGNED_SHADES`."""
 IN_CELL = "#111111"
 """Colour of words in cells."""
 GRID = "rgba(128,128,128,0.22)"
@@ -190,6 +192,25 @@ def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: st
     )
     figure.update_xaxes(title=plain(subject), type="category")
     figure.update_yaxes(title=plain(unit))
+    return _titled(figure, title)
+
+
+def ranked(subject: str, names: Sequence[str], values: Numbers, unit: str, title: str) -> Any:
+    """A horizontal bar for every thing, the first one on top, coloured by its sign; `unit` names the lengths."""
+    import plotly.graph_objects as go
+
+    rows = list(range(len(names)))  # names may be equal
+    figure = go.Figure()
+    colours = [NEGATIVE if value < 0 else POSITIVE for value in values]
+    figure.add_bar(
+        x=values, y=rows, orientation="h", marker={"color": colours}, customdata=[plain(name) for name in names],
+        hovertemplate="%{customdata}<br>%{x:.3f}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title=plain(unit))
+    figure.update_yaxes(
+        title=plain(subject), autorange="reversed", tickmode="array", tickvals=rows, ticktext=list(map(plain, names))
+    )
+    figure.update_layout(height=160 + 24 * len(names))
     return _titled(figure, title)
 
 
