@@ -90,8 +90,9 @@
     }
     function covered(shown) {  // what the paths among these nodes add up to: in a linear model, shares multiply
       const share = graph.nodes.map(() => 0);
-      graph.nodes.forEach((node, at) => {
-        if (!shown.has(at)) { return; }
+      const forwards = [...shown].sort((a, b) => column(a) - column(b) || RANK[graph.nodes[a][KIND]] - RANK[graph.nodes[b][KIND]]);
+      forwards.forEach((at) => {
+        const node = graph.nodes[at];
         const source = SOURCES.includes(node[KIND]);
         const sum = into[at].reduce((all, edge) => all + (shown.has(edge[FROM]) ? edge[STRENGTH] * share[edge[FROM]] : 0), 0);
         share[at] = source ? 1 : at === end ? sum : node[FLOW] ? sum / node[FLOW] : 0;
@@ -108,6 +109,10 @@
     function height(at) { return caption(at) ? HIGH : LOW; }
     function middle(spot) { return spot.y + spot.height / 2; }
     function label(at) { return data.labels[graph.nodes[at][LABEL]]; }
+    function name(at) {  // where a label alone may be that of several nodes
+      const position = graph.nodes[at][POSITION];
+      return label(at) + (position === null || graph.prompt.length < 2 ? '' : ' @' + position);
+    }
 
     function layout(shown) {  // the place of every node, of every column and of every band of a position
       const columns = [...new Set([...shown].map(column))].sort((a, b) => a - b);
@@ -224,7 +229,7 @@
       if (edge[STRENGTH] < 0) { line.setAttribute('class', 'lowers'); }
       line.edge = edge;
       const title = document.createElementNS(SVG, 'title');
-      title.textContent = label(edge[FROM]) + ' \u2192 ' + label(edge[TO]) + ': ' + number(edge[STRENGTH], true);
+      title.textContent = name(edge[FROM]) + ' \u2192 ' + name(edge[TO]) + ': ' + number(edge[STRENGTH], true);
       line.appendChild(title);
       lines.appendChild(line);
     }
@@ -323,7 +328,7 @@
       make(panel, 'h5', '', heading);
       edges.slice(0, LISTED).forEach((edge) => {
         const other = edge[side];
-        row(label(other), edge[STRENGTH], () => { reveal([other]); pin(other, true); }, !buttons.has(other));
+        row(name(other), edge[STRENGTH], () => { reveal([other]); pin(other, true); }, !buttons.has(other));
       });
       if (edges.length > LISTED) { make(panel, 'p', 'away', 'and ' + (edges.length - LISTED) + ' more'); }
     }
