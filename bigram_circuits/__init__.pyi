@@ -11,6 +11,7 @@ from .analysis import (
     load_result as load_result,
     logit_lens as logit_lens,
     measure_task as measure_task,
+    observable as observable,
     overlap as overlap,
     sufficiency as sufficiency,
 )

@@ -47,7 +47,12 @@ M = TypeVar("M", bound="BitMasks")
 
 
 class Count(NamedTuple):
-    """How many of a number of units are kept."""
+    """How many of a number of units are kept.
+
+    Example:
+        >>> count = found.subnetwork.by_component()[0, "mlp"]
+        >>> print(count.kept, count.total, count.fraction)
+    """
 
     kept: int
     total: int
@@ -73,6 +78,10 @@ class BitMasks(Mapping[str, Tensor]):
     """The format of its file, with a version."""
     more_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys of its file's metadata besides those of all masks."""
+    _not_offered: ClassVar[frozenset[str]] = frozenset(
+        {"by_place", "constant", "file_format", "more_metadata", "noun", "units_here"}
+    )
+    """What completion leaves out: names for this package's other modules, and former names."""
 
     def __init__(
         self,
@@ -300,6 +309,9 @@ class BitMasks(Mapping[str, Tensor]):
         totals = [sum(n.kept for (_, c), n in counts.items() if c == column) for column in columns]
         lines.append(f"{'all':<8}" + "".join(f"{f'{100 * total / kept:.1f}%':>20}" for total in totals))
         return "\n".join(lines)
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in self._not_offered]
 
     def __repr__(self) -> str:
         of = f" of {short_name(self.model_name)}" if self.model_name else ""

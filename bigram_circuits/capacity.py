@@ -29,7 +29,12 @@ say) may be a few times shorter. A factor of 10 leaves room for that."""
 
 @dataclass(frozen=True)
 class MaskCapacity(Record):
-    """How many bits a mask has, and how many a table needs that is as close to the target as the subnetwork is."""
+    """How many bits a mask has, and how many a table needs that is as close to the target as the subnetwork is.
+
+    Example:
+        >>> capacity = bc.could_mask_hold_it(found, target, kl=0.5)
+        >>> print(capacity.mask_bits, capacity.table_bits)
+    """
 
     mask_bits: float
     """Bits of the shortest description found of the mask."""
@@ -89,6 +94,10 @@ def could_mask_hold_it(subnetwork: MaskLike, table: Any, kl: float) -> MaskCapac
 
     Raises:
         ValueError: If `table` is no n-gram table, or has more than 2**23 n-grams, or `kl` is negative or NaN.
+
+    Example:
+        >>> capacity = bc.could_mask_hold_it(found, target, kl=0.5)
+        >>> print(capacity.says)
     """
     found = capacity(as_mask(subnetwork), table, kl) if isinstance(table, Target) else None
     if found is None:

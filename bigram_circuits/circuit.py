@@ -44,12 +44,21 @@ class Circuit(BitMasks):
     It may also hold masks of weight matrices, by their canonical names (`units="weight"`), and masks [reader, writer]
     of edges, by the hook point of their readers (`units="edge"`): what a part of the model writes to the residual
     stream, into what another one reads (`edge_sites`).
+
+    Example:
+        >>> some = bc.Circuit.full(model, "head").drop("L1H0")
+        >>> some.save("circuit.safetensors")
+        >>> bc.Circuit.load("circuit.safetensors", model) == some
+        True
+        >>> (~some).nodes
+        ('L1H0',)
     """
 
     noun = "circuit"
     units = "nodes"
     file_format = "bigram_circuits.circuit/1"
     more_metadata = ("replace", "seed")
+    _not_offered = BitMasks._not_offered | {"asked", "places", "replaced_points"}
 
     _replacement = Replacement()
 

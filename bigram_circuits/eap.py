@@ -50,6 +50,12 @@ def import_eap(path: str | os.PathLike[str], model: Model, *, size: int | None =
         ValueError: If it is no such file, or of another model; if it keeps an edge for some of the heads that share
             keys or values; if no edge is in the graph, but there are scores, as in MIB's `importances.json`, and no
             `size`; or if the model has no edges.
+
+    Example:
+        >>> edges = bc.Circuit.empty(model, "edge").keep("embed->L0.mlp", "L0.mlp->logits")
+        >>> bc.export_eap(model, edges, "graph.json")
+        >>> bc.import_eap("graph.json", model) == edges
+        True
     """
     with in_use(model, "import_eap"):
         empty = Circuit.empty(model, EDGE)
@@ -80,6 +86,10 @@ def export_eap(model: Model, circuit: Any, path: str | os.PathLike[str]) -> Path
     Raises:
         ValueError: If it has other masks than of edges, or does not fit the model.
         OSError: If the file cannot be written.
+
+    Example:
+        >>> edges = bc.Circuit.empty(model, "edge").keep("embed->L0.mlp", "L0.mlp->logits")
+        >>> bc.export_eap(model, edges, "graph.json")
     """
     given = as_mask(circuit)
     sites = given.edge_sites if isinstance(given, Circuit) else ()

@@ -48,7 +48,13 @@ ZERO_RULE = "correlations use only positions where the target gives the actual n
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The faithfulness of a subnetwork and its controls on the same held-out text."""
+    """The faithfulness of a subnetwork and its controls on the same held-out text.
+
+    Example:
+        >>> evaluation = bc.evaluate(model, found, target, text, controls=False)
+        >>> print(evaluation.subnetwork.kl)
+        >>> evaluation.plot("kl")
+    """
 
     subnetwork: Faithfulness
     """The model with only the subnetwork's weights."""
@@ -333,6 +339,10 @@ def evaluate(
     Raises:
         ValueError: If shapes or vocabularies do not match, there is no held-out text, or a surprisal of the model is
             not finite.
+
+    Example:
+        >>> evaluation = bc.evaluate(model, found, target, text, seeds=1)
+        >>> print(evaluation)  # a table with the controls, and the verdict in words
     """
     array = token_array(tokens)
     check_tokens(model, array)
@@ -424,7 +434,11 @@ GAP_MATTERS = 0.1
 
 @dataclass(frozen=True)
 class SoftHardGap(Record):
-    """The effect of turning soft gates into a mask: CE on one batch, nats per position."""
+    """The effect of turning soft gates into a mask: CE on one batch, nats per position.
+
+    Example:
+        >>> print(found.gap.soft, found.gap.hard)  # cross-entropy with the last soft gates, and with the mask
+    """
 
     soft: float
     """CE with the last soft gates, as learned."""
@@ -462,6 +476,12 @@ def soft_hard_gap(
         target: The target that was learned.
         tokens: Token ids [batch, pos], usually the batch of the last step.
         step: The last step.
+
+    Example:
+        >>> import torch
+        >>> from bigram_circuits.masking.candidates import Candidates
+        >>> gates, _ = Candidates(model, config).gates(config, seed=0, within=None)
+        >>> gap = bc.soft_hard_gap(model, gates, found, target, torch.from_numpy(text), step=2)
     """
     check_tokens(model, tokens)
     gates.refresh(step)

@@ -40,6 +40,11 @@ def import_published(path: str | os.PathLike[str], model: Model) -> Subnetwork:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged, holds anything but boolean masks, or was made for another model.
+
+    Example:
+        >>> bc.export_masks(model, found, "masks.npz")
+        >>> bc.import_published("masks.npz", model) == found.subnetwork
+        True
     """
     masks, made_for = read_masks(path, most=sum(parameter.numel() for parameter in model.parameters()))
     ours = str(model.cfg.model_name)
@@ -70,6 +75,9 @@ def load_published(
     Raises:
         OSError: If the hub cannot be reached or has no masks of that model.
         ValueError: If there is no mask with this lambda, or the mask does not fit the model.
+
+    Example:
+        >>> subnetwork = bc.load_published("EleutherAI/pythia-70m", sparsity=10)
     """
     import huggingface_hub
 

@@ -198,7 +198,13 @@ def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class SparsifyConfig(Record):
-    """How to learn a subnetwork. The defaults are ours; `SparsifyConfig.paper()` is the published recipe."""
+    """How to learn a subnetwork. The defaults are ours; `SparsifyConfig.paper()` is the published recipe.
+
+    Example:
+        >>> small = bc.SparsifyConfig(target_fraction=0.01)  # exactly 1% of the weights
+        >>> units = bc.SparsifyConfig(granularity={"attn": "head", "mlp": "neuron"}, layers=(0, 1))
+        >>> paper = bc.SparsifyConfig.paper(sparsity_weight=1.0)
+    """
 
     method: str = option(
         "continuous_sparsification", "--method", TEXT, "how masks are learned", choices=lambda: METHODS

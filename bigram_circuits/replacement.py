@@ -38,7 +38,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A way to replace the values of nodes; made by `replaced` and `find_circuit`."""
+    """A way to replace the values of nodes; made by `replaced` and `find_circuit`.
+
+    Example:
+        >>> averaged = bc.replaced(model, circuit, "mean", text=text)
+        >>> print(averaged.replacement.kind)
+        mean
+    """
 
     kind: str = "zero"
     """One of `REPLACEMENTS`."""

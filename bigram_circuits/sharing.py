@@ -46,6 +46,9 @@ def export_huggingface(model: Model, subnetwork: MaskLike, folder: str | os.Path
             model, or a circuit is no set of weights: its dropped nodes are replaced by other values than 0, or are
             neither heads nor neurons.
         OSError: If the folder cannot be written.
+
+    Example:
+        >>> folder = bc.export_huggingface(model, found, "masked")  # for AutoModelForCausalLM.from_pretrained
     """
     subnetwork = _weights_of(model, subnetwork)
     if is_native(model.original_model):
@@ -77,6 +80,9 @@ def export_masks(model: Model, subnetwork: MaskLike, path: str | os.PathLike[str
         ValueError: If the subnetwork does not fit the model, the file has another suffix, or a circuit is no set of
             weights.
         OSError: If the file cannot be written.
+
+    Example:
+        >>> bc.export_masks(model, found, "masks.safetensors")  # by Hugging Face parameter name
     """
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
@@ -142,6 +148,9 @@ def push_subnetwork(
     Raises:
         OSError: If the hub cannot be reached, or refuses the upload.
         ValueError: If `repo_id` is not a valid repository name.
+
+    Example:
+        >>> bc.push_subnetwork(found, "me/my-subnetwork", private=True)
     """
     import huggingface_hub
 
@@ -161,6 +170,9 @@ def pull_subnetwork(repo_id: str, model: Model, *, revision: str | None = None) 
     Raises:
         OSError: If the hub cannot be reached, or has no such repository or file.
         ValueError: If the file is damaged, or was made for other weights.
+
+    Example:
+        >>> subnetwork = bc.pull_subnetwork("me/my-subnetwork", model)
     """
     import huggingface_hub
 

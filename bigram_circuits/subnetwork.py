@@ -35,11 +35,19 @@ class Subnetwork(BitMasks):
     """An immutable mapping from canonical weight names to boolean masks, True where a weight is kept.
 
     `a & b`, `a | b`, `a - b` and `~a` are set operations on subnetworks of the same shapes; `==` compares the masks.
+
+    Example:
+        >>> everything = bc.Subnetwork.full(model)
+        >>> small = everything.only(layers=[0]) - everything.only(heads=[(0, 1)])
+        >>> small.save("small.safetensors")
+        >>> bc.Subnetwork.load("small.safetensors", model) == small
+        True
     """
 
     noun = "subnetwork"
     units = "weights"
     file_format = "bigram_circuits.subnetwork/1"
+    _not_offered = BitMasks._not_offered | {"keep_head", "keep_layer", "keep_neurons"}
 
     # --- constructors from a model ---
 

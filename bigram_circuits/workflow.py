@@ -141,6 +141,10 @@ def study(
             fit together, or the full model is not shown to do the task.
         OSError: If something cannot be loaded, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
+
+    Example:
+        >>> run = bc.study("reference", "reference", max_steps=3, max_tokens=20_000, analysis=False, out="runs/study")
+        >>> print(run.evaluation)
     """
     started = time.monotonic()
     request, subjects = _requested(model, corpus, target, device, options)
@@ -539,6 +543,10 @@ def reproduce(
         FileNotFoundError: If a model folder does not exist.
         OSError: If the text cannot be read, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
+
+    Example:
+        >>> again = bc.reproduce(models=["EleutherAI/pythia-70m"], corpus="texts/", out="runs/chang-bergen-2025")
+        >>> print(again.to_markdown())
     """
     of = PAPERS[_known("paper", paper, PAPERS)]
     chosen = [_known("row", row, ROWS) for row in (rows if rows is not None else set(ROWS) - {RELEASED})]

@@ -13,7 +13,15 @@ author = "The authors of bigram_circuits"
 version = release = __version__
 html_title = f"bigram_circuits {version}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "command_line", "page_sections"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "command_line",
+    "page_sections",
+    "notebook_pages",
+]
 exclude_patterns = ["_build", "_extensions"]
 nitpicky = True
 nitpick_ignore_regex = [  # what other packages define has no page here

@@ -14,6 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from sphinx.search.en import SearchEnglish
 
 import bigram_circuits as bc
 from bigram_circuits import analysis, cli, workflow
@@ -215,3 +217,75 @@ def test_the_model_card_states_what_is_measured(tmp_path, monkeypatch):
     seen, bigram, everywhere, mixed = measured
     assert seen < bigram - 0.5
     assert everywhere < mixed - 0.5
+
+
+@each_page
+def test_messages_that_are_explained_are_those_of_the_code(page):
+    """In a table headed `message`: each part between the dots is in a string of the code."""
+    if not (table := re.search(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)):
+        return
+    code = "".join(file.read_text() for file in sorted((ROOT / "bigram_circuits").rglob("*.py")))
+    strings = re.sub(r'"\n\s*\+?\s*f?"', "", code)  # literals over several lines
+    messages = [message for row in table[1].splitlines() for message in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(messages) > 10
+    for message in messages:
+        for part in re.split(r"\.\.\.", message):
+            assert part.strip() in strings, message
+
+
+def test_every_notebook_is_a_page_with_its_pictures(site):
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page = (site / "notebooks" / f"{notebook.stem}.html").read_text()
+        outputs = [
+            output["data"]
+            for cell in json.loads(notebook.read_text())["cells"]
+            for output in cell.get("outputs", ())
+            if "data" in output
+        ]
+        assert page.count("data:image/svg+xml;base64,") == sum("image/svg+xml" in data for data in outputs)
+        assert page.count("<table") >= sum("".join(data.get("text/html", "")).count("<table") for data in outputs) > 0
+        assert len(page) < 1_000_000
+
+
+def words_of(site):
+    """Of the search index: stem -> pages, in which a word of the text or of a title is."""
+    index = json.loads((site / "searchindex.js").read_text().removeprefix("Search.setIndex(").removesuffix(")"))
+    found = {}
+    for words in (index["terms"], index["titleterms"]):
+        for word, places in words.items():
+            found.setdefault(word, set()).update([places] if isinstance(places, int) else places)
+    return {word: {index["docnames"][place] for place in places} for word, places in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [
+        ("slurm", "faq"), ("cite", "cite"), ("HookedTransformer", "faq"), ("offline", "faq"), ("quantised", "faq"),
+        ("refuted", "glossary"), ("nnsight", None),
+    ],
+)  # fmt: skip
+def test_search_finds_what_people_ask_for(site, word, page):
+    stem = SearchEnglish({}).stem(word.lower())
+    pages = words_of(site).get(stem, set())
+    assert (page in pages) if page else not pages
+
+
+def test_the_citation_is_that_of_the_repository():
+    text, given = (ROOT / "docs/cite.md").read_text(), yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    paper = given["references"][0]
+    for value in (given["version"], given["license"], given["repository-code"], paper["title"], paper["year"]):
+        assert f"{{{value}}}" in text
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in text
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        "$r$", "KL", "CE", "CPR", "CMD", r"$\lambda$", r"$\beta$", "nats", "d_model", "d_vocab", "d_head", "d_mlp",
+        "W_E", "W_U", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_gate",
+    ],
+)  # fmt: skip
+def test_symbols_are_in_the_glossary(symbol):
+    terms = [row.split("|")[1] for row in (ROOT / "docs/glossary.md").read_text().splitlines() if row.startswith("| ")]
+    assert any(re.search(rf"(?<!\w){re.escape(symbol)}(?!\w)", term) for term in terms)

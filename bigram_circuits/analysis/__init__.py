@@ -11,6 +11,7 @@ random subnetwork on the same text.
 | how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
 | what do the latents of a dictionary write? | `feature_tokens` |
+| which directions count for a token, or for a choice? | `observable`, `pulled_back`, `norm_effect`, `coupling` |
 | which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores`, `retrieval_scores`, `successor_scores` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
 | is it the same as another? | `overlap`, `overlaps` |
@@ -43,6 +44,14 @@ from bigram_circuits.analysis.location import (
     max_activating_tokens,
     whole_neurons,
 )
+from bigram_circuits.analysis.observables import (
+    Direction,
+    Observable,
+    coupling,
+    norm_effect,
+    observable,
+    pulled_back,
+)
 from bigram_circuits.analysis.overlap import overlap, overlaps
 from bigram_circuits.analysis.reading import faithfulness_by_token, next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
@@ -67,9 +76,11 @@ __all__ = [
     "AffineMaps",
     "Analyses",
     "Curves",
+    "Direction",
     "Effects",
     "FeatureTokens",
     "Maps",
+    "Observable",
     "Quantity",
     "Result",
     "Task",
@@ -84,6 +95,7 @@ __all__ = [
     "by_neuron",
     "concentration",
     "cosine_to_unembedding",
+    "coupling",
     "covariance_cosine",
     "covariance_similarity",
     "earlier_value",
@@ -104,10 +116,13 @@ __all__ = [
     "max_activating_tokens",
     "measure_task",
     "next_tokens",
+    "norm_effect",
+    "observable",
     "ordered_sequences",
     "overlap",
     "overlaps",
     "passages",
+    "pulled_back",
     "refine_affine_lens",
     "repeated_random_tokens",
     "retrieval_scores",
@@ -118,3 +133,7 @@ __all__ = [
     "trajectory",
     "whole_neurons",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

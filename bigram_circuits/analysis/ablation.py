@@ -99,6 +99,10 @@ def ablate(
         ValueError: If an argument is wrong, `by` does not apply to a part, weights should be ablated within a circuit
             or nodes within a subnetwork, there is only one sequence to resample from, the model does not show an
             activation, or a surprisal is not finite.
+
+    Example:
+        >>> heads = bc.ablate(model, ["L0H0", "L0H1"], found, tokens=text, seeds=1)
+        >>> heads.top(1)  # the head whose removal raises the loss most
     """
     if by is not None and by not in WAYS:
         raise ValueError(f"by must be one of {', '.join(WAYS)}, not {by!r}")
@@ -380,6 +384,10 @@ def stochastic_ablation(
 
     Raises:
         ValueError: If a share is not from 0 to 1, there is no share or draw, or shapes or vocabularies do not match.
+
+    Example:
+        >>> curve = analysis.stochastic_ablation(model, found, target, text, shares=(0, 0.5, 1), draws=1)
+        >>> curve.plot()
     """
     if not len(shares) or any(not 0 <= share <= 1 for share in shares):
         raise ValueError(f"shares must be numbers from 0 to 1, not {tuple(shares)}")

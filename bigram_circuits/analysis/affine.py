@@ -59,7 +59,13 @@ RECALLS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class AffineMaps:
-    """Affine maps from each layer's residual stream to the last layer's, and to the current token's embedding."""
+    """Affine maps from each layer's residual stream to the last layer's, and to the current token's embedding.
+
+    Example:
+        >>> maps = analysis.fit_affine_lens(model, tokens=text)["full"]
+        >>> maps.save("maps.safetensors")
+        >>> again = analysis.AffineMaps.load("maps.safetensors", model)
+    """
 
     output_weight: Float[Tensor, "layer d_model d_model"]
     """A row vector times this, plus `output_bias`, predicts the residual stream that the final norm reads."""
@@ -233,6 +239,10 @@ def fit_affine_lens(
 
     Raises:
         ValueError: If there is no text, alpha is below 0, or a map is not unique without a penalty.
+
+    Example:
+        >>> maps = analysis.fit_affine_lens(model, found, text)
+        >>> bc.logit_lens(model, found, text="import os", maps=maps).plot()  # the tuned lens of a prompt
     """
     check_model(model)
     if not 0 <= alpha < math.inf:
@@ -287,6 +297,10 @@ def refine_affine_lens(
 
     Raises:
         ValueError: If the maps were not fitted on this model, or a number is too small.
+
+    Example:
+        >>> maps = analysis.fit_affine_lens(model, tokens=text)["full"]
+        >>> maps = analysis.refine_affine_lens(model, maps, tokens=text, steps=2)
     """
     subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     if steps < 0 or batch_size < 1 or not learning_rate > 0:

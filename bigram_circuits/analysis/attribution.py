@@ -81,6 +81,10 @@ def logit_attribution(
     Raises:
         ValueError: If a token or position does not exist, the model is in compatibility mode, or its logit is not the
             sum of its components' contributions.
+
+    Example:
+        >>> written = analysis.logit_attribution(model, found, "import os", by="head")
+        >>> written.to_dataframe()  # what every head and MLP adds to the logit of the prediction
     """
     if by not in ("component", "head"):
         raise ValueError(f"by must be one of component, head, not {by!r}")
@@ -151,6 +155,9 @@ def attention_patterns(
 
     Raises:
         ValueError: If a head does not exist, or the model does not show its attention patterns.
+
+    Example:
+        >>> analysis.attention_patterns(model, found, "import os, sys", heads=[(0, 1)]).plot()
     """
     tokens = prompt_tokens(model, prompt)
     subnetwork, _ = check_arguments(model, subnetwork, seed=seed)

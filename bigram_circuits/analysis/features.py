@@ -27,7 +27,12 @@ _ELSEWHERE = ("hook_z", "hook_q", "hook_k", "hook_v", "hook_normalized")  # as w
 
 @dataclass(frozen=True, eq=False)
 class FeatureTokens:
-    """The tokens whose logits each latent of a dictionary raises most."""
+    """The tokens whose logits each latent of a dictionary raises most.
+
+    Example:
+        >>> features = analysis.feature_tokens(model, dictionary, top=3)
+        >>> print(features.words[17])  # the tokens that latent 17 raises most
+    """
 
     tokens: Integer[np.ndarray, "feature rank"]
     """Token ids, from the largest logit down."""
@@ -69,6 +74,10 @@ def feature_tokens(model: Model, dictionary: Any, *, top: int = 5) -> FeatureTok
     Raises:
         ValueError: If `top` is not from 1 to the size of the vocabulary, or the dictionary does not write to the
             residual stream.
+
+    Example:
+        >>> features = analysis.feature_tokens(model, dictionary, top=3)
+        >>> print(features.words[17], features.logits[17])
     """
     check_predicts_tokens(model)
     if not 1 <= top <= model.cfg.d_vocab:

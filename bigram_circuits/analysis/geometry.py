@@ -118,6 +118,10 @@ def cosine_to_unembedding(
     Raises:
         ValueError: If the text is empty or has another shape, the target has another vocabulary, or the model's
             embeddings do not have the width of its residual stream.
+
+    Example:
+        >>> curves = bc.cosine_to_unembedding(model, found, target, text)
+        >>> curves.plot()  # by layer
     """
     subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     _check_widths(model)
@@ -261,6 +265,9 @@ def layer_rotations(
 
     Raises:
         ValueError: If there is neither text nor maps, or the maps were not fitted on this model.
+
+    Example:
+        >>> bc.layer_rotations(model, found, text).plot()  # degrees, by layer
     """
     check_model(model)
     if maps is None:
@@ -318,6 +325,12 @@ def linear_cka(x: Float[Tensor, "token d_x"], y: Float[Tensor, "token d_y"]) -> 
 
     Raises:
         ValueError: If there are fewer than 4 tokens, or the numbers of tokens differ.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(50, 8)
+        >>> round(analysis.linear_cka(x, x.flip(1)), 3)  # nor does a rotation or reflection
+        1.0
     """
     if len(x) < 4:
         raise ValueError(f"CKA needs at least 4 tokens, not {len(x)}")
@@ -335,6 +348,12 @@ def covariance_cosine(x: Float[Tensor, "token_x d"], y: Float[Tensor, "token_y d
 
     Raises:
         ValueError: If there are fewer than 2 tokens in one of them.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(50, 8)
+        >>> round(analysis.covariance_cosine(x, 2 * x), 3)  # a scale does not matter
+        1.0
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"a covariance needs at least 2 tokens, not {min(len(x), len(y))}")
@@ -372,6 +391,9 @@ def covariance_similarity(
     Raises:
         ValueError: If there is no such measure, there are fewer than 4 tokens in all or per estimate, or the model
             cannot read a token or a sequence of this length.
+
+    Example:
+        >>> bc.covariance_similarity(model, found, text).plot()  # layer by layer: 1 where they have the same geometry
     """
     subnetwork, _ = check_arguments(model, subnetwork)
     if measure not in _MEASURES:

@@ -61,6 +61,10 @@ def head_scores(
     Raises:
         ValueError: If an argument is out of range, the prompts do not fit the context, or the model does not show its
             attention patterns.
+
+    Example:
+        >>> scores = analysis.head_scores(model, prompts=4, period=8)
+        >>> scores.plot("induction")  # layer by head
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)
     tokens = repeated_random_tokens(model, prompts=prompts, period=period, seed=seed).tokens
@@ -105,6 +109,9 @@ def retrieval_scores(
     Raises:
         ValueError: If an argument is out of range, there is no tokenizer, the prompts do not fit the context, no answer
             is found in its prompt, or the model does not show its attention patterns.
+
+    Example:
+        >>> analysis.retrieval_scores(model, prompts=4, pairs=2).plot()  # layer by head
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)
     task = earlier_value(model, prompts=prompts, pairs=pairs, seed=seed)
@@ -159,6 +166,9 @@ def successor_scores(
     Raises:
         ValueError: If there is no tokenizer, it has too few ordinals as single tokens, or the model lacks an MLP in
             block 0 (with `through_mlp`), a hook point, or a final norm and unembedding that read what heads write.
+
+    Example:
+        >>> analysis.successor_scores(bc.load_model("gpt2")).plot()  # layer by head
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)
     check_predicts_tokens(model)

@@ -54,6 +54,10 @@ def layer_by_layer(
     Returns:
         `logit_lens`, `affine_lens`, `cosine`, `rotations`, and with at least 4 tokens `covariance`: the results of
         `logit_lens`, `affine_lens`, `cosine_to_unembedding`, `layer_rotations` and `covariance_similarity`.
+
+    Example:
+        >>> results = analysis.layer_by_layer(model, found, target, corpus, tokens=512, fit_tokens=512)
+        >>> results["logit_lens"].plot("kl")
     """
     subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)
     if not isinstance(corpus, Corpus):

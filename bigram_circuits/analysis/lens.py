@@ -115,6 +115,10 @@ def logit_lens(
     Raises:
         ValueError: If the text is empty or of another shape, the maps are not the model's, or the model's logits are
             not its final norm and unembedding applied to the last residual stream.
+
+    Example:
+        >>> bc.logit_lens(model, found, text="import os").plot()  # the most likely tokens, by layer and position
+        >>> bc.logit_lens(model, found, target, text).plot("surprisal_correlation")  # means over a text, by layer
     """
     check_readout(model)
     if top_k < 1:
@@ -331,6 +335,10 @@ def affine_lens(
 
     Raises:
         ValueError: If there is too little text, or maps are not the model's.
+
+    Example:
+        >>> lens = bc.affine_lens(model, found, target, corpus.train[:12])
+        >>> lens.plot("recall_at_1")  # is the current token still to be found?
     """
     check_readout(model)
     subnetwork, target = check_arguments(model, subnetwork, target=target, seed=seed)

@@ -69,7 +69,11 @@ _OF_NODES = (
 
 
 def by_layer(subnetwork: MaskLike) -> Maps:
-    """Density and share of the kept weights, by layer and component (attention, MLP); of kept nodes, by kind."""
+    """Density and share of the kept weights, by layer and component (attention, MLP); of kept nodes, by kind.
+
+    Example:
+        >>> analysis.by_layer(found).plot("density")  # of attention and MLP, by layer
+    """
     subnetwork = as_mask(subnetwork)
     if isinstance(subnetwork, Circuit):
         kinds = tuple(subnetwork.by_unit())
@@ -79,7 +83,11 @@ def by_layer(subnetwork: MaskLike) -> Maps:
 
 
 def by_matrix(subnetwork: MaskLike) -> Maps:
-    """Density and share of the kept weights, by layer and weight matrix."""
+    """Density and share of the kept weights, by layer and weight matrix.
+
+    Example:
+        >>> analysis.by_matrix(found).to_dataframe()
+    """
     subnetwork = check_of_weights(subnetwork, "by_matrix")
     counts = {}
     for name, count in subnetwork.by_weight().items():
@@ -98,6 +106,9 @@ def by_head(subnetwork: MaskLike, *, seed: int = 0) -> Maps:
 
     Raises:
         ValueError: If the subnetwork has no attention, or the seed is below 0.
+
+    Example:
+        >>> analysis.by_head(found).plot()  # beside a matched random subnetwork
     """
     check_seed(seed)
     subnetwork = as_mask(subnetwork)
@@ -125,6 +136,9 @@ def by_neuron(subnetwork: MaskLike) -> Maps:
     """Density and share of the kept MLP weights, by layer and neuron: its columns of W_in and W_gate, row of W_out.
 
     Of a circuit, the density of a neuron is 1 if it is kept, and 0 if not.
+
+    Example:
+        >>> densest = analysis.by_neuron(found).get("density", "subnetwork").max()
     """
     subnetwork = as_mask(subnetwork)
     if isinstance(subnetwork, Circuit):
@@ -171,6 +185,10 @@ def concentration(
 
     Raises:
         ValueError: If no MLP weight is kept there, a layer does not exist, or there are fewer than two points.
+
+    Example:
+        >>> curve = analysis.concentration(found, layers=[0])
+        >>> print(curve.notes["gini"])
     """
     check_seed(seed)
     subnetwork = check_of_weights(subnetwork, "concentration")
@@ -221,6 +239,9 @@ def whole_neurons(subnetwork: MaskLike, *, threshold: float | int = 0.5, most: i
 
     Raises:
         ValueError: If the threshold is not a share, or `most` is below 1.
+
+    Example:
+        >>> analysis.whole_neurons(found, threshold=0.1, most=5).to_dataframe()
     """
     check_seed(seed)
     subnetwork = check_of_weights(subnetwork, "whole_neurons")
@@ -284,6 +305,9 @@ def max_activating_tokens(
 
     Raises:
         ValueError: If there is no such neuron, no text, or no token occurs often enough.
+
+    Example:
+        >>> analysis.max_activating_tokens(model, [(0, 17)], tokens=text, k=3).to_dataframe()
     """
     subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
     array = checked_text(model, tokens)
@@ -359,7 +383,11 @@ def _max_activating(
 
 
 def exciting_tokens(*args: Any, **options: Any) -> Maps:
-    """The former name of `max_activating_tokens`; deprecated."""
+    """The former name of `max_activating_tokens`; deprecated.
+
+    Example:
+        >>> analysis.exciting_tokens(model, [(0, 17)], tokens=text)  # rather: max_activating_tokens
+    """
     warnings.warn("exciting_tokens is called max_activating_tokens now", DeprecationWarning, stacklevel=2)
     return max_activating_tokens(*args, **options)
 

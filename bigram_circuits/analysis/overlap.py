@@ -142,6 +142,10 @@ def overlap(a: MaskLike, b: MaskLike, *, by: str = "matrix", alternative: str = 
     Raises:
         ValueError: If the shapes differ, one is a subnetwork and the other a circuit, one keeps nothing, or an argument
             is not one of its choices.
+
+    Example:
+        >>> largest = bc.Subnetwork.magnitude(model, like=found)
+        >>> bc.overlap(found, largest).to_dataframe()  # shared weights, beside what chance gives
     """
     for name, value, choices in (("by", by, _STRATA), ("alternative", alternative, _ALTERNATIVES)):
         if value not in choices:
@@ -197,6 +201,10 @@ def overlaps(subnetworks: Mapping[str, MaskLike] | Sequence[MaskLike]) -> Maps:
 
     Raises:
         ValueError: If there are fewer than two, shapes differ, or one keeps nothing.
+
+    Example:
+        >>> three = {"found": found, "random": found.subnetwork.random_like(), "all": bc.Subnetwork.full(model)}
+        >>> analysis.overlaps(three).plot("jaccard")
     """
     named = _named(subnetworks)
     values = np.full((6, 1, len(named), len(named)), np.nan)

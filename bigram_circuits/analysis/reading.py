@@ -78,6 +78,9 @@ def passages(
 
     Raises:
         ValueError: If a number is below 1, or the text is not token ids of this model.
+
+    Example:
+        >>> analysis.passages(model, found, target, text, count=1, length=16).to_dataframe()
     """
     if min(count, length, top_k) < 1:
         raise ValueError(f"count, length and top_k must be at least 1, not {count}, {length} and {top_k}")
@@ -147,6 +150,9 @@ def next_tokens(
 
     Raises:
         ValueError: If there is no prompt, one has no tokens, or `top_k` is not from 1 to the size of the vocabulary.
+
+    Example:
+        >>> analysis.next_tokens(model, found, target, ["import", " self"], top_k=3).to_dataframe()
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts should be a list of texts, not {prompts!r}")
@@ -238,6 +244,9 @@ def faithfulness_by_token(
     Raises:
         ValueError: If a number is below 1, no token is frequent enough, the target has no entropy, or subnetwork,
             target and text do not fit the model.
+
+    Example:
+        >>> analysis.faithfulness_by_token(model, found, target, text, most=3, min_count=5).to_dataframe()
     """
     if min(most, min_count, top_k) < 1:
         raise ValueError(f"most, min_count and top_k must be at least 1, not {most}, {min_count} and {top_k}")

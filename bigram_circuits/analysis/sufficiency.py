@@ -58,6 +58,10 @@ def sufficiency(model: Model, base: MaskLike, added: Any, task: Any, *, seeds: i
 
     Raises:
         ValueError: If an argument is wrong, a part is not made of a circuit's nodes, or a surprisal is not finite.
+
+    Example:
+        >>> gains = bc.sufficiency(model, found, ["L0H0", "L0H1"], task, seeds=1)
+        >>> gains.top(1)  # the head that helps most
     """
     if seeds < 0:
         raise ValueError(f"seeds must be 0 or more, not {seeds}")

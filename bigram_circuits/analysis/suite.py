@@ -32,7 +32,13 @@ _QUANTITIES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Analyses:
-    """The results of `analyze`."""
+    """The results of `analyze`.
+
+    Example:
+        >>> done = bc.analyze(model, found, target, corpus)
+        >>> done.results["logit_lens"].plot()
+        >>> done.left_out  # what could not be measured, and why
+    """
 
     results: Mapping[str, Result]
     """The results by name, for example `logit_lens`."""
@@ -108,6 +114,10 @@ def analyze(
     Raises:
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses
             that the model does not support (`NotShownError`) are left out with the reason; other errors are raised.
+
+    Example:
+        >>> done = bc.analyze(model, found, target, corpus)
+        >>> done.save("runs/short/analysis")
     """
     subnetwork = as_mask(subnetwork)
     check_arguments(model, subnetwork, seed=seed)

@@ -53,6 +53,9 @@ def measure_task(model: Model, task: Any, subnetwork: MaskLike | None = None, *,
 
     Raises:
         ValueError: If an argument is wrong, the model cannot read the task's tokens, or its logits are not finite.
+
+    Example:
+        >>> bc.measure_task(model, task, found).to_dataframe()  # loss, accuracy and more, for each condition
     """
     kept, _ = check_arguments(model, subnetwork, seed=seed)
     if not isinstance(task, Task):

@@ -105,6 +105,10 @@ def trajectory(
     Raises:
         ValueError: If there is no checkpoint or one is given twice, the models differ in shape, or the measure's names
             differ between checkpoints.
+
+    Example:
+        >>> models = {"untrained": bc.with_random_blocks(model), "trained": model}
+        >>> analysis.trajectory(models, analysis.faithfulness_to(None, target, text)).plot()
     """
     sources = _sources(checkpoints, model)
     names = tuple(sources)
@@ -135,6 +139,10 @@ def faithfulness_to(
 
     Raises:
         ValueError: If `tokens` are not token ids.
+
+    Example:
+        >>> measure = analysis.faithfulness_to(found, target, text)
+        >>> measure(model)["subnetwork"]  # numbers by name
     """
     array = token_array(tokens)
     check_seed(seed)
@@ -185,6 +193,9 @@ def subnetworks_over_training(
     Raises:
         ValueError: If there is no checkpoint or one is given twice, models differ in shape or do not fit the target, or
             there is no held-out text.
+
+    Example:
+        >>> analysis.subnetworks_over_training({"trained": model}, target, corpus, config)
     """
     sources, array = _sources(checkpoints, model), token_array(corpus)
     names = tuple(sources)

@@ -283,6 +283,10 @@ def compare(runs: Mapping[str, Source] | Sequence[Source] | Source, *, against: 
         FileNotFoundError: If a folder holds no run, or a file does not exist.
         ValueError: If there are fewer than two, a file cannot be read, they are of different models, or none is
             named `against`.
+
+    Example:
+        >>> largest = bc.Subnetwork.magnitude(model, like=found)
+        >>> bc.compare({"found": found, "largest": largest}).to_dataframe()
     """
     is_one = isinstance(runs, Run | Subnetwork | Circuit | str | os.PathLike)
     several: Any = [runs] if is_one or hasattr(runs, "subnetwork") or hasattr(runs, "circuit") else runs

@@ -76,7 +76,15 @@ AREAS = (
 
 @dataclass(frozen=True)
 class FaithfulnessCurves:
-    """How faithful circuits of several sizes are that were chosen in several ways."""
+    """How faithful circuits of several sizes are that were chosen in several ways.
+
+    Example:
+        >>> planted = bc.plant_attention("previous_token", d_vocab=8)
+        >>> known = planted.model, planted.target, planted.corpus
+        >>> curves = bc.faithfulness_curves(*known, units="head", sizes=(0.5,), methods=("attribution",))
+        >>> curves.save("runs/curves")
+        >>> again = bc.FaithfulnessCurves.load("runs/curves")
+    """
 
     curves: Curves
     """`faithfulness` and `cross_entropy` by method and share of nodes kept, with 95% intervals (bootstrap over
@@ -204,6 +212,13 @@ def faithfulness_curves(
     Raises:
         ValueError: As `find_circuit`; if a size, method or number is out of range, or the full model is not better than
             the empty circuit, so that faithfulness is undefined.
+
+    Example:
+        >>> planted = bc.plant_attention("previous_token", d_vocab=8)
+        >>> known = planted.model, planted.target, planted.corpus
+        >>> curves = bc.faithfulness_curves(*known, units="head", sizes=(0.5,), methods=("attribution",))
+        >>> curves.plot()
+        >>> curves.smallest("attribution", 0.5)  # the smallest circuit with at least half of the model's gain
     """
     check_choices(methods, sizes, seeds)
     if steps < 1:

@@ -44,7 +44,6 @@ from bigram_circuits.experiments.controls import (
     RANDOM_MODEL,
     SHUFFLED,
     RenamedTarget,
-    kl_of_best_constant,
     with_random_blocks,
     with_shuffled_blocks,
 )
@@ -83,7 +82,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
-from bigram_circuits.targets.base import PlacedTarget, Target, target_of
+from bigram_circuits.targets.base import PlacedTarget, Target, kl_of_best_constant, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (
@@ -104,7 +103,13 @@ _R = STATISTICS["surprisal_correlation"]
 
 @dataclass(frozen=True)
 class Falsification:
-    """The outcome of the attempts to refute a finding."""
+    """The outcome of the attempts to refute a finding.
+
+    Example:
+        >>> tested = bc.falsify(model, target, corpus, config, found=found)
+        >>> tested.verdict  # what the attempts to refute it show, in words
+        >>> tested.gaps.plot()  # how far the trained model is ahead at equal size
+    """
 
     controls: Effects
     """A row for the subnetwork found and for every attempt of its size or without a penalty: r, KL, cross-entropy,
@@ -179,6 +184,10 @@ def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -
 
     Raises:
         ValueError: If a file is damaged, a symbolic link, or of another run.
+
+    Example:
+        >>> bc.load_falsification("runs/short") is None  # nobody has tried to refute this run
+        True
     """
     kinds = _PARTS | _LATER_PARTS
     paths = {name: path for name in kinds if (path := Path(folder) / f"{name}.json").is_file()}
@@ -231,6 +240,10 @@ def falsify(
             can drop, the recipe is of other units than what was found, or both of weights and of nodes, or model,
             target, subnetwork and corpus do not fit together.
         OSError: If the model's files, which are read again, no longer exist.
+
+    Example:
+        >>> tested = bc.falsify(model, target, corpus, config, found=found)
+        >>> tested.save("runs/short/falsify")
     """
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")

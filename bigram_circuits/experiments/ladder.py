@@ -173,7 +173,13 @@ class SharedWeights(Record):
 
 @dataclass(frozen=True)
 class Ladder(Record):
-    """Masks for unigram, bigram, trigram and induction, free and nested, and what was measured of them."""
+    """Masks for unigram, bigram, trigram and induction, free and nested, and what was measured of them.
+
+    Example:
+        >>> ladder = bc.load_ladder("runs/ladder")
+        >>> ladder.plot("kl")
+        >>> ladder.rung("bigram").kept
+    """
 
     model: str
     """Name of the model."""
@@ -319,6 +325,10 @@ def find_ladder(
         ValueError: If `config` sets `target_fraction` (a nested mask of the same size would be the mask that it is
             within), the held-out part is empty, or the prompts do not fit the model.
         OSError: If another process is writing to `run_dir`, or it cannot be written.
+
+    Example:
+        >>> ladder = bc.find_ladder(model, corpus, run_dir="runs/ladder")
+        >>> print(ladder.table)
     """
     config = config or SparsifyConfig()
     if config.target_fraction is not None:
@@ -451,6 +461,10 @@ def load_ladder(folder: str | os.PathLike[str]) -> Ladder:
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged.
+
+    Example:
+        >>> ladder = bc.load_ladder("runs/ladder")
+        >>> ladder.to_dataframe()
     """
     path = Path(folder) / _FILE
     if not path.is_file():

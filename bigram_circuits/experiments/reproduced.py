@@ -92,7 +92,12 @@ class ReproducedModel(Record):
 
 @dataclass(frozen=True)
 class Reproduction(Record):
-    """A paper's numbers beside ours: the result of `reproduce`."""
+    """A paper's numbers beside ours: the result of `reproduce`.
+
+    Example:
+        >>> again = bc.load_reproduction("runs/chang-bergen-2025")
+        >>> print(again.to_markdown())
+    """
 
     paper: str
     """Name of the paper."""
@@ -215,6 +220,10 @@ def load_reproduction(folder: str | os.PathLike[str]) -> Reproduction:
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged.
+
+    Example:
+        >>> again = bc.load_reproduction("runs/chang-bergen-2025")
+        >>> again.to_dataframe()
     """
     path = Path(folder) / _FILE
     if not path.is_file():

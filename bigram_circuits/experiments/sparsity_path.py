@@ -35,7 +35,12 @@ _FILE = "path.json"
 
 @dataclass(frozen=True)
 class SubnetworkPath:
-    """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text."""
+    """Nested subnetworks from the largest to the smallest, with their faithfulness on held-out text.
+
+    Example:
+        >>> path = bc.sparsity_path(model, target, corpus, bc.SparsifyConfig(max_steps=1, batch_size=4), [1.0, 100.0])
+        >>> path.to_dataframe()  # size and faithfulness of each, from the largest to the smallest
+    """
 
     found: tuple[FoundSubnetwork | FoundCircuit, ...]
     """The subnetwork, or circuit, found at each sparsity weight."""
@@ -161,6 +166,10 @@ def sparsity_path(
     Raises:
         ValueError: If there are fewer than two different sparsity weights, or `config` sets `target_fraction`.
         OSError: If another process is writing to `run_dir`, or it cannot be written.
+
+    Example:
+        >>> path = bc.sparsity_path(model, target, corpus, bc.SparsifyConfig(max_steps=1, batch_size=4), [1.0, 100.0])
+        >>> [one.subnetwork.kept for one in path.found]
     """
     weights = sorted(set(sparsity_weights))
     if len(weights) < 2:

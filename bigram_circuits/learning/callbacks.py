@@ -20,7 +20,17 @@ _NOT_LOGGED = ("attempt", "step")
 
 @runtime_checkable
 class Callback(Protocol):
-    """The methods that `find_subnetwork` calls."""
+    """The methods that `find_subnetwork` calls.
+
+    Example:
+        >>> class Printer:
+        ...     def on_step(self, record):
+        ...         print(record.step, record.cross_entropy)
+        ...     def on_end(self, found):
+        ...         print(found)
+        >>> isinstance(Printer(), bc.Callback)
+        True
+    """
 
     def on_step(self, record: StepRecord) -> None:
         """Called after every step."""
@@ -51,7 +61,11 @@ def tell_end(callbacks: Sequence[Callback], found: Found) -> None:
 
 
 class TensorBoard:
-    """Log the numbers of every step to TensorBoard, by attempt. Needs the package `tensorboard`."""
+    """Log the numbers of every step to TensorBoard, by attempt. Needs the package `tensorboard`.
+
+    Example:
+        >>> bc.find_subnetwork(model, target, corpus, config, callbacks=[bc.TensorBoard("logs/first")])
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Write to this folder. Raises ImportError, saying what to install, if TensorBoard is missing."""
@@ -73,7 +87,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Log the numbers of every step to a Weights & Biases run. Needs the package `wandb`."""
+    """Log the numbers of every step to a Weights & Biases run. Needs the package `wandb`.
+
+    Example:
+        >>> bc.find_subnetwork(model, target, corpus, config, callbacks=[bc.WandB(project="circuits")])
+    """
 
     def __init__(self, **options: Any) -> None:
         """Start a run with the options of `wandb.init`: `project`, `name`, `mode="offline"`, `dir` ...

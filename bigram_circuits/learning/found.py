@@ -94,7 +94,13 @@ class Found:
 
 
 class FoundSubnetwork(Found):
-    """The result of `find_subnetwork`."""
+    """The result of `find_subnetwork`.
+
+    Example:
+        >>> print(f"{found.subnetwork.fraction:.2f}")  # what its recipe asks for
+        0.05
+        >>> found.plot("cross_entropy")  # the loss by step
+    """
 
     @property
     def subnetwork(self) -> Subnetwork:
@@ -104,7 +110,12 @@ class FoundSubnetwork(Found):
 
 
 class FoundCircuit(Found):
-    """The result of `find_circuit`."""
+    """The result of `find_circuit`.
+
+    Example:
+        >>> heads = bc.find_circuit(model, target, corpus, config, units="head", target_fraction=0.5)
+        >>> heads.circuit.nodes  # their labels: L0H0, ...
+    """
 
     @property
     def circuit(self) -> Circuit:

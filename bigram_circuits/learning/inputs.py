@@ -50,7 +50,12 @@ _NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 
 class InputWarning(UserWarning):
-    """Model, text and target may not fit together, or the text may be too small."""
+    """Model, text and target may not fit together, or the text may be too small.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", bc.InputWarning)  # stop a study of inputs that do not fit
+    """
 
 
 @uses_model
@@ -71,6 +76,10 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
 
     Raises:
         ValueError: If model, text and target do not fit together at all.
+
+    Example:
+        >>> for warning in bc.check_inputs(model, target, corpus).warnings:
+        ...     print(warning)
     """
     config, target = config or SparsifyConfig(), target_of(target, model)
     for part in (corpus.train, corpus.held_out):

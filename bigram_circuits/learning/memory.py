@@ -44,7 +44,12 @@ _LONGEST = 64  # tokens of the longest sequence that is tried
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Predicted peak memory of learning, in bytes."""
+    """Predicted peak memory of learning, in bytes.
+
+    Example:
+        >>> forecast = bc.forecast_memory(model, target, corpus, config)
+        >>> print(f"{forecast.needed / 1e9:.1f} GB; fits: {forecast.fits}")
+    """
 
     device: str
     """The device: `cpu`, `cuda:0`."""
@@ -177,6 +182,10 @@ def forecast_memory(
     Raises:
         ValueError: If model, target and recipe do not fit together, or there is no such mode.
         MemoryError: If it does not fit, depending on `mode`.
+
+    Example:
+        >>> forecast = bc.forecast_memory(model, target, corpus, config)
+        >>> print(forecast.fits, forecast.largest_batch)
     """
     if mode not in (None, *CHECKS_OF_MEMORY):
         raise ValueError(f"check_memory must be one of {', '.join(CHECKS_OF_MEMORY)}, not {mode!r}")

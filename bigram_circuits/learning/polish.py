@@ -39,7 +39,12 @@ Places = Int[Tensor, " place"]
 
 @dataclass(frozen=True)
 class Polished:
-    """The result of `polish`."""
+    """The result of `polish`.
+
+    Example:
+        >>> polished = bc.polish(model, found, target, corpus, passes=1, most=10, sequences=4)
+        >>> print(polished.dropped.kept, polished.readmitted.kept, polished.before - polished.after)
+    """
 
     subnetwork: Subnetwork
     """What is kept now."""
@@ -106,6 +111,10 @@ def polish(
 
     Raises:
         ValueError: If an argument is out of range, target and model do not fit together, or the loss is not finite.
+
+    Example:
+        >>> polished = bc.polish(model, found, target, corpus, passes=1, most=10, sequences=4)
+        >>> print(polished.subnetwork)
     """
     kept, among = as_subnetwork(subnetwork), None if within is None else as_subnetwork(within)
     _check(sparsity_weight, passes=passes, most=most, sequences=sequences)

@@ -128,6 +128,12 @@ def find_subnetwork(
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
             example because the disk is full. The files already written are intact, and the run can be resumed.
         KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
+
+    Example:
+        >>> recipe = bc.SparsifyConfig(target_fraction=0.01, max_steps=2)  # too few steps to find anything
+        >>> found = bc.find_subnetwork(model, target, corpus, recipe)
+        >>> print(f"{found.subnetwork.fraction:.2f}")
+        0.01
     """
     config = config or SparsifyConfig()
     if config.units is not None:
@@ -193,6 +199,11 @@ def find_circuit(
         MemoryError: As `find_subnetwork`.
         OSError: As `find_subnetwork`.
         KeyboardInterrupt: As `find_subnetwork`.
+
+    Example:
+        >>> heads = bc.find_circuit(model, target, corpus, config, units="head", target_fraction=0.5)
+        >>> print(heads.circuit.fraction)
+        0.5
     """
     if edges and units not in (None, EDGE):
         raise ValueError(f"edges=True asks for edges alone: give units={[*as_units(units), EDGE]} for both")

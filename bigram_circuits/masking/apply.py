@@ -22,7 +22,7 @@ from bigram_circuits.masking.replacing import make_replacement
 from bigram_circuits.models.edges import EdgeSite, edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
-from bigram_circuits.models.state import in_use, uses_model
+from bigram_circuits.models.state import in_use, parameters_frozen, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
@@ -81,6 +81,11 @@ def masked(
         ValueError: If the subnetwork's names or shapes do not match the model's, the model is already masked, or it is
             in compatibility mode; or if `replace` is unknown or lacks its text.
         RuntimeError: If another thread keeps the model masked.
+
+    Example:
+        >>> with bc.masked(model, found):
+        ...     logits, cache = model.run_with_cache("import os")
+        >>> cache["blocks.0.hook_resid_post"].shape  # [batch, pos, d_model]
     """
     kept = as_mask(subnetwork)
     with in_use(model, "masked", block=True):
@@ -137,7 +142,11 @@ def gates_applied(
     model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
 ) -> Iterator[None]:
     """`sites_replaced`, where no parameter of the model receives a gradient."""
-    with in_use(model, "gates_applied", block=True), _frozen(model), sites_replaced(model, sites, gate, replacement):
+    with (
+        in_use(model, "gates_applied", block=True),
+        parameters_frozen(model),
+        sites_replaced(model, sites, gate, replacement),
+    ):
         yield
 
 
@@ -157,6 +166,11 @@ def replaced(model: Model, circuit: Any, replace: str, *, text: Any = None, seed
 
     Raises:
         ValueError: If there is no such replacement, it lacks its text, or it is no circuit of this model.
+
+    Example:
+        >>> averaged = bc.replaced(model, circuit, "mean", text=text)
+        >>> with bc.masked(model, averaged):
+        ...     logits = model("import os")
     """
     given = as_mask(circuit)
     if not isinstance(given, Circuit):
@@ -179,13 +193,20 @@ def gated(model: Model, gates: Gates, replacement: Replacement | None = None) ->
         model: From `load_model`.
         gates: The gates.
         replacement: What takes the place of nodes; by default zero.
+
+    Example:
+        >>> from bigram_circuits.masking.candidates import Candidates
+        >>> gates, _ = Candidates(model, config).gates(config, seed=0, within=None)
+        >>> with bc.gated(model, gates):
+        ...     gates.refresh(0)
+        ...     loss = model("import os", return_type="loss")  # with soft gates, all half open
     """
 
     def gate(site: WeightSite) -> nn.Module | None:
         return _Gate(gates, site.name) if site.name in gates.names else None
 
     nodes = sites_replaced(model, gates.sites, gates.of_nodes, replacement or Replacement())
-    with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate), nodes:
+    with in_use(model, "gated", block=True), parameters_frozen(model), _parametrized(model, gate), nodes:
         yield model
 
 
@@ -205,21 +226,8 @@ def switched(model: Model, switches: Mapping[str, Tensor]) -> Iterator[Any]:
     def switch(site: WeightSite) -> nn.Module | None:
         return _Switch(switches[site.name]) if site.name in switches else None
 
-    with in_use(model, "switched", block=True), _frozen(model), _parametrized(model, switch):
+    with in_use(model, "switched", block=True), parameters_frozen(model), _parametrized(model, switch):
         yield model
-
-
-@contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """Within the `with` block, no parameter of a model receives a gradient."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -51,6 +51,10 @@ def node_effects(
 
     Raises:
         ValueError: If `steps` is not positive, or the circuit does not fit the model.
+
+    Example:
+        >>> scores = bc.node_effects(model, circuit, target, text)
+        >>> scores["blocks.0.attn.hook_z"]  # a number for every head of block 0
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")

@@ -146,6 +146,32 @@ def heat_maps(
     return _titled(figure, title)
 
 
+def points(names: Sequence[str], x: tuple[Numbers, str], y: tuple[Numbers, str], title: str) -> Any:
+    """Points with the diagonal, on which both numbers are the same; each number comes with the words on its axis."""
+    import plotly.graph_objects as go
+
+    both = np.concatenate([x[0], y[0]])
+    both = both[np.isfinite(both)]
+    ends = [float(both.min()), float(both.max())] if len(both) else [0.0, 1.0]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        line={"color": GREY, "width": 1, "dash": "dot"},
+    )
+    figure.add_scatter(
+        x=x[0], y=y[0], mode="markers", text=[plain(name) for name in names], showlegend=False,
+        marker={"color": SERIES[0], "size": 5, "opacity": 0.45},
+        hovertemplate=f"%{{text}}<br>{plain(x[1])}: %{{x:.3f}}<br>{plain(y[1])}: %{{y:.3f}}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title=plain(x[1]))
+    figure.update_yaxes(title=plain(y[1]))
+    return _titled(figure, title)
+
+
 def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], unit: str, title: str) -> Any:
     """A bar for every thing, from (values, low, high), with its interval; `unit` names the heights."""
     import plotly.graph_objects as go

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measured quantity: its name, unit and meaning."""
+    """A measured quantity: its name, unit and meaning.
+
+    Example:
+        >>> lens = bc.logit_lens(model, text="import os")
+        >>> print(lens.quantity("entropy").unit)
+        nats
+    """
 
     name: str
     """Its key, for example `kl`."""

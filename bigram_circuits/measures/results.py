@@ -36,7 +36,13 @@ _COLUMNS_SHOWN = 12
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """The base class of all results."""
+    """The base class of all results.
+
+    Example:
+        >>> lens = bc.logit_lens(model, text="import os")
+        >>> lens.save("lens.json")
+        >>> bc.load_result("lens.json").to_dataframe()
+    """
 
     title: str
     """What was measured, in a few words."""
@@ -51,6 +57,9 @@ class Result(ABC):
 
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in ("axes", "kinds")]
 
     def quantity(self, name: str) -> Quantity:
         """Look up a quantity by name. Raises ValueError if it was not measured."""
@@ -104,7 +113,13 @@ class Result(ABC):
 
 @dataclass(frozen=True)
 class Curves(Result):
-    """Quantities along an axis, one line per condition."""
+    """Quantities along an axis, one line per condition.
+
+    Example:
+        >>> lens = bc.logit_lens(model, found, target, text)
+        >>> lens.get("kl", "subnetwork")  # an array with a number for each layer
+        >>> lens.only("full", "subnetwork").plot("kl")
+    """
 
     axes = ("quantities", "conditions", "points")
 
@@ -180,7 +195,13 @@ class Curves(Result):
 
 @dataclass(frozen=True)
 class Maps(Result):
-    """One matrix per quantity and condition."""
+    """One matrix per quantity and condition.
+
+    Example:
+        >>> lens = bc.logit_lens(model, found, text="import os")
+        >>> lens.only("full", "subnetwork").plot()
+        >>> lens.get("entropy", "full").shape  # [layer, position]
+    """
 
     axes = ("quantities", "conditions", "rows", "columns")
 
@@ -251,7 +272,13 @@ class Maps(Result):
 
 @dataclass(frozen=True)
 class Effects(Result):
-    """A list of items, with numbers for each."""
+    """A list of items, with numbers for each.
+
+    Example:
+        >>> heads = bc.ablate(model, ["L0H0", "L0.mlp"], tokens=text)
+        >>> heads.top(1)  # what matters most to the loss
+        >>> heads.to_dataframe()
+    """
 
     axes = ("quantities", "names")
 
@@ -308,6 +335,19 @@ class Effects(Result):
         return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
+@dataclass(frozen=True)
+class Scatter(Effects):
+    """Items as points: one quantity against the others."""
+
+    against: str = ""
+    """The quantity on the vertical axis."""
+
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        other = self.quantity(self.against)
+        x, y = (self.values[self.quantities.index(one)] for one in (chosen, other))
+        return plots.points(self.names, (x, chosen.label), (y, other.label), title)
+
+
 def curves_from_sums(
     title: str,
     quantities: Sequence[Quantity],
@@ -338,6 +378,10 @@ def load_result(path: str | os.PathLike[str]) -> Result:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a result, has another format version, or is damaged.
+
+    Example:
+        >>> bc.logit_lens(model, found, target, text).save("lens.json")
+        >>> bc.load_result("lens.json").plot("kl")
     """
     return load_result_and_origin(path)[0]
 

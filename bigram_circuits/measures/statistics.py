@@ -33,7 +33,12 @@ the target is defined."""
 
 @dataclass(frozen=True)
 class Faithfulness(Record):
-    """How faithfully one (masked) model matches the target. Surprisal, CE and KL in nats; nan where undefined."""
+    """How faithfully one (masked) model matches the target. Surprisal, CE and KL in nats; nan where undefined.
+
+    Example:
+        >>> measured = bc.evaluate(model, found, target, text, controls=False).subnetwork
+        >>> print(f"r {measured.surprisal_correlation:.2f}, KL {measured.kl:.2f} nats")
+    """
 
     surprisal_correlation: float
     """Pearson r of the model's and the target's surprisal of the actual next token, with the zero-probability rule."""

@@ -35,7 +35,12 @@ class NotShownError(ValueError):
 
 @dataclass(frozen=True)
 class ActivationPoint:
-    """One hook point."""
+    """One hook point.
+
+    Example:
+        >>> point = bc.activation_points(model)[0]
+        >>> print(point.name, point.axes, point.shape)
+    """
 
     name: str
     """The name that `run_with_cache` and `run_with_hooks` use."""
@@ -52,6 +57,9 @@ def activation_points(model: Model) -> tuple[ActivationPoint, ...]:
     """List every hook point of a model in forward-pass order, with named axes.
 
     The axes are found by running the model on two small batches of different shapes.
+
+    Example:
+        >>> [point.name for point in bc.activation_points(model) if "resid_post" in point.name]
     """
     first, second = _shapes(model, batch=2, pos=3), _shapes(model, batch=3, pos=5)
     aliases: dict[int, list[str]] = {}

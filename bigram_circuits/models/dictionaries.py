@@ -37,7 +37,14 @@ _ALWAYS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A sparse autoencoder, or a transcoder, which writes elsewhere than it reads."""
+    """A sparse autoencoder, or a transcoder, which writes elsewhere than it reads.
+
+    Example:
+        >>> import torch
+        >>> width = model.cfg.d_model
+        >>> weights = torch.randn(width, 64), torch.zeros(64), torch.randn(64, width), torch.zeros(width)
+        >>> bc.Dictionary("standard", *weights).encode(torch.randn(1, 5, width)).shape  # [batch, pos, latent]
+    """
 
     architecture: str
     """`standard`, `gated`, `jumprelu`, `topk`, `batchtopk`, `transcoder` or `jumprelu_transcoder`."""
@@ -262,6 +269,9 @@ def load_dictionary(folder: str | os.PathLike[str]) -> Dictionary:
         FileNotFoundError: If one of the two files does not exist.
         ValueError: If they are damaged, or describe a dictionary that is not supported: of another architecture or
             activation function, scaled by a factor that the folder does not hold, or of a single head.
+
+    Example:
+        >>> dictionary = bc.load_dictionary("sae")  # a folder with cfg.json and sae_weights.safetensors
     """
     config = _read_config(Path(folder) / _CONFIG)
     weights = Path(folder) / _WEIGHTS

@@ -55,7 +55,13 @@ _TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 5e-2  # of the largest number in a residu
 
 @dataclass(frozen=True)
 class EdgeSite:
-    """The readers of one hook point, and what they can read from: a mask of their edges is [readers, writers]."""
+    """The readers of one hook point, and what they can read from: a mask of their edges is [readers, writers].
+
+    Example:
+        >>> site = bc.edge_sites(model)[0]
+        >>> print(site.readers[0], "reads", ", ".join(site.writers))
+        L0H0.q reads embed
+    """
 
     name: str
     """The hook point, for example `blocks.0.attn.hook_q_input`."""
@@ -291,6 +297,10 @@ def edge_sites(model: Model) -> tuple[EdgeSite, ...]:
     Raises:
         ValueError: If the model has no edges: what its heads and MLPs write is not simply added, or their inputs cannot
             be replaced one by one.
+
+    Example:
+        >>> for site in bc.edge_sites(model):
+        ...     print(site.name, site.shape)
     """
     return edge_layout(model).sites
 

@@ -58,6 +58,10 @@ def weight_hash(model: Model) -> str:
     The hash has a part for the precision of the weights and for each lower one, so a checkpoint is recognised in
     float32 and in bfloat16. Masks that are applied do not matter. Hashing reads every weight: within one call of a
     public function, during which nobody edits them, a model is hashed at most once.
+
+    Example:
+        >>> bc.weight_hash(model) == found.subnetwork.weight_hash
+        True
     """
     known, key = memo(), ref(model)
     assert known is not None, "uses_model opens a memo"
@@ -67,7 +71,12 @@ def weight_hash(model: Model) -> str:
 
 
 def same_model(one: str | None, other: str | None) -> bool:
-    """Whether two hashes are of the same model, as far as both tell; None is the hash of an unknown model."""
+    """Whether two hashes are of the same model, as far as both tell; None is the hash of an unknown model.
+
+    Example:
+        >>> bc.same_model(found.subnetwork.weight_hash, bc.weight_hash(model))
+        True
+    """
     return one == other or (one is not None and other is not None and how_models_differ(one, other) is None)
 
 

@@ -65,7 +65,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The mapping between one model's canonical weights and its Hugging Face parameters."""
+    """The mapping between one model's canonical weights and its Hugging Face parameters.
+
+    Example:
+        >>> layout = bc.huggingface_layout(model)
+        >>> layout.places["blocks.0.mlp.W_in"]  # where the weight is in the Hugging Face model
+    """
 
     places: Mapping[str, Place] = field(repr=False)
     """Location of each canonical weight, by canonical name."""
@@ -125,6 +130,10 @@ def huggingface_layout(model: Model) -> Layout:
 
     Raises:
         ValueError: If the model cannot be masked, or the trace finds weights that are computed, mixed or left over.
+
+    Example:
+        >>> layout = bc.huggingface_layout(model)
+        >>> print(layout.places["blocks.0.mlp.W_in"])
     """
     known, key = memo(), ("layout", ref(model))
     if known is None:

@@ -96,6 +96,10 @@ def load_model(
         ValueError: If an argument is invalid, TransformerLens does not support the architecture, a weight is not in the
             files, or, with `check`, the hooked model does not compute what the plain one does. Of an object also if it
             is not a language model, has no weights, adapters or hooks of its own, or is split over devices.
+
+    Example:
+        >>> model = bc.load_model("reference", device="cpu")
+        >>> logits = model("import os")  # [batch, pos, d_vocab]
     """
     if not isinstance(name, str | Path):
         if revision is not None:
@@ -251,6 +255,10 @@ def checkpoints(name: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: If no checkpoints are known for that name.
+
+    Example:
+        >>> bc.checkpoints("EleutherAI/pythia-70m")[:3]
+        ('step0', 'step1', 'step2')
     """
     from transformer_lens.tools.model_registry import checkpoints as registry
 

@@ -80,6 +80,11 @@ def spliced(model: Model, dictionaries: Mapping[str | tuple[str, str], Any]) -> 
         ValueError: If there is no dictionary or no such hook point (the nearest are named), the widths differ, hook
             points are not reached in this order, or another activation there does not change the logits.
         RuntimeError: If another thread keeps the model masked.
+
+    Example:
+        >>> with bc.spliced(model, {"blocks.1.hook_resid_post": dictionary}):
+        ...     _, cache = model.run_with_cache("import os")
+        >>> cache["blocks.1.hook_resid_post.features"].shape  # [batch, pos, latent]
     """
     if not isinstance(dictionaries, Mapping) or not dictionaries:
         raise ValueError("dictionaries should be a dictionary by hook point, {'blocks.0.hook_resid_post': dictionary}")

@@ -78,7 +78,12 @@ def full_weights(model: Model) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WeightSite:
-    """One maskable weight matrix."""
+    """One maskable weight matrix.
+
+    Example:
+        >>> site = bc.weight_sites(model)[0]
+        >>> print(site.name, site.axes, site.shape)
+    """
 
     name: str
     """Canonical name, for example `blocks.0.attn.W_Q`."""
@@ -134,6 +139,9 @@ def weight_sites(model: Model) -> tuple[WeightSite, ...]:
         ValueError: If the model cannot be masked as a whole: it has no blocks, none of them has an attention or MLP,
             one is not made of plain weight matrices that fit together, a block has further weight matrices (mixtures of
             experts, state-space and hybrid blocks), blocks share weights, or weights are quantised.
+
+    Example:
+        >>> sum(site.size for site in bc.weight_sites(model))  # the number of maskable weights
     """
     with in_use(model, "weight_sites", block=True):  # while no other thread is masking it
         known = memo()

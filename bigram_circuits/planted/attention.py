@@ -75,7 +75,13 @@ _MOST_STEEP = 1.13  # the largest slope of a GELU, rounded up
 
 @dataclass(frozen=True)
 class PlantedAttention:
-    """A model with a planted circuit that uses attention, and the ground truth about it at three levels."""
+    """A model with a planted circuit that uses attention, and the ground truth about it at three levels.
+
+    Example:
+        >>> planted = bc.plant_attention("previous_token", d_vocab=8)
+        >>> planted.node_recovery(planted.nodes)  # precision and recall
+        (1.0, 1.0)
+    """
 
     kind: str
     """What it does, one of `KINDS`."""
@@ -184,6 +190,10 @@ def plant_attention(
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> planted = bc.plant_attention("previous_token", d_vocab=8)
+        >>> print(planted.nodes, planted.bound)
     """
     n = d_vocab if d_vocab is not None else 8 if kind == "trigram" else 12
     _check(kind, n, length, n_layers, sharpness, distractors)

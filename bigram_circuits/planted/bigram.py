@@ -52,7 +52,13 @@ _TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # training and held-out sequences, tok
 
 @dataclass(frozen=True)
 class Planted:
-    """A model with a planted circuit, and the ground truth about it."""
+    """A model with a planted circuit, and the ground truth about it.
+
+    Example:
+        >>> planted = bc.plant_bigram(d_vocab=8, successors=2)
+        >>> planted.recovery(planted.circuit)  # precision and recall
+        (1.0, 1.0)
+    """
 
     model: Model
     """The hooked model, from `load_model`."""
@@ -112,6 +118,11 @@ def plant_bigram(
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> planted = bc.plant_bigram(d_vocab=8, successors=2)
+        >>> found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, config)
+        >>> precision, recall = planted.recovery(found)
     """
     width, d_mlp = d_model or _least_width(d_vocab, layers), d_mlp or 2 * d_vocab
     _check(architecture, d_vocab, successors, width, d_mlp, n_layers, layers, distractors)

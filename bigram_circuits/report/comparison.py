@@ -50,6 +50,10 @@ def write_comparison(
         FileNotFoundError: If there is no run in a folder, or no such file.
         ValueError: If there are fewer than two, a file cannot be read, or two of them are of different models.
         OSError: If the page cannot be written.
+
+    Example:
+        >>> largest = bc.Subnetwork.magnitude(model, like=found)
+        >>> bc.write_comparison({"found": found, "largest": largest}, "comparison.html")
     """
     return write_page(path, lambda: page(runs if isinstance(runs, Comparison) else compare(runs)))
 

@@ -45,6 +45,12 @@ def write_curves(found: FaithfulnessCurves, path: str | os.PathLike[str] = "curv
     Raises:
         ValueError: If the path is a folder.
         OSError: If the page cannot be written.
+
+    Example:
+        >>> planted = bc.plant_attention("previous_token", d_vocab=8)
+        >>> known = planted.model, planted.target, planted.corpus
+        >>> curves = bc.faithfulness_curves(*known, units="head", sizes=(0.5,), methods=("attribution",))
+        >>> bc.write_curves(curves, "curves.html")
     """
     sections = [tell(found) for tell in CURVES_SECTIONS]
     footer = "Made from curves that faithfulness_curves returned."

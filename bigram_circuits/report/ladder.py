@@ -41,6 +41,9 @@ def write_ladder(ladder: Ladder, path: str | os.PathLike[str] = "ladder.html") -
     Raises:
         ValueError: If the path is a folder.
         OSError: If the page cannot be written.
+
+    Example:
+        >>> bc.write_ladder(bc.load_ladder("runs/ladder"), "ladder.html")
     """
     sections = [tell(ladder) for tell in LADDER_SECTIONS]
     footer = "Made from a ladder that find_ladder returned."

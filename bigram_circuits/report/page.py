@@ -36,6 +36,9 @@ def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str]
         FileNotFoundError: If there is no run in the folder.
         ValueError: If the run did not finish, or a file in its folder cannot be read.
         OSError: If the page cannot be written.
+
+    Example:
+        >>> bc.write_report("runs/short")  # runs/short/report.html
     """
     run = run if isinstance(run, Run) else load_run(run)
     path = run.path / "report.html" if path is None else Path(path)

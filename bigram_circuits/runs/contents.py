@@ -97,7 +97,12 @@ class RunSettings(Record):
 
 @dataclass(frozen=True)
 class StepRecord(Record):
-    """A step of learning, as recorded in `progress.jsonl`."""
+    """A step of learning, as recorded in `progress.jsonl`.
+
+    Example:
+        >>> last = found.history[-1]
+        >>> print(last.step, last.cross_entropy, last.fraction)
+    """
 
     attempt: int
     """Number of the attempt (data order), from 0."""
@@ -178,7 +183,12 @@ class Outcome(Record):
 
 @dataclass(frozen=True)
 class InputCheck(Record):
-    """What `check_inputs` found of model, text and target before learning."""
+    """What `check_inputs` found of model, text and target before learning.
+
+    Example:
+        >>> checked = bc.check_inputs(model, target, corpus)
+        >>> print(checked.losses, checked.warnings)
+    """
 
     inexpressible: float | None = None
     """Share of the training tokens that stand for text which the tokenizer has no tokens for: its unknown token, and

@@ -44,7 +44,13 @@ RENAMED = {"exciting_tokens": "max_activating_tokens"}
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read from its folder."""
+    """A finished run, read from its folder.
+
+    Example:
+        >>> run = bc.load_run("runs/short")
+        >>> print(run.subnetwork, run.why)
+        >>> run.history[-1].cross_entropy  # of the last step
+    """
 
     path: Path
     """The folder."""
@@ -213,6 +219,10 @@ def load_run(folder: str | os.PathLike[str], *, history: bool = True) -> Run:
         FileNotFoundError: If the folder does not exist or holds no run.
         ValueError: If the run is not finished, a file is damaged, of another run or a symbolic link, or it has another
             format.
+
+    Example:
+        >>> run = bc.load_run("runs/short")
+        >>> bc.evaluate(model, run, target, text, controls=False)  # a run can be given wherever a subnetwork can
     """
     path = Path(folder)
     if not (path / "config.json").is_file():

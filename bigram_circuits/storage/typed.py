@@ -30,6 +30,9 @@ class Record:
             raise KeyError(name)
         return getattr(self, name)
 
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name != "upgraded"]
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return {name: to_json(getattr(self, name)) for name in _hints(type(self))}

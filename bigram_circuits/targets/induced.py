@@ -30,6 +30,10 @@ class InducedTarget(Target):
     it with the text's bigram table separates the model's statistics from those of the corpus.
 
     The table is made once: it does not follow later changes of the model's weights.
+
+    Example:
+        >>> induced = bc.InducedTarget(model, text)
+        >>> bc.evaluate(model, found, induced, text, controls=False)
     """
 
     d_vocab: int

@@ -19,6 +19,9 @@ class ModelTarget(Target):
 
     The model may be the one that is being masked; the target always uses its full weights. If the model's outputs are
     no tokens (`d_vocab_out`), it is the distribution over these.
+
+    Example:
+        >>> bc.evaluate(model, found, bc.ModelTarget(model), text, controls=False)  # KL from the full model
     """
 
     d_vocab: int

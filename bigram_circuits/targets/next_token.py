@@ -13,6 +13,9 @@ class NextTokenTarget(Target):
     """All probability on the actual next token, so that the CE is the usual language-modelling loss.
 
     Its surprisal is 0 everywhere, so a correlation with it is undefined. It is not defined at the last position.
+
+    Example:
+        >>> bc.evaluate(model, found, bc.NextTokenTarget(), text, controls=False)  # its cross-entropy is the usual loss
     """
 
     positions = slice(0, -1)

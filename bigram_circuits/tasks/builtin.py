@@ -83,6 +83,11 @@ def repeated_random_tokens(
     Raises:
         ValueError: If the prompt does not fit the context, the block is longer than the vocabulary or shorter than 2,
             or there is nothing to score.
+
+    Example:
+        >>> repeats = analysis.repeated_random_tokens(model, prompts=4, period=8)
+        >>> repeats.tokens.shape  # a start token, and twice a block of 8
+        (4, 17)
     """
     name = "repeated random tokens"
     length = 2 * period if length is None else length
@@ -115,6 +120,10 @@ def ordered_sequences(model: Model, *, prompts: int = 64, shown: Sequence[int] =
 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `shown` is not 1 to 11.
+
+    Example:
+        >>> numbers = analysis.ordered_sequences(model, prompts=4)
+        >>> print(numbers.rows[0])
     """
     _check_prompts(prompts, seed)
     if not shown or min(shown) < 1 or max(shown) > 11:
@@ -145,6 +154,10 @@ def earlier_value(model: Model, *, prompts: int = 64, pairs: int = 4, seed: int 
 
     Raises:
         ValueError: If there is no tokenizer, the prompts do not fit the context, or `pairs` is out of range.
+
+    Example:
+        >>> retrieval = analysis.earlier_value(model, prompts=4, pairs=2)
+        >>> print(analysis.ability(model, retrieval))
     """
     _check_prompts(prompts, seed)
     if not 2 <= pairs <= len(_OWNERS):
@@ -175,6 +188,9 @@ def greater_than(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
     Raises:
         ValueError: If there is no tokenizer, it does not split years into two tokens of two digits, or the prompts do
             not fit the context.
+
+    Example:
+        >>> years = analysis.greater_than(bc.load_model("gpt2"), prompts=16)
     """
     name, tokenizer = "greater-than", _tokenizer(model)
     _check_prompts(prompts, seed)
@@ -215,6 +231,9 @@ def indirect_object(model: Model, *, prompts: int = 64, seed: int = 0) -> Task:
     Raises:
         ValueError: If there is no tokenizer, fewer than 6 of the names used here are single tokens, or the prompts do
             not fit the context.
+
+    Example:
+        >>> names = analysis.indirect_object(bc.load_model("gpt2"), prompts=16)
     """
     name, tokenizer = "indirect object", _tokenizer(model)
     _check_prompts(prompts, seed)

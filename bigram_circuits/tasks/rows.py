@@ -30,7 +30,12 @@ _PAIR = ("counterfactual", "counterfactual_answer")
 
 
 class TaskWarning(UserWarning):
-    """Some rows of a task are not what they seem, or are left out."""
+    """Some rows of a task are not what they seem, or are left out.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", bc.TaskWarning)  # refuse a task with rows that the tokenizer cannot express
+    """
 
 
 def load_task(path_or_rows: Any, *, tokenizer: Any, name: str | None = None, bos: str | None = None) -> Task:
@@ -59,6 +64,10 @@ def load_task(path_or_rows: Any, *, tokenizer: Any, name: str | None = None, bos
         FileNotFoundError: If there is no such file.
         ValueError: If a line is not JSON, or a row lacks a field, has an unknown one, an empty prompt or answer, or an
             answer that is also wrong; the message says which row. If the tokenizer can express none of the rows.
+
+    Example:
+        >>> rows = [{"prompt": "list value list", "answer": " value"}, {"prompt": "list name list", "answer": " name"}]
+        >>> task = bc.load_task(rows, tokenizer=model.tokenizer)  # or the path of a file of JSON lines
     """
     if tokenizer is None or not callable(tokenizer):
         what = type(tokenizer).__name__

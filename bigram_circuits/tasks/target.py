@@ -38,6 +38,10 @@ class TaskTarget(PlacedTarget):
 
     With `loss` and `logit_difference` a mask may do better than the model, and then explains more than the model does;
     `kl` asks for what the model does, mistakes included. A correlation of surprisals is defined for `kl` alone.
+
+    Example:
+        >>> answers = bc.TaskTarget(task)
+        >>> bc.evaluate(model, found, answers, task.corpus().held_out, controls=False)
     """
 
     def __init__(self, task: Any, measure: str = "loss", *, model: Model | None = None) -> None:

@@ -76,6 +76,10 @@ class Task:
 
     The loss is the mean surprisal (nats) of the correct tokens at scored places; if wrong tokens are given, the log
     odds are log P(right) - log P(wrong), which for one right and one wrong token is the logit difference.
+
+    Example:
+        >>> task = bc.load_task([{"prompt": "import os, sys", "answer": " import"}], tokenizer=model.tokenizer)
+        >>> print(len(task.tokens), task.chance)
     """
 
     name: str
@@ -246,7 +250,12 @@ def padded(
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether a model can do a task at all."""
+    """Whether a model can do a task at all.
+
+    Example:
+        >>> able = analysis.ability(model, analysis.repeated_random_tokens(model, prompts=4, period=8))
+        >>> print(able.loss, able.chance, able.able)
+    """
 
     task: str
     """Name of the task."""
@@ -324,7 +333,12 @@ def checked_task(model: Model, tokens: Any) -> Task:
 
 @uses_model
 def ability(model: Model, task: Task) -> Ability:
-    """Compare a model on a task with guessing; raises ValueError if a surprisal is not finite."""
+    """Compare a model on a task with guessing; raises ValueError if a surprisal is not finite.
+
+    Example:
+        >>> task = analysis.repeated_random_tokens(model, prompts=4, period=8)
+        >>> print(analysis.ability(model, task))  # its loss, that of guessing, and whether it can do it
+    """
     check_model(model)
     if not isinstance(task, Task):
         raise ValueError(f"ability is measured on a Task, not on a {type(task).__name__}")

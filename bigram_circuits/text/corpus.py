@@ -65,7 +65,13 @@ class Named:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text in two parts that share no document."""
+    """A tokenised text in two parts that share no document.
+
+    Example:
+        >>> mine = bc.Corpus.from_tokens(corpus.train[:20], corpus.train[20:24])  # tokens that you made yourself
+        >>> print(len(mine.train), len(mine.held_out))
+        20 4
+    """
 
     train: Integer[np.ndarray, "train_sequence position"]
     """int32 token ids for learning masks and counting n-grams; memory-mapped when large."""
@@ -175,6 +181,11 @@ def load_corpus(
         FileNotFoundError: If a path does not exist.
         ValueError: If an argument is out of range, a file holds no text or in an unknown encoding, a field is missing,
             a BOS is asked for where there is none, or there is not enough text for one sequence in each part.
+
+    Example:
+        >>> documents = [f"This is document {n}." for n in range(40)]  # or the path of a file or folder
+        >>> corpus = bc.load_corpus(documents, tokenizer=model.tokenizer, context_length=8)
+        >>> print(corpus.documents)  # how many are in the training part, and in the held-out part
     """
     context_length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
     if context_length < 2:

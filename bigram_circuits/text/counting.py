@@ -42,6 +42,10 @@ def count_ngrams(
     Raises:
         ValueError: If the order is not 1, 2 or 3, a token is outside the vocabulary, or every sequence is shorter than
             `order` tokens.
+
+    Example:
+        >>> trigrams = bc.count_ngrams(corpus.train, order=3, d_vocab=model.cfg.d_vocab)
+        >>> print(trigrams.n_entries)
     """
     counter = NGramCounter(order, d_vocab)
     array = tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
@@ -76,7 +80,14 @@ def count_contexts(
 
 
 class NGramCounter:
-    """Accumulates counts of all n-grams up to `order`; `freeze()` returns the table."""
+    """Accumulates counts of all n-grams up to `order`; `freeze()` returns the table.
+
+    Example:
+        >>> counter = bc.NGramCounter(order=2, d_vocab=model.cfg.d_vocab)
+        >>> counter.add(corpus.train[:50])
+        >>> counter.add(corpus.train[50:])
+        >>> table = counter.freeze()
+    """
 
     def __init__(self, order: int, d_vocab: int) -> None:
         if order not in (1, 2, 3):

@@ -162,6 +162,11 @@ class NGramTable:
 
     A target for `find_subnetwork` and `evaluate`. Where fewer tokens precede a position than the order needs, the
     longest available context is used. Results are in nats, on the device of the arguments.
+
+    Example:
+        >>> target.save("bigrams.safetensors")
+        >>> again = bc.NGramTable.load("bigrams.safetensors")
+        >>> print(again.n_entries)
     """
 
     order: int
