@@ -11,6 +11,8 @@ random subnetwork on the same text.
 | how well does it do a task? | `measure_task` |
 | what is sufficient? | `sufficiency`, with the tasks of `TASKS` |
 | what do the latents of a dictionary write? | `feature_tokens` |
+| how does a prediction come about, from token in to token out? | `explain`; for many tokens `atlas` |
+| what does a neuron or head do, and does the picture predict it? | `unit_effects`, `neuron_map`, `neurons_used`, `predicted_effects` |
 | which directions count for a token, or for a choice? | `observable`, `pulled_back`, `norm_effect`, `coupling` |
 | which components write the prediction, where do heads attend? | `logit_attribution`, `attention_patterns`, `head_scores`, `retrieval_scores`, `successor_scores` |
 | where are the kept weights? | `by_layer`, `by_matrix`, `by_head`, `by_neuron`, `concentration`, `whole_neurons`, `max_activating_tokens` |
@@ -22,7 +24,9 @@ random subnetwork on the same text.
 
 from bigram_circuits.analysis.ablation import ablate, stochastic_ablation
 from bigram_circuits.analysis.affine import AffineMaps, fit_affine_lens, refine_affine_lens
+from bigram_circuits.analysis.atlas import atlas
 from bigram_circuits.analysis.attribution import attention_patterns, logit_attribution
+from bigram_circuits.analysis.explaining import explain
 from bigram_circuits.analysis.features import FeatureTokens, feature_tokens
 from bigram_circuits.analysis.geometry import (
     cosine_to_unembedding,
@@ -44,6 +48,7 @@ from bigram_circuits.analysis.location import (
     max_activating_tokens,
     whole_neurons,
 )
+from bigram_circuits.analysis.neurons import neuron_map, neurons_used
 from bigram_circuits.analysis.observables import (
     Direction,
     Observable,
@@ -53,13 +58,16 @@ from bigram_circuits.analysis.observables import (
     pulled_back,
 )
 from bigram_circuits.analysis.overlap import overlap, overlaps
+from bigram_circuits.analysis.prediction import predicted_effects
 from bigram_circuits.analysis.reading import faithfulness_by_token, next_tokens, passages
 from bigram_circuits.analysis.sufficiency import sufficiency
 from bigram_circuits.analysis.suite import Analyses, analyze
 from bigram_circuits.analysis.task_scores import measure_task
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
+from bigram_circuits.analysis.units import unit_effects
+from bigram_circuits.explanations.explanation import Atlas, Explanation
 from bigram_circuits.measures.quantities import Quantity
-from bigram_circuits.measures.results import Curves, Effects, Maps, Result, load_result
+from bigram_circuits.measures.results import Curves, Effects, Maps, Result, Scatter, load_result
 from bigram_circuits.tasks.builtin import (
     TASKS,
     earlier_value,
@@ -75,19 +83,23 @@ __all__ = [
     "Ability",
     "AffineMaps",
     "Analyses",
+    "Atlas",
     "Curves",
     "Direction",
     "Effects",
+    "Explanation",
     "FeatureTokens",
     "Maps",
     "Observable",
     "Quantity",
     "Result",
+    "Scatter",
     "Task",
     "ability",
     "ablate",
     "affine_lens",
     "analyze",
+    "atlas",
     "attention_patterns",
     "by_head",
     "by_layer",
@@ -100,6 +112,7 @@ __all__ = [
     "covariance_similarity",
     "earlier_value",
     "exciting_tokens",
+    "explain",
     "faithfulness_by_token",
     "faithfulness_to",
     "feature_tokens",
@@ -115,6 +128,8 @@ __all__ = [
     "logit_lens",
     "max_activating_tokens",
     "measure_task",
+    "neuron_map",
+    "neurons_used",
     "next_tokens",
     "norm_effect",
     "observable",
@@ -122,6 +137,7 @@ __all__ = [
     "overlap",
     "overlaps",
     "passages",
+    "predicted_effects",
     "pulled_back",
     "refine_affine_lens",
     "repeated_random_tokens",
@@ -131,9 +147,6 @@ __all__ = [
     "successor_scores",
     "sufficiency",
     "trajectory",
+    "unit_effects",
     "whole_neurons",
 ]
-
-
-def __dir__() -> list[str]:
-    return __all__

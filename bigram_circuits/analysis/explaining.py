@@ -31,10 +31,12 @@ from torch import Tensor
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
+from bigram_circuits.analysis.observables import Observable
 from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.unit_tokens import unit_tokens
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.explanations.explanation import CircuitPath, Edge, Explanation, Node
+from bigram_circuits.explanations.words import quoted
 from bigram_circuits.masking.apply import Mask, MaskLike
 from bigram_circuits.measures.words import percent
 from bigram_circuits.models.activations import NotShownError
@@ -140,6 +142,8 @@ class Asked:
 
     words: str
     """`logit of ' the'`."""
+    label: str
+    """The same on a node: `' the'`."""
     weights: Float[Tensor, " d_vocab"]
 
 
@@ -150,23 +154,25 @@ def functional(model: Model, answer: Any, wrong: Any, logits: Float[Tensor, " d_
         ValueError: If a token does not exist, both are the same, or `wrong` comes with an observable.
     """
     weights = torch.zeros_like(logits)
-    if (given := getattr(answer, "weights", None)) is not None:
+    if isinstance(answer, Observable):
         if wrong is not None:
             raise ValueError("an observable is explained by itself: wrong is for the logit of an answer")
-        given = torch.as_tensor(given, dtype=weights.dtype, device=weights.device)
+        given = torch.as_tensor(answer.weights, dtype=weights.dtype, device=weights.device)
         if given.shape != weights.shape:
             raise ValueError(f"the observable has {len(given)} weights, but this model {len(weights)} logits")
-        return Asked(str(getattr(answer, "words", "the observable")), given)
+        return Asked(answer.name, answer.name, given)
     best = int(logits.argmax()) if answer is None else token_id(model, answer)
     weights[best] = 1.0
-    words = f"logit of {token_word(model, best)!r}"
+    label = quoted(token_word(model, best))
+    words = f"logit of {label}"
     if wrong is not None:
         other = token_id(model, wrong)
         if other == best:
-            raise ValueError(f"answer and wrong are the same token, {token_word(model, best)!r}")
+            raise ValueError(f"answer and wrong are the same token, {label}")
         weights[other] = -1.0
-        words += f" minus logit of {token_word(model, other)!r}"
-    return Asked(words, weights)
+        than = quoted(token_word(model, other))
+        words, label = f"{words} minus logit of {than}", f"{label} minus {than}"
+    return Asked(words, label, weights)
 
 
 def explained(
@@ -188,7 +194,7 @@ def explained(
     words = token_words(model, tokens[0].tolist())
     value = float(passed.logits[place].double() @ asked.weights.double())
     constant = float(passed.constant.double() @ asked.weights.double())
-    graph = _Graph(passed, _Reader(end, len(passed.writers), value), constant, words)
+    graph = _Graph(passed, _Reader(end, len(passed.writers), value), constant, words, asked.label)
     direct = torch.cat([one.flatten() for one in passed.written(end)]).double()
     total, largest = float(direct.sum()) + constant, max(1.0, abs(constant), float(direct.abs().max()))
     if not abs(total - value) <= _TOLERANCE * largest:
@@ -252,8 +258,8 @@ class _Reader:
 class _Graph:
     """The flows of one functional through a forward pass that was taken apart."""
 
-    def __init__(self, passed: Linearised, end: _Reader, constant: float, words: Sequence[str]) -> None:
-        self.passed, self.end, self.constant, self.words = passed, end, constant, words
+    def __init__(self, passed: Linearised, end: _Reader, constant: float, words: Sequence[str], answer: str) -> None:
+        self.passed, self.end, self.constant, self.words, self.answer = passed, end, constant, words, answer
         self.writers = passed.writers
         self.flows, self.along = passed.flows(end.directions)
         totals = (torch.zeros_like(end.directions) if one.kind == _BIAS else one.total() for one in self.writers)
@@ -277,7 +283,7 @@ class _Graph:
         """The label of a node: of a token, the token itself."""
         kind = self.kind(at)
         if kind == "token":
-            return repr(self.words[at.position])
+            return quoted(self.words[at.position])
         return f"position {at.position}" if kind == "position" else self.label(at.writer, at.unit)
 
     def key(self, at: _At) -> str:
@@ -330,7 +336,7 @@ class _Graph:
         nodes = [*([biases] if any(source == _BIAS for source, _, _ in edges) else []), *nodes]
         nodes.sort(key=lambda node: (node.layer, -1 if node.position is None else node.position))
         value = self.end.value
-        end = Node(_ANSWER, _ANSWER, _ANSWER, self.passed.layers, None, value, value, value - inflow[_ANSWER])
+        end = Node(_ANSWER, _ANSWER, self.answer, self.passed.layers, None, value, value, value - inflow[_ANSWER])
         return (*nodes, end), tuple(Edge(*one) for one in edges)
 
     def _strongest(self, count: int) -> list[_At]:
@@ -399,7 +405,7 @@ class _Graph:
                     heapq.heappush(queue, (-abs(value), next(ties), onward, its_keys, its_labels))
             return strength
 
-        rest += follow(self.end, (_ANSWER,), (_ANSWER,))
+        rest += follow(self.end, (_ANSWER,), (self.answer,))
         for _ in range(count * _EXPANSIONS):
             if not queue:
                 break

@@ -38,7 +38,7 @@ def unit_tokens(
     for label in dict.fromkeys(labels):
         name = PartName.parse(label)
         assert name is not None, "labels of neurons and heads"
-        by_part.setdefault((name.kind, name.layer), []).extend(name.indices)
+        by_part.setdefault((name.kind.removesuffix("s"), name.layer), []).extend(name.indices)
     embeddings = _embeddings(model, passed)
     last = position % len(passed.logits)
     final = passed.final.rows(slice(last, last + 1))
