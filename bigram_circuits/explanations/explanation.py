@@ -159,7 +159,8 @@ class Explanation(Record):
     def plot(self) -> Any:
         """Draw what each of the strongest paths adds to the answer, as a plotly figure."""
         paths = self.paths[:_PATHS_SHOWN]
-        names, values = list(map(words.path_words, paths)), np.array([path.value for path in paths], dtype=float)
+        names = [words.path_words(path, self) for path in paths]
+        values = np.array([path.value for path in paths], dtype=float)
         title = f"Strongest paths to the {self.answer}"
         return plots.ranked("path", names, values, f"added to the {self.answer}", title)
 
@@ -181,7 +182,7 @@ class Explanation(Record):
         return pd.DataFrame(ordered, columns=["part", "value"])
 
     def __str__(self) -> str:
-        lines = [f"{path.value:+9.3f}  {words.path_words(path, '->')}" for path in self.paths[:_PATHS_SHOWN]]
+        lines = [f"{path.value:+9.3f}  {words.path_words(path, self, '->')}" for path in self.paths[:_PATHS_SHOWN]]
         return "\n".join([words.prediction_words(self), words.sum_words(self), *lines])
 
     def _repr_html_(self) -> str:

@@ -83,7 +83,7 @@ def _node(node: Node, explanation: Explanation, numbers: dict[str, int], influen
     place = explanation.position if node.position is None else node.position
     index = _index(node, numbers)
     layer = {"embedding": "E", "logit": str(node.layer + 1)}.get(kind, str(max(0, node.layer)))
-    chance = next((value for token, value in explanation.predictions if words.quoted(token) == node.label), 0.0)
+    chance = words.answer_probability(explanation) or 0.0
     return {
         "node_id": f"{layer}_{index}_{place}",
         "feature": index if kind != _FEATURE else _paired(node.layer, index),
@@ -117,7 +117,8 @@ def _paired(layer: int, index: int) -> int:
 def _clerp(node: Node, explanation: Explanation, chance: float) -> str:
     """What viewers show as a node's name."""
     if node.kind == "answer":
-        token = node.label[1:-1] if node.label.startswith("'") else node.label
+        name = words.answer_words(explanation)
+        token = name[1:-1] if name[0] in "'\"" else name
         return f'Output "{token}" (p={chance:.3f})'
     known = explanation.units.get(node.label)
     if known is None or not known.promotes:

@@ -137,22 +137,24 @@ class _Strings:
 def _graph(explanation: Explanation, labels: _Strings) -> dict[str, Any]:
     """An explanation as JSON values, in which nodes are their place in the list and labels their place in `labels`."""
     places = {node.key: place for place, node in enumerate(explanation.nodes)}
+    answer = words.answer_words(explanation)
     return {
         "says": [words.prediction_words(explanation), words.sum_words(explanation)],
         "prompt": list(explanation.prompt),
         "position": explanation.position,
         "answer": explanation.answer,
+        "likely": _short(words.answer_probability(explanation)),
         "value": _short(explanation.value),
         "predictions": [[token, _short(probability)] for token, probability in explanation.predictions],
         "nodes": [
-            [node.kind, labels.place(node.label), node.layer, node.position,
+            [node.kind, labels.place(answer if node.kind == "answer" else node.label), node.layer, node.position,
              *map(_short, (node.direct, node.flow, node.unseen, node.activation))]
             for node in explanation.nodes
         ],
         "edges": [[places[one.source], places[one.target], _short(one.flow)] for one in explanation.edges],
         "paths": [
             [_short(value), _short(share), [places.get(key, -1) for key in path.nodes],
-             [labels.place(label) for label in path.labels]]
+             [labels.place(label) for label in (*path.labels[:-1], answer)]]
             for path, (_, value, share) in zip(explanation.paths, words.path_rows(explanation), strict=True)
         ],
     }  # fmt: skip

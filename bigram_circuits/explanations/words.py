@@ -19,12 +19,18 @@ NODE_COLUMNS = ("node", "position", "directly", "along all paths", "activation",
 
 def quoted(token: str) -> str:
     """A token in quotes, with its spaces as they are: `' of'`."""
-    return f"'{token}'"
+    return repr(token)
 
 
-def path_words(path: CircuitPath, arrow: str = "→") -> str:
+def answer_words(explanation: Explanation) -> str:
+    """What is explained, in a picture: the token alone, if it is the logit of one."""
+    token = explanation.answer.removeprefix("logit of ")
+    return explanation.answer if " minus " in token else token
+
+
+def path_words(path: CircuitPath, explanation: Explanation, arrow: str = "→") -> str:
     """A path from its input to the answer: `' of' → L0N12 → ' the'`."""
-    return f" {arrow} ".join(path.labels)
+    return f" {arrow} ".join([*path.labels[:-1], answer_words(explanation)])
 
 
 def number(value: float | None) -> str:
@@ -34,6 +40,12 @@ def number(value: float | None) -> str:
     if value and abs(value) < 0.005:
         return f"{value:.1e}"
     return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def answer_probability(explanation: Explanation) -> float | None:
+    """The probability of the token whose logit is explained; None if it is not the logit of a likely one."""
+    name = answer_words(explanation)
+    return next((chance for token, chance in explanation.predictions if quoted(token) == name), None)
 
 
 def share_words(share: float | None) -> str:
@@ -79,7 +91,7 @@ def path_rows(explanation: Explanation, arrow: str = "→") -> list[tuple[str, f
     listed = math.fsum(abs(path.value) for path in explanation.paths)
     kept = 1 - explanation.left_out_share
     share = kept / listed if listed else 0.0
-    return [(path_words(path, arrow), path.value, abs(path.value) * share) for path in explanation.paths]
+    return [(path_words(path, explanation, arrow), path.value, abs(path.value) * share) for path in explanation.paths]
 
 
 def node_rows(explanation: Explanation) -> list[list[Any]]:
@@ -91,7 +103,8 @@ def node_rows(explanation: Explanation) -> list[list[Any]]:
 def _node_row(node: Node, known: UnitTokens | None, explanation: Explanation) -> list[Any]:
     where = "" if node.position is None else f"{node.position} {quoted(explanation.prompt[node.position])}"
     tokens = ("", "", "") if known is None else map(_tokens, (known.drives, known.promotes, known.suppresses))
-    return [node.label, where, node.direct, node.flow, "" if node.activation is None else node.activation, *tokens]
+    label = answer_words(explanation) if node.kind == "answer" else node.label
+    return [label, where, node.direct, node.flow, "" if node.activation is None else node.activation, *tokens]
 
 
 def _tokens(pairs: tuple[tuple[str, float], ...]) -> str:

@@ -12,7 +12,7 @@
   const SOURCES = ['token', 'position', 'bias', 'replaced'];
   const RANK = {token: 0, position: 1, bias: 2, replaced: 3, head: 0, attn: 0, mlp: 1, neuron: 1, answer: 0};
   const SVG = 'http://www.w3.org/2000/svg';
-  const LOW = 28, HIGH = 42;  // pixels: of nodes with one line and with two
+  const LOW = 28, HIGH = 42, LANE = 8, LANES = 12;  // pixels: of nodes with one line and with two, of the room of an edge
   const TOP = 24, WIDEST = 12, TALL = 500;  // pixels: of headings, of edges, of a picture that is not crowded
 
   document.querySelectorAll('.circuit').forEach(start);
@@ -23,7 +23,10 @@
     if (text !== undefined) { one.textContent = text; }
     return one;
   }
-  function quoted(token) { return "'" + token + "'"; }
+  function quoted(token) {  // as Python does it
+    const mark = token.includes("'") && !token.includes('"') ? '"' : "'";
+    return mark + token.replaceAll('\\', '\\\\').replaceAll(mark, '\\' + mark) + mark;
+  }
   function number(value, signed) {
     if (value === null || value === undefined) { return 'undefined'; }
     const size = Math.abs(value);
@@ -90,8 +93,9 @@
     }
     function covered(shown) {  // what the paths among these nodes add up to: in a linear model, shares multiply
       const share = graph.nodes.map(() => 0);
-      graph.nodes.forEach((node, at) => {
-        if (!shown.has(at)) { return; }
+      const forwards = [...shown].sort((a, b) => column(a) - column(b) || rank(a) - rank(b));
+      forwards.forEach((at) => {
+        const node = graph.nodes[at];
         const source = SOURCES.includes(node[KIND]);
         const sum = into[at].reduce((all, edge) => all + (shown.has(edge[FROM]) ? edge[STRENGTH] * share[edge[FROM]] : 0), 0);
         share[at] = source ? 1 : at === end ? sum : node[FLOW] ? sum / node[FLOW] : 0;
@@ -108,6 +112,10 @@
     function height(at) { return caption(at) ? HIGH : LOW; }
     function middle(spot) { return spot.y + spot.height / 2; }
     function label(at) { return data.labels[graph.nodes[at][LABEL]]; }
+    function name(at) {  // where a label alone may be that of several nodes
+      const position = graph.nodes[at][POSITION];
+      return label(at) + (position === null || graph.prompt.length < 2 ? '' : ' @' + position);
+    }
 
     function layout(shown) {  // the place of every node, of every column and of every band of a position
       const columns = [...new Set([...shown].map(column))].sort((a, b) => a - b);
@@ -117,58 +125,79 @@
       const room = board.clientWidth - 24, spaces = Math.max(1, columns.length - 1);
       const width = Math.max(116, Math.min(136, (room - 48 * spaces) / columns.length));
       const pitch = width + Math.max(44, Math.min(150, (room - columns.length * width) / spaces));
-      const cells = new Map();
-      shown.forEach((at) => {
-        const row = !banded ? undefined : at === end ? graph.position : graph.nodes[at][POSITION];
-        const key = columns.indexOf(column(at)) + ' ' + row;
-        cells.set(key, [...(cells.get(key) || []), at]);
-      });
-      const crowd = Math.max(...[...cells.values()].map((cell) => cell.length));
-      const gap = banded ? 8 : Math.max(8, Math.min(28, TALL / crowd - HIGH));
-      const extent = (cell) => cell.reduce((sum, at) => sum + height(at) + gap, -gap);
-      const tall = rows.map((row) => Math.max(LOW, ...columns.map((_, place) => extent(cells.get(place + ' ' + row) || []))));
-      const tops = [];
-      tall.reduce((top, height, place) => { tops[place] = top; return top + height + (banded ? 14 : 0); }, TOP + 6);
-      const place = new Map();
-      function put(cell, columnPlace, rowPlace) {
+      const cells = new Map(), place = new Map(), tops = [];
+      const rowOf = (at) => !banded ? undefined : at === end ? graph.position : graph.nodes[at][POSITION];
+      const add = (item, columnPlace, row) => {
+        const key = columnPlace + ' ' + row;
+        cells.set(key, [...(cells.get(key) || []), item]);
+      };
+      shown.forEach((at) => add(at, columns.indexOf(column(at)), rowOf(at)));
+      const routes = lanes(shown, columns);
+      routes.forEach((route, edge) => route.forEach((lane) => add(lane, lane.column, rowOf(edge[FROM]))));
+      const full = (cell) => cell.reduce((sum, item) => sum + heightOf(item), 0);
+      const gap = banded ? 8 : Math.max(8, Math.min(28, ...[...cells.values()].map((cell) => (TALL - full(cell)) / cell.length)));
+      const extent = (cell) => full(cell) + gap * (cell.length - 1);
+      const tall = rows.map((row) => Math.max(LOW, ...columns.map((_, at) => extent(cells.get(at + ' ' + row) || []))));
+      tall.reduce((top, height, at) => { tops[at] = top; return top + height + (banded ? 14 : 0); }, TOP + 6);
+      const each = (order) => columns.forEach((_, columnPlace) => rows.forEach((row, rowPlace) => {
+        const key = columnPlace + ' ' + row;
+        if (!cells.has(key)) { return; }
+        const cell = order(cells.get(key));
+        cells.set(key, cell);
         let y = tops[rowPlace] + (tall[rowPlace] - extent(cell)) / 2;
-        cell.forEach((at) => {
-          place.set(at, {x: columnPlace * pitch, y: y, width: width, height: height(at)});
-          y += height(at) + gap;
+        cell.forEach((item) => {
+          place.set(item, {x: columnPlace * pitch, y: y, width: width, height: heightOf(item)});
+          y += heightOf(item) + gap;
         });
-      }
-      function each(visit) {
-        columns.forEach((_, columnPlace) => rows.forEach((row, rowPlace) => {
-          const key = columnPlace + ' ' + row;
-          if (cells.has(key)) { visit(key, columnPlace, rowPlace); }
-        }));
-      }
-      each((key, ...where) => put(byRank(cells.get(key), () => 0), ...where));
-      for (let sweep = 0; sweep < 6; sweep += 1) {  // nodes go to the mean height of their neighbours: fewer crossings
-        each((key, ...where) => { cells.set(key, byRank(cells.get(key), (at) => pull(at, place))); put(cells.get(key), ...where); });
+      }));
+      each((cell) => ordered(cell, () => 0));
+      for (let sweep = 0; sweep < 8; sweep += 1) {  // towards the mean height of what they are joined to: fewer crossings
+        each((cell) => ordered(cell, (item) => pull(item, place)));
       }
       const last = rows.length - 1;
-      return {place, columns, pitch, width, banded, rows, tall, tops,
+      return {place, routes, columns, pitch, width, banded, rows, tall, tops,
               across: (columns.length - 1) * pitch + width, down: tops[last] + tall[last]};
     }
+    function lanes(shown, columns) {  // room in the columns that strong edges cross, so that no node hides them
+      const crossing = graph.edges.filter((edge) => shown.has(edge[FROM]) && shown.has(edge[TO]) &&
+        columns.indexOf(column(edge[TO])) - columns.indexOf(column(edge[FROM])) > 1 && strength(edge[STRENGTH]) > most.edge / 8);
+      crossing.sort((a, b) => strength(b[STRENGTH]) - strength(a[STRENGTH]));
+      return new Map(crossing.slice(0, LANES).map((edge) => {
+        const route = [], to = columns.indexOf(column(edge[TO]));
+        for (let at = columns.indexOf(column(edge[FROM])) + 1; at < to; at += 1) { route.push({column: at}); }
+        route.forEach((lane, at) => {
+          lane.joins = [at ? route[at - 1] : edge[FROM], at < route.length - 1 ? route[at + 1] : edge[TO]];
+        });
+        return [edge, route];
+      }));
+    }
+    function heightOf(item) { return item.joins ? LANE : height(item); }
     function bands(positions) {  // rows of the picture, in the order of the prompt; all of a short prompt
       const all = graph.prompt.length <= 16 ? graph.prompt.map((_, at) => at) : positions.filter((one) => one !== null);
       const found = [...new Set([...all, graph.position])].sort((a, b) => a - b);
       return positions.includes(null) ? [...found, null] : found;
     }
-    function byRank(cell, height) {
-      const heights = new Map(cell.map((at) => [at, height(at)]));
-      return cell.slice().sort((a, b) => RANK[graph.nodes[a][KIND]] - RANK[graph.nodes[b][KIND]] ||
+    function ordered(cell, wanted) {  // a cell from top to bottom: heads, then the rest, and lanes where they are wanted
+      const heights = new Map(cell.map((item) => [item, wanted(item)]));
+      const found = cell.filter((item) => !item.joins).sort((a, b) => rank(a) - rank(b) ||
         heights.get(a) - heights.get(b) || strength(graph.nodes[b][FLOW]) - strength(graph.nodes[a][FLOW]) || a - b);
+      cell.filter((item) => item.joins).sort((a, b) => heights.get(a) - heights.get(b)).forEach((lane) => {
+        found.splice(found.filter((item) => heights.get(item) <= heights.get(lane)).length, 0, lane);
+      });
+      return found;
     }
-    function pull(at, place) {
+    function rank(at) { return RANK[graph.nodes[at][KIND]]; }
+    function pull(item, place) {  // the mean height of what a node or a lane is joined to
+      if (item.joins) { return (middle(place.get(item.joins[0])) + middle(place.get(item.joins[1]))) / 2; }
       let sum = 0, weight = 0;
       const add = (other, edge) => {
-        if (place.has(other)) { sum += strength(edge[STRENGTH]) * middle(place.get(other)); weight += strength(edge[STRENGTH]); }
+        if (!place.has(other)) { return; }
+        sum += strength(edge[STRENGTH]) * middle(place.get(other));
+        weight += strength(edge[STRENGTH]);
       };
-      into[at].forEach((edge) => add(edge[FROM], edge));
-      outOf[at].forEach((edge) => add(edge[TO], edge));
-      return weight ? sum / weight : middle(place.get(at));
+      into[item].forEach((edge) => add(edge[FROM], edge));
+      outOf[item].forEach((edge) => add(edge[TO], edge));
+      return weight ? sum / weight : middle(place.get(item));
     }
 
     function draw() {
@@ -188,7 +217,7 @@
       });
       if (plan.banded) { drawBands(plan, shown); }
       graph.edges.forEach((edge) => {
-        if (shown.has(edge[FROM]) && shown.has(edge[TO])) { drawEdge(edge, plan.place); }
+        if (shown.has(edge[FROM]) && shown.has(edge[TO])) { drawEdge(edge, plan); }
       });
       buttons = new Map();
       [...shown].sort((a, b) => plan.place.get(a).x - plan.place.get(b).x || plan.place.get(a).y - plan.place.get(b).y)
@@ -210,21 +239,27 @@
         if (row !== null && !named.has(row)) { make(band, 'span', '', quoted(graph.prompt[row])).style.maxWidth = plan.width + 'px'; }
       });
     }
-    function drawEdge(edge, place) {
-      const a = place.get(edge[FROM]), b = place.get(edge[TO]), line = document.createElementNS(SVG, 'path');
-      const y1 = middle(a), y2 = middle(b);
+    function drawEdge(edge, plan) {
+      const a = plan.place.get(edge[FROM]), b = plan.place.get(edge[TO]), line = document.createElementNS(SVG, 'path');
       if (a.x === b.x) {  // a head and a neuron of one layer
-        const bulge = a.x - 14 - Math.min(24, Math.abs(y2 - y1) / 6);
+        const y1 = middle(a), y2 = middle(b), bulge = a.x - 14 - Math.min(24, Math.abs(y2 - y1) / 6);
         line.setAttribute('d', `M${a.x},${y1}C${bulge},${y1} ${bulge},${y2} ${b.x},${y2}`);
       } else {
-        const x1 = a.x + a.width, bend = Math.max(26, Math.min(110, (b.x - x1) / 2));
-        line.setAttribute('d', `M${x1},${y1}C${x1 + bend},${y1} ${b.x - bend},${y2} ${b.x},${y2}`);
+        let x = a.x + a.width, y = middle(a), drawn = `M${x},${y}`;
+        [...(plan.routes.get(edge) || []).map((lane) => plan.place.get(lane)), b].forEach((next) => {
+          const bend = Math.max(26, Math.min(110, (next.x - x) / 2)), height = middle(next);
+          drawn += `C${x + bend},${y} ${next.x - bend},${height} ${next.x},${height}`;
+          if (next !== b) { drawn += `H${next.x + next.width}`; }
+          x = next.x + next.width;
+          y = height;
+        });
+        line.setAttribute('d', drawn);
       }
       line.setAttribute('stroke-width', Math.max(0.7, WIDEST * strength(edge[STRENGTH]) / most.edge).toFixed(2));
       if (edge[STRENGTH] < 0) { line.setAttribute('class', 'lowers'); }
       line.edge = edge;
       const title = document.createElementNS(SVG, 'title');
-      title.textContent = label(edge[FROM]) + ' \u2192 ' + label(edge[TO]) + ': ' + number(edge[STRENGTH], true);
+      title.textContent = name(edge[FROM]) + ' \u2192 ' + name(edge[TO]) + ': ' + number(edge[STRENGTH], true);
       line.appendChild(title);
       lines.appendChild(line);
     }
@@ -249,10 +284,7 @@
     }
     function caption(at) {  // what a node is about, in its second line
       const known = data.units[label(at)];
-      if (at === end) {
-        const likely = graph.predictions.find(([token]) => quoted(token) === label(at));
-        return likely ? percent(likely[1]) + ' likely' : '';
-      }
+      if (at === end) { return graph.likely === null ? '' : percent(graph.likely) + ' likely'; }
       if (graph.nodes[at][KIND] === 'position') { return quoted(graph.prompt[graph.nodes[at][POSITION]]); }
       if (known && known[1].length) { return '\u2192 ' + known[1].slice(0, 3).map(([token]) => quoted(token)).join(' '); }
       return '';
@@ -323,7 +355,7 @@
       make(panel, 'h5', '', heading);
       edges.slice(0, LISTED).forEach((edge) => {
         const other = edge[side];
-        row(label(other), edge[STRENGTH], () => { reveal([other]); pin(other, true); }, !buttons.has(other));
+        row(name(other), edge[STRENGTH], () => { reveal([other]); pin(other, true); }, !buttons.has(other));
       });
       if (edges.length > LISTED) { make(panel, 'p', 'away', 'and ' + (edges.length - LISTED) + ' more'); }
     }
