@@ -117,9 +117,10 @@ def analyze(
         `max_activating_tokens`. What neurons and heads do: `unit_effects`, `neuron_map`, `neurons_used`,
         `predicted_effects`, and the `atlas`. Necessity: `ablation_components`, `ablation_heads`, `stochastic_ablation`.
         Comparison with the largest weights: `overlap_magnitude`. Sufficiency: `induction`, for single heads added to
-        the subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the best
-        of them with every other. For a `TaskTarget` also `task` (`measure_task`); ablations then change the loss at the
-        answers, and what looks at text uses the prompts of the most common length, without padding.
+        the subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the
+        best of them with every other. For a `TaskTarget` also `task` (`measure_task`); ablations then change the loss
+        at the answers, the atlas is of prompts, and what looks at text uses the prompts of the most common length,
+        without padding.
 
     Raises:
         ValueError: If a part of the text is empty, or model, subnetwork, target and text do not fit together. Analyses

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bigram_circuits.experiments.falsification import load_falsification
 from bigram_circuits.measures.words import listed, percent, rounded, sentence, span
-from bigram_circuits.report import inside, outcome, reading  # noqa: F401 (they register their sections)
+from bigram_circuits.report import circuit, inside, outcome, reading  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening, Section
 from bigram_circuits.report.document import document
 from bigram_circuits.report.facts import Row, control_rows

@@ -70,8 +70,9 @@ class Sections:
 
 SECTIONS = Sections(
     first=(
-        "controls", "task", "refuted", "training",
-        "where", "needed", "layers", "passage", "read", "tokens", "heads", "attribution", "overlap", "lacks",
+        "circuit", "controls", "task", "refuted", "training",
+        "predicts", "units", "where", "needed", "layers", "passage", "read", "tokens", "heads", "attribution",
+        "overlap", "lacks",
     ),
     last=("other", "again"),
 )  # fmt: skip
