@@ -6,11 +6,14 @@ from .analysis import (
     affine_lens as affine_lens,
     analyze as analyze,
     cosine_to_unembedding as cosine_to_unembedding,
+    atlas as atlas,
     covariance_similarity as covariance_similarity,
+    explain as explain,
     layer_rotations as layer_rotations,
     load_result as load_result,
     logit_lens as logit_lens,
     measure_task as measure_task,
+    observable as observable,
     overlap as overlap,
     sufficiency as sufficiency,
 )
@@ -28,6 +31,7 @@ from .evaluation import (
     evaluate as evaluate,
     soft_hard_gap as soft_hard_gap,
 )
+from .explanations.explanation import Atlas as Atlas, Explanation as Explanation
 from .experiments.comparison import compare as compare
 from .experiments.controls import (
     RenamedTarget as RenamedTarget,

@@ -48,11 +48,19 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     return tokens.to(model.cfg.device)
 
 
-def _encoded(model: Model, text: str) -> list[int]:
+def start_of_text(model: Model) -> list[int]:
+    """The tokens that every text begins with, as `prompt_tokens` puts them; none without a tokenizer."""
+    if model.tokenizer is None:
+        return []
     template = template_of(model.tokenizer)
     start = list(template.before)
     if not start and getattr(model.cfg, "default_prepend_bos", True):
         start = list(template.separator) if template.bos is None else [template.bos]
+    return start
+
+
+def _encoded(model: Model, text: str) -> list[int]:
+    start = start_of_text(model)
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if start and ids[: len(start)] == start else start + ids
 

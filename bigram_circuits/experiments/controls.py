@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from bigram_circuits.targets.base import Target, as_target
 from bigram_circuits.text.corpus import batch_of, in_order
 
 RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED = "re-initialised blocks", "everything re-initialised", "shuffled blocks"
-_AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
 
 
 class RenamedTarget(Target):
@@ -228,20 +226,3 @@ def _without_blocks(
     with torch.no_grad():
         embedded = model(tokens, stop_at_layer=0)  # what the first block would read
     return readout(model, embedded if linear is None else (embedded.float() @ linear).to(embedded))
-
-
-def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
-    """Mean KL (nats) from a target to its own mean distribution over a text; nan if it has no `log_probs` or `entropy`.
-
-    It is the mutual information, under the target, of the context and the next token.
-    """
-    total, entropies, n = torch.zeros(1, dtype=torch.float64), 0.0, 0
-    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * (target.d_vocab or 1)))):
-        log_probs, entropy = target.log_probs(batch), target.entropy(batch)
-        if log_probs is None or entropy is None:
-            return math.nan
-        probs = log_probs.exp().flatten(0, -2)
-        total = total + probs.sum(0).double().cpu()
-        entropies += float(entropy.double().sum())
-        n += len(probs)
-    return float(torch.special.entr(total / n).sum()) - entropies / n

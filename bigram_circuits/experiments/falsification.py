@@ -44,7 +44,6 @@ from bigram_circuits.experiments.controls import (
     RANDOM_MODEL,
     SHUFFLED,
     RenamedTarget,
-    kl_of_best_constant,
     with_random_blocks,
     with_shuffled_blocks,
 )
@@ -83,7 +82,7 @@ from bigram_circuits.models.state import uses_model
 from bigram_circuits.runs import Run, run_id
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import check_no_link
-from bigram_circuits.targets.base import PlacedTarget, Target, target_of
+from bigram_circuits.targets.base import PlacedTarget, Target, kl_of_best_constant, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (

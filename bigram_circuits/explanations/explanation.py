@@ -8,11 +8,25 @@ all the paths through a node or an edge.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from bigram_circuits.storage.typed import Record
+import numpy as np
+
+from bigram_circuits.explanations import words
+from bigram_circuits.explanations.page import atlas_page, explanation_page
+from bigram_circuits.measures import html, plots
+from bigram_circuits.storage.files import write_text
+from bigram_circuits.storage.origin import Origin
+from bigram_circuits.storage.records import read_record, sealed, shown
+from bigram_circuits.storage.typed import Record, from_json
+
+_FORMAT = "bigram_circuits.atlas/1"
+_PATHS_SHOWN = 12  # in a notebook, in a figure
 
 KINDS = {
     "token": "the embedding of a token of the prompt",
@@ -94,7 +108,13 @@ class UnitTokens(Record):
 
 @dataclass(frozen=True)
 class Explanation(Record):
-    """A prediction as a sum over the parts of a masked model, and over paths through them."""
+    """A prediction as a sum over the parts of a masked model, and over paths through them.
+
+    Example:
+        >>> explanation = bc.explain(model, found, "import os")
+        >>> explanation.terms_frame()  # its terms add up to the logit
+        >>> explanation.to_html("explanation.html")
+    """
 
     model: str
     """The model, in words."""
@@ -130,18 +150,134 @@ class Explanation(Record):
     notes: Mapping[str, Any] = field(default_factory=dict)
     """How it was made, as JSON values: what could not be taken apart, what was frozen."""
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A page to explore it with, as HTML that requests nothing; also written to a file if a path is given.
+
+        Raises:
+            ValueError: If the path is a folder.
+            OSError: If the file cannot be written.
+        """
+        page = explanation_page(self)
+        if path is not None:
+            html.write_page(path, lambda: page)
+        return page
+
+    def plot(self) -> Any:
+        """Draw what each of the strongest paths adds to the answer, as a plotly figure."""
+        paths = self.paths[:_PATHS_SHOWN]
+        names = [words.path_words(path, self) for path in paths]
+        values = np.array([path.value for path in paths], dtype=float)
+        title = f"Strongest paths to the {self.answer}"
+        return plots.ranked("path", names, values, f"added to the {self.answer}", title)
+
+    def to_dataframe(self) -> Any:
+        """Convert the paths to a pandas DataFrame, the strongest first.
+
+        Columns: `path`, in words (`' of' -> L0N12 -> ' the'`); `value`, what it adds, in the unit of the answer; and
+        `share`, its share of the strength of all paths, also those that are not listed.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(words.path_rows(self, "->"), columns=["path", "value", "share"])
+
+    def terms_frame(self) -> Any:
+        """Convert the direct contributions to a pandas DataFrame of `part` and `value`, the strongest first."""
+        import pandas as pd
+
+        ordered = sorted(self.terms.items(), key=lambda term: -abs(term[1]))
+        return pd.DataFrame(ordered, columns=["part", "value"])
+
+    def __str__(self) -> str:
+        lines = [f"{path.value:+9.3f}  {words.path_words(path, self, '->')}" for path in self.paths[:_PATHS_SHOWN]]
+        return "\n".join([words.prediction_words(self), words.sum_words(self), *lines])
+
+    def _repr_html_(self) -> str:
+        rows = [(path, value, words.share_words(share)) for path, value, share in words.path_rows(self)]
+        table = html.table(words.PATH_COLUMNS, rows[:_PATHS_SHOWN], "Strongest paths")
+        return html.summary(words.title(self), [words.prediction_words(self), words.sum_words(self)], table)
+
 
 @dataclass(frozen=True)
 class Atlas(Record):
-    """Explanations of what follows each of many tokens."""
+    """Explanations of what follows each of many tokens.
+
+    Example:
+        >>> atlas = analysis.atlas(model, found, corpus, tokens=3)
+        >>> atlas.to_html("atlas.html")
+    """
 
     title: str
     """What it is of."""
     explanations: tuple[Explanation, ...] = field(repr=False)
     """One for each token, in order of frequency, without `terms` and `units`."""
     counts: tuple[int, ...] = field(repr=False)
-    """How often each token occurs in the text that was counted."""
+    """How often each token occurs in the text that was counted; of a task's prompts, 1."""
     units: Mapping[str, UnitTokens] = field(repr=False, default_factory=dict)
     """What is known of the neurons and heads, by label."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """How it was made, as JSON values."""
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A page to explore it with, a token at a time, as HTML that requests nothing; also written if a path is given.
+
+        Raises:
+            ValueError: If the atlas is empty, or the path is a folder.
+            OSError: If the file cannot be written.
+        """
+        page = atlas_page(self)
+        if path is not None:
+            html.write_page(path, lambda: page)
+        return page
+
+    def to_dataframe(self) -> Any:
+        """Convert to a pandas DataFrame with a row for every token.
+
+        Columns: `token`, `count`, the likeliest next token (`prediction`) and its `probability`, the `answer` that is
+        explained and its `value`, how many `neurons` and `heads` are among the nodes, the share of all paths' strength
+        that is `left_out`, the `strongest_path` and what it `adds`.
+        """
+        import pandas as pd
+
+        columns = [name.replace(" ", "_") for name in words.ATLAS_COLUMNS]
+        return pd.DataFrame(list(words.atlas_rows(self)), columns=columns)
+
+    def save(self, path: str | os.PathLike[str], of: Origin | None = None) -> None:
+        """Write the atlas as a JSON file with a checksum, which says what it is of if that is given."""
+        record = {"format": _FORMAT, "atlas": self.to_json()} | ({} if of is None else {"of": of.to_json()})
+        write_text(Path(path), json.dumps(sealed(record)) + "\n")
+
+    def _repr_html_(self) -> str:
+        rows = html.shortened([row[:4] for row in words.atlas_rows(self)], _PATHS_SHOWN)
+        table = html.table(words.ATLAS_COLUMNS[:4], rows, self.title)
+        return html.summary(self.title, [f"{len(self.explanations)} tokens."], table)
+
+
+def load_atlas(path: str | os.PathLike[str]) -> Atlas:
+    """Load an atlas from its file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not an atlas, has another format version, or is damaged.
+    """
+    return load_atlas_and_origin(path)[0]
+
+
+def load_atlas_and_origin(path: str | os.PathLike[str], *, follow: bool = True) -> tuple[Atlas, Origin | None]:
+    """Load an atlas, and what it says it is of; `follow` says whether the file may be a symbolic link.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not an atlas, has another format version, or is damaged.
+    """
+    complaint = "is not an atlas that can be read"
+    record = read_record(path, complaint, follow=follow)
+    try:
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"its format is {shown(record.get('format'))}, but {_FORMAT!r} is needed")
+        of = from_json(Origin | None, record.pop("of", None), "of")
+        atlas = Atlas.from_json(record.get("atlas"))
+        if len(atlas.counts) != len(atlas.explanations):
+            raise ValueError(f"it has {len(atlas.explanations)} explanations but {len(atlas.counts)} counts")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
+    return atlas, of

@@ -22,7 +22,7 @@ from bigram_circuits.masking.replacing import make_replacement
 from bigram_circuits.models.edges import EdgeSite, edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
-from bigram_circuits.models.state import in_use, uses_model
+from bigram_circuits.models.state import in_use, parameters_frozen, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
@@ -142,7 +142,11 @@ def gates_applied(
     model: Model, sites: Sequence[Site], gate: Callable[[str], Tensor], replacement: Replacement
 ) -> Iterator[None]:
     """`sites_replaced`, where no parameter of the model receives a gradient."""
-    with in_use(model, "gates_applied", block=True), _frozen(model), sites_replaced(model, sites, gate, replacement):
+    with (
+        in_use(model, "gates_applied", block=True),
+        parameters_frozen(model),
+        sites_replaced(model, sites, gate, replacement),
+    ):
         yield
 
 
@@ -202,7 +206,7 @@ def gated(model: Model, gates: Gates, replacement: Replacement | None = None) ->
         return _Gate(gates, site.name) if site.name in gates.names else None
 
     nodes = sites_replaced(model, gates.sites, gates.of_nodes, replacement or Replacement())
-    with in_use(model, "gated", block=True), _frozen(model), _parametrized(model, gate), nodes:
+    with in_use(model, "gated", block=True), parameters_frozen(model), _parametrized(model, gate), nodes:
         yield model
 
 
@@ -222,21 +226,8 @@ def switched(model: Model, switches: Mapping[str, Tensor]) -> Iterator[Any]:
     def switch(site: WeightSite) -> nn.Module | None:
         return _Switch(switches[site.name]) if site.name in switches else None
 
-    with in_use(model, "switched", block=True), _frozen(model), _parametrized(model, switch):
+    with in_use(model, "switched", block=True), parameters_frozen(model), _parametrized(model, switch):
         yield model
-
-
-@contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """Within the `with` block, no parameter of a model receives a gradient."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -1,13 +1,64 @@
-"""Tables and text as HTML; everything that comes from data is escaped here."""
+"""Tables and text as HTML, and what all pages share; everything that comes from data is escaped here.
+
+A page is one file that needs no server, no network and no other file: `templates/shell.html` around what a room's own
+templates say, in the style of `templates/page.css`.
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigram_circuits.storage.files import write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _PRECISE = 4  # significant digits shown
+
+
+def environment(*rooms: str) -> Environment:
+    """Jinja2 with the templates of rooms (`report`) and those that all pages share; imported only when needed.
+
+    In a template, `source(name)` is the text of a style sheet or a script, unescaped.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    found = Environment(
+        loader=ChoiceLoader([PackageLoader(f"bigram_circuits.{room}") for room in (*rooms, "measures")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+    def source(name: str) -> Markup:
+        assert found.loader is not None
+        return Markup(found.loader.get_source(found, name)[0])
+
+    found.globals["source"] = source
+    found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return found
+
+
+def write_page(path: str | os.PathLike[str], make: Callable[[], str]) -> Path:
+    """Write the page that `make` returns, replacing an earlier one; returns its path.
+
+    Raises:
+        ValueError: If the path is a folder; whatever `make` raises.
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
+    write_text(path, make())
+    return path
 
 
 def escape(value: Any) -> str:

@@ -38,6 +38,8 @@ LIGHT_SHADES = ((0.0, "#f2f7fb"), (1.0, "#5aa9dd"))
 """Colour scale of cells with words in them: black text is readable on all of it."""
 SIGNED_LIGHT_SHADES = ((0.0, "#6fb1dc"), (0.5, "#f7f7f7"), (1.0, "#ef9a72"))
 """The same for values that can be negative."""
+POSITIVE, NEGATIVE = SERIES[1], SERIES[0]
+"""Colours of values above and below 0, as at the ends of `SIGNED_SHADES`."""
 IN_CELL = "#111111"
 """Colour of words in cells."""
 GRID = "rgba(128,128,128,0.22)"
@@ -175,6 +177,32 @@ def heat_maps(
     return _titled(figure, title)
 
 
+def points(names: Sequence[str], x: tuple[Numbers, str], y: tuple[Numbers, str], title: str) -> Any:
+    """Points with the diagonal, on which both numbers are the same; each number comes with the words on its axis."""
+    import plotly.graph_objects as go
+
+    both = np.concatenate([x[0], y[0]])
+    both = both[np.isfinite(both)]
+    ends = [float(both.min()), float(both.max())] if len(both) else [0.0, 1.0]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        line={"color": GREY, "width": 1, "dash": "dot"},
+    )
+    figure.add_scatter(
+        x=x[0], y=y[0], mode="markers", text=[plain(name) for name in names], showlegend=False,
+        marker={"color": SERIES[0], "size": 5, "opacity": 0.45},
+        hovertemplate=told("%{text}", f"{plain(x[1])} %{{x:.3f}}", f"{plain(y[1])} %{{y:.3f}}"),
+    )  # fmt: skip
+    figure.update_xaxes(title=plain(x[1]))
+    figure.update_yaxes(title=plain(y[1]))
+    return _titled(figure, title)
+
+
 def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], measured: Quantity, title: str) -> Any:
     """A bar for every thing, from (values, low, high), with its interval."""
     import plotly.graph_objects as go
@@ -198,6 +226,25 @@ def bars(subject: str, names: Sequence[str], series: Sequence[Numbers], measured
     )  # fmt: skip
     figure.update_xaxes(title=plain(subject.replace("_", " ")), type="category")
     figure.update_yaxes(title=plain(measured.label))
+    return _titled(figure, title)
+
+
+def ranked(subject: str, names: Sequence[str], values: Numbers, unit: str, title: str) -> Any:
+    """A horizontal bar for every thing, the first one on top, coloured by its sign; `unit` names the lengths."""
+    import plotly.graph_objects as go
+
+    rows = list(range(len(names)))  # names may be equal
+    figure = go.Figure()
+    colours = [NEGATIVE if value < 0 else POSITIVE for value in values]
+    figure.add_bar(
+        x=values, y=rows, orientation="h", marker={"color": colours}, customdata=[plain(name) for name in names],
+        hovertemplate=told("%{customdata}", f"{plain(unit)} %{{x:.3f}}"),
+    )  # fmt: skip
+    figure.update_xaxes(title=plain(unit))
+    figure.update_yaxes(
+        title=plain(subject), autorange="reversed", tickmode="array", tickvals=rows, ticktext=list(map(plain, names))
+    )
+    figure.update_layout(height=160 + 24 * len(names))
     return _titled(figure, title)
 
 

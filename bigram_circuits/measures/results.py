@@ -344,6 +344,24 @@ class Effects(Result):
         return "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
 
 
+@dataclass(frozen=True)
+class Scatter(Effects):
+    """Items as points: one quantity against the others.
+
+    Example:
+        >>> predicted = analysis.predicted_effects(model, found, text, tokens=3)
+        >>> predicted.plot()  # what is predicted against what is measured
+    """
+
+    against: str = ""
+    """The quantity on the vertical axis."""
+
+    def _plot(self, chosen: Quantity, title: str) -> Any:
+        other = self.quantity(self.against)
+        x, y = (self.values[self.quantities.index(one)] for one in (chosen, other))
+        return plots.points(self.names, (x, chosen.label), (y, other.label), title)
+
+
 def curves_from_sums(
     title: str,
     quantities: Sequence[Quantity],

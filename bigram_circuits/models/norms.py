@@ -6,7 +6,7 @@ arXiv 1910.07467) to x w / scale; the scale is the root of the mean square of x,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class FrozenNorm:
     """Whether the mean is subtracted (LayerNorm)."""
     scale: Float[Tensor, "*rows 1"] | None
     """What vectors are divided by; None for a norm that does nothing."""
+    eps: float = 0.0
+    """Added to the mean square before the root is taken."""
 
     def of(self, part: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What the norm makes of a part of the vectors, without the bias; parts add up to the norm of the sum."""
@@ -47,7 +49,14 @@ class FrozenNorm:
     def rows(self, at: Any) -> FrozenNorm:
         """The norm at some of the rows."""
         scale = None if self.scale is None else self.scale[at]
-        return FrozenNorm(self.weight, self.bias, self.centred, scale)
+        return replace(self, scale=scale)
+
+    def at(self, whole: Float[Tensor, "*rows d_model"]) -> FrozenNorm:
+        """The norm with the scales that it has for other vectors."""
+        if self.scale is None:
+            return self
+        whole = whole - whole.mean(-1, keepdim=True) if self.centred else whole
+        return replace(self, scale=(whole.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
 
 
 IDENTITY = FrozenNorm(None, None, False, None)
@@ -68,14 +77,12 @@ def frozen_norm(model: Model, norm: Any, whole: Float[Tensor, "*rows d_model"]) 
         raise NotShownError(
             f"direct logit attribution needs a LayerNorm or RMSNorm, not {model.cfg.normalization_type!r}"
         )
-    whole = whole.float()
-    whole = whole - whole.mean(-1, keepdim=True) if kind == "LN" else whole
     eps = next((getattr(inner, name) for name in ("eps", "variance_epsilon") if hasattr(inner, name)), model.cfg.eps)
-    scale = (whole.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     weight, bias = (getattr(inner, name, None) for name in ("weight", "bias"))
     if weight is not None:
         weight = weight.detach().float() + (1.0 if getattr(model.cfg, "rmsnorm_uses_offset", False) else 0.0)
-    return FrozenNorm(weight, None if bias is None else bias.detach().float(), kind == "LN", scale)
+    bias = None if bias is None else bias.detach().float()
+    return FrozenNorm(weight, bias, kind == "LN", whole.new_ones(1).float(), float(eps)).at(whole.float())
 
 
 def _kind(model: Model, inner: Any) -> str:

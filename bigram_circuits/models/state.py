@@ -181,6 +181,19 @@ def _eval_mode(model: Model) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def parameters_frozen(model: Model) -> Iterator[None]:
+    """Within the `with` block, no parameter of a model receives a gradient."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
 # --- torch's defaults ---
 
 

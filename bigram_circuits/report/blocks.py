@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bigram_circuits.explanations.page import CircuitView
+
 
 class Block:
     """Anything a section can hold."""
@@ -80,6 +82,16 @@ class Attention(Block):
     heads: Sequence[str]
     patterns: Sequence[Sequence[Sequence[float]]]
     """[head][from][to]."""
+
+
+@dataclass(frozen=True)
+class Circuit(Block):
+    """The picture of an explanation, or of an atlas, that a reader can explore; with its sentences and tables."""
+
+    title: str
+    says: str
+    view: CircuitView
+    """From `circuit_view` or `atlas_view`."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from bigram_circuits.experiments.comparison import (
     leaders,
     measured_tasks,
 )
+from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import listed, percent, rounded, sentence
 from bigram_circuits.names import short_name
 from bigram_circuits.report import compared_measures, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Opening
 from bigram_circuits.report.compared_words import COMPARISON_SECTIONS, few, found_pairs, pair_words, value_range
-from bigram_circuits.report.document import document, write_page
+from bigram_circuits.report.document import document
 
 
 def write_comparison(

@@ -13,11 +13,12 @@ from typing import Any
 
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.experiments.faithfulness_curves import LABELS, FaithfulnessCurves
+from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import flat, listed, percent, rounded, span
 from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
-from bigram_circuits.report.document import document, write_page
+from bigram_circuits.report.document import document
 from bigram_circuits.report.sections import Sections
 from bigram_circuits.report.words import IN_PLACE
 

@@ -7,17 +7,15 @@ for every kind of block, named after its class. Jinja2 escapes everything that c
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigram_circuits.explanations.page import CircuitView
 from bigram_circuits.measures import html
-from bigram_circuits.report.blocks import Attention, Block, Chart, Numbers, Opening, Reading, Section
-from bigram_circuits.storage.files import write_text
+from bigram_circuits.report.blocks import Attention, Block, Chart, Circuit, Numbers, Opening, Reading, Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,36 +31,12 @@ def document(opening: Opening, sections: Sequence[Section], footer: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # a path may hold bytes that are not UTF-8
 
 
-def write_page(path: str | os.PathLike[str], make: Callable[[], str]) -> Path:
-    """Write the page that `make` returns, replacing an earlier one; returns its path.
-
-    Raises:
-        ValueError: If the path is a folder; whatever `make` raises.
-        OSError: If it cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
-    write_text(path, make())
-    return path
-
-
 @cache
 def _environment() -> Environment:
-    """Jinja2 with the page's templates; imported only when a page is written."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("bigram_circuits.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    """Jinja2 with the templates of reports and of circuits."""
+    environment = html.environment("report", "explanations")
     environment.filters["template"] = _template
-    environment.globals |= {"table": _table, "source": _source}
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.globals["table"] = _table
     return environment
 
 
@@ -78,13 +52,6 @@ def _table(numbers: Numbers) -> Markup:
     return Markup(html.table(numbers.columns, numbers.rows, numbers.caption))
 
 
-def _source(name: str) -> Markup:
-    """The text of the style sheet or the script, unescaped."""
-    from markupsafe import Markup
-
-    return Markup(files("bigram_circuits.report").joinpath("templates", name).read_text(encoding="utf-8"))
-
-
 @dataclass
 class _Drawn:
     """What the page's script draws. Templates register charts and views here and write down the index they get."""
@@ -93,6 +60,8 @@ class _Drawn:
     """Plotly figures."""
     views: list[Any] = field(default_factory=list)
     """CircuitsVis components with their properties."""
+    circuits: list[CircuitView] = field(default_factory=list)
+    """Pictures of explanations; each has its data in its own markup."""
 
     def chart(self, chart: Chart) -> int:
         """Register a chart; returns its index among the figures."""
@@ -116,6 +85,11 @@ class _Drawn:
             "attentionHeadNames": list(attention.heads), "minValue": 0, "maxValue": 1, "maskUpperTri": True,
         }  # fmt: skip
         return self._view("AttentionHeads", properties)
+
+    def circuit(self, circuit: Circuit) -> CircuitView:
+        """Register the picture of an explanation; returns what its template shows."""
+        self.circuits.append(circuit.view)
+        return circuit.view
 
     def _view(self, component: str, properties: Mapping[str, Any], pointed: Sequence[Sequence[str]] = ()) -> int:
         self.views.append({"component": component, "properties": properties, "pointed": pointed})

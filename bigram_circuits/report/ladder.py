@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigram_circuits.experiments.ladder import FULL, INDUCTION, N_GRAMS, WITHIN, Ladder, Rung, Step
+from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import listed, percent, rounded, span
 from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
 from bigram_circuits.report.compared_figures import pair_maps
 from bigram_circuits.report.compared_words import few
-from bigram_circuits.report.document import document, write_page
+from bigram_circuits.report.document import document
 from bigram_circuits.report.sections import Sections
 
 LADDER_SECTIONS = Sections()

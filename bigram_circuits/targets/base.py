@@ -10,19 +10,23 @@ To give a target a name on the command line, add a module with a `TARGET` to thi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.activations import n_outputs, predicts_tokens
 from bigram_circuits.models.model import Model
-from bigram_circuits.text.corpus import Corpus
+from bigram_circuits.text.corpus import Corpus, in_order
 from bigram_circuits.text.ngrams import NGramTable
+
+_AT_ONCE = 1 << 25  # probabilities of a target held at once: 128 MiB
 
 
 class Target(ABC):
@@ -255,3 +259,20 @@ class TargetKind:
     """Name of the class of what `make` returns."""
     uses_order: bool = False
     """Whether the n-gram order matters."""
+
+
+def kl_of_best_constant(target: Target, tokens: Integer[np.ndarray, "sequence position"]) -> float:
+    """Mean KL (nats) from a target to its own mean distribution over a text; nan if it has no `log_probs` or `entropy`.
+
+    It is the mutual information, under the target, of the context and the next token.
+    """
+    total, entropies, n = torch.zeros(1, dtype=torch.float64), 0.0, 0
+    for batch in in_order(tokens, max(1, _AT_ONCE // (tokens.shape[1] * (target.d_vocab or 1)))):
+        log_probs, entropy = target.log_probs(batch), target.entropy(batch)
+        if log_probs is None or entropy is None:
+            return math.nan
+        probs = log_probs.exp().flatten(0, -2)
+        total = total + probs.sum(0).double().cpu()
+        entropies += float(entropy.double().sum())
+        n += len(probs)
+    return float(torch.special.entr(total / n).sum()) - entropies / n

@@ -44,6 +44,9 @@ OF_TEXT = {
         model, text, target=counted(), min_count=1, **options
     ),
     "faithfulness_to": lambda model, text, **options: analysis.faithfulness_to(counted(), text, **options)(model),
+    "pulled_back": lambda model, text, **options: analysis.pulled_back(model, 70, text=text, through="L0H1", **options),
+    "norm_effect": lambda model, text, **options: analysis.norm_effect(model, 70, text=text, **options),
+    "why_weight": lambda model, text, **options: analysis.why_weight(model, 1, counted(), text, draws=2, **options),
 }
 OF_PROMPT = {
     "logit_lens": lambda model, prompt: analysis.logit_lens(model, prompt),
@@ -237,7 +240,9 @@ def test_maps_of_something_else(tiny_model, tiny_folders):
 
 # --- numbers ---
 
-SEEDED = [name for name in OF_TEXT if name not in ("covariance_similarity", "sufficiency")]
+SEEDED = [
+    name for name in OF_TEXT if name not in ("covariance_similarity", "sufficiency", "pulled_back", "norm_effect")
+]
 
 
 @pytest.mark.parametrize("name", SEEDED)
@@ -351,6 +356,7 @@ def test_every_public_function_is_here():
     plain = {"by_layer", "by_matrix", "by_neuron", "indirect_object", "greater_than"}  # of a subnetwork; of any number
     in_their_own_tests = {
         "analyze",
+        "coupling",
         "exciting_tokens",
         "feature_tokens",
         "head_scores",
@@ -358,6 +364,7 @@ def test_every_public_function_is_here():
         "load_result",
         "measure_task",
         "next_tokens",
+        "observable",
         "passages",
         "retrieval_scores",
         "subnetworks_over_training",

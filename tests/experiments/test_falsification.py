@@ -11,7 +11,6 @@ import bigram_circuits as bc
 from bigram_circuits.experiments import falsification
 from bigram_circuits.experiments.controls import (
     RenamedTarget,
-    kl_of_best_constant,
     with_random_blocks,
     with_shuffled_blocks,
 )
@@ -25,6 +24,7 @@ from bigram_circuits.experiments.falsification import (
 from bigram_circuits.experiments.verdicts import size_ratio
 from bigram_circuits.report.page import page
 from bigram_circuits.runs import RunFolder
+from bigram_circuits.targets.base import kl_of_best_constant
 from tests.conftest import D_VOCAB, TINY_CONFIGS, byte_tokenizer
 from tests.example_runs import make_run, measured
 

@@ -1,0 +1,130 @@
+"""Explanations in sentences and rows: what pages, notebooks and terminals say of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigram_circuits.explanations.explanation import Atlas, CircuitPath, Explanation, Node, UnitTokens
+
+_TOKENS_NAMED = 5  # of a neuron or head, in a table
+_TITLE = 80  # characters of a prompt in a title
+PATH_COLUMNS = ("path", "adds", "share of all paths")
+"""Columns of a table of paths."""
+NODE_COLUMNS = ("node", "position", "directly", "along all paths", "activation", "driven by", "raises", "lowers")
+"""Columns of a table of nodes."""
+
+
+def quoted(token: str) -> str:
+    """A token in quotes, with its spaces as they are: `' of'`."""
+    return repr(token)
+
+
+def answer_words(explanation: Explanation) -> str:
+    """What is explained, in a picture: the token alone, if it is the logit of one."""
+    token = explanation.answer.removeprefix("logit of ")
+    return explanation.answer if " minus " in token else token
+
+
+def path_words(path: CircuitPath, explanation: Explanation, arrow: str = "→") -> str:
+    """A path from its input to the answer: `' of' → L0N12 → ' the'`."""
+    return f" {arrow} ".join([*path.labels[:-1], answer_words(explanation)])
+
+
+def number(value: float | None) -> str:
+    """Format a number of logits with three digits or two decimals, whichever is shorter."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    if value and abs(value) < 0.005:
+        return f"{value:.1e}"
+    return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def answer_probability(explanation: Explanation) -> float | None:
+    """The probability of the token whose logit is explained; None if it is not the logit of a likely one."""
+    name = answer_words(explanation)
+    return next((chance for token, chance in explanation.predictions if quoted(token) == name), None)
+
+
+def share_words(share: float | None) -> str:
+    """Format a share as a percentage with two digits."""
+    if share is None or math.isnan(share):
+        return "undefined"
+    return f"{100 * share:.0f}%" if share >= 0.1 or not share else f"{100 * share:.1f}%"
+
+
+def title(explanation: Explanation) -> str:
+    """What was asked: what follows a token, or the end of a prompt."""
+    before = explanation.prompt[: explanation.position + 1]
+    if len(before) == 1:
+        return f"What follows {quoted(before[0])}"
+    text = "".join(before)
+    return f"What follows “{text if len(text) <= _TITLE else '…' + text[-_TITLE:]}”"
+
+
+def prediction_words(explanation: Explanation) -> str:
+    """What is predicted after which token, by what."""
+    last = quoted(explanation.prompt[explanation.position])
+    mask = "" if explanation.mask == "full model" else f" with only {explanation.mask}"
+    if not explanation.predictions:
+        return f"After {last}, {explanation.model}{mask}."
+    token, probability = explanation.predictions[0]
+    return f"After {last}, {explanation.model}{mask} predicts {quoted(token)} ({share_words(probability)})."
+
+
+def sum_words(explanation: Explanation) -> str:
+    """How much of the answer the listed paths add up to, and what is left out."""
+    listed, answer = len(explanation.paths), explanation.answer
+    if not listed:
+        return f"The {answer} is {number(explanation.value)}; no path is listed."
+    paths = f"{listed} paths add up" if listed > 1 else "one path adds up"
+    return (
+        f"The {answer} is {number(explanation.value)}: {paths} to {number(explanation.value - explanation.left_out)} "
+        f"of it; what is left out is {share_words(explanation.left_out_share)} of all paths' strength."
+    )
+
+
+def path_rows(explanation: Explanation, arrow: str = "→") -> list[tuple[str, float, float]]:
+    """For every listed path, the strongest first: its words, what it adds, and its share of all paths' strength."""
+    listed = math.fsum(abs(path.value) for path in explanation.paths)
+    kept = 1 - explanation.left_out_share
+    share = kept / listed if listed else 0.0
+    return [(path_words(path, explanation, arrow), path.value, abs(path.value) * share) for path in explanation.paths]
+
+
+def node_rows(explanation: Explanation) -> list[list[Any]]:
+    """A row of `NODE_COLUMNS` for every node, the strongest first."""
+    strongest = sorted(explanation.nodes, key=lambda node: -abs(node.flow))
+    return [_node_row(node, explanation.units.get(node.label), explanation) for node in strongest]
+
+
+def _node_row(node: Node, known: UnitTokens | None, explanation: Explanation) -> list[Any]:
+    where = "" if node.position is None else f"{node.position} {quoted(explanation.prompt[node.position])}"
+    tokens = ("", "", "") if known is None else map(_tokens, (known.drives, known.promotes, known.suppresses))
+    label = answer_words(explanation) if node.kind == "answer" else node.label
+    return [label, where, node.direct, node.flow, "" if node.activation is None else node.activation, *tokens]
+
+
+def _tokens(pairs: tuple[tuple[str, float], ...]) -> str:
+    return " ".join(quoted(token) for token, _ in pairs[:_TOKENS_NAMED])
+
+
+ATLAS_COLUMNS = (
+    "token", "count", "prediction", "probability", "answer", "value", "neurons", "heads", "left out", "strongest path",
+    "adds",
+)  # fmt: skip
+"""Columns of a table of an atlas."""
+
+
+def atlas_rows(atlas: Atlas) -> Iterator[tuple[Any, ...]]:
+    """A row of `ATLAS_COLUMNS` for every token."""
+    for explanation, count in zip(atlas.explanations, atlas.counts, strict=True):
+        token, probability = explanation.predictions[0] if explanation.predictions else ("", math.nan)
+        path, adds, _ = next(iter(path_rows(explanation, "->")), ("", math.nan, 0.0))
+        kinds = [node.kind for node in explanation.nodes]
+        yield (
+            explanation.prompt[explanation.position], count, token, probability, explanation.answer, explanation.value,
+            kinds.count("neuron"), kinds.count("head"), explanation.left_out_share, path, adds,
+        )  # fmt: skip
