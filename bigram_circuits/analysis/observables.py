@@ -84,7 +84,7 @@ class Direction:
     """An observable as a direction in the residual stream: what it gets from there along a path.
 
     Example:
-        >>> direction = analysis.pulled_back(model, " a", norms="linear")
+        >>> direction = analysis.pulled_back(model, "a", norms="linear")
         >>> direction.top_tokens(3)  # the tokens whose embeddings point most in this direction
     """
 
@@ -267,7 +267,7 @@ def pulled_back(
             neither a LayerNorm nor an RMSNorm; or if a circuit is given.
 
     Example:
-        >>> direction = analysis.pulled_back(model, " a", found, text, through="L0.mlp")
+        >>> direction = analysis.pulled_back(model, "a", found, text, through="L0.mlp")
         >>> direction.to_dataframe()
     """
     functional, kept, path = _checked(model, observable, subnetwork, through)
