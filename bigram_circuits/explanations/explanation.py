@@ -108,13 +108,7 @@ class UnitTokens(Record):
 
 @dataclass(frozen=True)
 class Explanation(Record):
-    """A prediction as a sum over the parts of a masked model, and over paths through them.
-
-    Example:
-        >>> explanation = bc.explain(model, found, "import os")
-        >>> explanation.terms_frame()  # its terms add up to the logit
-        >>> explanation.to_html("explanation.html")
-    """
+    """A prediction as a sum over the parts of a masked model, and over paths through them."""
 
     model: str
     """The model, in words."""
@@ -199,12 +193,7 @@ class Explanation(Record):
 
 @dataclass(frozen=True)
 class Atlas(Record):
-    """Explanations of what follows each of many tokens.
-
-    Example:
-        >>> atlas = analysis.atlas(model, found, corpus, tokens=3)
-        >>> atlas.to_html("atlas.html")
-    """
+    """Explanations of what follows each of many tokens."""
 
     title: str
     """What it is of."""
