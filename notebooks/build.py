@@ -57,8 +57,8 @@ def notebook(source: Path) -> nbformat.NotebookNode:
 
 def static_picture(drawn: dict[str, Any]) -> str:
     """The image of what plotly would draw."""
-    height = drawn["layout"].get("height", HEIGHT)
-    return pio.to_image({key: drawn[key] for key in ("data", "layout")}, "svg", width=WIDTH, height=height).decode()
+    size = {"width": drawn["layout"].get("width", WIDTH), "height": drawn["layout"].get("height", HEIGHT)}
+    return pio.to_image({key: drawn[key] for key in ("data", "layout")}, "svg", **size).decode()
 
 
 def execute(made: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:

@@ -23,6 +23,7 @@ NOT_RUN = {
     "WandB": "needs a Weights & Biases account",
     "load_dictionary": "needs a folder that SAELens wrote",
     "exciting_tokens": "is deprecated, so that it warns",
+    "find_path": "is the former name of sparsity_path",
     **dict.fromkeys(("analyze", "Analyses"), "takes half a minute"),
     **dict.fromkeys(("falsify", "Falsification"), "takes many rounds of learning"),
     **dict.fromkeys(("find_ladder", "load_ladder", "write_ladder", "Ladder"), "learns six masks"),

@@ -208,10 +208,18 @@ def test_maps_show_words_or_numbers():
 
 
 def test_effects_show_the_interval_of_the_first_quantity():
-    rows = Reader(effects(things=100)._repr_html_()).rows
+    rows = Reader(effects(things=12)._repr_html_()).rows
     assert rows[0] == ["head", "rise", "loss", "95% interval of rise"]
-    assert rows[2][1:] == ["1", "101", "0.000 to 2.000"]
+    assert rows[2][1:] == ["1", "13", "0.000 to 2.000"]
     assert len(rows) == 13
+
+
+def test_of_many_effects_the_largest_come_first():
+    reader = Reader(effects(things=100)._repr_html_())
+    assert [row[1] for row in reader.rows[1:4]] == ["99", "98", "97"]
+    assert [row[1] for row in reader.rows[-2:]] == ["", "0"]
+    assert "Sorted by the size of rise." in "".join(reader.words)
+    assert "Sorted" not in effects(things=12)._repr_html_()
 
 
 def test_an_evaluation_draws_every_row_with_its_interval():

@@ -154,3 +154,7 @@ __all__ = [
     "whole_neurons",
     "why_weight",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

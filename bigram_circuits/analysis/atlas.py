@@ -49,6 +49,10 @@ def atlas(model: Model, subnetwork: MaskLike | None = None, text: Any = None, *,
     Raises:
         ValueError: If `tokens` is below 1, or subnetwork or text do not fit the model.
         NotShownError: As for `explain`.
+
+    Example:
+        >>> atlas = analysis.atlas(model, found, corpus, tokens=3)
+        >>> atlas.to_dataframe()
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}")

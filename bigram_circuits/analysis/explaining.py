@@ -88,6 +88,10 @@ def explain(
         ValueError: If a token or position does not exist, a number is below 1, or the subnetwork does not fit.
         NotShownError: If the model's logits are not a sum over its parts, or the circuit keeps edges: those give every
             reader a residual stream of its own.
+
+    Example:
+        >>> explanation = bc.explain(model, found, "import os")
+        >>> explanation.to_dataframe()  # the strongest paths
     """
     if min(nodes, edges, paths) < 1:
         raise ValueError(f"nodes, edges and paths must be at least 1, not {nodes}, {edges} and {paths}")

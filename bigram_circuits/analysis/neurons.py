@@ -51,6 +51,9 @@ def neuron_map(
     Raises:
         ValueError: If a number is below 1, or subnetwork or text do not fit the model.
         NotShownError: If there are no neurons, or as for `explain`.
+
+    Example:
+        >>> analysis.neuron_map(model, found, text, tokens=5, neurons=8).plot()
     """
     if min(tokens, neurons) < 1:
         raise ValueError(f"tokens and neurons must be at least 1, not {tokens} and {neurons}")
@@ -157,6 +160,9 @@ def neurons_used(
     Raises:
         ValueError: If `tokens` is below 1, or subnetwork or text do not fit the model.
         NotShownError: If there are no neurons, or as for `explain`.
+
+    Example:
+        >>> analysis.neurons_used(model, found, text, tokens=5).to_dataframe()
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}")

@@ -59,7 +59,12 @@ _AS = {name: words for name, words in NORMS.items() if name != "true"} | {
 
 @dataclass(frozen=True, eq=False)
 class Observable:
-    """A linear functional of the logits."""
+    """A linear functional of the logits.
+
+    Example:
+        >>> difference = analysis.observable(model, ("a", "b"))
+        >>> difference.value(model("import os"))  # at every position
+    """
 
     name: str
     """What it is, for example `' he' minus ' she'`."""
@@ -76,7 +81,12 @@ class Observable:
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """An observable as a direction in the residual stream: what it gets from there along a path."""
+    """An observable as a direction in the residual stream: what it gets from there along a path.
+
+    Example:
+        >>> direction = analysis.pulled_back(model, "a", norms="linear")
+        >>> direction.top_tokens(3)  # the tokens whose embeddings point most in this direction
+    """
 
     name: str
     """The observable, and the path: `' he' minus ' she' through L1H2 L3.mlp`."""
@@ -162,6 +172,11 @@ def observable(model: Model, what: Any, *, name: str | None = None) -> Observabl
 
     Raises:
         ValueError: If there is no such token, weights are not finite or all 0, or their number is not `d_vocab`.
+
+    Example:
+        >>> analysis.observable(model, "a")  # its logit
+        >>> analysis.observable(model, ("a", "b"))  # the difference of two
+        >>> analysis.observable(model, {"a": 0.5, "b": 0.5, "c": -1.0})
     """
     check_model(model)
     check_predicts_tokens(model)
@@ -250,6 +265,10 @@ def pulled_back(
         ValueError: If no path leads through these parts; a text or position is needed or does not fit; the model's
             residual stream is not the sum of what its parts write, its logits are not W_U of a final norm, or a norm is
             neither a LayerNorm nor an RMSNorm; or if a circuit is given.
+
+    Example:
+        >>> direction = analysis.pulled_back(model, "a", found, text, through="L0.mlp")
+        >>> direction.to_dataframe()
     """
     functional, kept, path = _checked(model, observable, subnetwork, through)
     if norms not in NORMS:
@@ -307,6 +326,9 @@ def norm_effect(
 
     Raises:
         ValueError: As `pulled_back`.
+
+    Example:
+        >>> analysis.norm_effect(model, "a", found, text).to_dataframe()
     """
     functional, kept, path = _checked(model, observable, subnetwork, through)
     tokens = _tokens(model, text, max_tokens)
@@ -346,6 +368,10 @@ def coupling(*directions: Direction | Observable) -> Maps:
 
     Raises:
         ValueError: If there are fewer than two, two have the same name, or they are not in the same space.
+
+    Example:
+        >>> one, other = (analysis.pulled_back(model, token, norms="linear") for token in ("a", "b"))
+        >>> analysis.coupling(one, other).get("cosine", "all")
     """
     names = [one.name for one in directions]
     if len(directions) < 2:

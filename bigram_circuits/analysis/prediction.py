@@ -71,6 +71,10 @@ def predicted_effects(
     Raises:
         ValueError: If a number is below 1, or subnetwork or text do not fit the model.
         NotShownError: If no neuron is active, or as for `explain`.
+
+    Example:
+        >>> predicted = analysis.predicted_effects(model, found, text, tokens=3)
+        >>> predicted.notes["flow"]  # r and slope
     """
     if min(tokens, 1 if neurons is None else neurons) < 1:
         raise ValueError(f"tokens and neurons must be at least 1, not {tokens} and {neurons}")

@@ -74,6 +74,10 @@ def unit_effects(
     Raises:
         ValueError: If a number is below 1, or subnetwork, target and text do not fit the model.
         NotShownError: If nothing of any neuron or head is kept, or the model cannot be taken apart (`explain`).
+
+    Example:
+        >>> units = analysis.unit_effects(model, found, target, text, most=3)
+        >>> units.top(1)  # the neuron or head whose removal hurts most
     """
     if min(most, tokens) < 1:
         raise ValueError(f"most and tokens must be at least 1, not {most} and {tokens}")

@@ -67,7 +67,12 @@ _QUANTITIES = (
 
 @dataclass(frozen=True)
 class WeightRoles:
-    """What some weights serve."""
+    """What some weights serve.
+
+    Example:
+        >>> roles = analysis.why_weight(model, 2, found, target, text, draws=4)
+        >>> print(roles.verdicts)
+    """
 
     scores: Effects
     """The numbers of every weight; of those without a proven effect, all but `effect` and `positions` are nan."""
@@ -154,6 +159,10 @@ def why_weight(
         ValueError: If there is no such weight or it is not kept, a number is out of range, there are fewer than 4
             sequences, or subnetwork, target and text do not fit the model; if a circuit is given, or a target that is
             defined at some places of a sequence only.
+
+    Example:
+        >>> roles = analysis.why_weight(model, 2, found, target, text, draws=4)
+        >>> roles.to_dataframe()
     """
     if not 0 < most <= 1:
         raise ValueError(f"most must be a share above 0, up to 1, not {most!r}")

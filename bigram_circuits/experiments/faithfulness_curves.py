@@ -109,7 +109,7 @@ class FaithfulnessCurves:
             for name in self.curves.conditions
         }
         title = f"{self.curves.title}: {measured.words}"
-        figure = plots.lines(f"share of {self.noun} kept", self.curves.points, series, measured.label, title)
+        figure = plots.lines(f"share of {self.noun} kept", self.curves.points, series, measured, title)
         return figure.update_xaxes(type="log", dtick="D2", tickformat="~%")
 
     def to_dataframe(self) -> Any:

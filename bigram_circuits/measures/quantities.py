@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_ABBREVIATIONS = {"kl": "KL", "cka": "CKA"}
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -33,7 +35,7 @@ class Quantity:
     @property
     def words(self) -> str:
         """Its name in words."""
-        return self.name.replace("_", " ")
+        return " ".join(_ABBREVIATIONS.get(word, word) for word in self.name.split("_"))
 
 
 SURPRISAL_CORRELATION = Quantity("surprisal_correlation", "", "Pearson r of the model's surprisals with the target's.")

@@ -32,6 +32,7 @@ _FORMAT = "bigram_circuits.result/1"
 _NUMBERS = ("values", "low", "high")
 _ROWS_SHOWN = 12  # in a notebook
 _COLUMNS_SHOWN = 12
+_COUNTED = ("weights", "nodes", "edges", "tokens")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ class Result(ABC):
     def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         """Return columns and rows of the table that a notebook shows; the caller shortens long tables."""
 
+    def _sorted_by(self) -> str:
+        """How the rows of that table are sorted, if not as they were measured: a sentence and a space, or nothing."""
+        return ""
+
     def _repr_html_(self) -> str:
         """Build the notebook view: the title, the first quantity as a compact table, and where to find the rest."""
         columns, rows = self._shown()
@@ -104,7 +109,7 @@ class Result(ABC):
         others = [one.name for one in others if one.name not in columns]
         more = f"Also measured: {', '.join(others)}. " if others else ""
         table = html.table(columns, html.shortened(rows, _ROWS_SHOWN), self.title)
-        end = html.small([f"{more}All numbers: to_dataframe(); a picture: plot()."])
+        end = html.small([f"{self._sorted_by()}{more}All numbers: to_dataframe(); a picture: plot()."])
         return html.summary(self.title, says, table, end)
 
     def __str__(self) -> str:
@@ -157,7 +162,7 @@ class Curves(Result):
 
     def _plot(self, chosen: Quantity, title: str) -> Any:
         series = {name: (self.get(chosen.name, name), *self.interval(chosen.name, name)) for name in self.conditions}
-        return plots.lines(self.axis, self.points, series, chosen.label, title)
+        return plots.lines(self.axis, self.points, series, chosen, title)
 
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per condition and point, a column per quantity (`_low`, `_high` if known)."""
@@ -234,7 +239,7 @@ class Maps(Result):
     def _plot(self, chosen: Quantity, title: str) -> Any:
         panels = {name: self.get(chosen.name, name) for name in self.conditions}
         axes = (self.row_axis, self.rows), (self.column_axis, self.columns)
-        return plots.heat_maps(*axes, panels, self.text, chosen.unit, title)
+        return plots.heat_maps(*axes, panels, self.text, chosen, title)
 
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per condition and cell, a column per quantity, and `text` if there is any."""
@@ -307,7 +312,7 @@ class Effects(Result):
     def _plot(self, chosen: Quantity, title: str) -> Any:
         at = self.quantities.index(chosen)
         series = self.values[at], self.low[at], self.high[at]
-        return plots.bars(self.subject, self.names, series, chosen.label, title)
+        return plots.bars(self.subject, self.names, series, chosen, title)
 
     def to_dataframe(self) -> Any:
         """Convert to a DataFrame: a row per item, a column per quantity (`_low`, `_high` if known)."""
@@ -315,7 +320,7 @@ class Effects(Result):
 
         columns: dict[str, Any] = {self.subject: list(self.names)}
         for q, quantity in enumerate(self.quantities):
-            columns[quantity.name] = self.values[q]
+            columns[quantity.name] = _as_counted(quantity, self.values[q])
             if not np.isnan(self.low[q]).all():
                 columns[f"{quantity.name}_low"], columns[f"{quantity.name}_high"] = self.low[q], self.high[q]
         return pd.DataFrame(columns)
@@ -323,12 +328,16 @@ class Effects(Result):
     def _shown(self) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
         shown = self.quantities[: _COLUMNS_SHOWN // 2]
         sure = not np.isnan(self.low[0]).all()
-        rows = [
-            [name, *(float(self.values[q, t]) for q in range(len(shown))), *([self._interval(t)] if sure else [])]
-            for t, name in enumerate(self.names)
-        ]
+        order = range(len(self.names))
+        if self._sorted_by():
+            order = np.argsort(-np.abs(self.values[0]), kind="stable").tolist()  # nan last
+        numbers = self.values[: len(shown)].T.tolist()
+        rows = [[self.names[t], *numbers[t], *([self._interval(t)] if sure else [])] for t in order]
         ends = [f"95% interval of {shown[0].name}"] if sure else []
         return [self.subject, *(one.name for one in shown), *ends], rows
+
+    def _sorted_by(self) -> str:
+        return f"Sorted by the size of {self.quantities[0].words}. " if len(self.names) > _ROWS_SHOWN else ""
 
     def _interval(self, thing: int) -> str:
         low, high = self.low[0, thing], self.high[0, thing]
@@ -337,7 +346,12 @@ class Effects(Result):
 
 @dataclass(frozen=True)
 class Scatter(Effects):
-    """Items as points: one quantity against the others."""
+    """Items as points: one quantity against the others.
+
+    Example:
+        >>> predicted = analysis.predicted_effects(model, found, text, tokens=3)
+        >>> predicted.plot()  # what is predicted against what is measured
+    """
 
     against: str = ""
     """The quantity on the vertical axis."""
@@ -525,6 +539,12 @@ def _place(kind: str, name: str, names: Sequence[str]) -> int:
     if name not in names:
         raise ValueError(f"there is no {kind} {name!r}: there are {', '.join(names)}")
     return list(names).index(name)
+
+
+def _as_counted(quantity: Quantity, values: Float[np.ndarray, "..."]) -> np.ndarray:
+    """Numbers for a table: those of what is counted as whole numbers, if they are."""
+    is_whole = bool(np.isfinite(values).all() and (values == values.round()).all())
+    return values.astype(int) if is_whole and quantity.unit in _COUNTED else values
 
 
 def _some(n: int) -> list[int]:

@@ -17,6 +17,7 @@ from bigram_circuits.measures.plots import (
     SYMBOLS,
     axis_points,
     plain,
+    told,
 )
 from bigram_circuits.report.figures import INK, MUTED, dressed, error_bars
 
@@ -154,6 +155,7 @@ def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | Non
     seen: set[str] = set()
     names = list(dict.fromkeys(line.name for drawn in panels.values() for line in drawn))
     short = dict(zip(names, short_names(names), strict=True))
+    digits = ".3~p" if tickformat else ".3f"
     for row, (title, drawn) in enumerate(panels.items(), start=1):
         for line in drawn:
             marker, style = {}, {"color": INK, "dash": "dash", "width": 1.5}
@@ -162,6 +164,7 @@ def lines(panels: Mapping[str, Sequence[Line]], axis: str, tickformat: str | Non
             figure.add_scatter(
                 x=axis_points(line.x), y=list(line.y), mode="lines+markers" if marker else "lines", line=style,
                 marker=marker, name=short[line.name], **_legend(str(line.place), seen), row=row, col=1,
+                hovertemplate=told(f"{plain(axis)} %{{x}}", f"{plain(title)} %{{y:{digits}}}", name=short[line.name]),
             )  # fmt: skip
         range_mode = "tozero" if tickformat else "normal"
         figure.update_yaxes(title=plain(title), tickformat=tickformat, rangemode=range_mode, row=row, col=1)

@@ -6,7 +6,6 @@ text. When the page draws a chart, it replaces them by the colours of its light 
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.measures.conditions import CONDITIONS, colour_of, label_of
-from bigram_circuits.measures.plots import IN_CELL, LIGHT_SHADES, STYLE, axis_points, plain
+from bigram_circuits.measures.plots import IN_CELL, LIGHT_SHADES, STYLE, axis_points, plain, told
 from bigram_circuits.measures.results import Curves
+from bigram_circuits.measures.words import span
 from bigram_circuits.runs import StepRecord
 
 INK = CONDITIONS["full"].colour
@@ -28,7 +28,6 @@ _HEIGHT = 340
 _SQUARE = 18  # pixels, of the side of a node in a grid
 _FAR = 3.0  # times the smallest height of lines by size, from which the heights are logarithmic
 _LABEL = 24  # characters, of a line of a label beside a chart
-_WORD = 6  # characters, of a word in a cell
 
 
 def dressed(figure: Any, height: int | None = None) -> Any:
@@ -38,7 +37,7 @@ def dressed(figure: Any, height: int | None = None) -> Any:
         font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
         margin={"l": 8, "r": 8, "t": 36, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": None},
-        height=height or figure.layout.height or _HEIGHT, bargap=0.3,
+        height=height or figure.layout.height or _HEIGHT, width=None, bargap=0.3,
     )  # fmt: skip
     for axes in (figure.update_xaxes, figure.update_yaxes):
         axes(title_font_size=13)
@@ -65,7 +64,8 @@ def training(steps: Sequence[StepRecord], units: str) -> Any:
         rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=list(panels)
     )
     attempts = sorted({one.attempt for one in steps})
-    for row, key in enumerate(panels.values(), start=1):
+    for row, (words, key) in enumerate(panels.items(), start=1):
+        digits = ".3f" if key == "cross_entropy" else ".3~p"
         for attempt in attempts:
             of = [one for one in steps if one.attempt == attempt]
             colour = CONDITIONS["subnetwork" if attempt == attempts[-1] else "random"].colour
@@ -73,6 +73,7 @@ def training(steps: Sequence[StepRecord], units: str) -> Any:
                 x=[one.step for one in of], y=[getattr(one, key) for one in of], mode="lines",
                 line={"color": colour, "width": 2}, name=f"attempt {attempt}", legendgroup=str(attempt),
                 showlegend=row == 1 and len(attempts) > 1, row=row, col=1,
+                hovertemplate=told("step %{x}", f"{words} %{{y:{digits}}}"),
             )  # fmt: skip
         if key != "cross_entropy":
             figure.update_yaxes(tickformat="~%", rangemode="tozero", row=row, col=1)
@@ -93,6 +94,7 @@ def controls(rows: Sequence[tuple[str, float, float, float]], axis: str) -> Any:
         figure.add_scatter(
             x=[value], y=[name], mode="markers", showlegend=False, name=name,
             marker={"size": 11, "color": colour_of(key) or MUTED}, **bars,
+            hovertemplate=told("%{y}", f"{plain(axis)} %{{x:.3f}}{'' if math.isnan(low) else f' ({span(low, high)})'}"),
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title=axis)
@@ -111,6 +113,7 @@ def by_size(curves: Curves, quantity: str, ends: Mapping[str, tuple[float, float
             x=[curves.points[last], share], y=[line[last], value], mode="lines+markers", showlegend=False,
             name=f"{name}, no penalty", legendgroup=name, line={"color": shown.get(name, MUTED), "dash": "dot"},
             marker={"symbol": "circle-open", "size": [0, 11]},
+            hovertemplate=told("%{x} kept", "%{y:.3f}", name=f"{name}, no penalty"),
         )  # fmt: skip
     figure.update_xaxes(type="log", dtick="D2", title=f"share of {units} kept", tickformat="~%")
     heights = curves.values[curves.quantities.index(curves.quantity(quantity))]
@@ -176,6 +179,7 @@ def bars(
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    many = len(series) > 1
     for name, values in series.items():
         low, high = (intervals or {}).get(name, ([], []))
         error = (
@@ -184,20 +188,13 @@ def bars(
         colour = colour_of(name) or CONDITIONS["subnetwork"].colour
         figure.add_bar(
             y=axis_points(names), x=list(values), name=plain(label_of(name)), orientation="h",
-            marker={"color": colour}, showlegend=len(series) > 1, **error,
+            marker={"color": colour}, showlegend=many, **error,
+            hovertemplate=told("%{y}", f"{plain(unit)} %{{x:.3~g}}", name=plain(label_of(name)) if many else ""),
         )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title=plain(unit))
     dressed(figure, 100 + (_BAR - 13 + 13 * len(series)) * len(names))
     return figure.update_layout(margin_t=36 if len(series) > 1 else 8)
-
-
-def shorten_words(figure: Any) -> None:
-    """Shorten the words in a map's cells to fit; the whole word shows on hover."""
-    for trace in figure.data:
-        if trace.text is not None:
-            trace.text = [[_short(html.unescape(word)) for word in row] for row in trace.text]
-    figure.update_traces(textfont_size=10)
 
 
 def without_first_row(figure: Any) -> None:
@@ -206,10 +203,6 @@ def without_first_row(figure: Any) -> None:
     most = float(np.nanmax(np.abs(values), initial=0))
     if figure.layout.coloraxis.cmid == 0 and most > 0:
         figure.update_layout(coloraxis={"cmin": -most, "cmax": most, "cmid": None})
-
-
-def _short(word: str) -> str:
-    return plain(word if len(word) <= _WORD else f"{word[: _WORD - 1]}…")
 
 
 def with_baseline(curves: Curves, quantity: str) -> Any:
@@ -221,6 +214,7 @@ def with_baseline(curves: Curves, quantity: str) -> Any:
         figure.add_scatter(
             x=axis_points(curves.points), y=values, mode="lines", showlegend=False, name=f"{name}, other positions",
             legendgroup=name, opacity=0.7, line={"color": shown.get(name, MUTED), "width": 1.5, "dash": "dash"},
+            hovertemplate=told(f"{plain(curves.axis)} %{{x}}", "%{y:.3f}", name=f"{name}, other positions"),
         )  # fmt: skip
     return dressed(figure)
 

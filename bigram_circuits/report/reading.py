@@ -32,7 +32,6 @@ def passage(run: Run, results: Results) -> Content:
     ):
         if result:
             figure = figures.dressed(result.plot()).update_annotations(x=0, xanchor="left")
-            figures.shorten_words(figure)
             figures.without_first_row(figure)
             blocks.append(Chart(title, words, figure, 90 + _CELL * len(result.columns)))
             blocks.append(result_table(result, title))

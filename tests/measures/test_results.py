@@ -51,7 +51,7 @@ def test_json_gives_back_the_same(kind, request, tmp_path):
 def test_pictures_show_the_numbers(kind, request):
     result = request.getfixturevalue(kind)
     figure = result.plot()
-    assert figure.layout.title.text == f"{result.title}: kl"
+    assert figure.layout.title.text == f"{result.title}: KL"
     drawn = [np.asarray(trace.z if kind == "maps" else trace.y, dtype=float) for trace in figure.data]
     for wanted in result.values[0] if kind != "effects" else result.values[:1]:
         assert any(one.shape == wanted.shape and np.array_equal(one, wanted, equal_nan=True) for one in drawn)
@@ -122,3 +122,54 @@ def test_some_conditions_can_be_chosen(curves, maps):
         curves.only("subnetwork").interval("kl", "subnetwork"), curves.interval("kl", "subnetwork")
     )
     assert maps.only("random").text == maps.text[1:]
+
+
+def of_prompt(n, panels=1):
+    words = tuple((tuple(f"<b>word{n}\nsecond" for n in range(n)),) * 2 for _ in range(panels))
+    columns = tuple(f"{n}: a_token_that_is_long" for n in range(n))
+    names, values = ("full", "subnetwork", "complement", "random")[:panels], np.full((1, panels, 2, n), 0.25)
+    quantity = Quantity("probability", "share", "of a token")
+    return Maps("A lens", (quantity,), "layer", ("0", "1"), "position", columns, names, values, words)
+
+
+def test_on_hover_numbers_have_names_units_and_few_digits(curves, maps, effects):
+    says = [trace.hovertemplate for trace in curves.plot("kl").data if trace.name]
+    assert says == [
+        f"layer %{{x}}<br>KL %{{y:,.0f}} nats%{{customdata}}<extra>{name}</extra>"
+        for name in ("full model", "subnetwork")
+    ]
+    assert list(curves.plot("kl").data[1].customdata) == [f" ({n - 1:.3f}\xa0to\xa0{n + 1:.3f})" for n in range(3)]
+    assert maps.plot().data[0].hovertemplate == (
+        "layer %{y}, position %{x}<br>%{customdata}<br>KL %{z:.3f} nats<extra>full model</extra>"
+    )
+    assert effects.plot("kl").data[0].hovertemplate == "%{x}<br>KL %{y:.3f} nats%{customdata}<extra></extra>"
+    assert "probability %{z:.3~p}<extra>" in of_prompt(3).plot().data[0].hovertemplate
+
+
+@pytest.mark.parametrize(("n", "panels", "letters"), [(4, 1, 9), (20, 1, 6), (20, 4, 6), (60, 1, 5), (5, 4, 6)])
+def test_words_in_cells_fit_and_are_whole_on_hover(n, panels, letters):
+    figure = of_prompt(n, panels).plot()
+    shown, told = figure.data[0].text[0][-1], figure.data[0].customdata[0][-1]
+    word = f"<b>word{n - 1}"
+    expected = word if len(word) <= letters else word[: letters - 1] + "…"
+    assert shown == expected.replace("<", "&lt;").replace(">", "&gt;")
+    assert told == f"&lt;b&gt;word{n - 1}<br>second"
+    assert (figure.layout.width is not None) == (n == 60)
+    assert all(len(name) <= 14 for name in figure.layout.xaxis.ticktext)
+    assert figure.layout.xaxis.tickangle == (None if n == 4 else -45)
+
+
+def test_of_very_many_columns_some_have_labels():
+    values = np.zeros((1, 1, 2, 500))
+    columns = tuple(map(str, range(500)))
+    figure = Maps("Neurons", QUANTITIES[:1], "layer", ("0", "1"), "neuron", columns, ("full",), values).plot()
+    assert list(figure.layout.xaxis.ticktext[:3]) == ["0", "9", "18"]
+    assert figure.layout.width is None
+
+
+def test_what_is_counted_is_whole_in_tables():
+    quantities = Quantity("kept", "weights", "counted"), Quantity("expected", "weights", "computed"), QUANTITIES[0]
+    values = np.array([[3.0, 4.0], [2.5, 4.0], [1.0, 2.0]])
+    table = Effects("Shared", quantities, "part", ("a", "b"), values, values * np.nan, values * np.nan).to_dataframe()
+    assert table["kept"].tolist() == [3, 4]
+    assert [str(table[name].dtype) for name in ("kept", "expected", "kl")] == ["int64", "float64", "float64"]
