@@ -83,10 +83,11 @@ class WeightRoles:
     token is served."""
 
     def to_dataframe(self) -> Any:
-        """Convert to a DataFrame: a row per weight, with its verdict and the tokens of its predicate."""
+        """Convert to a DataFrame: a row per weight, with its verdict, and its predicate in short."""
         table = self.scores.to_dataframe()
         table["verdict"] = self.verdicts
-        table["tokens"] = [" ".join(repr(word) for word, _ in predicate) for predicate in self.predicates]
+        table["predicate_size"] = [len(predicate) for predicate in self.predicates]
+        table["tokens"] = [_listed(predicate) for predicate in self.predicates]
         return table
 
     def plot(self, quantity: str = "recovery") -> Any:
@@ -138,7 +139,7 @@ def why_weight(
     Args:
         model: From `load_model`.
         weight: A kept weight, as its canonical name and index: `("blocks.0.mlp.W_in", (12, 700))`. Or a list of these;
-            or a number k: the k kept weights with the largest |weight x gradient| on the half on which predicates are
+            or a number k: the k kept weights with the largest `|weight x gradient|` on the half on which predicates are
             chosen.
         subnetwork: The weights that are kept; by default all.
         target: The target whose cross-entropy is the loss.
@@ -251,7 +252,7 @@ def _strongest(
     switches: dict[str, Float[Tensor, "..."]],
     k: int,
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """The kept weights with the largest |weight x gradient| of the loss, the largest first."""
+    """The kept weights with the largest `|weight x gradient|` of the loss, the largest first."""
     if not 1 <= k <= kept.kept:
         raise ValueError(f"the number of weights must be from 1 to {kept.kept}, the number kept, not {k}")
     total = {name: torch.zeros_like(switch) for name, switch in switches.items()}
