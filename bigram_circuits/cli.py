@@ -307,6 +307,31 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     analyze.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of the random controls (default: 0)")
     analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="tokens to measure layers on (default: 20480)")
 
+    explain = commands.add_parser(
+        "explain", parents=[shared], help="write a page on how a run's mask comes from a token to its prediction"
+    )
+    explain.set_defaults(command=_explain)
+    explain.add_argument("run", type=Path, help="the run's folder")
+    asked = explain.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="explain what follows this text")
+    asked.add_argument(
+        "--token", metavar="TOKEN", help="explain what follows this token, by its text (' of') or id (default: of all "
+        "tokens that the run's analysis has explained)",
+    )  # fmt: skip
+    explain.add_argument("--answer", metavar="TOKEN", help="the token to explain (default: what is predicted)")
+    explain.add_argument("--wrong", metavar="TOKEN", help="explain by how much the answer's logit is above this one's")
+    explain.add_argument(
+        "--position", type=int, default=-1, metavar="N", help="after this position (default: the last)"
+    )
+    explain.add_argument("--full", action="store_true", help="explain the full model instead of the masked one")
+    explain.add_argument("--model", metavar="M", help=_MODEL_AGAIN)
+    explain.add_argument(
+        "--out", type=Path, default="explanation.html", metavar="FILE", help="the page (default: explanation.html)"
+    )
+    explain.add_argument(
+        "--graph", type=Path, metavar="FILE", help="also write it as JSON for viewers of attribution graphs"
+    )
+
     report = commands.add_parser("report", parents=[shared], help="write a finished run's page, report.html")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path, help="the run's folder")
@@ -497,6 +522,56 @@ def _analyze(arguments: argparse.Namespace) -> int:
         _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(analyses.results)}")
         _tell(f"the page to look at: {write_report(folder.path)}")
     return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.runs import load_run
+
+    run = load_run(arguments.run)
+    if arguments.prompt is None and arguments.token is None:
+        return _explain_all(arguments, run)
+    from bigram_circuits.analysis import explain
+    from bigram_circuits.analysis.prompts import start_of_text, token_id
+    from bigram_circuits.explanations.graph_files import export_graph
+    from bigram_circuits.workflow import check_model, inputs_of, load_named
+
+    model = load_named(inputs_of(run, model=arguments.model, only_model=True), arguments.device)
+    check_model(run, model)
+    answer, wrong = (None if one is None else _token(one) for one in (arguments.answer, arguments.wrong))
+    prompt = arguments.prompt
+    if prompt is None:
+        prompt = [*start_of_text(model), token_id(model, _token(arguments.token))]
+    mask = None if arguments.full else run.mask
+    found = explain(model, mask, prompt, answer, wrong=wrong, position=arguments.position)
+    _tell(f"{found}\n")
+    if arguments.graph is not None:
+        _tell(f"the graph: {export_graph(found, arguments.graph)}")
+    found.to_html(arguments.out)
+    _tell(f"the page to look at: {arguments.out}")
+    return 0
+
+
+def _explain_all(arguments: argparse.Namespace, run: Any) -> int:
+    """The page of a run's atlas."""
+    given = [name for name in ("answer", "wrong", "graph") if getattr(arguments, name) is not None]
+    given += [name for name in ("full",) if getattr(arguments, name)]
+    if given:
+        raise ValueError(f"--{given[0]} is for one prompt: give --prompt or --token")
+    if run.atlas is None:
+        reason = run.left_out.get("atlas")
+        raise ValueError(
+            f"the run in {str(run.path)!r} has no atlas ({reason}): give --prompt or --token"
+            if reason
+            else f"the run in {str(run.path)!r} has no atlas: give --prompt or --token, or `analyze` it first"
+        )
+    run.atlas.to_html(arguments.out)
+    _tell(f"{run.atlas.title}\nthe page to look at: {arguments.out}")
+    return 0
+
+
+def _token(text: str) -> str | int:
+    """A token given by its id or its text."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) > 1 else text
 
 
 def _report(arguments: argparse.Namespace) -> int:

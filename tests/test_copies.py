@@ -58,7 +58,8 @@ def values(tiny_model, tmp_path_factory):
         bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
         bc.Circuit.full(tiny_model, "edge").edge_sites[0],
         example(listed=8), atlas(listed=8), dictionary, analysis.feature_tokens(tiny_model, dictionary),
-        bc.observable(tiny_model, 5), analysis.pulled_back(tiny_model, 5, TEXT, through="L0H1"),
+        analysis.why_weight(tiny_model, 1, target, TEXT, draws=2), bc.observable(tiny_model, 5),
+        analysis.pulled_back(tiny_model, 5, TEXT, through="L0H1"),
         bc.Ladder(
             "m", "h", load_run(folder).settings.corpus, CONFIG, analysis.ability(tiny_model, task), (), (), ()
         ),

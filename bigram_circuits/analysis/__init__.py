@@ -19,6 +19,7 @@ random subnetwork on the same text.
 | is it the same as another? | `overlap`, `overlaps` |
 | how does it develop over training? | `trajectory`, `subnetworks_over_training` |
 | how does it read a text, after which tokens is it faithful? | `passages`, `next_tokens`, `faithfulness_by_token` |
+| after which tokens is a single weight needed? | `why_weight` |
 | all of these at once | `analyze`, `layer_by_layer` |
 """  # noqa: E501
 
@@ -65,6 +66,7 @@ from bigram_circuits.analysis.suite import Analyses, analyze
 from bigram_circuits.analysis.task_scores import measure_task
 from bigram_circuits.analysis.trajectories import faithfulness_to, subnetworks_over_training, trajectory
 from bigram_circuits.analysis.units import unit_effects
+from bigram_circuits.analysis.why_weight import WeightRoles, why_weight
 from bigram_circuits.explanations.explanation import Atlas, Explanation
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result, Scatter, load_result
@@ -95,6 +97,7 @@ __all__ = [
     "Result",
     "Scatter",
     "Task",
+    "WeightRoles",
     "ability",
     "ablate",
     "affine_lens",
@@ -149,4 +152,5 @@ __all__ = [
     "trajectory",
     "unit_effects",
     "whole_neurons",
+    "why_weight",
 ]

@@ -26,9 +26,12 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.names import model_words
 from bigram_circuits.progress import steps
+from bigram_circuits.tasks.task import Task
 
 TOKENS = 200
 """How many tokens an atlas has if nothing else is asked for."""
+PROMPTS = 12
+"""How many prompts of a task are explained."""
 _LIMITS = Limits(nodes=40, edges=160, paths=8)
 
 
@@ -56,24 +59,53 @@ def atlas(model: Model, subnetwork: MaskLike | None = None, text: Any = None, *,
 def atlas_of(model: Model, kept: Mask | None, text: Integer[np.ndarray, "sequence position"], tokens: int) -> Atlas:
     """`atlas` on checked arguments."""
     chosen, counts = frequent_tokens(model, text, tokens)
+    asked = [(prompt, None, None) for prompt in prompts_of(model, chosen)]
+    title = f"What follows the {len(chosen)} most frequent tokens in {_what(model, kept)}"
+    return _atlas(model, kept, asked, counts, title, {"text_tokens": int(text.size)})
+
+
+def atlas_of_task(model: Model, kept: Mask | None, task: Task, prompts: int = PROMPTS) -> Atlas:
+    """Explain how a masked model comes to its answers: the first prompts of a task, each up to its answer.
+
+    Explained is the logit of the right answer (its first token), less that of the first wrong one if there are any.
+
+    Raises:
+        NotShownError: As for `explain`.
+    """
+    asked = []
+    for row in range(min(prompts, len(task))):
+        place = int(task.scored[row].argmax())
+        right = int(task.tokens[row, place]) if task.right is None else int(task.right[row, 0])
+        wrong = None if task.wrong is None else int(task.wrong[row, 0])
+        ids = torch.from_numpy(task.tokens[row : row + 1, :place].astype(np.int64)).to(model.cfg.device)
+        asked.append((ids, right, None if wrong == right else wrong))
+    title = f"How {_what(model, kept)} answers: {len(asked)} prompts of {task.name}"
+    return _atlas(model, kept, asked, [1] * len(asked), title, {"task": task.name})
+
+
+def _atlas(
+    model: Model,
+    kept: Mask | None,
+    asked: Sequence[tuple[Integer[Tensor, "1 pos"], int | None, int | None]],
+    counts: Sequence[int],
+    title: str,
+    notes: dict[str, Any],
+) -> Atlas:
+    """Explanations of the last position of prompts, each with the answer and the wrong token to explain."""
     found: list[Explanation] = []
     with torch.no_grad(), taken_apart(model, kept) as apart:
-        prompts = prompts_of(model, chosen)
-        for prompt in steps(prompts, len(prompts), desc="explaining tokens", unit="token"):
+        for prompt, answer, wrong in steps(asked, len(asked), desc="explaining", unit="prompt"):
             passed, place = apart(prompt), prompt.shape[1] - 1
-            asked = functional(model, None, None, passed.shown[place])
-            found.append(explained(model, kept, passed, prompt, place, asked, _LIMITS, brief=True))
+            about = functional(model, answer, wrong, passed.shown[place])
+            found.append(explained(model, kept, passed, prompt, place, about, _LIMITS, brief=True))
         labels = {node.label: None for one in found for node in one.nodes if node.kind in ("neuron", "head")}
-        units = unit_tokens(model, apart(prompts[0]), labels)
+        units = unit_tokens(model, apart(asked[0][0]), labels)
+    return Atlas(title, tuple(found), tuple(counts), units, notes)
+
+
+def _what(model: Model, kept: Mask | None) -> str:
     name = model_words(model.cfg.model_name)
-    what = f"the {kept.noun} of {name}" if kept is not None else name
-    return Atlas(
-        title=f"What follows the {len(found)} most frequent tokens in {what}",
-        explanations=tuple(found),
-        counts=tuple(counts),
-        units=units,
-        notes={"text_tokens": int(text.size)},
-    )
+    return name if kept is None else f"the {kept.noun} of {name}"
 
 
 def frequent_tokens(

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.analysis.atlas import TOKENS as TOKENS_EXPLAINED
+from bigram_circuits.analysis.atlas import atlas_of, atlas_of_task
 from bigram_circuits.analysis.conditions import check_arguments, checked_text
 from bigram_circuits.analysis.registry import FIT_TOKENS, SWEEP_TOKENS, TOKENS, Subject, analyses
+from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.masking.apply import MaskLike, as_mask
 from bigram_circuits.measures import html
 from bigram_circuits.measures.conditions import OWN
@@ -20,7 +23,7 @@ from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
-from bigram_circuits.runs import LEFT_OUT, run_id
+from bigram_circuits.runs import ATLAS, LEFT_OUT, run_id
 from bigram_circuits.storage.files import checked_json, whole_folder, write_text
 from bigram_circuits.storage.origin import Origin
 from bigram_circuits.targets.base import target_of
@@ -46,6 +49,8 @@ class Analyses:
     """The analyses that this model does not support, with reasons."""
     of: Origin | None = None
     """The subnetwork and the text that were analysed."""
+    atlas: Atlas | None = None
+    """Explanations of what follows the most frequent tokens, or of a task's answers; None if that was left out."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write every result to `<name>.json` in a folder, replacing its contents.
@@ -58,6 +63,8 @@ class Analyses:
         with whole_folder(folder) as fresh:
             for name, result in self.results.items():
                 result.save(fresh / f"{name}.json", of)
+            if self.atlas is not None:
+                self.atlas.save(fresh / ATLAS, of)
             if self.left_out:
                 write_text(fresh / LEFT_OUT, checked_json({**self.left_out, "of": of.to_json()}))
 
@@ -87,6 +94,7 @@ def analyze(
     tokens: int = TOKENS,
     sweep_tokens: int = SWEEP_TOKENS,
     fit_tokens: int = FIT_TOKENS,
+    atlas_tokens: int = TOKENS_EXPLAINED,
 ) -> Analyses:
     """Run the standard set of analyses on a subnetwork, or on a circuit what of it can be said of nodes.
 
@@ -100,14 +108,16 @@ def analyze(
         sweep_tokens: Maximum number of held-out tokens to measure each ablation on.
         fit_tokens: Maximum number of training tokens to fit affine maps on, and of held-out tokens for
             `max_activating_tokens`.
+        atlas_tokens: Number of tokens to explain in the `atlas`.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
         `prompt_lens`, `prompt_cosine`, `attribution`, `attention` (of the heads with the most kept weights),
         `passages`, `faithful_tokens`. Location: `by_layer`, `by_head`, `concentration`, `whole_neurons`,
-        `max_activating_tokens`. Necessity: `ablation_components`, `ablation_heads`, `stochastic_ablation`. Comparison
-        with the largest weights: `overlap_magnitude`. Sufficiency: `induction`, for single heads added to the
-        subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the best
+        `max_activating_tokens`. What neurons and heads do: `unit_effects`, `neuron_map`, `neurons_used`,
+        `predicted_effects`, and the `atlas`. Necessity: `ablation_components`, `ablation_heads`, `stochastic_ablation`.
+        Comparison with the largest weights: `overlap_magnitude`. Sufficiency: `induction`, for single heads added to
+        the subnetwork on repeated random tokens, if the full model can continue these, and `induction_pairs`, for the best
         of them with every other. For a `TaskTarget` also `task` (`measure_task`); ablations then change the loss at the
         answers, and what looks at text uses the prompts of the most common length, without padding.
 
@@ -128,7 +138,13 @@ def analyze(
     task = None
     if isinstance(target, TaskTarget):
         task, corpus = target.task_of(corpus.held_out), target.unpadded(corpus)
-    return _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens, task))
+    found = _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens, task))
+    try:
+        if task is not None:
+            return replace(found, atlas=atlas_of_task(model, subnetwork, task))
+        return replace(found, atlas=atlas_of(model, subnetwork, corpus.held_out, atlas_tokens))
+    except NotShownError as error:
+        return replace(found, left_out={**found.left_out, "atlas": str(error)})
 
 
 def _run(of: Origin, subject: Subject) -> Analyses:

@@ -21,8 +21,9 @@ from bigram_circuits.explanations import words
 from bigram_circuits.explanations.page import atlas_page, explanation_page
 from bigram_circuits.measures import html, plots
 from bigram_circuits.storage.files import write_text
+from bigram_circuits.storage.origin import Origin
 from bigram_circuits.storage.records import read_record, sealed, shown
-from bigram_circuits.storage.typed import Record
+from bigram_circuits.storage.typed import Record, from_json
 
 _FORMAT = "bigram_circuits.atlas/1"
 _PATHS_SHOWN = 12  # in a notebook, in a figure
@@ -213,7 +214,7 @@ class Atlas(Record):
     explanations: tuple[Explanation, ...] = field(repr=False)
     """One for each token, in order of frequency, without `terms` and `units`."""
     counts: tuple[int, ...] = field(repr=False)
-    """How often each token occurs in the text that was counted."""
+    """How often each token occurs in the text that was counted; of a task's prompts, 1."""
     units: Mapping[str, UnitTokens] = field(repr=False, default_factory=dict)
     """What is known of the neurons and heads, by label."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -243,9 +244,10 @@ class Atlas(Record):
         columns = [name.replace(" ", "_") for name in words.ATLAS_COLUMNS]
         return pd.DataFrame(list(words.atlas_rows(self)), columns=columns)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the atlas as a JSON file with a checksum."""
-        write_text(Path(path), json.dumps(sealed({"format": _FORMAT, "atlas": self.to_json()})) + "\n")
+    def save(self, path: str | os.PathLike[str], of: Origin | None = None) -> None:
+        """Write the atlas as a JSON file with a checksum, which says what it is of if that is given."""
+        record = {"format": _FORMAT, "atlas": self.to_json()} | ({} if of is None else {"of": of.to_json()})
+        write_text(Path(path), json.dumps(sealed(record)) + "\n")
 
     def _repr_html_(self) -> str:
         rows = html.shortened([row[:4] for row in words.atlas_rows(self)], _PATHS_SHOWN)
@@ -265,14 +267,25 @@ def load_atlas(path: str | os.PathLike[str]) -> Atlas:
         >>> len(bc.load_atlas("atlas.json").explanations)
         3
     """
+    return load_atlas_and_origin(path)[0]
+
+
+def load_atlas_and_origin(path: str | os.PathLike[str], *, follow: bool = True) -> tuple[Atlas, Origin | None]:
+    """Load an atlas, and what it says it is of; `follow` says whether the file may be a symbolic link.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not an atlas, has another format version, or is damaged.
+    """
     complaint = "is not an atlas that can be read"
-    record = read_record(path, complaint, follow=True)
+    record = read_record(path, complaint, follow=follow)
     try:
         if record.get("format") != _FORMAT:
             raise ValueError(f"its format is {shown(record.get('format'))}, but {_FORMAT!r} is needed")
+        of = from_json(Origin | None, record.pop("of", None), "of")
         atlas = Atlas.from_json(record.get("atlas"))
         if len(atlas.counts) != len(atlas.explanations):
             raise ValueError(f"it has {len(atlas.explanations)} explanations but {len(atlas.counts)} counts")
     except ValueError as error:
         raise ValueError(f"{str(path)!r} {complaint}: {error}") from error
-    return atlas
+    return atlas, of

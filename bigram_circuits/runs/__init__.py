@@ -48,6 +48,9 @@ from bigram_circuits.runs.ending import (
 )
 from bigram_circuits.runs.folder import RunFolder as RunFolder
 from bigram_circuits.runs.run import (
+    ATLAS as ATLAS,
+)
+from bigram_circuits.runs.run import (
     LEFT_OUT as LEFT_OUT,
 )
 from bigram_circuits.runs.run import (

@@ -11,6 +11,7 @@ from typing import Any
 
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.explanations.explanation import Atlas, load_atlas_and_origin
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures import html
 from bigram_circuits.measures.results import Result, load_result_and_origin
@@ -38,6 +39,8 @@ from bigram_circuits.subnetwork import Subnetwork
 
 LEFT_OUT = "left_out.json"
 """File beside a run's analyses: the analyses that were left out, with reasons."""
+ATLAS = "atlas.json"
+"""File beside a run's analyses: explanations of what follows its tokens."""
 RENAMED = {"exciting_tokens": "max_activating_tokens"}
 """Analyses that an earlier version wrote under another name: former name -> present name."""
 
@@ -151,11 +154,26 @@ class Run:
         check_no_link(folder)
         found = {}
         for path in sorted(folder.glob("*.json")):
-            if path.name != LEFT_OUT:
+            if path.name not in (LEFT_OUT, ATLAS):
                 result, of = load_result_and_origin(path, follow=False)
                 self.check_origin(path, of, self._again)
                 found[RENAMED.get(path.stem, path.stem)] = result, of
         return found
+
+    @property
+    def atlas(self) -> Atlas | None:
+        """Explanations of what follows the most frequent tokens, or of a task's answers; None if there are none.
+
+        Raises:
+            ValueError: If its file is damaged, or of another run.
+        """
+        path = self.path / "analysis" / ATLAS
+        if not path.is_file():
+            return None
+        check_no_link(path)
+        atlas, of = load_atlas_and_origin(path, follow=False)
+        self.check_origin(path, of, self._again)
+        return atlas
 
     @property
     def _again(self) -> str:

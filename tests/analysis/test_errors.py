@@ -46,6 +46,7 @@ OF_TEXT = {
     "faithfulness_to": lambda model, text, **options: analysis.faithfulness_to(counted(), text, **options)(model),
     "pulled_back": lambda model, text, **options: analysis.pulled_back(model, 70, text=text, through="L0H1", **options),
     "norm_effect": lambda model, text, **options: analysis.norm_effect(model, 70, text=text, **options),
+    "why_weight": lambda model, text, **options: analysis.why_weight(model, 1, counted(), text, draws=2, **options),
 }
 OF_PROMPT = {
     "logit_lens": lambda model, prompt: analysis.logit_lens(model, prompt),

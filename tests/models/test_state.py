@@ -125,6 +125,7 @@ USES = {
     "observable": lambda m, t, c: bc.observable(m, (70, 80)).weights,
     "pulled_back": lambda m, t, c: analysis.pulled_back(m, 70, half(m), c, through=["L0H1", "L1.mlp"]).vector,
     "norm_effect": lambda m, t, c: analysis.norm_effect(m, 70, half(m), c, through="L0H1").values,
+    "why_weight": lambda m, t, c: analysis.why_weight(m, 2, half(m), t, c, draws=3).scores.values,
     "head_scores": lambda m, t, c: analysis.head_scores(m, half(m), prompts=2, period=4).values,
     "retrieval_scores": lambda m, t, c: analysis.retrieval_scores(m, half(m), prompts=2, pairs=2).values,
     "feature_tokens": lambda m, t, c: analysis.feature_tokens(m, latents(m)).logits,
