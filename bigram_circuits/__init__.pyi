@@ -32,6 +32,8 @@ from .evaluation import (
     soft_hard_gap as soft_hard_gap,
 )
 from .explanations.explanation import Atlas as Atlas, Explanation as Explanation
+from .explanations.explanation import load_atlas as load_atlas
+from .explanations.graph_files import export_graph as export_graph
 from .experiments.comparison import compare as compare
 from .experiments.controls import (
     RenamedTarget as RenamedTarget,

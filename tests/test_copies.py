@@ -16,6 +16,7 @@ from bigram_circuits import analysis
 from bigram_circuits.experiments.comparison import compare
 from bigram_circuits.runs import load_run
 from tests.conftest import D_VOCAB
+from tests.explanations.examples import atlas, example
 
 TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (6, 8))
 CONFIG = bc.SparsifyConfig(max_steps=1, granularity={"mlp": "neuron"})
@@ -56,7 +57,7 @@ def values(tiny_model, tmp_path_factory):
         bc.Falsification(neurons, neurons, neurons), bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
         bc.Circuit.full(tiny_model, "edge").edge_sites[0],
-        dictionary, analysis.feature_tokens(tiny_model, dictionary),
+        example(listed=8), atlas(listed=8), dictionary, analysis.feature_tokens(tiny_model, dictionary),
         analysis.why_weight(tiny_model, 1, target, TEXT, draws=2), bc.observable(tiny_model, 5),
         analysis.pulled_back(tiny_model, 5, TEXT, through="L0H1"),
         bc.Ladder(
@@ -137,7 +138,18 @@ def test_every_public_type_is_here(values):
     as_others = {"ModelTarget"}  # it holds a model
     classes = {name for name in dir(bc) if isinstance(getattr(bc, name), type)}
     assert classes - not_values - as_others - set(values) == set()
-    assert {"Curves", "Effects", "Maps", "Task", "Ability", "AffineMaps", "Analyses", "Comparison"} <= set(values)
+    assert {
+        "Curves",
+        "Effects",
+        "Maps",
+        "Task",
+        "Ability",
+        "AffineMaps",
+        "Analyses",
+        "Atlas",
+        "Comparison",
+        "Explanation",
+    } <= set(values)
 
 
 @pytest.mark.parametrize("start", ["spawn", "fork"])

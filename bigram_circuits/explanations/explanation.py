@@ -108,7 +108,14 @@ class UnitTokens(Record):
 
 @dataclass(frozen=True)
 class Explanation(Record):
-    """A prediction as a sum over the parts of a masked model, and over paths through them."""
+    """A prediction as a sum over the parts of a masked model, and over paths through them.
+
+    Example:
+        >>> explained = analysis.explain(model, found, "of")
+        >>> explained.to_dataframe().columns.tolist()
+        ['path', 'value', 'share']
+        >>> page = explained.to_html("explanation.html")
+    """
 
     model: str
     """The model, in words."""
@@ -193,7 +200,14 @@ class Explanation(Record):
 
 @dataclass(frozen=True)
 class Atlas(Record):
-    """Explanations of what follows each of many tokens."""
+    """Explanations of what follows each of many tokens.
+
+    Example:
+        >>> many = analysis.atlas(model, found, text, tokens=3)
+        >>> len(many.to_dataframe())
+        3
+        >>> page = many.to_html("atlas.html")
+    """
 
     title: str
     """What it is of."""
@@ -247,6 +261,11 @@ def load_atlas(path: str | os.PathLike[str]) -> Atlas:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not an atlas, has another format version, or is damaged.
+
+    Example:
+        >>> analysis.atlas(model, found, text, tokens=3).save("atlas.json")
+        >>> len(bc.load_atlas("atlas.json").explanations)
+        3
     """
     return load_atlas_and_origin(path)[0]
 

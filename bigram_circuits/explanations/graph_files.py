@@ -36,6 +36,10 @@ def export_graph(explanation: Explanation, path: str | os.PathLike[str]) -> Path
     Raises:
         ValueError: If the path is a folder.
         OSError: If it cannot be written.
+
+    Example:
+        >>> bc.export_graph(analysis.explain(model, found, "of"), "graph.json").name
+        'graph.json'
     """
     return write_page(path, lambda: json.dumps(graph_json(explanation, Path(path).stem), ensure_ascii=False) + "\n")
 
