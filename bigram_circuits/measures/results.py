@@ -448,6 +448,8 @@ def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
         raise ValueError(f"its notes should be texts and finite numbers with names, not {shown(values['notes'])}")
     if not values["quantities"]:
         raise ValueError("it has no quantities")
+    if "against" in values and values["against"] not in [one.name for one in values["quantities"]]:
+        raise ValueError(f"it is against {shown(values['against'])}, which is none of its quantities")
 
 
 def _to_json(value: Any) -> Any:
@@ -471,7 +473,7 @@ def _from_json(name: str, value: Any) -> Any:
         return value
     if name == "text":
         return None if value is None else _tuples(_list(name, value))
-    if name in ("title", "axis", "row_axis", "column_axis", "subject"):
+    if name in ("title", "axis", "row_axis", "column_axis", "subject", "against"):
         return _text(name, value)
     if name == "points":
         return tuple(one if _is_finite(one) else _text(name, one) for one in _list(name, value))
