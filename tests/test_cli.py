@@ -22,8 +22,7 @@ from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json, write_text
 from scripts.state_numbers import NUMBERS, measured
 from tests.conftest import UNFIT_INPUTS
-from tests.example_runs import HOSTILE
-from tests.explanations.examples import atlas
+from tests.example_runs import HOSTILE, hostile_atlas
 from tests.folders import names_in
 
 pytestmark = UNFIT_INPUTS
@@ -529,7 +528,7 @@ def finished(tiny_folders, tmp_path_factory):
 def with_atlas(finished, tmp_path):
     """A copy of it with an atlas, in which a token is markup."""
     copy = shutil.copytree(finished, tmp_path / "with atlas")
-    made = atlas((" of", HOSTILE), neurons=(9, 6, 4, 3), listed=12, most_edges=20, n_paths=4)
+    made = hostile_atlas()
     made.save(copy / "analysis" / "atlas.json", RunFolder(copy).origin(bc.load_run(copy).settings.corpus))
     return copy, made
 
@@ -586,7 +585,9 @@ def test_what_cannot_be_explained(refused, finished, with_atlas):
     refused("explain", "nowhere", code=1, said="'nowhere' holds no run")
     refused(*explain, "--token", "of", code=1, said="'of' is 2 tokens, but one is needed: give the id of one of [")
     refused(*explain, "--prompt", "", code=1, said="the prompt is empty")
-    refused(*explain, "--prompt", "abc", "--position", "7", code=1, said="there is no position 7 in a prompt of 3 tokens")
+    refused(
+        *explain, "--prompt", "abc", "--position", "7", code=1, said="there is no position 7 in a prompt of 3 tokens"
+    )
     refused(*explain, "--prompt", "abc", "--position", "one", code=2, said="invalid int value: 'one'")
     refused(*explain, "--token", "a", "--prompt", "b", code=2, said="not allowed with argument")
     refused(*explain, "--token", "a", "--model", "./nowhere", code=1, said="there is no model folder")
