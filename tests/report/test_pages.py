@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import bigram_circuits as bc
-from tests.example_runs import HOSTILE, make_run, measured, results
+from tests.example_runs import HOSTILE, hostile_atlas, make_run, measured, results
 
 DRAWN = """
 Array.from(document.querySelectorAll('.chart')).every(box => box.querySelector('.plot-container')) &&
@@ -18,7 +18,9 @@ Array.from(document.querySelectorAll('.view')).every(box => box.querySelector('.
 def report(tmp_path_factory):
     """The page of a run in whose names, tokens and path there is markup."""
     folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
-    return bc.write_report(make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}"))
+    return bc.write_report(
+        make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}", atlas=hostile_atlas())
+    )
 
 
 @pytest.fixture(scope="module")
