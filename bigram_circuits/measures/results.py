@@ -471,7 +471,7 @@ def _from_json(name: str, value: Any) -> Any:
         return value
     if name == "text":
         return None if value is None else _tuples(_list(name, value))
-    if name in ("title", "axis", "row_axis", "column_axis", "subject"):
+    if name in ("title", "axis", "row_axis", "column_axis", "subject", "against"):
         return _text(name, value)
     if name == "points":
         return tuple(one if _is_finite(one) else _text(name, one) for one in _list(name, value))
