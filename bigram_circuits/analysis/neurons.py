@@ -203,7 +203,7 @@ def _used(flows: Float[np.ndarray, "token neuron"]) -> Float[np.ndarray, "token 
     sizes = -np.sort(-np.abs(flows), axis=1)
     total = sizes.sum(1, keepdims=True)
     shares = np.cumsum(sizes, 1) / np.where(total > 0, total, 1)
-    counts = [(shares < share - 1e-12).sum(1) + (total[:, 0] > 0) for share in _SHARES]
+    counts = [((shares < share - 1e-12).sum(1) + 1) * (total[:, 0] > 0) for share in _SHARES]
     squares = (sizes**2).sum(1)
     effective = np.divide(total[:, 0] ** 2, squares, out=np.zeros_like(squares), where=squares > 0)
     return np.stack([*counts, effective], 1).astype(float)

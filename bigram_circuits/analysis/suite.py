@@ -142,10 +142,15 @@ def analyze(
     found = _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens, task))
     try:
         if task is not None:
-            return replace(found, atlas=atlas_of_task(model, subnetwork, task))
-        return replace(found, atlas=atlas_of(model, subnetwork, corpus.held_out, atlas_tokens))
+            made = atlas_of_task(model, subnetwork, task)
+        else:
+            made = atlas_of(model, subnetwork, corpus.held_out, atlas_tokens)
     except NotShownError as error:
         return replace(found, left_out={**found.left_out, "atlas": str(error)})
+    effects = found.results.get("unit_effects")
+    lost = effects.get("lost") if isinstance(effects, Effects) else {}
+    units = {label: replace(one, lost=lost.get(label)) for label, one in made.units.items()}
+    return replace(found, atlas=replace(made, units=units))
 
 
 def _run(of: Origin, subject: Subject) -> Analyses:

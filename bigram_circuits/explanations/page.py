@@ -114,7 +114,7 @@ def _view(
         says=(words.prediction_words(first), words.sum_words(first)),
         data={"graphs": graphs, "labels": labels.found, "units": known},
         paths=_table(words.PATH_COLUMNS, paths, "Strongest paths"),
-        nodes=_table(words.NODE_COLUMNS, words.node_rows(first), "Nodes"),
+        nodes=_table(words.NODE_COLUMNS, words.node_rows(first, units), "Nodes"),
         tokens=tokens,
         notes=_table(("setting", "value"), flat(notes), "How it was made") if notes else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def path_rows(explanation: Explanation, arrow: str = "→") -> list[tuple[str, f
     return [(path_words(path, explanation, arrow), path.value, abs(path.value) * share) for path in explanation.paths]
 
 
-def node_rows(explanation: Explanation) -> list[list[Any]]:
-    """A row of `NODE_COLUMNS` for every node, the strongest first."""
+def node_rows(explanation: Explanation, units: Mapping[str, UnitTokens]) -> list[list[Any]]:
+    """A row of `NODE_COLUMNS` for every node, the strongest first; `units` is what is known of neurons and heads."""
     strongest = sorted(explanation.nodes, key=lambda node: -abs(node.flow))
-    return [_node_row(node, explanation.units.get(node.label), explanation) for node in strongest]
+    return [_node_row(node, units.get(node.label), explanation) for node in strongest]
 
 
 def _node_row(node: Node, known: UnitTokens | None, explanation: Explanation) -> list[Any]:

@@ -448,6 +448,8 @@ def _check_fit(kind: type[Result], values: Mapping[str, Any]) -> None:
         raise ValueError(f"its notes should be texts and finite numbers with names, not {shown(values['notes'])}")
     if not values["quantities"]:
         raise ValueError("it has no quantities")
+    if "against" in values and values["against"] not in [one.name for one in values["quantities"]]:
+        raise ValueError(f"it is against {shown(values['against'])}, which is none of its quantities")
 
 
 def _to_json(value: Any) -> Any:

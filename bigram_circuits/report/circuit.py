@@ -1,4 +1,4 @@
-"""Sections about the circuit itself: from token in to token out, what neurons do, whether the picture predicts."""
+"""Sections about the circuit: from token in to token out, what each neuron does, whether the picture predicts."""
 
 from __future__ import annotations
 

@@ -29,6 +29,11 @@ NO_COSINE = {"opt": "needs vectors of the same width", "openai_gpt": NO_LENS["op
 NO_STREAMS = {"openai_gpt": NO_LENS["openai_gpt"]}
 NO_ATTRIBUTION = {"opt": NO_LENS["opt"], "openai_gpt": r"does not reach the activation blocks\.1\.hook_resid_post"}
 
+NO_EXPLANATION = {
+    "opt": "block 0 of this model does not add what its attention and MLP write",
+    "openai_gpt": "does not reach the activation blocks.0.hook_resid_post",
+}
+
 RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(0, D_VOCAB, (6, 8))
 PROMPT = torch.from_numpy(TOKENS[0])
@@ -242,6 +247,27 @@ def test_attributions_add_up_to_the_logits(name, model, half, by):
         added = found.get("contribution", condition).sum(0)
         np.testing.assert_allclose(added[:2], raw, atol=1e-4)
         assert added[2] == pytest.approx(float(raw[0] - raw[1]), abs=1e-4)
+
+
+def test_explanations_add_up_to_the_logits_and_nothing_stays_whole(name, model, half):
+    if name in NO_EXPLANATION:
+        refused(lambda: bc.explain(model, half, PROMPT), NO_EXPLANATION[name])
+        return
+    for kept in (None, half):
+        found = bc.explain(model, kept, PROMPT, 80, nodes=12, edges=10**5, paths=5)
+        with torch.no_grad(), reduced_to(model, kept):
+            streams, _ = residual_streams(model, PROMPT[None])
+            raw = float(model.unembed(model.ln_final(streams[-1]))[0, -1, 80])
+        assert found.value == pytest.approx(raw, abs=1e-4)
+        assert sum(found.terms.values()) == pytest.approx(raw, abs=1e-4)
+        assert "whole" not in found.notes
+        into = {node.key: node.unseen for node in found.nodes}
+        for edge in found.edges:
+            into[edge.target] += edge.flow
+        for node in found.nodes:
+            if node.kind in ("neuron", "head", "answer"):
+                assert into[node.key] == pytest.approx(node.flow, abs=1e-4), node.key
+        assert sum(path.value for path in found.paths) + found.left_out == pytest.approx(raw, abs=1e-4)
 
 
 def test_attention_goes_backwards_and_its_shares_are_1(model, half):

@@ -46,6 +46,13 @@ OF_TEXT = {
     "faithfulness_to": lambda model, text, **options: analysis.faithfulness_to(counted(), text, **options)(model),
     "pulled_back": lambda model, text, **options: analysis.pulled_back(model, 70, text=text, through="L0H1", **options),
     "norm_effect": lambda model, text, **options: analysis.norm_effect(model, 70, text=text, **options),
+    "atlas": lambda model, text, **options: analysis.atlas(model, text, tokens=2, **options),
+    "predicted_effects": lambda model, text, **options: analysis.predicted_effects(
+        model, text, tokens=2, neurons=2, **options
+    ),
+    "neuron_map": lambda model, text, **options: analysis.neuron_map(model, text, tokens=2, **options),
+    "neurons_used": lambda model, text, **options: analysis.neurons_used(model, text, tokens=2, **options),
+    "unit_effects": lambda model, text, **options: analysis.unit_effects(model, counted(), text, most=2, **options),
     "why_weight": lambda model, text, **options: analysis.why_weight(model, 1, counted(), text, draws=2, **options),
 }
 OF_PROMPT = {
@@ -53,6 +60,7 @@ OF_PROMPT = {
     "cosine_to_unembedding": lambda model, prompt: analysis.cosine_to_unembedding(model, prompt),
     "logit_attribution": lambda model, prompt: analysis.logit_attribution(model, prompt),
     "attention_patterns": lambda model, prompt: analysis.attention_patterns(model, prompt),
+    "explain": lambda model, prompt: analysis.explain(model, prompt),
 }
 
 
@@ -193,6 +201,7 @@ def test_the_subnetwork_of_another_model_where_it_must_be_given(tiny_model, othe
         lambda: analysis.ablate(tiny_model, other_half, TEXT),
         lambda: analysis.logit_attribution(tiny_model, other_half, "abc"),
         lambda: analysis.attention_patterns(tiny_model, other_half, "abc"),
+        lambda: analysis.explain(tiny_model, other_half, "abc"),
         lambda: analysis.logit_lens(tiny_model, other_half, "abc"),
         lambda: analysis.cosine_to_unembedding(tiny_model, other_half, "abc"),
         lambda: analysis.overlap(half(tiny_model), other_half),
@@ -240,9 +249,10 @@ def test_maps_of_something_else(tiny_model, tiny_folders):
 
 # --- numbers ---
 
-SEEDED = [
-    name for name in OF_TEXT if name not in ("covariance_similarity", "sufficiency", "pulled_back", "norm_effect")
-]
+NOTHING_RANDOM = (
+    "covariance_similarity", "sufficiency", "pulled_back", "norm_effect", "atlas", "neuron_map", "unit_effects",
+)  # fmt: skip
+SEEDED = [name for name in OF_TEXT if name not in NOTHING_RANDOM]
 
 
 @pytest.mark.parametrize("name", SEEDED)
@@ -301,6 +311,11 @@ def test_places_that_do_not_exist(tiny_model):
         ),
         (lambda: analysis.attention_patterns(tiny_model, "abc", heads=[(0, -1)]), "there is no head -1 in layer 0"),
         (lambda: analysis.ablate(tiny_model, "L7.mlp", TEXT), "there is no layer 7"),
+        (lambda: analysis.atlas(tiny_model, TEXT, tokens=0), "tokens must be at least 1, not 0"),
+        (lambda: analysis.predicted_effects(tiny_model, TEXT, neurons=0), "tokens and neurons must be at least 1"),
+        (lambda: analysis.neuron_map(tiny_model, TEXT, neurons=0), "tokens and neurons must be at least 1"),
+        (lambda: analysis.neurons_used(tiny_model, TEXT, tokens=0), "tokens must be at least 1, not 0"),
+        (lambda: analysis.unit_effects(tiny_model, counted(), TEXT, most=0), "most and tokens must be at least 1"),
         (lambda: analysis.ablate(tiny_model, [], TEXT), "no part of the model is named"),
         (lambda: analysis.sufficiency(tiny_model, kept, "L0H9", TEXT), "there is no head 9"),
         (lambda: analysis.concentration(kept, layers=[5]), "there is no layer 5"),
