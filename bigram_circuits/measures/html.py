@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigram_circuits.storage.files import write_text
@@ -78,12 +77,13 @@ def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     caption: str,
-    meanings: Mapping[str, str] = MappingProxyType({}),
+    meanings: Mapping[str, str] | None = None,
 ) -> str:
     """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`.
 
     Names of columns and rows that are among `meanings` show what they mean.
     """
+    meanings = meanings or {}
     classes = [' class="n"' if _is_numeric(rows, at) else "" for at in range(len(columns))]
     names = [explained(name, meanings.get(name)) for name in columns]
     head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in zip(classes, names, strict=True))

@@ -172,9 +172,11 @@ class Check:
     outcome: str
     """One of `OUTCOMES`."""
     says: str
-    """What was measured, in a sentence; of what was not tried, how to try it."""
-    key: str = ""
+    """The answer and what was measured, in a sentence."""
+    key: str
     """The anchor of the section that shows more."""
+    command: str = ""
+    """Of what was not tried: what tries it."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ class Opening:
     """A few numbers, shown large."""
     picture: Block | None = None
     checks: Sequence[Check] = ()
+    tested: str = "What would refute it, and did it?"
+    """The heading of the checks."""
     notes: Sequence[str] = ()
     """How it was made, in small print; empty ones are left out."""
 

@@ -92,9 +92,17 @@ def _answer(run: Run) -> str:
         return f"{kept} were chosen; whether they are enough is unknown, since {why}."
     enough, follows = _HOW[evaluation.sufficiency]
     if evaluation.by_loss:
-        gain = f"the model keeps {percent(evaluation.recovered)} of what it gains over a model without any {mask.units}"
-        return f"{kept} {enough}: with only these, {gain}."
+        return f"{kept} {enough}: with only these, the model {_gain_words(evaluation)}."
     return f"{kept} {enough}: with only these, the model's predictions {follows} {run.plain_target[1]}."
+
+
+def _gain_words(evaluation: Evaluation) -> str:
+    """What the model does with only what was kept, beside what it does with all and with none."""
+    if evaluation.recovered < 0:
+        return f"does worse than without any {evaluation.units}"
+    if evaluation.recovered > 1:
+        return f"does better than with all {evaluation.units}"
+    return f"keeps {percent(evaluation.recovered)} of what all {evaluation.units} gain over none"
 
 
 _HOW = {
@@ -107,9 +115,9 @@ _HOW = {
 
 
 def _but(tried: Sequence[Check]) -> str:
-    """What failed, as a sentence; empty if nothing did."""
-    failed = [f"“{check.asked}”" for check in tried if check.outcome == "failed"]
-    return f"But it failed a check: {listed(failed)}" if failed else ""
+    """How many checks failed, as a sentence; empty if none did."""
+    failed = sum(check.outcome == "failed" for check in tried)
+    return f"It failed {failed} of the checks below." if failed else ""
 
 
 # --- the numbers ---
@@ -188,17 +196,17 @@ def _picture(run: Run) -> Block | None:
 
 def _sketch_words(shown: Explanation, sketch: Sketch) -> str:
     """What the still picture shows, and how to read it."""
-    says = ""
-    if shown.predictions:
+    after, what = words.quoted(shown.prompt[shown.position]), f"the {shown.answer}"
+    says = f"After {after}. "
+    if shown.predictions and words.answer_probability(shown) is not None:
         token, probability = shown.predictions[0]
-        says = f"After {words.quoted(shown.prompt[shown.position])}, {words.quoted(token)} is the likeliest next token "
-        says += f"({words.share_words(probability)}). "
+        says, what = f"After {after} it predicts {words.quoted(token)} ({words.share_words(probability)}). ", "it"
     parts = sum(not node.is_end for node in sketch.nodes)
-    says += f"These are the {parts} strongest parts on the way: orange raises it, blue lowers it; the wider the line, "
     labels = {node.label for node in sketch.nodes}
     neuron = next((one for one in shown.nodes if one.kind == "neuron" and one.label in labels), None)
     named = f" {neuron.label}: neuron {neuron.label.rpartition('N')[2]} of layer {neuron.layer}." if neuron else ""
-    return f"{says}the more.{named}"
+    says += f"{parts} of the strongest parts: orange raises {what}, blue lowers it; the wider the line, the more."
+    return f"{says}{named}"
 
 
 _COMPARED = ("subnetwork", "full", "magnitude", "random", "empty")

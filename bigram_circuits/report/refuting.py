@@ -14,14 +14,16 @@ from bigram_circuits.report.blocks import Check
 from bigram_circuits.report.circuit import HARDLY, PREDICTS
 from bigram_circuits.report.results import Results
 from bigram_circuits.runs import CorpusIdentity, Run
+from bigram_circuits.runs.ending import FEWEST
 
 _OUTCOMES = {"stands": "passed", "weakened": "in doubt", "refuted": "failed"}
 """What comes of a check, by what a control does to the finding."""
 _ANSWERS = {"stands": "No", "weakened": "In part", "refuted": "Yes"}
 """Likewise, the answer to whether the control does as well."""
-_EVALUATE = "bigram-circuits evaluate RUN measures it."
-_FALSIFY = "bigram-circuits find --falsify tries it."
-_ANALYZE = "bigram-circuits analyze RUN measures it."
+EVALUATE = "bigram-circuits evaluate RUN"
+"""The command that measures how faithful a run is."""
+_FALSIFY, _ANALYZE = "bigram-circuits find --falsify", "bigram-circuits analyze RUN"
+_TRY = "What tries it:"
 
 
 def checks(run: Run, results: Results) -> list[Check]:
@@ -48,7 +50,7 @@ def _random(run: Run) -> Check:
     known = {} if evaluation is None else {name: evaluation.beats(name) for name in ("random", "magnitude")}
     known = {name: beaten for name, beaten in known.items() if beaten is not None}
     if evaluation is None or not known:
-        return Check(asked, "not tried", _EVALUATE, "controls")
+        return Check(asked, "not tried", _TRY, "controls", EVALUATE)
     rows = dict(evaluation.rows())
     key, what = ("cross_entropy", "a loss of") if evaluation.by_loss else ("surprisal_correlation", "an agreement of")
     values = {name: rounded(rows[name][key], 2) for name in (*known, "subnetwork")}
@@ -80,20 +82,20 @@ def _control(asked: str, names: Mapping[str, str], tried: Falsification | None) 
     judged = {} if tried is None else {one.control: one.finding for one in tried.judged}
     judged = {name: judged[name] for name in names if name in judged}
     if tried is None or not judged:
-        return Check(asked, "not tried", _FALSIFY, "refuted")
+        return Check(asked, "not tried", _TRY, "refuted", _FALSIFY)
     told = tried.controls.get("context_told")
     is_told = not math.isnan(told[FOUND])
     values = told if is_told else tried.controls.get("cross_entropy")
     words: Callable[[float], str] = _whole if is_told else _nats
-    parts = [f"with {names[name]} {words(values[name])}" for name in judged]
-    what = "of the context's information is recovered" if is_told else "is the cross-entropy"
+    parts = [f"{names[name]} {words(values[name])}" for name in judged]
+    what = "of what the context tells, it gets" if is_told else "its cross-entropy is"
     worst = max(judged.values(), key=list(_OUTCOMES).index)
-    says = f"{_ANSWERS[worst]}: {listed(parts)} {what}, here {words(values[FOUND])}."
+    says = f"{_ANSWERS[worst]}: {what}, {listed(parts)}; what was found, {words(values[FOUND])}."
     return Check(asked, _OUTCOMES[worst], says, "refuted")
 
 
 def _whole(share: float) -> str:
-    return "undefined" if math.isnan(share) else f"{100 * share:z.0f}%"
+    return "undefined" if math.isnan(share) else f"{100 * share:z.0f}%".replace("-", "\N{MINUS SIGN}")
 
 
 def _nats(value: float) -> str:
@@ -103,7 +105,7 @@ def _nats(value: float) -> str:
 def _seeds(run: Run, tried: Falsification | None) -> Check:
     asked = f"Do other seeds find the same {run.mask.units}?"
     if tried is None:
-        return Check(asked, "not tried", _FALSIFY, "refuted")
+        return Check(asked, "not tried", _TRY, "refuted", _FALSIFY)
     finding = tried.judged[-1].finding
     pairs = [f"{pair}: all" for pair in tried.seeds.notes["pairs"]]
     if not pairs:
@@ -114,7 +116,7 @@ def _seeds(run: Run, tried: Falsification | None) -> Check:
     shares = " to ".join(dict.fromkeys(_whole(end(jaccard[pair] for pair in pairs)) for end in (min, max)))
     times = min(both[pair] / chance[pair] if chance[pair] else math.nan for pair in pairs)
     answer = "Yes" if finding == "stands" else "Not clearly"
-    says = f"{answer}: two seeds share {shares} of what either keeps, at least {times:,.1f} times as much as by chance."
+    says = f"{answer}: two seeds share {shares} of what either keeps, {times:,.0f} times as much as by chance."
     return Check(asked, _OUTCOMES[finding], says, "refuted")
 
 
@@ -127,8 +129,8 @@ def _capacity(run: Run) -> Check | None:
     if not found.table_bits:
         return Check(asked, "passed", "There is nothing to hold: a constant prediction is as good.", "controls")
     answer = "No" if found.is_far_fewer else "Yes" if found.ratio >= 1 else "Not excluded"
-    says = f"{answer}: to name the {run.mask.units} kept takes {found.mask_bits:,.0f} bits, to write an equally good "
-    says += f"table {found.table_bits:,.0f}."
+    says = f"{answer}: naming the {run.mask.units} kept takes {found.mask_bits:,.0f} bits, an equally good table "
+    says += f"{found.table_bits:,.0f}."
     return Check(asked, "passed" if found.is_far_fewer else "in doubt", says, "controls")
 
 
@@ -136,7 +138,7 @@ def _needed(run: Run) -> Check:
     asked = "Can the model do without them?"
     evaluation = run.evaluation
     if evaluation is None or evaluation.need is None:
-        return Check(asked, "not tried", _EVALUATE, "controls")
+        return Check(asked, "not tried", _TRY, "controls", EVALUATE)
     rise, random = evaluation.necessity
     outcome, answer = _NEED.get(evaluation.need, ("in doubt", "To some degree"))
     says = f"{answer}: without them its loss {_moves(rise)}, without as many random ones it {_moves(random)}."
@@ -148,7 +150,7 @@ _NEED = {"necessary": ("passed", "No"), "fairly necessary": ("passed", "Hardly")
 
 
 def _moves(rise: float) -> str:
-    return f"{'rises' if rise >= 0 else 'falls'} by {rounded(abs(rise), 2)} nats"
+    return f"{'rises' if rise >= 0 else 'falls'} by {rounded(abs(rise), 2)}"
 
 
 def _predicts(results: Results) -> Check:
@@ -156,10 +158,11 @@ def _predicts(results: Results) -> Check:
     found = results.effects("predicted_effects")
     r = found.notes["direct"]["r"] if isinstance(found, Scatter) else None
     if r is None or math.isnan(r):
-        return Check(asked, "not tried", " ".join(results.reasons("predicted_effects")) or _ANALYZE, "predicts")
+        reasons = " ".join(results.reasons("predicted_effects"))
+        return Check(asked, "not tried", reasons or _TRY, "predicts", "" if reasons else _ANALYZE)
     outcome = "passed" if r >= PREDICTS else "in doubt" if r >= HARDLY else "failed"
     answer = {"passed": "Yes", "in doubt": "Roughly", "failed": "No"}[outcome]
-    says = f"{answer}: what it says a neuron adds and what is lost without it agree to {rounded(r, 2)} (1 is perfect)."
+    says = f"{answer}: a neuron's share in it and what is lost without that neuron agree to {rounded(r, 2)}."
     return Check(asked, outcome, says, "predicts")
 
 
@@ -169,7 +172,10 @@ def _long_enough(run: Run) -> Check:
         return Check(asked, "not tried", "The folder holds no record of the training steps.", "training")
     if run.cautions:
         return Check(asked, "in doubt", " ".join(map(sentence, run.cautions)), "training")
-    says = f"Nothing in the records of its {len(run.last_attempt):,} steps speaks against it."
+    steps = len(run.last_attempt)
+    if steps < 2 * FEWEST:
+        return Check(asked, "not tried", f"Its {steps} steps are too few to tell.", "training")
+    says = f"Nothing in the records of its {steps:,} steps speaks against it."
     return Check(asked, "passed", says, "training")
 
 

@@ -164,6 +164,8 @@ def _about(node: Node, explanation: Explanation, units: Mapping[str, UnitTokens]
     if node.kind == "answer":
         likely = words.answer_probability(explanation)
         return "" if likely is None else f"{words.share_words(likely)} likely"
+    if node.kind == "replaced":
+        return "replaced"
     known = units.get(node.label)
     if known and known.promotes:
         return _short(f"→ {' '.join(words.quoted(token) for token, _ in known.promotes[:1])}")

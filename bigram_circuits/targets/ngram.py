@@ -7,7 +7,10 @@ from bigram_circuits.text.counting import count_ngrams
 
 _ORDERS = {1: "unigram", 2: "bigram", 3: "trigram"}
 _FROM = {1: "without looking at the text before it", 2: "from the current one", 3: "from the last two"}
-_COUNTED = {1: "single tokens", 2: "token pairs", 3: "token triples"}
+_COUNTED = {
+    1: "how often each token occurs", 2: "counts of which token follows which",
+    3: "counts of which token follows which two",
+}  # fmt: skip
 
 
 TARGET = TargetKind(
@@ -16,6 +19,6 @@ TARGET = TargetKind(
     meaning=lambda order: f"the {_ORDERS[order]} probabilities of the text",
     kind="NGramTable",
     does=lambda order: f"predict the next token {_FROM[order]}",
-    like=lambda order: f"counts of {_COUNTED[order]}",
+    like=_COUNTED.__getitem__,
     uses_order=True,
 )
