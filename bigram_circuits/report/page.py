@@ -196,17 +196,19 @@ def _picture(run: Run) -> Block | None:
 
 def _sketch_words(shown: Explanation, sketch: Sketch) -> str:
     """What the still picture shows, and how to read it."""
-    after, what = words.quoted(shown.prompt[shown.position]), f"the {shown.answer}"
-    says = f"After {after}. "
+    after, what = f"After {words.quoted(shown.prompt[shown.position])}", f"the {shown.answer}"
     if shown.predictions and words.answer_probability(shown) is not None:
         token, probability = shown.predictions[0]
-        says, what = f"After {after} it predicts {words.quoted(token)} ({words.share_words(probability)}). ", "it"
+        after += f" it predicts {words.quoted(token)} ({words.share_words(probability)})"
+        what = "that prediction"
     parts = sum(not node.is_end for node in sketch.nodes)
+    says = (
+        f"{after}. Shown are {parts} of the strongest parts: orange raises {what}, blue lowers it, the wider the line, "
+    )
     labels = {node.label for node in sketch.nodes}
     neuron = next((one for one in shown.nodes if one.kind == "neuron" and one.label in labels), None)
-    named = f" {neuron.label}: neuron {neuron.label.rpartition('N')[2]} of layer {neuron.layer}." if neuron else ""
-    says += f"{parts} of the strongest parts: orange raises {what}, blue lowers it; the wider the line, the more."
-    return f"{says}{named}"
+    named = f" {neuron.label} is neuron {neuron.label.rpartition('N')[2]} of layer {neuron.layer}." if neuron else ""
+    return f"{says}the more.{named}"
 
 
 _COMPARED = ("subnetwork", "full", "magnitude", "random", "empty")

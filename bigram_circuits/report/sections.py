@@ -13,8 +13,14 @@ from dataclasses import dataclass
 
 from bigram_circuits.report.blocks import Content, Section
 
-LEFT_OUT = "Left out, because this section cannot be made from what the files hold"
+LEFT_OUT = "Left out, because this cannot be made from what the files hold"
 _LONGEST = 300  # characters, of a reason
+
+
+def left_out(error: Exception) -> str:
+    """A sentence that something was left out because of an error in making it."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+    return f"{LEFT_OUT} ({reason})."
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,7 @@ class SectionKind:
             for block in content.blocks:
                 block.check()
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
-            content = Content([f"{LEFT_OUT} ({reason})."])
+            content = Content([left_out(error)])
         heading = content.heading or self.heading
         return Section(self.key, heading, content.says, content.blocks, self.group, self.is_open)
 

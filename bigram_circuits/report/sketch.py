@@ -96,7 +96,7 @@ def sketch_of(explanation: Explanation, units: Mapping[str, UnitTokens]) -> Sket
     most = max([abs(node.flow) for node in shown if node.kind not in (*SOURCES, "answer")], default=0.0) or 1.0
     nodes = [_box(node, places[node.key], most, explanation, units) for node in shown]
     return Sketch(
-        width=_WIDTH, height=max(top + height for _, top, height in places.values()) + _MARGIN,
+        width=_WIDTH, height=max((top + height for _, top, height in places.values()), default=_TOP) + _MARGIN,
         columns=[(_left(at, len(columns)) + _NODE_WIDTH / 2, _heading(one)) for at, one in enumerate(columns)],
         nodes=nodes, edges=_drawn(explanation.edges, shown, places, columns),
         left_out=len(explanation.nodes) - len(shown),
@@ -135,7 +135,7 @@ def _placed(shown: Sequence[Node], explanation: Explanation, units: Mapping[str,
     extents = {column: sum(heights[n.key] + _GAP for n in cell) - _GAP for column, cell in cells.items()}
     places: dict[str, Place] = {}
     for at, (column, cell) in enumerate(cells.items()):
-        top = _TOP + _MARGIN + (max(extents.values()) - extents[column]) / 2
+        top = _TOP + _MARGIN + (max(extents.values(), default=0) - extents[column]) / 2
         for node in cell:
             places[node.key] = (_left(at, len(columns)), top, heights[node.key])
             top += heights[node.key] + _GAP
