@@ -72,11 +72,12 @@ def page(comparison: Comparison) -> str:
     """The page as text."""
     sections = [section(comparison) for section in COMPARISON_SECTIONS]
     return document(
-        _opening(comparison), sections, f"Made from the folders and files of the {comparison.noun}s compared."
+        opening(comparison), sections, f"Made from the folders and files of the {comparison.noun}s compared."
     )
 
 
-def _opening(comparison: Comparison) -> Opening:
+def opening(comparison: Comparison) -> Opening:
+    """The first screen: question, answer, a few numbers, a picture, and what would change the conclusion."""
     items, noun, units = comparison.items, comparison.noun, comparison.units
     model = _model(items)
     asked = f"Which of these {len(items)} {noun}s of {model} is best, and at what size?"
