@@ -49,6 +49,11 @@ class MaskCapacity(Record):
         return self.mask_bits / self.table_bits if self.table_bits else math.inf
 
     @property
+    def is_far_fewer(self) -> bool:
+        """Whether the mask has far fewer bits than the table, so that it cannot have memorised it."""
+        return self.ratio < FAR_FEWER
+
+    @property
     def says(self) -> str:
         """Whether the mask could hold the table, with the numbers, in a sentence."""
         if not self.table_bits:

@@ -136,6 +136,31 @@ class Evaluation:
         return self.complement.mean_surprisal - self.full.mean_surprisal, random - self.full.mean_surprisal
 
     @property
+    def sufficiency(self) -> str | None:
+        """How sufficient it is for the target, in words; None where that is undefined."""
+        value = self.recovered if self.by_loss else self.subnetwork.surprisal_correlation
+        return None if math.isnan(value) else next(word for least, word in _SUFFICIENT if value >= least)
+
+    @property
+    def need(self) -> str | None:
+        """How necessary it is to the model, in words; None if that was not measured."""
+        rise, random = self.necessity
+        if math.isnan(rise) or math.isnan(random):
+            return None
+        table, value = (_NECESSARY, _times(rise, random)) if math.isnan(self.lost) else (_LOST, self.lost)
+        return "NOT necessary" if rise < _NEEDED else next(word for least, word in table if value >= least)
+
+    def beats(self, control: str) -> bool | None:
+        """Whether it is shown to be closer to the target than a control: `full`, `empty`, `magnitude` or `random`.
+
+        It is if the paired 95% interval of the difference (`advantage`) lies above 0, for random controls of every
+        seed. A control whose correlation is undefined (its surprisal is constant) says nothing about the target, so it
+        is beaten. None: the control was not measured.
+        """
+        pairs = [pair for name, pair in self.advantage.items() if name.split(" ")[0] == control]
+        return all(math.isnan(low) or low > 0 for low, _ in pairs) if pairs else None
+
+    @property
     def verdict(self) -> str:
         """How sparse the subnetwork is, how sufficient for the target, and how necessary to the model: a sentence."""
         return _verdict(self)
@@ -621,9 +646,9 @@ _CONTROLS = {
     "full": "the full model",
     "empty": "the empty {noun}",
     "magnitude": "the {strongest}",
-    "random ": "random {units}",
+    "random": "random {units}",
 }
-"""The controls whose correlation is compared, by the beginning of their names."""
+"""The controls that it is compared with."""
 
 
 def _verdict(evaluation: Evaluation) -> str:
@@ -648,11 +673,9 @@ def _sufficiency(evaluation: Evaluation) -> str:
     """How closely the subnetwork follows the target, and which controls do so less closely."""
     beaten, unbeaten = [], []
     strongest = CONDITIONS[condition_of("magnitude", evaluation.noun)].label
-    for prefix, label in _CONTROLS.items():
-        pairs = [pair for name, pair in evaluation.advantage.items() if name.startswith(prefix)]
-        # an undefined control correlation (its surprisal is constant) carries no information about the target
-        if pairs:
-            is_beaten = all(math.isnan(low) or low > 0 for low, _ in pairs)
+    for control, label in _CONTROLS.items():
+        is_beaten = evaluation.beats(control)
+        if is_beaten is not None:
             (beaten if is_beaten else unbeaten).append(
                 label.format(units=evaluation.units, noun=evaluation.noun, strongest=strongest)
             )
@@ -668,7 +691,7 @@ def _sufficiency(evaluation: Evaluation) -> str:
 def _by_correlation_words(evaluation: Evaluation) -> str:
     r, (low, high) = evaluation.subnetwork.surprisal_correlation, evaluation.interval("subnetwork")
     interval = "" if math.isnan(low) else f" (95% interval {low:.3f} to {high:.3f})"
-    return f"{next(word for least, word in _SUFFICIENT if r >= least)}: r = {r:.3f}{interval}"
+    return f"{evaluation.sufficiency}: r = {r:.3f}{interval}"
 
 
 def _by_loss_words(evaluation: Evaluation) -> str:
@@ -680,7 +703,7 @@ def _by_loss_words(evaluation: Evaluation) -> str:
         return (
             f"sufficiency is undefined, since the full model is not better than the empty {evaluation.noun}: {losses}"
         )
-    word = next(word for least, word in _SUFFICIENT if share >= least)
+    word = str(evaluation.sufficiency)
     if value < evaluation.full.cross_entropy:
         word += ", and better at it than the full model"
     gain = f"{100 * share:.1f}% of the full model's gain over the empty {evaluation.noun}"
@@ -693,17 +716,18 @@ def _necessity(evaluation: Evaluation) -> str:
     rise, random = evaluation.necessity
     if math.isnan(rise) or math.isnan(random):
         return "whether the model needs it was not measured"
-    times, ratio = math.inf, ""
-    if random >= 0.005:  # below, it is shown as 0.00
-        times = rise / random
+    times, ratio = _times(rise, random), ""
+    if math.isfinite(times):
         only = "only " if 0 < times < _NECESSARY[1][0] else ""
         ratio = f"{only}{times:,.{0 if times >= 10 else 1}f} times as much as " if times > 0 else ""
     lost = evaluation.lost
-    table, value = (_NECESSARY, times) if math.isnan(lost) else (_LOST, lost)
-    word = "NOT necessary" if rise < _NEEDED else next(word for least, word in table if value >= least)
     moves = f"{'rises' if rise >= 0 else 'falls'} by {abs(rise):.2f} nats"
     if not math.isnan(lost):
         moves += f" (a loss of {100 * lost:.0f}% of that gain)"
-    return (
-        f"{word}: without it the model's loss {moves}, {ratio}without as many random {evaluation.units} ({random:.2f})"
-    )
+    without = f"without as many random {evaluation.units} ({random:.2f})"
+    return f"{evaluation.need}: without it the model's loss {moves}, {ratio}{without}"
+
+
+def _times(rise: float, random: float) -> float:
+    """How many times the rise without random weights the rise without the subnetwork is; inf if the former is none."""
+    return rise / random if random >= 0.005 else math.inf  # below, it is shown as 0.00

@@ -508,6 +508,15 @@ class Inputs(Record):
         return name, f"{MEASURES[self.measure].meaning} the task {name}"
 
     @property
+    def plain_target(self) -> tuple[str, str]:
+        """The target without jargon: phrases that complete "enough to ..." and "predictions that agree with ..."."""
+        if self.task is None:
+            kind = self.kind_of_target
+            return kind.does(self.order), kind.like(self.order)
+        meaning = self.target_words[1]
+        return f"reproduce {meaning}", meaning
+
+    @property
     def kind_of_target(self) -> Any:
         """The entry of `TARGETS`."""
         return TARGETS[self.target.replace("-", "_")]

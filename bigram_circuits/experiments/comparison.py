@@ -187,7 +187,7 @@ class Comparison:
     @property
     def is_repetition(self) -> bool:
         """Whether all are runs that differ in the seed and nothing else: their differences are scatter."""
-        return all(one.run for one in self.items) and set(self.differing) == {_SEED}
+        return all(one.run for one in self.items) and set(self.differing) == {SEED}
 
     def spread(self, quantity: str) -> Spread | None:
         """A quantity over all that were measured; None if none was."""
@@ -525,7 +525,8 @@ def _ordered(ends: tuple[float | None, float | None], sign: int) -> tuple[float,
 
 # --- settings ---
 
-_SEED = "recipe.seed"
+SEED = "recipe.seed"
+"""The setting that differs between repetitions."""
 
 
 def short_settings(settings: Sequence[str]) -> list[str]:

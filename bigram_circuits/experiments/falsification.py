@@ -129,19 +129,19 @@ class Falsification:
     @property
     def refuted(self) -> tuple[str, ...]:
         """Names of the controls that refute the finding; empty if none does."""
-        return tuple(one.control for one in self._judged() if one.finding == "refuted")
+        return tuple(one.control for one in self.judged if one.finding == "refuted")
 
     @property
     def says(self) -> tuple[str, ...]:
         """What each control shows, in a few sentences, and what the models reach without a penalty."""
-        *controls, seeds = (one.says for one in self._judged())
+        *controls, seeds = (one.says for one in self.judged)
         ceiling = ceiling_words(self.controls)
         return (*controls, *([ceiling] if ceiling else []), seeds)
 
     @property
     def verdict(self) -> str:
         """Which controls refute the finding and which weaken it, as a sentence."""
-        judged = self._judged()
+        judged = self.judged
         parts = [
             f"{word} by: {', '.join(names)}."
             for word, finding in (("REFUTED", "refuted"), ("Weakened", "weakened"))
@@ -158,7 +158,9 @@ class Falsification:
         """
         return None if self.curves is None else size_ratio(self.curves, self.controls.get("fraction")[FOUND])
 
-    def _judged(self) -> list[Judged]:
+    @property
+    def judged(self) -> list[Judged]:
+        """What each control shows, and last what other seeds show."""
         return [*judge_controls(self.controls, self.gaps, self.curves), judge_seeds(self.controls, self.seeds)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:

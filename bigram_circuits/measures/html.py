@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,28 @@ def escape(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`."""
+def explained(name: str, meaning: str | None) -> str:
+    """A name with what it means, which shows on hover (a page's script also shows it on touch and focus)."""
+    if not meaning:
+        return escape(name)
+    return f'<abbr title="{escape(meaning)}" tabindex="0">{escape(name)}</abbr>'
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    caption: str,
+    meanings: Mapping[str, str] | None = None,
+) -> str:
+    """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`.
+
+    Names of columns and rows that are among `meanings` show what they mean.
+    """
+    meanings = meanings or {}
     classes = [' class="n"' if _is_numeric(rows, at) else "" for at in range(len(columns))]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(classes, columns, strict=True))
-    body = "".join(f"<tr>{''.join(_cell(value, first=not at) for at, value in enumerate(row))}</tr>" for row in rows)
+    names = [explained(name, meanings.get(name)) for name in columns]
+    head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in zip(classes, names, strict=True))
+    body = "".join(f"<tr>{_heading(row[0], meanings)}{''.join(map(_cell, row[1:]))}</tr>" for row in rows if len(row))
     return f'<table aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -102,10 +119,16 @@ def _is_numeric(rows: Sequence[Sequence[Any]], at: int) -> bool:
     return at > 0 and any(isinstance(row[at], int | float) for row in rows)
 
 
-def _cell(value: Any, *, first: bool) -> str:
+def _heading(value: Any, meanings: Mapping[str, str]) -> str:
+    """Build the cell that names a row."""
+    if isinstance(value, str) and value in meanings:
+        return f'<th scope="row">{explained(value, meanings[value])}</th>'
+    return _cell(value, 'th scope="row"')
+
+
+def _cell(value: Any, tag: str = "td") -> str:
     """Build a table cell; a number is shown rounded, with the full value in `<data>`."""
-    tag = 'th scope="row"' if first else "td"
-    end = "th" if first else "td"
+    end = tag.split()[0]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return f"<{tag}>–</{end}>"  # noqa: RUF001 (a dash for what is undefined)
     if isinstance(value, bool) or not isinstance(value, int | float):

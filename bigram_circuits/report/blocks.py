@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bigram_circuits.explanations.page import CircuitView
+from bigram_circuits.measures.words import sentence
+from bigram_circuits.report.sketch import Sketch
 
 
 class Block:
@@ -47,6 +49,8 @@ class Numbers(Block):
     rows: Sequence[Sequence[Any]]
     is_open: bool = False
     """Whether it is shown at once or only on request."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """What names of columns and rows mean, where `words.COLUMNS` does not say it."""
 
     def check(self) -> None:
         """Raise ValueError if a row has another number of cells than there are columns."""
@@ -95,6 +99,18 @@ class Circuit(Block):
 
 
 @dataclass(frozen=True)
+class Preview(Block):
+    """A still picture of an explanation, small enough for the top of a page."""
+
+    title: str
+    says: str
+    sketch: Sketch
+    """From `sketch_of`."""
+    link: str = ""
+    """The anchor of the section that shows more."""
+
+
+@dataclass(frozen=True)
 class Code(Block):
     """A command to copy, with what it does."""
 
@@ -126,21 +142,67 @@ class Section:
     """Sentences; empty ones are left out."""
     blocks: Sequence[Block] = ()
     """Charts and tables below them."""
+    group: str = ""
+    """The heading that it stands under."""
+    is_open: bool = True
+    """Whether it is shown at once or only on request."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A number that is shown large."""
+
+    value: str
+    what: str
+    """What it is, in a line."""
+    measured: str = ""
+    """How it was measured, in a sentence or two; shown on request."""
+
+
+OUTCOMES = {"passed": "✓", "failed": "✗", "in doubt": "!", "not tried": "–"}  # noqa: RUF001 (a dash)
+"""What may come of a check, and its sign."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that would refute, or weaken, what a page says, and whether it did."""
+
+    asked: str
+    """The question."""
+    outcome: str
+    """One of `OUTCOMES`."""
+    says: str
+    """The answer and what was measured, in a sentence."""
+    key: str
+    """The anchor of the section that shows more."""
+    command: str = ""
+    """Of what was not tried: what tries it."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The top of a page: what was asked, and the answer."""
+    """The first screen of a page: the question, the answer, a picture, and what would refute it."""
 
     title: str
+    """What the page is about; its name in tabs and bookmarks."""
     asked: str
+    """The question, without symbols."""
     answer: str
-    verdict: str = ""
-    """What follows from the answer."""
-    made: str = ""
-    """When, and with what."""
-    marks: Sequence[tuple[str, str]] = ()
-    """A few numbers, shown large: what each is, and its value."""
+    """The answer in a sentence without jargon."""
+    marks: Sequence[Mark] = ()
+    """A few numbers, shown large."""
+    picture: Block | None = None
+    checks: Sequence[Check] = ()
+    tested: str = "What would refute it, and did it?"
+    """The heading of the checks."""
+    notes: Sequence[str] = ()
+    """How it was made, in small print; empty ones are left out."""
+
+    @property
+    def tally(self) -> str:
+        """How many checks came out how, in a sentence."""
+        counts = {one: sum(check.outcome == one for check in self.checks) for one in OUTCOMES}
+        return sentence(", ".join(f"{count} {one}" for one, count in counts.items() if count))
 
 
 def _finite(value: Any) -> Any:

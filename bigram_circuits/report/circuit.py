@@ -16,7 +16,7 @@ from bigram_circuits.report.sections import section
 from bigram_circuits.report.words import spoken_tokens
 from bigram_circuits.runs import Run
 
-_PREDICTS, _HARDLY = 0.7, 0.4
+PREDICTS, HARDLY = 0.7, 0.4
 """Least r of predicted and measured effects at which a picture predicts, and at which it does so roughly."""
 _CELL = 20  # pixels, of the width and height of a cell in the map of neurons and tokens
 _TOKENS = 6  # in a table cell
@@ -75,12 +75,12 @@ def _verdict(found: Scatter) -> str:
     pairs = f"over {found.notes['pairs']:,} pairs of a neuron and one of {found.notes['tokens']} frequent tokens"
     if r is None or math.isnan(r):
         return f"Whether it predicts is unknown: removals have no spread {pairs}."
-    if r >= _PREDICTS:
+    if r >= PREDICTS:
         return (
             f"It does: what a neuron adds to the logit of the predicted token by itself and how far that logit falls "
             f"when the neuron is removed agree with r = {rounded(r, 2)}, {pairs}."
         )
-    how = "only roughly" if r >= _HARDLY else "hardly"
+    how = "only roughly" if r >= HARDLY else "hardly"
     return (
         f"It predicts {how}: what a neuron adds by itself and how far the logit falls when the neuron is removed agree "
         f"with r = {rounded(r, 2)} alone, {pairs}. Take single edges of the picture with care."

@@ -124,11 +124,7 @@ def pareto(comparison: Comparison) -> Content:
     drawn = [one for one in items if one.is_evaluated and one.subnetwork.kept]
     if not drawn:
         return Content(["None of them was evaluated, so there is nothing to plot."])
-    panels = [
-        _points(drawn, R, "r with the target", has_front=not comparison.is_repetition),
-        _points(drawn, KL, "KL from the target (nats)", has_front=not comparison.is_repetition),
-    ]
-    panels = [panel for panel in panels if any(value is not None for value in panel.values)]
+    panels = _panels(comparison, drawn)
     says = [_front_words(drawn, panel) for panel in panels if panel.fronts]
     if len(measured_tasks(drawn, R)) > 1:
         says.insert(0, "Targets or texts differ: values for different ones cannot be compared, and lines join only "
@@ -162,6 +158,30 @@ def pareto(comparison: Comparison) -> Content:
     columns = ["", "fraction", *(f"{word}{of}" for word in ("r", "KL") for of in ("", " of random", " of full model"))]
     chart = Chart(f"r and KL against the share of {units} kept", " ".join(what), figure)
     return Content(says, [chart, Numbers("Numbers: faithfulness against size", columns, rows)])
+
+
+def front(comparison: Comparison) -> Chart | None:
+    """The first of these charts alone, for the top of the page; None if there is nothing to plot."""
+    drawn = [one for one in comparison.items if one.is_evaluated and one.subnetwork.kept]
+    panels = _panels(comparison, drawn)[:1]
+    if not panels:
+        return None
+    names, fractions = [one.name for one in drawn], [one.subnetwork.fraction for one in drawn]
+    better = "up" if panels[0].is_r else "down"
+    says = f"Better is {better}, smaller is left. On the line, none of the others is as good and as small."
+    says = says if panels[0].fronts else f"Better is {better}, smaller is left."
+    says += " Hollow: random ones of the same size." if any(one is not None for one in panels[0].random) else ""
+    return Chart("How good at what size", says, compared_figures.pareto(names, fractions, panels, comparison.noun))
+
+
+def _panels(comparison: Comparison, drawn: Sequence[Compared]) -> list[compared_figures.Points]:
+    """R and KL against size, as far as they were measured."""
+    has_front = not comparison.is_repetition
+    panels = [
+        _points(drawn, R, "r with the target", has_front=has_front),
+        _points(drawn, KL, "KL from the target (nats)", has_front=has_front),
+    ]
+    return [panel for panel in panels if any(value is not None for value in panel.values)]
 
 
 _CONDITIONS = ("subnetwork", "random", "full")

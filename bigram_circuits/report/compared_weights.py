@@ -16,6 +16,7 @@ from bigram_circuits.report import compared_figures
 from bigram_circuits.report.blocks import Block, Chart, Content, Numbers
 from bigram_circuits.report.compared_words import (
     MOST_DRAWN,
+    SURPRISING,
     drawn,
     few,
     found_pairs,
@@ -29,7 +30,6 @@ from bigram_circuits.report.results import LAYER_CHARTS, LayerChart
 from bigram_circuits.report.words import component_name, component_words, unit_words
 
 _MOST_ROWS = 28  # pairs in a map; more are in the table alone
-_SURPRISING = 0.05  # a p-value below it
 _MOST_LABELS = 60  # nodes of a circuit, named one by one
 _CELL = 74  # pixels, of width for a column of a map with words
 
@@ -89,19 +89,17 @@ def _pair_row(pair: Pair, stratum: str) -> list[float | int | str]:
 def _overlap_words(pairs: Sequence[Pair], units: str) -> str:
     if len(pairs) == 1:
         pair = pairs[0]
-        is_above = "significantly" if pair.p() < _SURPRISING else "not significantly"
+        is_above = "significantly" if pair.p() < SURPRISING else "not significantly"
         return (
             f"{pair_words(pair)} share {pair.get('intersection'):,.0f} {units}: Jaccard "
             f"{percent(pair.get('jaccard'))}, {few(pair.ratio())} times chance ({pair.get('expected'):,.0f} expected), "
             f"{is_above} above it ({_p_words(pair)})."
         )
-    below = [pair_with(pair) for pair in pairs if pair.p() >= _SURPRISING]
+    below = [pair_with(pair) for pair in pairs if pair.p() >= SURPRISING]
     says = f"Of {len(pairs)} pairs, {len(pairs) - len(below)} overlap significantly more than chance"
     if not below:
         says = f"All {len(pairs)} pairs overlap significantly more than chance"
-    return (
-        f"{says} (p < {_SURPRISING} after Holm's correction).{f' Not significant: {listed(below)}.' if below else ''}"
-    )
+    return f"{says} (p < {SURPRISING} after Holm's correction).{f' Not significant: {listed(below)}.' if below else ''}"
 
 
 def _p_words(pair: Pair) -> str:
@@ -139,10 +137,10 @@ def _by_component(pairs: Sequence[Pair], units: str) -> list[Block]:
         labels = [component_name(name) for name in strata]
         figure = compared_figures.ratio_map([pair_words(pair) for pair in pairs], labels, ratios)
         tested = [(pair, name) for pair in found_pairs(pairs) for name in strata if pair.get("sd", name) > 0]
-        above = sum(pair.p(name) < _SURPRISING for pair, name in tested)
+        above = sum(pair.p(name) < SURPRISING for pair, name in tested)
         says = (
             f"Shared {units} over those expected by chance; empty where none is shared or expected. {above} of "
-            f"{len(tested)} overlaps are significantly above chance (p < {_SURPRISING} after Holm's correction)."
+            f"{len(tested)} overlaps are significantly above chance (p < {SURPRISING} after Holm's correction)."
         )
         width = 220 + _CELL * len(strata)
         blocks.append(Chart(f"Overlap by {what}, in times chance", says, figure, width))

@@ -10,11 +10,20 @@ import numpy as np
 from bigram_circuits.experiments.comparison import Compared, Comparison, Pair
 from bigram_circuits.report.sections import Sections
 
-COMPARISON_SECTIONS = Sections()
+COMPARISON_SECTIONS = Sections(
+    {
+        "How good they are": ("what", "pareto"),
+        "How alike they are": ("overlaps", "places"),
+        "What happens inside": ("layers", "..."),
+    },
+    opened=("what", "pareto", "overlaps"),
+)
 """The sections of the comparison page; `report.comparison` imports the modules that register them."""
 section = COMPARISON_SECTIONS.add
 
 
+SURPRISING = 0.05
+"""A p-value below it is significant."""
 MOST_DRAWN = 24
 """Subnetworks that a chart by layer or by pair can show; of more, some are drawn."""
 

@@ -17,7 +17,7 @@ from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import flat, listed, percent, rounded, span
 from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
-from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
+from bigram_circuits.report.blocks import Chart, Content, Mark, Numbers, Opening
 from bigram_circuits.report.document import document
 from bigram_circuits.report.sections import Sections
 from bigram_circuits.report.words import IN_PLACE
@@ -63,15 +63,19 @@ def _opening(found: FaithfulnessCurves) -> Opening:
     noun, total = found.noun, int(notes.get("nodes", 0))
     replaced = IN_PLACE.get(str(notes.get("replace")), "other values")
     asked = (
-        f"The question: how few of the {total:,} {noun} of {name} does {notes.get('target')} need, and which way of "
-        f"choosing finds the fewest? Dropped {noun} are given {replaced}. All ways choose on "
-        f"the training part; faithfulness is measured on {notes.get('sequences', 0):,} held-out sequences."
+        f"How few of the {total:,} {noun} of {name} does {notes.get('target')} need, and which way of choosing finds "
+        "the fewest?"
+    )
+    how = (
+        f"Dropped {noun} are given {replaced}. All ways choose on the training part; faithfulness is measured on "
+        f"{notes.get('sequences', 0):,} held-out sequences."
     )
     methods = found.areas.names
     cmd = {method: float(value) for method, value in zip(methods, found.areas.values[0], strict=True)}
-    marks = [(f"{noun} in all", f"{total:,}")]
-    marks += [(f"CMD, {LABELS.get(method, method)}", rounded(value)) for method, value in cmd.items()]
-    return Opening(f"Circuits of {name}, by size", asked, _smallest(found), _compared(found), marks=marks)
+    measured = found.areas.quantities[0].meaning
+    marks = [Mark(f"{total:,}", f"{noun} in all")]
+    marks += [Mark(rounded(value), f"CMD, {LABELS.get(method, method)}", measured) for method, value in cmd.items()]
+    return Opening(f"Circuits of {name}, by size", asked, _smallest(found), marks, notes=[_compared(found), how])
 
 
 def _smallest(found: FaithfulnessCurves) -> str:

@@ -11,11 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from bigram_circuits.explanations.page import CircuitView
 from bigram_circuits.measures import html
-from bigram_circuits.report.blocks import Attention, Block, Chart, Circuit, Numbers, Opening, Reading, Section
+from bigram_circuits.report.blocks import (
+    OUTCOMES,
+    Attention,
+    Block,
+    Chart,
+    Circuit,
+    Numbers,
+    Opening,
+    Reading,
+    Section,
+)
+from bigram_circuits.report.words import COLUMNS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,7 +48,10 @@ def _environment() -> Environment:
     """Jinja2 with the templates of reports and of circuits."""
     environment = html.environment("report", "explanations")
     environment.filters["template"] = _template
+    environment.filters["groups"] = _groups
     environment.globals["table"] = _table
+    environment.globals["explained"] = _explained
+    environment.globals["outcomes"] = OUTCOMES
     return environment
 
 
@@ -49,7 +64,20 @@ def _table(numbers: Numbers) -> Markup:
     """The table that notebooks show too; `html.table` escapes its cells."""
     from markupsafe import Markup
 
-    return Markup(html.table(numbers.columns, numbers.rows, numbers.caption))
+    meanings = {**COLUMNS, **numbers.meanings}
+    return Markup(html.table(numbers.columns, numbers.rows, numbers.caption, meanings))
+
+
+def _explained(name: str, meaning: str) -> Markup:
+    """A name with what it means; `html.explained` escapes both."""
+    from markupsafe import Markup
+
+    return Markup(html.explained(name, meaning))
+
+
+def _groups(sections: Sequence[Section]) -> list[tuple[str, list[Section]]]:
+    """The sections under each heading, in their order."""
+    return [(group, list(members)) for group, members in groupby(sections, key=lambda section: section.group)]
 
 
 @dataclass

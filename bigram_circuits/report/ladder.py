@@ -12,10 +12,11 @@ from pathlib import Path
 
 from bigram_circuits.experiments.ladder import FULL, INDUCTION, N_GRAMS, WITHIN, Ladder, Rung, Step
 from bigram_circuits.measures.html import write_page
+from bigram_circuits.measures.quantities import FRACTION, MEAN_SURPRISAL
 from bigram_circuits.measures.words import listed, percent, rounded, span
 from bigram_circuits.names import model_words
 from bigram_circuits.report import figures
-from bigram_circuits.report.blocks import Chart, Content, Numbers, Opening
+from bigram_circuits.report.blocks import Chart, Content, Mark, Numbers, Opening
 from bigram_circuits.report.compared_figures import pair_maps
 from bigram_circuits.report.compared_words import few
 from bigram_circuits.report.document import document
@@ -52,17 +53,20 @@ def write_ladder(ladder: Ladder, path: str | os.PathLike[str] = "ladder.html") -
 
 def _opening(ladder: Ladder) -> Opening:
     text = "the reference text" if ladder.text.source == "reference" else f"the text {ladder.text.source}"
-    asked = (
-        "The question: which weights are enough for unigrams, bigrams, trigrams and induction, and is each of these "
-        f"part of the next? Masks were learned on {text}, induction on random tokens that are repeated; all are "
-        "measured on held-out text and on other random tokens."
+    asked = "Which weights are enough for unigrams, bigrams, trigrams and induction, and is each part of the next?"
+    how = (
+        f"Masks were learned on {text}, induction on random tokens that are repeated; all are measured on held-out "
+        "text and on other random tokens."
     )
     sizes = [f"{name} {percent(ladder.rung(name).fraction)}" for name in (*N_GRAMS, INDUCTION)]
-    marks = [(f"of weights, {name}", percent(ladder.rung(name).fraction)) for name in (*N_GRAMS, INDUCTION)]
-    marks.append(("loss of the full model", rounded(ladder.rung(FULL).loss)))
+    marks = [
+        Mark(percent(ladder.rung(name).fraction), f"of weights, {name}", FRACTION.meaning)
+        for name in (*N_GRAMS, INDUCTION)
+    ]
+    marks.append(Mark(rounded(ladder.rung(FULL).loss), "loss of the full model", MEAN_SURPRISAL.meaning))
     answer = f"Found free, they keep {listed(sizes)} of {ladder.rung(FULL).total:,} maskable weights. {_walk(ladder)}"
     title = f"The n-gram ladder of {model_words(ladder.model)}"
-    return Opening(title, asked, answer, _induced(ladder), marks=marks)
+    return Opening(title, asked, answer, marks, notes=[_induced(ladder), how])
 
 
 def _walk(ladder: Ladder) -> str:

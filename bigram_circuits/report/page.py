@@ -1,22 +1,27 @@
-"""The page about a run: one HTML file that tells how it was found, how faithful it is and where it is."""
+"""The page about a run: one HTML file. Its first screen says what was asked, found and tried; sections say the rest."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from bigram_circuits.experiments.falsification import load_falsification
-from bigram_circuits.measures.words import listed, percent, rounded, sentence, span
-from bigram_circuits.report import circuit, inside, outcome, reading  # noqa: F401 (they register their sections)
-from bigram_circuits.report.blocks import Opening, Section
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.explanations import words
+from bigram_circuits.explanations.explanation import Explanation
+from bigram_circuits.measures.words import listed, percent, rounded, span
+from bigram_circuits.report import circuit, figures, inside, outcome, reading  # noqa: F401 (they register sections)
+from bigram_circuits.report.blocks import Block, Chart, Check, Mark, Opening, Preview, Section
 from bigram_circuits.report.document import document
-from bigram_circuits.report.facts import Row, control_rows
+from bigram_circuits.report.facts import control_rows
+from bigram_circuits.report.refuting import checks
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
-from bigram_circuits.report.words import asked_units, dropped_words, reader_of
-from bigram_circuits.runs import CorpusIdentity, Run, load_run, too_short
+from bigram_circuits.report.sketch import Sketch, clearest, sketch_of
+from bigram_circuits.report.words import IN_PLACE, asked_units
+from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
 
 
@@ -59,73 +64,175 @@ def sections(run: Run) -> list[Section]:
 
 
 def opening(run: Run) -> Opening:
-    """The title, what was done and what came of it in a sentence, the verdict, and how it was made."""
-    target, model, source = run.target_words, run.model_words, run.settings.corpus.source
-    text = "the reference text" if source == "reference" else f"the text {source}"
+    """The first screen: question, answer, a few numbers, a picture, and what would refute the answer."""
+    tried = checks(run, Results(run.analyses, run.left_out))
+    does, _ = run.plain_target
+    return Opening(
+        title=f"The {run.target_words[0]} {run.mask.noun} of {run.model_words}",
+        asked=f"Which few {asked_units(run.mask)} of {run.model_words} are enough to {does}?",
+        answer=" ".join(filter(None, [_answer(run), _but(tried)])),
+        marks=_marks(run),
+        picture=_picture(run),
+        checks=tried,
+        notes=_notes(run),
+    )
+
+
+# --- the answer ---
+
+
+def _answer(run: Run) -> str:
+    """How many are kept, whether they are enough, and what the model does with only these: a sentence."""
+    mask, evaluation = run.mask, run.evaluation
+    kept = f"{mask.kept:,} of {mask.total:,} {mask.units} ({percent(mask.fraction)})"
+    if evaluation is None:
+        return f"{kept} were chosen; whether they are enough was not measured (bigram-circuits evaluate RUN)."
+    if evaluation.sufficiency is None:
+        why = "the full model does no better than one without any" if evaluation.by_loss else "agreement is undefined"
+        return f"{kept} were chosen; whether they are enough is unknown, since {why}."
+    enough, follows = _HOW[evaluation.sufficiency]
+    if evaluation.by_loss:
+        return f"{kept} {enough}: with only these, the model {_gain_words(evaluation)}."
+    return f"{kept} {enough}: with only these, the model's predictions {follows} {run.plain_target[1]}."
+
+
+def _gain_words(evaluation: Evaluation) -> str:
+    """What the model does with only what was kept, beside what it does with all and with none."""
+    if evaluation.recovered < 0:
+        return f"does worse than without any {evaluation.units}"
+    if evaluation.recovered > 1:
+        return f"does better than with all {evaluation.units}"
+    return f"keeps {percent(evaluation.recovered)} of what all {evaluation.units} gain over none"
+
+
+_HOW = {
+    "sufficient": ("are enough", "agree closely with"),
+    "largely sufficient": ("are nearly enough", "agree well with"),
+    "only partly sufficient": ("are only partly enough", "agree only roughly with"),
+    "NOT sufficient": ("are NOT enough", "do not agree well with"),
+}
+"""What is said of each word of `Evaluation.sufficiency`: whether it is enough, and how predictions agree then."""
+
+
+def _but(tried: Sequence[Check]) -> str:
+    """How many checks failed, as a sentence; empty if none did."""
+    failed = sum(check.outcome == "failed" for check in tried)
+    return f"It failed {failed} of the checks below." if failed else ""
+
+
+# --- the numbers ---
+
+
+def _marks(run: Run) -> list[Mark]:
+    """A few numbers, each with what it is and how it was measured."""
     mask = run.mask
-    asked = f"The question: which {asked_units(mask)} of {model} are enough to reproduce {target[1]}? "
-    asked += "The masks were learned on "
-    of_other = other_text(run.evaluated_on, run, "evaluated") if run.evaluation else ""
-    if run.evaluation and run.evaluated_on is None and not run.is_former:
-        of_other = " Which text it was evaluated on was not recorded."
-    evaluated = "" if of_other else " and evaluated on its held-out part"
-    asked += f"{text}{evaluated}.{_starts(run)}{of_other}{other_text(run.analysed_on, run, 'analysed')}"
-    title = f"The {target[0]} {mask.noun} of {model}"
-    kept = f"We keep {percent(mask.fraction)} of the {mask.units} ({mask.kept:,} of {mask.total:,})"
-    kept += f" and {dropped_words(mask)}"
+    if isinstance(mask, Circuit):
+        rest = f"The others are replaced by {IN_PLACE[mask.replacement.kind]}."
+    else:
+        rest = "The others are set to zero. Embeddings, biases and normalisation always stay."
+    marks = [Mark(percent(mask.fraction), f"of the {mask.units} kept ({mask.kept:,})", rest)]
     if run.evaluation is None:
-        answer = f"{kept}. What remains was not evaluated, so its faithfulness is unknown."
-        return Opening(title, asked, answer, _doubts(run), _made(run))
-    rows = {row.name: row for row in control_rows(run.evaluation)}
-    tried = load_falsification(run.path / "falsify", run)
-    refuted = f" REFUTED by its own controls: {', '.join(tried.refuted)}." if tried and tried.refuted else ""
-    marks = [(f"of {mask.units} kept", percent(mask.fraction))]
-    value, of = ("cross_entropy", "cross-entropy") if run.evaluation.by_loss else ("surprisal_correlation", "r")
-    marks += [
-        (f"{of} {w.format(units=mask.units)}", rounded(getattr(rows[n].numbers, value)))
-        for n, w in _MARKS.items()
-        if n in rows
-    ]
-    answer = f"{kept}; {_what_remains(run, rows)}"
-    held = f" {run.evaluation.mask_capacity.says}" if run.evaluation.mask_capacity else ""
-    verdict = f"{run.evaluation.verdict}{refuted}{held} {_doubts(run)}".strip()
-    return Opening(title, asked, answer, verdict, _made(run), marks)
+        return marks
+    faithful = _of_losses(run.evaluation) if run.evaluation.by_loss else _of_agreement(run, run.evaluation)
+    return [*marks, *faithful, *_of_need(run.evaluation)]
 
 
-def _doubts(run: Run) -> str:
-    """Sentences about a run that was too short, or whose inputs were warned of; empty if there are none."""
-    short = too_short(run.last_attempt, run.outcome, run.settings.recipe.max_steps)
-    of_inputs = "there were warnings about model and text before learning: see “How it was found”"
-    says = [short or "", of_inputs if run.checked and run.checked.warnings else ""]
-    return " ".join(filter(None, map(sentence, says)))
-
-
-def _what_remains(run: Run, rows: Mapping[str, Row]) -> str:
-    """How far the subnetwork is surprised by the same tokens as the target, and random weights are."""
-    own, reader = rows["subnetwork"], reader_of(run)
-    if math.isnan(own.r):
-        numbers = {name: rounded(row.numbers.cross_entropy) for name, row in rows.items()}
-        mask = run.mask
-        others = [
-            f"{words.format(noun=mask.noun, units=mask.units)} {numbers[name]}"
-            for name, words in _OTHERS.items()
-            if name in numbers
-        ]
-        than = f" ({', '.join(others)})" if others else ""
-        return f"what remains has a cross-entropy of {numbers['subnetwork']} nats from {reader}{than}."
-    how = next(words for least, words in _SAME if own.r >= least)
+def _of_agreement(run: Run, evaluation: Evaluation) -> list[Mark]:
+    rows = {row.name: row for row in control_rows(evaluation)}
+    own = rows["subnetwork"]
     interval = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
-    chance = f"; as many random {run.mask.units}: {rounded(rows['random'].r)}" if "random" in rows else ""
-    return f"what remains is {how} as {reader}: r = {rounded(own.r)}{interval}{chance}."
+    how = (
+        f"The correlation, over held-out text, of two surprises at each token that comes: the model's with only these "
+        f"{evaluation.units}, and that of {run.plain_target[1]}{interval}."
+    )
+    marks = [Mark(rounded(own.r, 2), "agreement (1 is perfect)", how)]
+    if "random" in rows:
+        n = len(evaluation.random)
+        drawn = f"The same for as many {evaluation.units} drawn at random: the mean over {n} draws."
+        marks.append(Mark(rounded(rows["random"].r, 2), f"agreement of random {evaluation.units}", drawn))
+    return marks
 
 
-_SAME = (
-    (0.9, "surprised by the same tokens"),
-    (0.7, "surprised by roughly the same tokens"),
-    (0.3, "surprised only by partly the same tokens"),
-    (-math.inf, "not surprised by the same tokens"),
-)
-"""Least r, and how alike the surprisals are then."""
+def _of_losses(evaluation: Evaluation) -> list[Mark]:
+    rows = {row.name: row.numbers.cross_entropy for row in control_rows(evaluation)}
+    how = "Cross-entropy on held-out prompts, in nats: how surprised the model is by what the target asks for."
+    marks = [Mark(rounded(rows["subnetwork"], 2), "loss with only these (0 is perfect)", how)]
+    for name, what in (("random", f"loss with random {evaluation.units}"), ("full", "loss of the full model")):
+        marks += [Mark(rounded(rows[name], 2), what, how)] if name in rows else []
+    return marks
+
+
+def _of_need(evaluation: Evaluation) -> list[Mark]:
+    rise, random = evaluation.necessity
+    if evaluation.by_loss or math.isnan(rise):
+        return []
+    how = "How much more surprised the model is by each next token of held-out text, in nats, when these are dropped."
+    how += "" if math.isnan(random) else f" When as many random ones are dropped: {random:+.2f}."
+    return [Mark(f"{rise:+.2f}", "model's loss without them", how)]
+
+
+# --- the picture ---
+
+
+def _picture(run: Run) -> Block | None:
+    """The circuit after one token if it was analysed, else how the controls compare; None if nothing was measured."""
+    atlas = run.atlas
+    if atlas is not None and atlas.explanations:
+        shown = clearest(atlas)
+        sketch = sketch_of(shown, atlas.units)
+        return Preview("The circuit at one token", _sketch_words(shown, sketch), sketch, "circuit")
+    if run.evaluation is None:
+        return None
+    rows = [row for row in control_rows(run.evaluation) if row.name in _COMPARED]
+    if len(rows) < 2:
+        return None
+    if run.evaluation.by_loss:
+        ends = [run.evaluation.interval(row.name, "cross_entropy") for row in rows]
+        values = [(row.condition, row.numbers.cross_entropy, *pair) for row, pair in zip(rows, ends, strict=True)]
+        return Chart("How it compares", "Further left is better.", figures.controls(values, "loss (nats)"))
+    values = [(row.condition, row.r, *row.ends) for row in rows]
+    return Chart("How it compares", "Further right is better.", figures.controls(values, "agreement with the target"))
+
+
+def _sketch_words(shown: Explanation, sketch: Sketch) -> str:
+    """What the still picture shows, and how to read it."""
+    after, what = f"After {words.quoted(shown.prompt[shown.position])}", f"the {shown.answer}"
+    if shown.predictions and words.answer_probability(shown) is not None:
+        token, probability = shown.predictions[0]
+        after += f" it predicts {words.quoted(token)} ({words.share_words(probability)})"
+        what = "that prediction"
+    parts = sum(not node.is_end for node in sketch.nodes)
+    says = (
+        f"{after}. Shown are {parts} of the strongest parts: orange raises {what}, blue lowers it, the wider the line, "
+    )
+    labels = {node.label for node in sketch.nodes}
+    neuron = next((one for one in shown.nodes if one.kind == "neuron" and one.label in labels), None)
+    named = f" {neuron.label} is neuron {neuron.label.rpartition('N')[2]} of layer {neuron.layer}." if neuron else ""
+    return f"{says}the more.{named}"
+
+
+_COMPARED = ("subnetwork", "full", "magnitude", "random", "empty")
+"""The conditions that are compared where there is no picture of the circuit."""
+
+
+# --- small print ---
+
+
+def _notes(run: Run) -> list[str]:
+    """On which text it was found and measured, when, and with which versions."""
+    source = run.settings.corpus.source
+    text = "the reference text" if source == "reference" else f"the text {source}"
+    starts = run.settings.corpus.starts
+    found = f"A token is a word or a piece of one. The {run.mask.units} were chosen on {text}"
+    found += " and measured on its held-out part." if run.evaluation and run.evaluated_on in _own(run) else "."
+    return [f"{found}{f' Its tokens have {starts}.' if starts else ''}", _made(run)]
+
+
+def _own(run: Run) -> tuple[object, ...]:
+    """What `evaluated_on` is if a run was evaluated on its own text."""
+    own = run.settings.corpus
+    known = run.evaluated_on
+    return (known,) if known is not None and known.fingerprint == own.fingerprint else (None,) if run.is_former else ()
 
 
 def _made(run: Run) -> str:
@@ -136,31 +243,6 @@ def _made(run: Run) -> str:
         "transformer_lens": "TransformerLens",
         "python": "Python",
     }
-    packages = listed([f"{words} {run.versions[name]}" for name, words in names.items() if name in run.versions])
+    packages = listed([f"{name} {run.versions[key]}" for key, name in names.items() if key in run.versions])
     when = f"Begun on {run.created.replace('T', ' at ').replace('Z', ' UTC')}" if run.created else "Made"
     return f"{when}{f' with {packages}' if packages else ''}." if run.created or packages else ""
-
-
-def other_text(text: CorpusIdentity | None, run: Run, done: str) -> str:
-    """A sentence that a run was evaluated or analysed on another text than its own; empty if it was not."""
-    if text is None or text.fingerprint == run.settings.corpus.fingerprint:
-        return ""
-    return (
-        f" It was {done} on the held-out part of ANOTHER TEXT, {text.source} (fingerprint {text.fingerprint}, "
-        f"not {run.settings.corpus.fingerprint}), from whose training part the target was made again."
-    )
-
-
-def _starts(run: Run) -> str:
-    """What sequences and documents begin with, as a sentence."""
-    starts = run.settings.corpus.starts
-    return f" Its tokens have {starts}." if starts else ""
-
-
-_MARKS = {
-    "subnetwork": "with the target",
-    "random": "of matched random {units}",
-    "full": "of the full model",
-}
-"""The rows of which r, or the cross-entropy, is shown large at the top, and what stands beside it."""
-_OTHERS = {"full": "the full model", "empty": "the empty {noun}", "random": "as many random {units}"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.measures.conditions import OWN, label_of
+from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
 from bigram_circuits.report import figures
 from bigram_circuits.report.blocks import Block, Chart, Numbers
@@ -128,7 +129,19 @@ def result_table(result: Result, title: str) -> Numbers:
         ]
         for row in frame.itertuples(index=False, name=None)
     ]
-    return Numbers(f"Numbers: {title}", [spaced(str(name)) for name in frame.columns], rows)
+    columns = [spaced(str(name)) for name in frame.columns]
+    return Numbers(f"Numbers: {title}", columns, rows, meanings=_meanings(result.quantities))
+
+
+def _meanings(quantities: Sequence[Quantity]) -> dict[str, str]:
+    """What the columns of a result's table mean: every quantity, and the ends of its interval."""
+    found = {spaced(one.name): one.meaning for one in quantities}
+    ends = {"low": "Lower", "high": "Upper"}
+    return found | {
+        f"{name} {end}": f"{words} end of the 95% interval of: {meaning}"
+        for name, meaning in found.items()
+        for end, words in ends.items()
+    }
 
 
 def activating_tokens(tokens: Maps) -> Numbers:

@@ -8,13 +8,19 @@ To add a section, decorate a function in one of the modules that the page import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from bigram_circuits.report.blocks import Content, Section
 
-LEFT_OUT = "Left out, because this section cannot be made from what the files hold"
+LEFT_OUT = "Left out, because this cannot be made from what the files hold"
 _LONGEST = 300  # characters, of a reason
+
+
+def left_out(error: Exception) -> str:
+    """A sentence that something was left out because of an error in making it."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+    return f"{LEFT_OUT} ({reason})."
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,11 @@ class SectionKind:
     tell: Callable[..., Content]
     """The function that writes it."""
 
+    group: str = ""
+    """The heading that it stands under."""
+    is_open: bool = True
+    """Whether it is shown at once or only on request."""
+
     def __call__(self, *subject: object) -> Section:
         """The section about a run with its results, or about a comparison.
 
@@ -39,17 +50,26 @@ class SectionKind:
             for block in content.blocks:
                 block.check()
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
-            return Section(self.key, self.heading, [f"{LEFT_OUT} ({reason})."])
-        return Section(self.key, content.heading or self.heading, content.says, content.blocks)
+            content = Content([left_out(error)])
+        heading = content.heading or self.heading
+        return Section(self.key, heading, content.says, content.blocks, self.group, self.is_open)
 
 
 class Sections:
     """The sections of one kind of page, in their order."""
 
-    def __init__(self, first: tuple[str, ...] = (), last: tuple[str, ...] = ()) -> None:
-        """Take the keys of the first and the last sections; others come between, in the order of registration."""
-        self._first, self._last = first, last
+    def __init__(
+        self, groups: Mapping[str, tuple[str, ...]] | None = None, opened: Collection[str] | None = None
+    ) -> None:
+        """Name the headings and, in order, the keys of the sections under each.
+
+        Args:
+            groups: An ellipsis among the keys of one group (`"..."`) stands for all sections that none names, in the
+                order of registration. None: there are no groups.
+            opened: Keys of the sections that are shown at once; None: all.
+        """
+        self._groups = {"": ("...",)} if groups is None else groups
+        self._opened = opened
         self._by_key: dict[str, SectionKind] = {}
 
     def add(self, key: str, heading: str) -> Callable[[Callable[..., Content]], SectionKind]:
@@ -58,23 +78,33 @@ class Sections:
         def register(tell: Callable[..., Content]) -> SectionKind:
             if key in self._by_key:
                 raise ValueError(f"section {key!r} is already registered: {self._by_key[key].heading!r}")
-            self._by_key[key] = SectionKind(key, heading, tell)
+            group = next((name for name in self._groups if key in self._groups[name]), self._rest)
+            is_open = self._opened is None or key in self._opened
+            self._by_key[key] = SectionKind(key, heading, tell, group, is_open)
             return self._by_key[key]
 
         return register
 
+    @property
+    def _rest(self) -> str:
+        """The group of the sections that none names."""
+        return next(name for name, keys in self._groups.items() if "..." in keys)
+
     def __iter__(self) -> Iterator[SectionKind]:
-        between = [key for key in self._by_key if key not in (*self._first, *self._last)]
-        return iter([self._by_key[key] for key in (*self._first, *between, *self._last) if key in self._by_key])
+        named = {key for keys in self._groups.values() for key in keys}
+        rest = [key for key in self._by_key if key not in named]
+        keys = [key for group in self._groups.values() for one in group for key in (rest if one == "..." else [one])]
+        return iter([self._by_key[key] for key in keys if key in self._by_key])
 
 
 SECTIONS = Sections(
-    first=(
-        "circuit", "controls", "task", "refuted", "training",
-        "predicts", "units", "where", "needed", "layers", "passage", "read", "tokens", "heads", "attribution",
-        "overlap", "lacks",
-    ),
-    last=("other", "again"),
-)  # fmt: skip
+    {
+        "The circuit": ("circuit", "predicts", "units", "where"),
+        "How faithful it is": ("controls", "task", "refuted", "overlap", "needed", "lacks"),
+        "What happens inside": ("layers", "passage", "read", "tokens", "heads", "attribution", "..."),
+        "How it was made": ("training", "other", "again"),
+    },
+    opened=("circuit", "controls", "task", "refuted"),
+)
 """The sections of a run's page; `report.page` imports the modules that register them."""
 section = SECTIONS.add

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from bigram_circuits.circuit import WEIGHT, Circuit
 from bigram_circuits.masking.apply import Mask
-from bigram_circuits.measures.words import listed
-from bigram_circuits.runs import Run
+from bigram_circuits.measures.conditions import CONDITIONS
+from bigram_circuits.measures.quantities import (
+    CROSS_ENTROPY,
+    FRACTION,
+    KL,
+    MEAN_SURPRISAL,
+    SURPRISAL_CORRELATION,
+    TOP1_AGREEMENT,
+)
+from bigram_circuits.measures.words import listed, sentence
 
 _COMPONENTS = {"attn": "attention", "mlp": "MLP"}
 
@@ -70,8 +79,37 @@ def dropped_words(mask: Mask) -> str:
     return f"give the rest {IN_PLACE[mask.replacement.kind]}" if isinstance(mask, Circuit) else "zero the rest"
 
 
-def reader_of(run: Run) -> str:
-    """Whose surprisals the target gives, as a phrase: `the bigram table`."""
-    label, meaning = run.target_words
-    by_kind = {"NGramTable": f"the {label} table", "ModelTarget": "the full model"}
-    return by_kind.get(run.settings.target.kind or "", meaning)
+COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        "r": SURPRISAL_CORRELATION.meaning,
+        "KL": KL.meaning,
+        "cross-entropy": CROSS_ENTROPY.meaning,
+        "loss": MEAN_SURPRISAL.meaning,
+        "top-1": TOP1_AGREEMENT.meaning,
+        "fraction": FRACTION.meaning,
+        "kept": "How many are kept.",
+        "of": "How many there are to choose from.",
+        "interval": "95% bootstrap interval over held-out sequences; of random controls, the range over seeds.",
+        "95% interval": "From a bootstrap: how far the number would move with other text of this kind.",
+        "interval of r": "95% bootstrap interval over held-out sequences.",
+        "low": "Lower end of the 95% interval.",
+        "high": "Upper end of the 95% interval.",
+        "shared": "How many both keep.",
+        "expected": "How many both would keep by chance, with as many in every matrix or at every hook point.",
+        "times chance": "Shared over expected: 1 is what chance gives.",
+        "p (Holm)": "Probability of sharing as many by chance, corrected for the number of comparisons.",
+        "log10 p": "Its decimal logarithm, also where the probability is too small to write.",
+        "of first": "Share of what the first keeps that the second keeps too.",
+        "of second": "Share of what the second keeps that the first keeps too.",
+        "Jaccard": "Shared over what either keeps: 1 if they are the same.",
+        "driven by": "Tokens whose embeddings, taken alone, give it the largest input.",
+        "raises": "Tokens whose logits it raises most.",
+        "lowers": "Tokens whose logits it lowers most.",
+        "occurrences": "How often the token occurs in the held-out text.",
+        "previous token": "Mean attention to the token before.",
+        "itself": "Mean attention to the token itself.",
+        "first token": "Mean attention to the first token of the sequence.",
+        **{one.label: sentence(one.meaning) for one in CONDITIONS.values()},
+    }
+)
+"""What columns and rows of tables mean, in a sentence, wherever they stand; results bring the rest with them."""

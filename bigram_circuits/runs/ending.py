@@ -17,7 +17,8 @@ STILL_FALLING = 0.05
 have lowered it further: a quarter of the KL that good subnetworks of small models have."""
 STILL_UNDECIDED = 0.1
 """Undecided gates, as a share of the weights kept, from which the mask is not what was learned."""
-_FEWEST = 10  # steps that are averaged
+FEWEST = 10
+"""Steps that are averaged at least; whether a loss still fell is told from twice as many."""
 _CLEAR = 3.0  # standard errors by which the cross-entropy must fall, so that batches alone are not the cause
 
 
@@ -67,7 +68,7 @@ def too_short(history: Sequence[StepRecord], outcome: Outcome, max_steps: int) -
 
 def _fall(values: Sequence[float]) -> tuple[float | None, int]:
     """By how much a series clearly falls from its second-last tenth to its last, and how many steps both have."""
-    n = max(len(values) // 10, min(_FEWEST, len(values) // 2))
+    n = max(len(values) // 10, min(FEWEST, len(values) // 2))
     if n < 2:
         return None, 2 * n
     ended = np.array(values[-2 * n :])
@@ -83,11 +84,11 @@ def lost_in_hardening(history: Sequence[StepRecord], outcome: Outcome) -> str | 
     More steps alone need not help: they let the penalty close more gates. Which steps had the best soft gates is told
     by the mean cross-entropy over 10 steps.
     """
-    if outcome.soft_hard is None or len(history) < _FEWEST:
+    if outcome.soft_hard is None or len(history) < FEWEST:
         return None
-    means = np.convolve([record.cross_entropy for record in history], np.full(_FEWEST, 1 / _FEWEST), "valid")
+    means = np.convolve([record.cross_entropy for record in history], np.full(FEWEST, 1 / FEWEST), "valid")
     best = int(means.argmin())
-    there, lost = history[best + _FEWEST - 1], outcome.soft_hard.hard - float(means[best])
+    there, lost = history[best + FEWEST - 1], outcome.soft_hard.hard - float(means[best])
     if lost < GAP_MATTERS:
         return None
     return (

@@ -206,6 +206,14 @@ class Run:
         kind = self.settings.target.kind or "target"
         return kind, f"the target {kind}"
 
+    @property
+    def plain_target(self) -> tuple[str, str]:
+        """Its target without jargon: phrases that complete "enough to ..." and "predictions that agree with ..."."""
+        if self.rebuild is not None:
+            return self.rebuild.plain_target
+        meaning = self.target_words[1]
+        return f"reproduce {meaning}", meaning
+
     def __repr__(self) -> str:
         return f"Run({printable(str(self.path))!r}: {self.mask!r})"
 

@@ -257,6 +257,10 @@ class TargetKind:
     """A phrase that completes "reproduce ...", given the n-gram order."""
     kind: str
     """Name of the class of what `make` returns."""
+    does: Callable[[int], str]
+    """A phrase without jargon that completes "enough to ...", given the n-gram order."""
+    like: Callable[[int], str]
+    """A phrase without jargon that completes "predictions that agree with ...", given the n-gram order."""
     uses_order: bool = False
     """Whether the n-gram order matters."""
 

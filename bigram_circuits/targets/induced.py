@@ -124,4 +124,6 @@ TARGET = TargetKind(
     label=lambda order: "induced bigram",
     meaning=lambda order: "the bigram that the model itself induces",
     kind="InducedTarget",
+    does=lambda order: "predict the next token as the whole model does, from the current one alone",
+    like=lambda order: "those of the whole model at the current token, whatever precedes it",
 )

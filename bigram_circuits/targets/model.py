@@ -84,4 +84,6 @@ TARGET = TargetKind(
     label=lambda order: "self-faithful",
     meaning=lambda order: "the model's own predictions",
     kind="ModelTarget",
+    does=lambda order: "predict the next token as the whole model does",
+    like=lambda order: "those of the whole model",
 )

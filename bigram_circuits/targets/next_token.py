@@ -49,4 +49,6 @@ TARGET = TargetKind(
     label=lambda order: "next-token",
     meaning=lambda order: "the actual next token",
     kind="NextTokenTarget",
+    does=lambda order: "predict the next token of a text",
+    like=lambda order: "the actual next token",
 )

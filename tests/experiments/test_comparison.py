@@ -21,7 +21,8 @@ from bigram_circuits.measures.statistics import holm
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report import compared_figures
-from bigram_circuits.report.comparison import page, write_comparison
+from bigram_circuits.report.compared_words import COMPARISON_SECTIONS
+from bigram_circuits.report.comparison import opening, page, write_comparison
 from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json
 from bigram_circuits.subnetwork import Subnetwork
@@ -163,7 +164,8 @@ def test_what_was_measured_is_in_the_tables_and_the_opening(comparison, told, el
             assert {count.kept, count.fraction, count.kept / one.subnetwork.kept} <= there
     assert comparison.items[0].measured("kl", "random") in there
     text = " ".join(elements.text)
-    assert f"({rounded(0.95)}, {percent(comparison.items[0].subnetwork.fraction)} kept)" in text
+    kept = percent(comparison.items[0].subnetwork.fraction)
+    assert f"agrees best with its target ({rounded(0.95)}; 1 is perfect), with {kept} of the weights" in text
     assert "0.940 to 0.960" in text.replace("\N{NO-BREAK SPACE}", " ")
     assert "4 subnetworks of model/x, compared" in text
 
@@ -214,7 +216,7 @@ def test_only_intervals_that_do_not_overlap_are_ranked(tmp_path):
     recipes = {name: SparsifyConfig(sparsity_weight=weight) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     values = {"a": 0.95, "b": 0.945, "c": 0.9}
 
-    def opening(width, names):
+    def answered(width, names):
         runs = {
             name: made(tmp_path / str(width) / name, drawn(0.3, 0), r=values[name], width=width, recipe=recipes[name])
             for name in names
@@ -222,19 +224,51 @@ def test_only_intervals_that_do_not_overlap_are_ranked(tmp_path):
         comparison = compare(runs)
         return comparison, re.search(r'<p class="answer">(.*?)</p>', page(comparison), re.S).group(1)
 
-    comparison, answer = opening(0.001, "abc")
+    comparison, answer = answered(0.001, "abc")
     assert leaders(comparison.items, "surprisal_correlation") == leaders(comparison.items, "kl") == ["a"]
-    assert "Highest r: a (0.950, " in answer
-    assert "lowest KL: a (0.050 nats" in answer
-    comparison, answer = opening(0.01, "abc")
+    assert "a agrees best with its target (0.950; 1 is perfect), with 30" in answer
+    assert outcomes(comparison)["Could it be the choice of text that puts one first?"] == "passed"
+    comparison, answer = answered(0.01, "abc")
     assert leaders(comparison.items, "surprisal_correlation") == ["a", "b"]
-    assert "Highest r: a and b (0.945 to 0.950), which their intervals do not tell apart" in answer
-    _, answer = opening(0.1, "abc")
-    assert "R: 0.900 to 0.950, with intervals that overlap that of the highest" in answer
-    assert "highest r" not in answer.lower()
-    comparison, answer = opening(0, "abc")
+    agree = "agree equally well with their target as far as the intervals tell"
+    assert f"a and b {agree} (0.945 to 0.950; 1 is perfect); each keeps 30" in answer
+    assert outcomes(comparison)["Could it be the choice of text that puts one first?"] == "in doubt"
+    _, answer = answered(0.1, "abc")
+    assert f"All 3 {agree} (0.900 to 0.950; 1 is perfect)" in answer
+    comparison, answer = answered(0, "abc")
     assert leaders(comparison.items, "kl") == []
-    assert "R: 0.900 to 0.950, not ranked, since some have no interval" in answer
+    assert "Some have no interval, so they cannot be ranked: agreement with the target" in answer
+    assert "0.900 to 0.950" in answer
+
+
+def outcomes(comparison):
+    """What came of every check of a comparison, by its question."""
+    return {check.asked: check.outcome for check in opening(comparison).checks}
+
+
+def test_the_answer_names_the_best_and_its_size(tmp_path):
+    shares = {"small": (0.1, 0.8), "large": (0.5, 0.95), "larger": (0.6, 0.949)}
+    named = {
+        name: made(tmp_path / name, drawn(share, place), r=r) for place, (name, (share, r)) in enumerate(shares.items())
+    }
+    kept = {name: percent(run.subnetwork.fraction) for name, run in named.items()}
+    told = opening(compare(named))
+    assert told.asked == "Which of these 3 subnetworks of model/x is best, and at what size?"
+    assert told.answer == (
+        "large and larger agree equally well with their target as far as the intervals tell (0.949 to 0.950; 1 is "
+        f"perfect); the smallest of them, large, keeps {kept['large']} of the weights."
+    )
+    two = {name: named[name] for name in ("small", "large")}
+    assert opening(compare(two)).answer == (
+        f"large agrees best with its target (0.950; 1 is perfect), with {kept['large']} of the weights; the smallest, "
+        f"small, keeps {kept['small']} and has 0.800."
+    )
+    assert told.picture is not None
+    assert len(told.picture.figure.layout.annotations) == 0
+    assert {check.key for check in told.checks} <= {one.key for one in COMPARISON_SECTIONS}
+    found = outcomes(compare(named))
+    assert found["Were they measured alike?"] == "passed"
+    assert found["Would other seeds change it?"] == "not tried"
 
 
 def test_runs_that_differ_only_in_the_seed_have_a_mean_and_a_spread(tmp_path):
@@ -250,7 +284,11 @@ def test_runs_that_differ_only_in_the_seed_have_a_mean_and_a_spread(tmp_path):
     assert (spread.mean, spread.low, spread.high) == (pytest.approx(0.961), 0.96, 0.962)
     assert spread.deviation == pytest.approx(0.001)
     text = text_of(page(comparison))
-    assert "They differ only in the seed: on average, r is 0.961 (sd 0.001) and KL is 0.039 (sd 0.001)." in text
+    assert "How much does the subnetwork of model/x depend on the seed?" in text
+    answer = (
+        "Over 3 seeds, the agreement with the target (1 is perfect) is 0.961 on average, with a standard deviation of"
+    )
+    assert f"{answer} 0.001." in text
     assert "They differ only in the seed; mean: r 0.961 (sd 0.001)" in str(comparison)
     for word in ("ighest r", "owest KL", "Dominated", "Pareto", "overlap most"):
         assert word not in text
@@ -302,7 +340,7 @@ def test_the_axes_of_the_curve_have_ticks_within_their_range(tmp_path):
     runs = [made(tmp_path / str(seed), drawn(0.3, seed), r=0.96 + seed / 1000) for seed in range(3)]
     told = page(compare(runs))
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', told, re.S).group(1))
-    layout = figures[0]["layout"]
+    layout = figures[1]["layout"]  # after the first screen's
     for axis in ("xaxis", "xaxis2", "yaxis", "yaxis2"):
         assert len(layout[axis]["tickvals"]) > 1
         assert len(set(layout[axis]["ticktext"])) == len(layout[axis]["ticktext"])
@@ -361,7 +399,8 @@ def test_other_targets_are_not_ranked(tmp_path, runs):
     assert differing_settings(compared.items) == {"target": ["bigram", "self-faithful"]}
     assert all(len(not_dominated(compared.items, "kl", one.task)) == 1 for one in compared.items)
     text = text_of(page(compared))
-    assert "cannot be ranked" in text
+    assert "They were measured with different targets or texts, so none can be called the best." in text
+    assert outcomes(compared)["Were they measured alike?"] == "failed"
     assert "values for different ones cannot be compared" in text
 
 
@@ -380,7 +419,7 @@ def test_names_are_never_markup(told, elements):
 
 def test_every_chart_is_told_in_words(elements):
     charts = [attributes for attributes in elements.named("div") if "data-figure" in attributes]
-    assert len(charts) == 9  # the curve, two maps, the profiles, and five by layer
+    assert len(charts) == 10  # the curve twice, two maps, the profiles, and five by layer
     assert all(chart["aria-label"].strip() for chart in charts)
 
 

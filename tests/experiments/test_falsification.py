@@ -330,7 +330,7 @@ def test_the_gap_and_its_interval_decide(tried):
         ):  # fmt: skip
             other = with_gap(changed(result, name, context_told=told), name, 0.9 - told, low)
             assert (name in other.refuted) == verdict.startswith("REFUTED")
-            judged = {one.control: one.finding for one in other._judged()}
+            judged = {one.control: one.finding for one in other.judged}
             assert judged[name] == {"R": "refuted", "W": "weakened"}.get(verdict[:1], "stands")
         unknown = with_gap(changed(result, name, context_told=np.nan), name, np.nan, np.nan)
         assert name in with_gap(unknown, name, 0.1, -0.1, "kl_gap").refuted
@@ -344,7 +344,7 @@ def test_a_seed_without_a_gap_weakens(tried):
         other = result
         for seed in (1, 2):
             other = with_gap(other, f"{name}, seed {seed}", value, np.nan)
-        assert other._judged()[0].finding == finding
+        assert other.judged[0].finding == finding
 
 
 def test_without_gaps_a_control_that_does_as_well_with_as_few_weights_refutes(tried):

@@ -64,8 +64,9 @@ def test_the_command_line_takes_the_run_of_a_circuit(run, tmp_path, capsys):
     told = words_of(html)
     circuit = found.circuit
     assert "subnetwork" not in told
-    assert "which heads and neurons of" in told
-    assert "(22 of 88) and give the rest their mean over the training text" in told
+    assert "Which few heads and neurons of" in told
+    assert "22 of 88 nodes (25.0%) are" in told
+    assert "In the circuit we give the rest their mean over the training text." in told
     assert "Which nodes are kept" in told
     heads = [label for label in circuit.nodes if "H" in label]
     assert f"{len(heads)} of 8 heads and {22 - len(heads)} of 80 neurons" in told

@@ -9,8 +9,11 @@ import bigram_circuits as bc
 from tests.example_runs import HOSTILE, hostile_atlas, make_run, measured, results
 
 DRAWN = """
-Array.from(document.querySelectorAll('.chart')).every(box => box.querySelector('.plot-container')) &&
-Array.from(document.querySelectorAll('.view')).every(box => box.querySelector('.colored-tokens, canvas'))
+(() => {
+  const visible = kind => Array.from(document.querySelectorAll(kind)).filter(box => !box.closest('.part:not([open])'));
+  return visible('.chart').every(box => box.querySelector('.plot-container')) &&
+    visible('.view').every(box => box.querySelector('.colored-tokens, canvas'));
+})()
 """
 
 
@@ -32,8 +35,8 @@ def comparison(tmp_path_factory):
 
 
 @contextmanager
-def shown(browser, path, width=1100, theme="light"):
-    """A page when it is drawn, what it asked for, and what it complained of."""
+def shown(browser, path, width=1100, theme="light", *, opened=True):
+    """A page with all its sections open when it is drawn, what it asked for, and what it complained of."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme, offline=True)
     page = context.new_page()
     requests, complaints = [], []
@@ -42,12 +45,9 @@ def shown(browser, path, width=1100, theme="light"):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.goto(path.as_uri())
-    for _ in range(300):  # the page's policy forbids Playwright's own way of waiting
-        if page.evaluate(DRAWN):
-            break
-        page.wait_for_timeout(100)
-    else:
-        raise AssertionError("the page was not drawn in 30 seconds")
+    if opened:
+        page.evaluate("document.querySelectorAll('.part').forEach(one => { one.open = true; })")
+    wait(page, DRAWN)
     yield page, requests, complaints
     context.close()
 
@@ -179,6 +179,68 @@ def linked(link):
     return {name: named(result) for name, result in results().items() if name not in ("by_head", "concentration")}
 
 
+@pytest.fixture(scope="module")
+def closed(browser, report):
+    """The page as it is at first."""
+    with shown(browser, report, width=1200, opened=False) as (page, _, complaints):
+        yield page
+        assert not complaints
+
+
+def test_the_first_screen_is_one_screen(closed):
+    closed.evaluate("document.querySelector('h1').textContent = 'Which few weights are enough?'")  # it had a long name
+    last = closed.locator(".checks li").last.evaluate("one => one.getBoundingClientRect().bottom")
+    assert 500 < last < 800
+    assert closed.locator("header .plot-container").is_visible()
+
+
+def test_sections_open_when_asked_for_and_are_drawn_then(closed):
+    charts = closed.locator("#layers .chart")
+    assert charts.count() > 3
+    assert closed.locator("#layers .plot-container").count() == 0
+    assert not closed.locator("#layers").is_visible()
+    assert closed.locator("#controls .plot-container").is_visible()
+    closed.locator("nav a", has_text="Layer by layer").click()
+    wait(closed, "document.querySelectorAll('#layers .plot-container').length > 3")
+    assert charts.first.is_visible()
+    widths = charts.evaluate_all("all => all.map(one => one.querySelector('.main-svg').clientWidth)")
+    assert min(widths) > 800
+    assert 0 <= closed.locator("#layers").evaluate("one => one.getBoundingClientRect().top") < 200
+    closed.locator("summary", has_text="Layer by layer").click()
+    assert not closed.locator("#layers").is_visible()
+
+
+def test_what_a_number_means_shows_on_touch_and_by_keyboard(closed):
+    words, pointed = closed.locator("dt abbr"), closed.locator("#pointed")
+    words.nth(1).focus()
+    assert pointed.inner_text() == words.nth(1).get_attribute("title")
+    closed.keyboard.press("Escape")
+    assert pointed.is_hidden()
+    closed.keyboard.press("Tab")
+    assert pointed.inner_text() == words.nth(2).get_attribute("title")
+    closed.locator("#controls th abbr", has_text="KL").first.click()
+    assert pointed.inner_text().startswith("Mean KL divergence")
+
+
+def test_a_print_opens_all_sections_and_then_closes_them(closed):
+    count = closed.locator(".part:not([open])").count()
+    assert count > 10
+    closed.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert closed.locator(".part:not([open])").count() == 0
+    wait(closed, DRAWN)
+    closed.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert closed.locator(".part:not([open])").count() == count
+
+
+def wait(page, condition):
+    """Wait until an expression is true; the page's policy forbids Playwright's own way of waiting."""
+    for _ in range(300):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"not in 30 seconds: {condition}")
+
+
 def test_a_print_has_the_settings_and_the_versions(opened):
     page, *_ = opened
     page.emulate_media(media="print")
@@ -223,7 +285,7 @@ def test_pointing_at_a_token_tells_what_each_expected(opened, how):
 
 def test_numbers_can_be_opened_under_every_chart(opened):
     page, *_ = opened
-    details = page.locator("details")
+    details = page.locator("details:not(.part)")
     assert details.count() > 15
     details.first.locator("summary").click()
     assert details.first.locator("table").is_visible()

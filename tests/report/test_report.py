@@ -8,14 +8,26 @@ import numpy as np
 import pytest
 
 from bigram_circuits.measures.html import shown
+from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION
+from bigram_circuits.measures.results import Scatter
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.report.blocks import Content
 from bigram_circuits.report.outcome import command_line
 from bigram_circuits.report.page import SECTIONS, opening, page, sections, write_report
-from bigram_circuits.report.sections import Sections
+from bigram_circuits.report.sections import LEFT_OUT, Sections
 from bigram_circuits.runs import RunFolder
 from bigram_circuits.storage.files import checked_json
-from tests.example_runs import HOSTILE, Elements, hostile_atlas, make_run, measured, numbers, results, without_libraries
+from tests.example_runs import (
+    HOSTILE,
+    Elements,
+    hostile_atlas,
+    make_run,
+    measured,
+    numbers,
+    quantities,
+    results,
+    without_libraries,
+)  # fmt: skip
 
 
 def seen(name, result):
@@ -98,21 +110,92 @@ def test_every_result_is_named_and_every_chart_is_told_in_words(run, elements):
     assert [int(chart["data-figure"]) for chart in charts] == list(range(len(charts)))
 
 
-def test_the_answer_stands_at_the_top(told):
+def test_the_first_screen_has_question_answer_numbers_and_picture(run, told, elements):
+    assert re.search(
+        r"<h1>Which few weights of .* are enough to predict the next token from the current one\?</h1>", told
+    )
     answer = re.search(r'<p class="answer">(.*?)</p>', told, re.S).group(1)
-    for words in (
-        "We keep 14.3% of the weights (2 of 14) and zero the rest",
-        "what remains is surprised by the same tokens as the bigram table: r = 0.912",
-        "0.901",
-        "0.923",
-        "as many random weights: 0.115",
-    ):
-        assert words in answer
-    verdict = re.search(r'<p class="verdict">(.*?)</p>', told, re.S).group(1)
-    assert verdict.startswith("Verdict: fairly sparse (14.3% of the weights); largely sufficient: r = 0.912")
-    assert "above that of the full model and random weights (95% paired intervals)" in verdict
-    assert "Could the mask itself hold the answer? Yes: it has 430,000 bits" in verdict
+    assert "2 of 14 weights (14.3%) are nearly enough: with only these, the model's predictions agree well with" in (
+        answer.replace("&#39;", "'")
+    )
+    header = told[: told.index("</header>")]
+    values = re.findall(r"<dd>(.*?)</dd>", header)
+    own, random = run.evaluation.subnetwork, run.evaluation.random
+    rise = run.evaluation.complement.mean_surprisal - run.evaluation.full.mean_surprisal
+    mean = sum(one.surprisal_correlation for one in random) / len(random)
+    assert values == ["14.3%", f"{own.surprisal_correlation:.2f}", f"{mean:.2f}", f"{rise:+.2f}"]
+    measured = re.findall(r'<dt><abbr title="(.*?)" tabindex="0">', header)
+    assert len(measured) == len(values)
+    assert "0.901\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}0.923" in measured[1]
+    assert header.count('class="chart"') == 1  # how controls compare, since there is no picture of the circuit
+    text = " ".join(elements.text)
+    assert "Verdict: fairly sparse (14.3% of the weights); largely sufficient: r = 0.912" in text
     assert re.search(r"Begun on 20\d\d-\d\d-\d\d at .* UTC with bigram_circuits \d", told)
+
+
+def test_checks_say_what_was_measured_and_what_was_not_tried(run):
+    found = {check.asked: check for check in opening(run).checks}
+    outcomes = {asked: (check.outcome, check.says) for asked, check in found.items()}
+    assert outcomes["Would random or the largest weights do as well?"] == (
+        "passed", "No: these reach an agreement of 0.91; random weights 0.11."
+    )  # fmt: skip
+    assert outcomes["Could the choice itself hold the answer?"] == (
+        "in doubt", "Yes: naming the weights kept takes 430,000 bits, an equally good table 271,612."
+    )  # fmt: skip
+    untried = {check.command for check in found.values() if check.outcome == "not tried"}
+    assert untried == {"bigram-circuits find --falsify", "bigram-circuits analyze RUN", ""}
+    assert found["Did learning run long enough?"].says == "Its 2 steps are too few to tell."
+    assert opening(run).tally == "2 passed, 1 in doubt, 5 not tried."
+    keys = {one.key for one in sections(run)}
+    assert {check.key for check in found.values()} <= keys
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "outcome", "says"),
+    [
+        ({"advantage": {"full": [0.5, 0.6], "random 0": [-0.1, 0.2]}}, "Would random", "failed", "Not excluded: "),
+        ({"mask_capacity": {"mask_bits": 1.0, "table_bits": 100.0, "kl": 0.9}}, "Could the choice", "passed", "No: "),
+        ({"mask_capacity": {"mask_bits": 50.0, "table_bits": 100.0, "kl": 0.9}}, "Could the choice", "in doubt", "Not"),
+        ({"complement": numbers(0.31)}, "Can the model", "failed", "Yes: without them its loss rises by 0.01"),
+    ],
+)  # fmt: skip
+def test_a_check_that_fails_is_told(tmp_path, change, asked, outcome, says):
+    told = opening(make_run(tmp_path / "run", metrics=measured() | change))
+    check = next(one for one in told.checks if one.asked.startswith(asked))
+    assert (check.outcome, check.says[: len(says)]) == (outcome, says)
+    assert ("It failed 1 of the checks below." in told.answer) == (outcome == "failed")
+
+
+def test_a_check_that_cannot_be_made_is_left_out_and_the_others_stand(tmp_path):
+    odd = Scatter("Odd", quantities("direct", "measured"), "neuron", ("a",), *np.zeros((3, 2, 1)), against="measured")
+    told = opening(make_run(tmp_path / "run", metrics=measured(), found={"predicted_effects": odd}))
+    check = next(one for one in told.checks if one.key == "predicts")
+    assert (check.outcome, check.says) == ("not tried", f"{LEFT_OUT} (KeyError: 'direct').")
+    assert len(told.checks) == 8
+
+
+@pytest.mark.parametrize(
+    ("r", "outcome", "says"), [(0.93, "passed", "Yes"), (0.5, "in doubt", "Roughly"), (0, "failed", "No")]
+)
+def test_whether_the_picture_predicts_is_told(tmp_path, r, outcome, says):
+    fit = {"r": r, "slope": 1.0, "r_interval": [0.1, 0.9], "slope_interval": [0.9, 1.1]}
+    notes = {"direct": fit, "flow": fit, "pairs": 10, "tokens": 2}
+    found = Scatter(
+        "Predicted", quantities("direct", "flow", "measured"), "neuron", ("a", "b"), *np.ones((3, 3, 2)),
+        against="measured", notes=notes,
+    )  # fmt: skip
+    told = opening(make_run(tmp_path / "run", found={"predicted_effects": found}))
+    check = next(one for one in told.checks if one.key == "predicts")
+    assert (check.outcome, check.says.split(":")[0]) == (outcome, says)
+    assert f"agree to {r:.2f}" in check.says
+
+
+def test_columns_and_rows_of_tables_say_what_they_mean(told):
+    assert f'<th scope="col" class="n"><abbr title="{SURPRISAL_CORRELATION.meaning}' in told.replace("&#x27;", "'")
+    assert re.search(
+        r'<th scope="row"><abbr title="The full model without what was found\."[^>]*>complement</abbr>', told
+    )
+    assert re.search(r'<abbr title="Lower end of the 95% interval of: what surprise is"[^>]*>surprise low</abbr>', told)
 
 
 def test_numbers_are_shown_with_few_digits():
@@ -129,18 +212,23 @@ def test_every_registered_section_is_on_the_page_and_in_its_contents(run, told, 
     assert [one.key for one in sections(run)] == [one.key for one in kinds]
     assert [one["id"] for one in elements.named("section")] == [one.key for one in kinds]
     links = [one["href"] for one in elements.named("a")]
-    assert links == [f"#{one.key}" for one in kinds]
+    assert links[-len(kinds) :] == [f"#{one.key}" for one in kinds]
+    assert {*links} == {f"#{one.key}" for one in kinds}
     for one in kinds:
         assert elements.text.count(one.heading) == 2, one.key
         assert one.tell.__doc__, one.key
     assert [one.key for one in kinds][-2:] == ["other", "again"]
+    opened = [one for one in elements.named("details") if one.get("class") == "part" and "open" in one]
+    assert len(opened) == 4
 
 
-def test_a_new_section_stands_before_the_last_ones():
-    registry = Sections(first=("a",), last=("z",))
-    for key in ("z", "b", "a", "c"):
+def test_a_new_section_stands_where_others_do():
+    registry = Sections({"First": ("a",), "Second": ("...", "y"), "Third": ("z",)}, opened=("a",))
+    for key in ("z", "b", "a", "y", "c"):
         registry.add(key, f"Heading of {key}")(lambda: Content(["says"]))
-    assert [one.key for one in registry] == ["a", "b", "c", "z"]
+    found = [(one.group, one.key, one.is_open) for one in registry]
+    second = [("Second", key, False) for key in ("b", "c", "y")]
+    assert found == [("First", "a", True), *second, ("Third", "z", False)]
     assert next(iter(registry))().heading == "Heading of a"
     with pytest.raises(ValueError, match="section 'b' is already registered"):
         registry.add("b", "again")(lambda: Content())
@@ -270,16 +358,34 @@ def test_the_layer_at_which_the_lens_rises_is_computed(tmp_path):
 @pytest.mark.parametrize(
     ("r", "words"),
     [
-        (0.96, "is surprised by the same tokens as the bigram table: r = 0.960"),
-        (0.82, "is surprised by roughly the same tokens"),
-        (0.5, "is surprised only by partly the same tokens"),
-        (0.1, "is not surprised by the same tokens"),
+        (0.96, "are enough: with only these, the model's predictions agree closely with counts of which token"),
+        (0.92, "are nearly enough: with only these, the model's predictions agree well with"),
+        (0.82, "are only partly enough: with only these, the model's predictions agree only roughly with"),
+        (0.5, "are NOT enough: with only these, the model's predictions do not agree well with"),
     ],
 )
-def test_the_first_sentence_says_what_was_done_and_how_well_it_went(tmp_path, r, words):
+def test_the_answer_says_whether_they_are_enough(tmp_path, r, words):
     metrics = measured() | {"subnetwork": numbers(r)}
     run = make_run(tmp_path / "run", metrics=metrics, found={"by_head": results()["by_head"]})
-    assert f"and zero the rest; what remains {words}" in opening(run).answer
+    assert opening(run).answer.startswith(f"2 of 14 weights (14.3%) {words}")
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((5.0, 1.0, 1.2), "are enough: with only these, the model keeps 95.0% of what all weights gain over none."),
+        ((5.0, 1.0, 0.5), "are enough: with only these, the model does better than with all weights."),
+        ((5.0, 1.0, 6.0), "are NOT enough: with only these, the model does worse than without any weights."),
+        ((1.0, 5.0, 1.0), "were chosen; whether they are enough is unknown, since the full model does no better than"),
+    ],
+)
+def test_a_target_that_is_sure_is_answered_by_losses(tmp_path, losses, words):
+    undefined = {"surprisal_correlation": None}
+    names = ("empty", "full", "subnetwork")
+    metrics = {name: numbers(0.5) | undefined | {"cross_entropy": of} for name, of in zip(names, losses, strict=True)}
+    told = opening(make_run(tmp_path / "run", metrics=measured() | metrics))
+    assert told.answer.startswith(f"2 of 14 weights (14.3%) {words}")
+    assert [mark.value for mark in told.marks][1::2] == [f"{losses[2]:.2f}", f"{losses[1]:.2f}"]
 
 
 def test_there_are_no_backticks_and_one_scheme_of_names(told, elements):
