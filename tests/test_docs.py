@@ -6,6 +6,7 @@ The documentation site is built as `make docs` does, any warning being an error,
 import functools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
 def test_commands_are_ones_the_parser_knows(page):
     shown = re.findall(r"^bigram-circuits ([^#\n]*)", "\n".join(blocks(page, "sh")), re.MULTILINE)
     for command in shown:
-        cli._parser().parse_args(command.split())
+        cli._parser().parse_args(shlex.split(command))
     if page.name == "README.md":
         assert len(shown) >= 5
 
