@@ -321,7 +321,7 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     explain.add_argument("--answer", metavar="TOKEN", help="the token to explain (default: what is predicted)")
     explain.add_argument("--wrong", metavar="TOKEN", help="explain by how much the answer's logit is above this one's")
     explain.add_argument(
-        "--position", type=int, default=-1, metavar="N", help="after this position (default: the last)"
+        "--position", type=int, metavar="N", help="explain what follows this position (default: the last)"
     )
     explain.add_argument("--full", action="store_true", help="explain the full model instead of the masked one")
     explain.add_argument("--model", metavar="M", help=_MODEL_AGAIN)
@@ -533,8 +533,13 @@ def _explain(arguments: argparse.Namespace) -> int:
     from bigram_circuits.analysis import explain
     from bigram_circuits.analysis.prompts import start_of_text, token_id
     from bigram_circuits.explanations.graph_files import export_graph
+    from bigram_circuits.measures.html import check_no_folder
     from bigram_circuits.workflow import check_model, inputs_of, load_named
 
+    for path in filter(None, (arguments.out, arguments.graph)):
+        check_no_folder(path)  # before the other file is written
+    if arguments.out == arguments.graph:
+        raise ValueError(f"--out and --graph are both {str(arguments.out)!r}: name two files")
     model = load_named(inputs_of(run, model=arguments.model, only_model=True), arguments.device)
     check_model(run, model)
     answer, wrong = (None if one is None else _token(one) for one in (arguments.answer, arguments.wrong))
@@ -542,7 +547,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     if prompt is None:
         prompt = [*start_of_text(model), token_id(model, _token(arguments.token))]
     mask = None if arguments.full else run.mask
-    found = explain(model, mask, prompt, answer, wrong=wrong, position=arguments.position)
+    position = -1 if arguments.position is None else arguments.position
+    found = explain(model, mask, prompt, answer, wrong=wrong, position=position)
     _tell(f"{found}\n")
     if arguments.graph is not None:
         _tell(f"the graph: {export_graph(found, arguments.graph)}")
@@ -553,7 +559,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _explain_all(arguments: argparse.Namespace, run: Any) -> int:
     """The page of a run's atlas."""
-    given = [name for name in ("answer", "wrong", "graph") if getattr(arguments, name) is not None]
+    given = [name for name in ("answer", "wrong", "position", "graph") if getattr(arguments, name) is not None]
     given += [name for name in ("full",) if getattr(arguments, name)]
     if given:
         raise ValueError(f"--{given[0]} is for one prompt: give --prompt or --token")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.explanations.explanation import UnitTokens
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps
 from bigram_circuits.recipe import Inputs, SparsifyConfig
@@ -22,6 +23,7 @@ from bigram_circuits.runs import (
     load_run,
 )
 from bigram_circuits.subnetwork import Subnetwork
+from tests.explanations.examples import atlas as some_atlas
 
 HOSTILE = "</script><script>alert('\"x\"')</script><img src=x onerror=alert(1)>"
 CONDITIONS = ("full", "subnetwork", "complement", "random")
@@ -112,6 +114,13 @@ def results():
     }
 
 
+def hostile_atlas():
+    """An atlas in whose tokens and titles there is markup."""
+    made = some_atlas((" of", HOSTILE), neurons=(9, 6, 4, 3), listed=12, most_edges=20, n_paths=4)
+    units = {label: UnitTokens(((HOSTILE, 1.0),), ((HOSTILE, 1.0),)) for label in made.units}
+    return replace(made, title=f"Of {HOSTILE}", units=units, notes={HOSTILE: HOSTILE})
+
+
 def numbers(r):
     measured = ("surprisal_correlation", "cross_entropy", "kl", "mean_surprisal", "top1_agreement")
     return {name: r + place / 7 for place, name in enumerate(measured)} | {"kept": 2, "total": 14, "fraction": 1 / 7}
@@ -151,6 +160,7 @@ def make_run(
     steps=(),
     target="ngram",
     stopped="decided",
+    atlas=None,
 ):
     settings = RunSettings(
         ModelIdentity(name, weight_hash="ab12"),
@@ -175,6 +185,8 @@ def make_run(
         run.write_evaluation(Evaluation.from_json(metrics), settings.corpus)
     for key, result in (found or {}).items():
         save_result(folder, key, result)
+    if atlas is not None:
+        save_result(folder, "atlas", atlas)
     return load_run(folder)
 
 

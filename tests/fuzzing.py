@@ -35,6 +35,7 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits.analysis.affine import AffineMaps
 from bigram_circuits.experiments.sparsity_path import load_path_runs
+from bigram_circuits.explanations.explanation import load_atlas
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
 from bigram_circuits.published import read_masks
@@ -412,6 +413,12 @@ def result_content(result: Any) -> Any:
     return json.dumps(result.to_json())
 
 
+def atlas_content(atlas: Any) -> Any:
+    """With everything that shows it: what is accepted can be shown."""
+    atlas.to_html(), atlas.to_dataframe(), atlas._repr_html_()
+    return json.dumps(atlas.to_json())
+
+
 def maps_content(maps: AffineMaps) -> Any:
     tensors = [
         _plain(getattr(maps, f"{end}_{part}").numpy()) for end in ("output", "input") for part in ("weight", "bias")
@@ -463,6 +470,12 @@ def some_results() -> list[Any]:
         ),
         Effects("E", quantities, "head", ("0.0", "0.1", "1.0"), values[0], values[0] - 1, values[0] + 1),
     ]
+
+
+def some_atlas() -> Any:
+    from tests.explanations.examples import atlas
+
+    return atlas((" of", " in"), neurons=(3, 2, 2, 0), listed=7, most_edges=9, n_paths=3)
 
 
 def some_maps() -> AffineMaps:
@@ -566,6 +579,9 @@ def kinds(folder: Path, *, with_models: bool = True) -> list[Kind]:
              forgers=[tensors_forged]),
         Kind("result", "result.json", [saved(result, made) for result in some_results()],
              lambda at: result_content(load_result(at / "result.json")), JSON, place("result"), share=3,
+             forgers=[json_forged]),
+        Kind("atlas", "atlas.json", [saved(some_atlas(), made)],
+             lambda at: atlas_content(load_atlas(at / "atlas.json")), JSON, place("atlas"), share=2,
              forgers=[json_forged]),
     ]  # fmt: skip
     path = place("path")

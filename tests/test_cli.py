@@ -17,8 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
 from bigram_circuits import cli, workflow
+from bigram_circuits.analysis.prompts import start_of_text
+from bigram_circuits.runs import RunFolder
+from bigram_circuits.storage.files import checked_json, write_text
 from scripts.state_numbers import NUMBERS, measured
 from tests.conftest import UNFIT_INPUTS
+from tests.example_runs import HOSTILE, hostile_atlas
 from tests.folders import names_in
 
 pytestmark = UNFIT_INPUTS
@@ -69,6 +73,7 @@ SHORTER = pytest.param(
 SMALLER_SAMPLES = """
 import functools, sys
 from bigram_circuits import cli, workflow
+from bigram_circuits.analysis.prompts import start_of_text
 workflow.analyze = functools.partial(workflow.analyze, tokens=3_000, sweep_tokens=1_000, fit_tokens=10_000)
 sys.exit(cli.main())
 """
@@ -502,3 +507,114 @@ def test_analyze_writes_every_result(run, quick):
     assert lens.table("surprisal_correlation") in out
     assert all(result.plot() is not None and len(result.to_dataframe()) for result in analyses.values())
     assert run("analyze", "nowhere")[0] == 1
+
+
+# --- explain ---
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folders, tmp_path_factory):
+    """A run of a tiny model, not analysed."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text("".join(f"line {n} of a small text\n" + "\n" * (n % 7 == 0) for n in range(300)))
+    bc.study(
+        tiny_folders["gpt_neox"], folder / "text.txt", out=folder / "run", context_length=16, analysis=False,
+        random_seeds=1, check_memory="off", max_steps=3, batch_size=4, device="cpu",
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture
+def with_atlas(finished, tmp_path):
+    """A copy of it with an atlas, in which a token is markup."""
+    copy = shutil.copytree(finished, tmp_path / "with atlas")
+    made = hostile_atlas()
+    made.save(copy / "analysis" / "atlas.json", RunFolder(copy).origin(bc.load_run(copy).settings.corpus))
+    return copy, made
+
+
+def test_explain_a_token(run, finished, tiny_folders):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    code, out, err = run("explain", finished, "--token", "f")
+    assert (code, err) == (0, "")
+    model = bc.load_model(tiny_folders["gpt_neox"], device="cpu")
+    kept = bc.load_run(finished).subnetwork
+    (number,) = model.tokenizer("f", add_special_tokens=False)["input_ids"]
+    expected = bc.explain(model, kept, [*start_of_text(model), number])
+    assert out == f"{expected}\n\nthe page to look at: explanation.html\n"
+    assert Path("explanation.html").read_text() == expected.to_html()
+    assert names_in(Path()) == ["explanation.html"]
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert number > 9
+    assert run("explain", finished, "--token", number, "--out", "again.html")[1].startswith(f"{expected}\n")
+
+
+def test_explain_a_prompt_an_answer_and_the_full_model(run, finished, tiny_folders):
+    prompt = ["--prompt", "line 1", "--position", "-2", "--answer", "i", "--wrong", "n"]
+    code, out, err = run("explain", finished, *prompt, "--out", "a.html", "--graph", "a.json")
+    assert (code, err) == (0, "")
+    model = bc.load_model(tiny_folders["gpt_neox"], device="cpu")
+    kept = bc.load_run(finished).subnetwork
+    expected = bc.explain(model, kept, "line 1", "i", wrong="n", position=-2)
+    assert out == f"{expected}\n\nthe graph: a.json\nthe page to look at: a.html\n"
+    assert "The logit of 'i' minus logit of 'n' is" in out
+    assert Path("a.html").read_text() == expected.to_html()
+    graph = json.loads(Path("a.json").read_text())
+    assert graph["metadata"]["prompt_tokens"] == list(expected.prompt)
+    assert len(graph["links"]) == len(expected.edges)
+    code, out, err = run("explain", finished, *prompt, "--full")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{bc.explain(model, None, 'line 1', 'i', wrong='n', position=-2)}\n")
+    assert "with only" not in out
+
+
+def test_explain_without_a_prompt_is_the_atlas(run, with_atlas):
+    folder, made = with_atlas
+    code, out, err = run("explain", folder)
+    assert (code, err) == (0, "")
+    assert out == f"{made.title}\nthe page to look at: explanation.html\n"
+    text = Path("explanation.html").read_text()
+    assert text == bc.load_run(folder).atlas.to_html()
+    assert HOSTILE not in text
+    assert html.escape(HOSTILE) in text
+
+
+def test_what_cannot_be_explained(refused, finished, with_atlas):
+    explain = "explain", finished
+    refused(*explain, code=1, said="has no atlas: give --prompt or --token, or `analyze` it first")
+    refused("explain", "nowhere", code=1, said="'nowhere' holds no run")
+    refused(*explain, "--token", "of", code=1, said="'of' is 2 tokens, but one is needed: give the id of one of [")
+    refused(*explain, "--prompt", "", code=1, said="the prompt is empty")
+    refused(
+        *explain, "--prompt", "abc", "--position", "7", code=1, said="there is no position 7 in a prompt of 3 tokens"
+    )
+    refused(*explain, "--prompt", "abc", "--position", "one", code=2, said="invalid int value: 'one'")
+    refused(*explain, "--token", "a", "--prompt", "b", code=2, said="not allowed with argument")
+    refused(*explain, "--token", "a", "--model", "./nowhere", code=1, said="there is no model folder")
+    for options in (["--answer", "a"], ["--wrong", "a"], ["--full"], ["--graph", "a.json"], ["--position", "0"]):
+        said = f"{options[0]} is for one prompt: give --prompt or --token"
+        refused(*explain, *options, code=1, said=said)
+        refused("explain", with_atlas[0], *options, code=1, said=said)
+
+
+def test_where_an_explanation_cannot_be_written_nothing_is(refused, finished, with_atlas, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    token = "explain", finished, "--token", "a"
+    refused("explain", with_atlas[0], "--out", "folder", code=1, said="'folder' is a folder: name a file in it")
+    for option, other in (("--out", "--graph"), ("--graph", "--out")):
+        refused(*token, option, "folder", other, "good", code=1, said="'folder' is a folder: name a file in it")
+    refused(*token, "--graph", "file/a", code=1, said="cannot write 'file/a'")
+    refused(*token, "--out", "same", "--graph", "same", code=1, said="--out and --graph are both 'same'")
+
+
+def test_an_atlas_that_could_not_be_made_says_why(refused, finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    of = RunFolder(copy).origin(bc.load_run(copy).settings.corpus)
+    record = {"atlas": "this model has no readout", "of": of.to_json()}
+    write_text(copy / "analysis" / "left_out.json", checked_json(record))
+    refused("explain", copy, code=1, said="has no atlas (this model has no readout): give --prompt or --token")
+
+
+def test_an_explanation_of_another_model_is_refused(refused, finished, tiny_folders):
+    refused("explain", finished, "--token", "a", "--model", tiny_folders["gpt2"], code=1, said="was made with")

@@ -23,6 +23,7 @@ from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.workflow import reopen
 from tests.conftest import UNFIT_INPUTS
 from tests.example_runs import curves, make_run, measured, without_libraries
+from tests.fuzzing import some_atlas
 
 pytestmark = UNFIT_INPUTS
 RECIPE = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.3}
@@ -35,13 +36,14 @@ def masks(kept):
 def fresh(folder, **options):
     """A run that was evaluated and analysed; its numbers are those of a subnetwork that keeps 2 of 14."""
     found = {"logit_lens": curves("surprisal_correlation", "kl")}
-    return make_run(folder, metrics=measured(), found=found, subnetwork=masks(2), **options)
+    given = {"metrics": measured(), "found": found, "subnetwork": masks(2), "atlas": some_atlas()}
+    return make_run(folder, **(given | options))
 
 
 def read(folder):
     """Everything that a run's folder holds."""
     run = bc.load_run(folder)
-    return run, run.analyses, run.left_out
+    return run, run.analyses, run.left_out, run.atlas
 
 
 # --- files of different runs ---
@@ -76,7 +78,7 @@ def test_a_file_of_another_run_of_the_same_model_is_refused_with_what_to_do(tmp_
 def test_files_of_one_mask_in_two_runs_are_told_apart_too(tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         fresh(tmp_path / name, recipe=bc.SparsifyConfig(seed=seed))
-    for name in ("metrics.json", "training.json", "analysis/logit_lens.json"):
+    for name in ("metrics.json", "training.json", "analysis/logit_lens.json", "analysis/atlas.json"):
         before = (tmp_path / "one" / name).read_bytes()
         shutil.copy(tmp_path / "two" / name, tmp_path / "one" / name)
         with pytest.raises(ValueError, match="does not belong to this run: it is of another run"):
@@ -98,7 +100,7 @@ def test_find_does_not_take_a_mask_of_another_run_for_its_own(tiny_model, tmp_pa
 
 def test_a_seal_that_is_missing_or_says_nothing_is_refused(tmp_path):
     run = fresh(tmp_path / "run")
-    files = ("config.json", "training.json", "metrics.json", "analysis/logit_lens.json")
+    files = ("config.json", "training.json", "metrics.json", "analysis/logit_lens.json", "analysis/atlas.json")
     for name in files:
         path = run.path / name
         before = path.read_text()
@@ -120,6 +122,20 @@ def test_a_seal_that_is_missing_or_says_nothing_is_refused(tmp_path):
             bc.load_run(run.path)
 
 
+def test_an_atlas_comes_back_and_a_damaged_one_is_named(tmp_path):
+    run = fresh(tmp_path / "run")
+    assert run.atlas == some_atlas()
+    assert "logit_lens" in run.analyses
+    assert "atlas" not in run.analyses
+    path = run.path / "analysis" / "atlas.json"
+    path.write_text(path.read_text().replace("GPT-2", "GPT-3"))
+    for attempt in (lambda: run.atlas, lambda: page(run)):
+        with pytest.raises(ValueError, match=r"analysis/atlas\.json' is not an atlas that can be read: .*checksum"):
+            attempt()
+    path.unlink()
+    assert run.atlas is None
+
+
 def test_metrics_of_another_number_of_weights_are_refused_even_without_a_name_of_their_run(tmp_path):
     run = Path(shutil.copytree(Path(__file__).parent / "data" / "run-0.1.0", tmp_path / "run"))
     record = read_checked_json(run / "metrics.json")
@@ -136,8 +152,8 @@ def test_metrics_of_another_number_of_weights_are_refused_even_without_a_name_of
     "name",
     [
         "config.json", "training.json", "metrics.json", "progress.jsonl", "subnetwork.safetensors", "report.html",
-        "lock.json", ".lock", ".lock.soft", "analysis", "analysis/logit_lens.json", ".analysis.new", ".analysis.old",
-        "falsify", "checkpoint",
+        "lock.json", ".lock", ".lock.soft", "analysis", "analysis/logit_lens.json", "analysis/atlas.json",
+        ".analysis.new", ".analysis.old", "falsify", "checkpoint",
     ],
 )  # fmt: skip
 def test_a_link_in_a_run_s_folder_is_refused_and_what_it_leads_to_is_left_alone(tmp_path, name, capfd):
@@ -181,7 +197,8 @@ def test_a_run_s_folder_may_itself_be_a_link(tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path, what):
     run = fresh(tmp_path / "run")
     for name in ("config.json", "training.json", "metrics.json", "progress.jsonl", "subnetwork.safetensors",
-                 "analysis/logit_lens.json", "analysis/left_out.json", "lock.json", "report.html"):  # fmt: skip
+                 "analysis/logit_lens.json", "analysis/left_out.json", "analysis/atlas.json", "lock.json",
+                 "report.html"):  # fmt: skip
         path = run.path / name
         before = path.read_bytes() if path.exists() else None
         path.unlink(missing_ok=True)
@@ -196,6 +213,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, what):
                 pytest.skip("only root may make a device")
         if path.name in (
             "left_out.json",
+            "atlas.json",
             "lock.json",
             "progress.jsonl",
             "metrics.json",

@@ -50,6 +50,7 @@ LOADERS = {
     "table": NGramTable.load,
     "maps": AffineMaps.load,
     "result": load_result,
+    "atlas": bc.load_atlas,
     "masks": read_masks,
 }
 
@@ -60,7 +61,8 @@ def all_kinds(tmp_path_factory):
 
 
 CASES = {
-    "subnetwork": 500, "n-gram table": 500, "affine maps": 300, "result": 500, "path": 60, "run: config.json": 60,
+    "subnetwork": 500, "n-gram table": 500, "affine maps": 300, "result": 500, "atlas": 300, "path": 60,
+    "run: config.json": 60,
     "run: training.json": 60, "run: metrics.json": 60, "run: progress.jsonl": 60, "run: subnetwork.safetensors": 60,
     "checkpoint": 60,
     "published pickle": 500, "published npz": 200, "published safetensors": 200, "corpus: corpus.txt": 30,
@@ -88,6 +90,7 @@ def artefacts(tmp_path):
     bc.count_ngrams(tokens, 2, d_vocab=20).save(tmp_path / "table")
     fuzzing.some_maps().save(tmp_path / "maps")
     fuzzing.some_results()[0].save(tmp_path / "result")
+    fuzzing.some_atlas().save(tmp_path / "atlas")
     (tmp_path / "masks.safetensors").write_bytes(fuzzing.published_files(tmp_path)["safetensors"][0])
     return {name: tmp_path / ("masks.safetensors" if name == "masks" else name) for name in LOADERS}
 
@@ -97,6 +100,7 @@ CONTENTS = {
     "table": fuzzing.table_content,
     "maps": fuzzing.maps_content,
     "result": fuzzing.result_content,
+    "atlas": fuzzing.atlas_content,
     "masks": fuzzing.masks_content,
 }
 
@@ -138,15 +142,16 @@ def test_a_file_of_ours_without_its_checksum_is_refused(artefacts, kind, how):
     """Masks by parameter name are also written by others, without any checksum: only a part of one is refused."""
     path = artefacts[kind]
     whole = CONTENTS[kind](LOADERS[kind](path))
-    keys = {"result": ["checksum"], "subnetwork": [HEADER]}.get(kind, [HEADER, CONTENT])
-    if kind == "result":
+    json_keys = ["checksum"]
+    keys = {"result": json_keys, "atlas": json_keys, "subnetwork": [HEADER]}.get(kind, [HEADER, CONTENT])
+    if keys is json_keys:
         metadata, tensors = json.loads(path.read_text()), {}
     else:
         with safe_open(path, framework="np") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
     def write(metadata):
-        path.write_text(json.dumps(metadata)) if kind == "result" else save_file(tensors, path, metadata)
+        path.write_text(json.dumps(metadata)) if keys is json_keys else save_file(tensors, path, metadata)
 
     for key in keys:
         changed = {name: value for name, value in metadata.items() if name != key}
@@ -244,7 +249,7 @@ def test_tables_are_checked_in_parts_of_any_size(tmp_path, monkeypatch, at_once)
             NGramTable.load(tmp_path / "table")
 
 
-@pytest.mark.parametrize("name", ["table", "maps", "masks", "result"])
+@pytest.mark.parametrize("name", ["table", "maps", "masks", "result", "atlas"])
 def test_the_same_contents_are_the_same_bytes(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, 20, (20, 12))
     made = {
@@ -254,6 +259,7 @@ def test_the_same_contents_are_the_same_bytes(tmp_path, name):
             path, {f"h.{n}": tokens > n for n in range(9)}, seal_tensors({f"h.{n}": tokens > n for n in range(9)}, {})
         ),
         "result": lambda path: fuzzing.some_results()[1].save(path),
+        "atlas": lambda path: fuzzing.some_atlas().save(path),
     }  # fmt: skip
     for copy in ("a", "b"):
         made[name](tmp_path / copy)
@@ -279,6 +285,59 @@ def test_a_sealed_result_of_other_types_is_refused(tmp_path, changed):
     with pytest.raises(ValueError, match="result' ") as told:
         load_result(tmp_path / "result")
     assert "\n" not in str(told.value)
+
+
+def changed_at(record, place, value):
+    """A record of JSON values with another value at a place, a path of keys."""
+    *before, last = place
+    for key in before:
+        record = record[key]
+    record[last] = value
+
+
+FIRST = ("explanations", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("title",), 7, "title should be text"),
+        (("counts",), [1], "it has 2 explanations but 1 counts"),
+        (("counts", 0), 1e3, "a whole number"),
+        ((*FIRST, "value"), 10**400, "should be a number"),
+        ((*FIRST, "value"), float("inf"), "should be a number"),
+        ((*FIRST, "prompt"), [], "position should be one of a prompt of 0 tokens"),
+        ((*FIRST, "position"), 1, "position should be one of a prompt of 1 tokens, not 1"),
+        ((*FIRST, "nodes", 0, "position"), -2, "is at -2 of 1 positions"),
+        ((*FIRST, "nodes", 0, "kind"), "<b>", "the kind of a node should be one of token, .*, not '<b>'"),
+        ((*FIRST, "nodes", 0, "kind"), "answer", "one of them the answer"),
+        ((*FIRST, "edges", 0, "source"), "x" * 9999, "an edge joins 'xxx[^ ]*', which is no node"),
+        ((*FIRST, "paths", 0, "labels"), [], "a path should have a label for each of its nodes"),
+        ((*FIRST, "paths", 0), None, "should be values by name"),
+        (("units", "L0N1"), {"drives": [["a", "b"]]}, "should be a number"),
+        (("other",), 1, "it has the unknown field 'other'"),
+    ],
+)  # fmt: skip
+def test_a_sealed_atlas_of_what_cannot_be_is_refused(tmp_path, place, value, said):
+    record = json.loads(json.dumps(fuzzing.some_atlas().to_json()))
+    changed_at(record, place, value)
+    (tmp_path / "atlas").write_text(json.dumps(sealed({"format": "bigram_circuits.atlas/1", "atlas": record})))
+    with pytest.raises(ValueError, match=rf"atlas' is not an atlas that can be read: .*{said}") as told:
+        bc.load_atlas(tmp_path / "atlas")
+    assert "\n" not in str(told.value)
+
+
+def test_an_atlas_of_huge_and_undefined_numbers_is_shown(tmp_path):
+    record = json.loads(json.dumps(fuzzing.some_atlas().to_json()))
+    for value in (1.7976931348623157e308, None):
+        for path in record["explanations"][0]["paths"]:
+            path["value"] = value
+        for name in ("value", "left_out", "left_out_share"):
+            record["explanations"][0][name] = value
+        for node in record["explanations"][0]["nodes"]:
+            node["flow"] = value
+        (tmp_path / "atlas").write_text(json.dumps(sealed({"format": "bigram_circuits.atlas/1", "atlas": record})))
+        fuzzing.atlas_content(bc.load_atlas(tmp_path / "atlas"))
 
 
 # --- the nastiest single files ---

@@ -49,6 +49,7 @@ _PREDICTIONS = 5
 _BRANCHES = 24  # parts that a path is followed to from each of its nodes
 _EXPANSIONS = 4  # nodes that are followed, for every path that is listed
 _TOLERANCE = 1e-4  # of the largest term, that sums may differ by
+_ROUNDED = 0.02  # the same, of logits in 16 bits
 _ANSWER, _BIAS = "answer", "bias"
 
 
@@ -210,9 +211,8 @@ def explained(
     notes: dict[str, Any] = {"frozen": ["attention patterns", "scales of norms", "slopes of activation functions"]}
     if passed.whole:
         notes["whole"] = list(passed.whole)
-    if not torch.equal(passed.logits[place], passed.shown[place]) and not torch.allclose(
-        passed.logits[place], passed.shown[place], atol=1e-3
-    ):
+    bound = (_ROUNDED if model.W_U.dtype.itemsize < 4 else _TOLERANCE) * float(passed.shown[place].abs().max())
+    if float((passed.logits[place] - passed.shown[place]).abs().max()) > max(bound, _TOLERANCE):
         notes["logits"] = "before the soft cap or scale that the model applies to them"
     units = [node.label for node in shown if node.kind in ("neuron", "head")]
     return Explanation(

@@ -13,6 +13,7 @@ from torch import Tensor
 from bigram_circuits.models.activations import check_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model
+from bigram_circuits.storage.records import is_text
 from bigram_circuits.text.tokenizers import shown_tokens, template_of
 
 Prompt = str | Sequence[int] | Integer[Tensor, "..."] | Integer[np.ndarray, "..."]
@@ -38,7 +39,7 @@ def prompt_tokens(model: Model, prompt: Prompt) -> Integer[Tensor, "1 pos"]:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty")
-        check_tokenizer(model)
+        _check_text(model, prompt)
         tokens = _token_ids(_encoded(model, prompt))
     else:
         tokens = _token_ids(prompt)
@@ -84,6 +85,13 @@ def check_tokenizer(model: Model) -> None:
         raise ValueError("this model has no tokenizer: give token ids instead of text")
 
 
+def _check_text(model: Model, text: str) -> None:
+    """Raise ValueError if the model has no tokenizer, or there is no such text."""
+    check_tokenizer(model)
+    if not is_text(text):
+        raise ValueError(f"{text[:40]!r} contains an unpaired surrogate, which is half a character and no text")
+
+
 def token_id(model: Model, token: str | int) -> int:
     """The id of a token given by its id, as a text that is one token, or else as it is shown (`<0x0A>`).
 
@@ -91,7 +99,7 @@ def token_id(model: Model, token: str | int) -> int:
         ValueError: If the text is not one token, or there is no such id.
     """
     if isinstance(token, str):
-        check_tokenizer(model)
+        _check_text(model, token)
         ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
         shown = shown_tokens(model.tokenizer, range(min(len(model.tokenizer), model.cfg.d_vocab)))
         if len(ids) != 1 and token in shown:

@@ -151,6 +151,23 @@ class Explanation(Record):
     notes: Mapping[str, Any] = field(default_factory=dict)
     """How it was made, as JSON values: what could not be taken apart, what was frozen."""
 
+    def __post_init__(self) -> None:
+        length, keys = len(self.prompt), {node.key for node in self.nodes}
+        if not 0 <= self.position < length:
+            raise ValueError(f"position should be one of a prompt of {length} tokens, not {self.position}")
+        for node in self.nodes:
+            if node.kind not in KINDS:
+                raise ValueError(f"the kind of a node should be one of {', '.join(KINDS)}, not {shown(node.kind)}")
+            if node.position is not None and not 0 <= node.position < length:
+                raise ValueError(f"the node {shown(node.key)} is at {node.position} of {length} positions")
+        if len(keys) < len(self.nodes) or [node.kind for node in self.nodes].count("answer") != 1:
+            raise ValueError("nodes should be different, and one of them the answer")
+        for end in (end for edge in self.edges for end in (edge.source, edge.target)):
+            if end not in keys:
+                raise ValueError(f"an edge joins {shown(end)}, which is no node")
+        if not all(len(path.labels) == len(path.nodes) > 0 for path in self.paths):
+            raise ValueError("a path should have a label for each of its nodes, and one node or more")
+
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """A page to explore it with, as HTML that requests nothing; also written to a file if a path is given.
 

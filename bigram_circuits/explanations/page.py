@@ -167,7 +167,8 @@ def _unit(known: UnitTokens) -> list[Any]:
 
 def _short(value: float | None) -> float | None:
     """A number with few digits; None if it is not finite, which JSON cannot say."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
+    short = math.nan if value is None else float(f"{value:.{_DIGITS}g}")
+    return short if math.isfinite(short) else None
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> Markup:

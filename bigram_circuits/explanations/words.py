@@ -88,7 +88,7 @@ def sum_words(explanation: Explanation) -> str:
 
 def path_rows(explanation: Explanation, arrow: str = "→") -> list[tuple[str, float, float]]:
     """For every listed path, the strongest first: its words, what it adds, and its share of all paths' strength."""
-    listed = math.fsum(abs(path.value) for path in explanation.paths)
+    listed = sum(abs(path.value) for path in explanation.paths)
     kept = 1 - explanation.left_out_share
     share = kept / listed if listed else 0.0
     return [(path_words(path, explanation, arrow), path.value, abs(path.value) * share) for path in explanation.paths]

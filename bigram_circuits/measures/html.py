@@ -55,10 +55,15 @@ def write_page(path: str | os.PathLike[str], make: Callable[[], str]) -> Path:
         OSError: If it cannot be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
+    check_no_folder(path)
     write_text(path, make())
     return path
+
+
+def check_no_folder(path: Path) -> None:
+    """Raise ValueError if a page is to be written where a folder is."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a file in it")
 
 
 def escape(value: Any) -> str:

@@ -15,7 +15,7 @@ without a rest (Elhage et al. 2021; frozen slopes as in Bach et al. 2015 and Ali
 
 Nothing here knows an architecture. Which norm a part reads through, whether attention and MLP are parallel, and whether
 what is written really adds up are measured on the prompt. A part that does not add up stays whole: it is in the sum,
-but cannot be traced further.
+but cannot be traced further. In 16 bits, what rounding takes away is a writer too.
 """
 
 from __future__ import annotations
@@ -307,8 +307,9 @@ class _Anatomy:
         self.model, self.weights, self.replaced = model, weights, replaced
         self.seen, logits = _record(model, tokens)
         self.shown = logits[0].float()
-        half = model.W_U.dtype.itemsize < 4
-        self.tolerance = _TOLERANCE_16_BITS if half else _TOLERANCE
+        self.is_rounded = model.W_U.dtype.itemsize < 4
+        """Whether sums are rounded to 16 bits, so that they are not those of what was added."""
+        self.tolerance = _TOLERANCE_16_BITS if self.is_rounded else _TOLERANCE
         self.writers: list[Writer] = []
         self.whole: list[str] = []
 
@@ -360,6 +361,9 @@ class _Anatomy:
             raise NotShownError(
                 f"block {layer} of this model does not add what its attention and MLP write to the residual stream"
             )
+        if self.is_rounded:
+            lost = there - sum(writer.total() for writer in self.writers)
+            self.writers.append(Vector("bias", layer, f"{PartName('layer', layer).label} rounding", lost))
         return there
 
     def _attention(self, layer: int, before: Vectors, out: Vectors, limit: int) -> None:

@@ -25,7 +25,7 @@ _TOKENS = 6  # in a table cell
 @section("circuit", "The circuit, from token in to token out")
 def circuit(run: Run, results: Results) -> Content:
     """The atlas, to be explored."""
-    atlas = run.atlas
+    atlas = results.atlas
     if atlas is None or not atlas.explanations:
         return Content(results.absent("how predictions come about", "atlas"))
     says = (

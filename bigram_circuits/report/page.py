@@ -58,7 +58,7 @@ def page(run: Run) -> str:
 
 def sections(run: Run) -> list[Section]:
     """Every registered section that has something to say about the run."""
-    results = Results(run.analyses, run.left_out)
+    results = Results(run.analyses, run.left_out, run.atlas)
     written = [section(run, results) for section in SECTIONS]
     return [one for one in written if one.says or one.blocks]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.measures.conditions import OWN, label_of
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, Result
@@ -73,6 +74,8 @@ class Results:
     """All of them."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """The steps that `analyze` left out, with the reasons."""
+    atlas: Atlas | None = None
+    """Explanations of predictions, if there are any."""
     shown: set[str] = field(default_factory=set)
     """Names of the results that were shown."""
 

@@ -201,6 +201,19 @@ def test_what_is_not_listed_is_unseen(by_hand):
     assert {node.key for node in largest[:6]} == {node.key for node in part.nodes if node.kind in ("neuron", "head")}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_in_16_bits_rounding_is_a_term(name, tmp_path):
+    folder = save_tiny(tmp_path / name, CONFIGS[name]())
+    whole, rounded = (bc.load_model(folder, device="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    kept = half(whole)
+    precise = bc.explain(whole, kept, PROMPT, ANSWER)
+    found = bc.explain(rounded, kept, PROMPT, ANSWER)
+    assert found.value == pytest.approx(precise.value, abs=0.05)
+    assert math.fsum(found.terms.values()) == pytest.approx(found.value, abs=1e-4)
+    assert "L0 rounding" in found.terms
+    assert not any("rounding" in term for term in precise.terms)
+
+
 # --- planted circuits ---
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import bigram_circuits as bc
-from tests.example_runs import HOSTILE, make_run, measured, results
+from tests.example_runs import HOSTILE, hostile_atlas, make_run, measured, results
 
 DRAWN = """
 (() => {
@@ -21,7 +21,9 @@ DRAWN = """
 def report(tmp_path_factory):
     """The page of a run in whose names, tokens and path there is markup."""
     folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
-    return bc.write_report(make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}"))
+    return bc.write_report(
+        make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}", atlas=hostile_atlas())
+    )
 
 
 @pytest.fixture(scope="module")
