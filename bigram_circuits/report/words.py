@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from bigram_circuits.circuit import WEIGHT, Circuit
+from bigram_circuits.explanations.words import MEANINGS
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures.conditions import CONDITIONS
 from bigram_circuits.measures.quantities import (
@@ -120,9 +121,7 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
         "of first": "Share of what the first keeps that the second keeps too.",
         "of second": "Share of what the second keeps that the first keeps too.",
         "Jaccard": "Shared over what either keeps: 1 if they are the same.",
-        "driven by": "Tokens whose embeddings, taken alone, give it the largest input.",
-        "raises": "Tokens whose logits it raises most.",
-        "lowers": "Tokens whose logits it lowers most.",
+        **{name: MEANINGS[name] for name in ("driven by", "raises", "lowers")},
         "occurrences": "How often the token occurs in the held-out text.",
         "previous token": "Mean attention to the token before.",
         "itself": "Mean attention to the token itself.",
