@@ -175,4 +175,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) 
     """A table; `html.table` escapes its cells."""
     from markupsafe import Markup
 
-    return Markup(html.table(columns, rows, caption))
+    return Markup(html.table(columns, rows, caption, words.MEANINGS))

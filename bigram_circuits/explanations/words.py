@@ -15,6 +15,23 @@ PATH_COLUMNS = ("path", "adds", "share of all paths")
 """Columns of a table of paths."""
 NODE_COLUMNS = ("node", "position", "directly", "along all paths", "activation", "driven by", "raises", "lowers")
 """Columns of a table of nodes."""
+MEANINGS = {
+    "adds": "What it adds to what is explained (in logits); all paths together add up to it.",
+    "share of all paths": "Its share of the strength of all paths, whether they raise or lower.",
+    "position": "Where in the prompt it is, from 0.",
+    "directly": "What it adds by itself, without what later parts make of it.",
+    "along all paths": "What it adds along all paths through it.",
+    "activation": "How strongly the neuron fires here.",
+    "driven by": "Tokens that, taken alone, give it the largest input.",
+    "raises": "Tokens whose logits it raises most.",
+    "lowers": "Tokens whose logits it lowers most.",
+    "count": "How often the token occurs in the text that was counted.",
+    "prediction": "The most likely next token, and its probability.",
+    "neurons": "Neurons among its nodes.",
+    "heads": "Attention heads among its nodes.",
+    "strongest paths, and what each adds": "From the token to the answer; what each adds is in logits.",
+}
+"""What columns of these tables mean, in a sentence each."""
 
 
 def quoted(token: str) -> str:

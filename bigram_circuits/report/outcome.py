@@ -113,8 +113,9 @@ def _closest(rows: Sequence[Row], noun: str) -> str:
     if math.isnan(own.r) or not known:
         return ""
     best = max(known, key=lambda row: row.r)
-    other = f"{label_of(best.condition)}, with {rounded(best.r)}"
-    return f"The {noun} has r = {rounded(own.r)}; the best of the others is {other}."
+    return (
+        f"The {noun} has r = {rounded(own.r)}; the best of the others, {label_of(best.condition)}, {rounded(best.r)}."
+    )
 
 
 def _loss_words(evaluation: Evaluation) -> list[str]:

@@ -168,7 +168,7 @@ def _of_need(evaluation: Evaluation) -> list[Mark]:
         return []
     how = "How much more surprised the model is by each next token of held-out text, in nats, when these are dropped."
     how += "" if math.isnan(random) else f" When as many random ones are dropped: {random:+.2f}."
-    return [Mark(f"{rise:+.2f}", "model's loss without them", how)]
+    return [Mark(f"{rise:+.2f}", "rise in loss without them", how)]
 
 
 # --- the picture ---

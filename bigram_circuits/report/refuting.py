@@ -182,10 +182,9 @@ def _capacity(subject: _Subject) -> _Found | None:
     if not found.table_bits:
         return _Found("passed", "There is nothing to hold: a constant prediction is as good.")
     answer = "No" if found.is_far_fewer else "Yes" if found.ratio >= 1 else "Not excluded"
-    says = (
-        f"{answer}: naming the {subject.run.mask.units} kept takes {found.mask_bits:,.0f} bits, an equally good table "
-    )
-    return _Found("passed" if found.is_far_fewer else "in doubt", f"{says}{found.table_bits:,.0f}.")
+    says = f"{answer}: the list of {subject.run.mask.units} kept is {found.mask_bits:,.0f} bits long, a table that "
+    says += f"predicts as well {found.table_bits:,.0f}."
+    return _Found("passed" if found.is_far_fewer else "in doubt", says)
 
 
 @_check("Can the model do without them?", "controls")
@@ -218,7 +217,7 @@ def _predicts(subject: _Subject) -> _Found:
         return _Found("not tried", "Unknown: removals have no spread.")
     outcome = "passed" if r >= PREDICTS else "in doubt" if r >= HARDLY else "failed"
     answer = {"passed": "Yes", "in doubt": "Roughly", "failed": "No"}[outcome]
-    says = f"{answer}: a neuron's share in it and what is lost without that neuron agree to {rounded(r, 2)}."
+    says = f"{answer}: a neuron's share in it and what is lost without it agree to {rounded(r, 2)} (1 is perfect)."
     return _Found(outcome, says)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from bigram_circuits.circuit import WEIGHT, Circuit
+from bigram_circuits.explanations.words import MEANINGS
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures.conditions import CONDITIONS
 from bigram_circuits.measures.quantities import (
@@ -88,6 +89,24 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
         "top-1": TOP1_AGREEMENT.meaning,
         "fraction": FRACTION.meaning,
         "kept": "How many are kept.",
+        "weights kept": "How many weights are kept.",
+        "nodes kept": "How many nodes are kept.",
+        "share of all kept": "Of all that is kept, the share that is here.",
+        "undecided": "Share of the gates that are neither open nor closed.",
+        "loss without it rises by (nats)": "How much further from the target the masked model is without it.",
+        "share of information lost": "That rise, as a share of what the context tells about the next token.",
+        "slope (1: the right size)": "How much is measured for every logit that is predicted.",
+        "95% interval of the slope": "From a bootstrap over tokens.",
+        "gap in KL (95%)": "KL of the control minus that of the trained model, with its 95% interval.",
+        "gap in r (95%)": "r of the trained model minus that of the control, with its 95% interval.",
+        "gap in information (95%)": "Share of what the context tells: of the trained model minus that of the control.",
+        "bits of the mask": "Bits of the shortest description found of which are kept.",
+        "bits of a table as good": "Bits of the shortest message found with a table that predicts as well.",
+        "ratio": "Bits of the mask over those of the table: below 0.1, it cannot have memorised it.",
+        "r of random": "The same with as many random ones in their place.",
+        "KL of random": "The same with as many random ones in their place.",
+        "r of full model": "The same for the full model.",
+        "KL of full model": "The same for the full model.",
         "of": "How many there are to choose from.",
         "interval": "95% bootstrap interval over held-out sequences; of random controls, the range over seeds.",
         "95% interval": "From a bootstrap: how far the number would move with other text of this kind.",
@@ -102,9 +121,7 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
         "of first": "Share of what the first keeps that the second keeps too.",
         "of second": "Share of what the second keeps that the first keeps too.",
         "Jaccard": "Shared over what either keeps: 1 if they are the same.",
-        "driven by": "Tokens whose embeddings, taken alone, give it the largest input.",
-        "raises": "Tokens whose logits it raises most.",
-        "lowers": "Tokens whose logits it lowers most.",
+        **{name: MEANINGS[name] for name in ("driven by", "raises", "lowers")},
         "occurrences": "How often the token occurs in the held-out text.",
         "previous token": "Mean attention to the token before.",
         "itself": "Mean attention to the token itself.",

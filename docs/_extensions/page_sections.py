@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from docutils import nodes
@@ -9,17 +10,20 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class PageSections(SphinxDirective):
-    """`{page-sections}`: the heading of every section, and what it shows."""
+    """`{page-sections}`: the heading of every section, and what it shows, by group."""
 
     def run(self) -> list[nodes.Node]:
-        """The list."""
+        """A list for every group, with its name above."""
         from bigram_circuits.report.page import SECTIONS
 
-        rows = nodes.definition_list()
-        for section in SECTIONS:
-            says = nodes.paragraph("", (section.tell.__doc__ or "").split("\n")[0])
-            rows += nodes.definition_list_item("", nodes.term("", section.heading), nodes.definition("", says))
-        return [rows]
+        found: list[nodes.Node] = []
+        for group, sections in groupby(SECTIONS, key=lambda section: section.group):
+            rows = nodes.definition_list()
+            for section in sections:
+                says = nodes.paragraph("", (section.tell.__doc__ or "").split("\n")[0])
+                rows += nodes.definition_list_item("", nodes.term("", section.heading), nodes.definition("", says))
+            found += [nodes.paragraph("", "", nodes.strong("", group)), rows]
+        return found
 
 
 def setup(app: Any) -> dict[str, bool]:

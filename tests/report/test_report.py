@@ -140,7 +140,7 @@ def test_checks_say_what_was_measured_and_what_was_not_tried(run):
         "passed", "No: these reach an agreement of 0.91; random weights 0.11."
     )  # fmt: skip
     assert outcomes["Could the choice itself hold the answer?"] == (
-        "in doubt", "Yes: naming the weights kept takes 430,000 bits, an equally good table 271,612."
+        "in doubt", "Yes: the list of weights kept is 430,000 bits long, a table that predicts as well 271,612."
     )  # fmt: skip
     untried = {check.command for check in found.values() if check.outcome == "not tried"}
     assert untried == {"bigram-circuits find --falsify", "bigram-circuits analyze RUN", ""}
