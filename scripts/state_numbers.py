@@ -3,7 +3,7 @@
 It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
 docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. `--outside NORMAL THOROUGH`
 reads two runs on a model that was not made here, one of the default recipe and one with `--effort thorough`, for the
-README's second table. With `--check`, nothing is run or written: it says where a page states another number than
+second table of docs/results.md. With `--check`, nothing is run or written: it says where a page states another number than
 docs/numbers.json.
 
 The tests compare the pages with docs/numbers.json; those marked slow, which .ci/run runs,
@@ -59,6 +59,15 @@ def _by_size(words: str, key: str) -> str:
 
 STATED: dict[str, tuple[str, ...]] = {
     "README.md": (
+        "| kept: {kept:,} of {total:,} weights ({fraction:.2%}) | r |",
+        "| **the subnetwork** | **{r[subnetwork]:.3f}** |",
+        "| the same recipe on blocks that were never trained | {falsified[blocks][r]:.3f} |",
+        "| the largest weights, as many | {r[magnitude]:.3f} |",
+        "| random weights, as many | {r[random]:.3f} |",
+        "at least {size_ratio:.1f} times as many weights",
+        "without them its loss rises by {rise:.2f} nats, without as many random ones by {random_rise:.2f}",
+    ),
+    "docs/results.md": (
         _row("**subnetwork**", "subnetwork", "{kept:,} ({fraction:.2%})", "**"),
         _untrained("re-initialised blocks between the trained embeddings", "blocks"),
         _untrained("trained weights, shuffled within every matrix", "shuffled"),

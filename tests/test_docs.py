@@ -198,7 +198,7 @@ def test_another_number_on_a_page_would_be_noticed():
     assert other != text
     assert stated("README.md", other, numbers) == text
     with pytest.raises(ValueError, match="has 0 places like this one"):
-        stated("README.md", text.replace("Dropping them", "Without them"), numbers)
+        stated("README.md", text.replace("its loss rises", "its loss grows"), numbers)
 
 
 def test_the_model_card_states_what_is_measured(tmp_path, monkeypatch):
