@@ -27,16 +27,16 @@ _OUT = sys.maxsize  # the column of the answer
 class SketchNode:
     """A box."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: float | int
+    y: float | int
+    width: float | int
+    height: float | int
     label: str
     about: str
     """A second line; may be empty."""
     raises: bool
     """Whether it raises what is explained."""
-    fill: float
+    fill: float | int
     """Per cent of its colour."""
     is_end: bool
     """Whether it is a token that goes in or the answer."""
@@ -48,7 +48,7 @@ class SketchEdge:
 
     path: str
     """In the language of SVG."""
-    width: float
+    width: float | int
     raises: bool
     """Whether it raises what is explained."""
 
@@ -57,9 +57,9 @@ class SketchEdge:
 class Sketch:
     """The picture."""
 
-    width: float
-    height: float
-    columns: Sequence[tuple[float, str]]
+    width: float | int
+    height: float | int
+    columns: Sequence[tuple[float | int, str]]
     """The middle of each column, and its heading."""
     nodes: Sequence[SketchNode]
     edges: Sequence[SketchEdge]
@@ -96,7 +96,7 @@ def sketch_of(explanation: Explanation, units: Mapping[str, UnitTokens]) -> Sket
     most = max([abs(node.flow) for node in shown if node.kind not in (*SOURCES, "answer")], default=0.0) or 1.0
     nodes = [_box(node, places[node.key], most, explanation, units) for node in shown]
     return Sketch(
-        width=_WIDTH, height=max((top + height for _, top, height in places.values()), default=_TOP) + _MARGIN,
+        width=_WIDTH, height=max(top + height for _, top, height in places.values()) + _MARGIN,
         columns=[(_left(at, len(columns)) + _NODE_WIDTH / 2, _heading(one)) for at, one in enumerate(columns)],
         nodes=nodes, edges=_drawn(explanation.edges, shown, places, columns),
         left_out=len(explanation.nodes) - len(shown),
@@ -123,7 +123,7 @@ def _heading(column: int) -> str:
     return {-1: "in", _OUT: "out"}.get(column, f"layer {column}")
 
 
-Place = tuple[float, float, float]
+Place = tuple[float | int, float | int, float | int]
 """Left, top and height of a box."""
 
 
@@ -135,19 +135,19 @@ def _placed(shown: Sequence[Node], explanation: Explanation, units: Mapping[str,
     extents = {column: sum(heights[n.key] + _GAP for n in cell) - _GAP for column, cell in cells.items()}
     places: dict[str, Place] = {}
     for at, (column, cell) in enumerate(cells.items()):
-        top = _TOP + _MARGIN + (max(extents.values(), default=0) - extents[column]) / 2
+        top = _TOP + _MARGIN + (max(extents.values()) - extents[column]) / 2
         for node in cell:
             places[node.key] = (_left(at, len(columns)), top, heights[node.key])
             top += heights[node.key] + _GAP
     return places
 
 
-def _left(at: int, count: int) -> float:
+def _left(at: int, count: int) -> float | int:
     return at * (_WIDTH - _NODE_WIDTH) / max(1, count - 1)
 
 
 def _box(
-    node: Node, place: Place, most: float, explanation: Explanation, units: Mapping[str, UnitTokens]
+    node: Node, place: Place, most: float | int, explanation: Explanation, units: Mapping[str, UnitTokens]
 ) -> SketchNode:
     x, y, height = place
     is_answer = node.kind == "answer"
