@@ -3,8 +3,8 @@
 It makes the default run with `falsify` (or reads a finished one: `--run FOLDER`), writes what it measured to
 docs/numbers.json, and writes these numbers into the sentences and table rows of `STATED`. `--outside NORMAL THOROUGH`
 reads two runs on a model that was not made here, one of the default recipe and one with `--effort thorough`, for the
-README's second table. With `--check`, nothing is run or written: it says where a page states another number than
-docs/numbers.json.
+second table of docs/results.md. With `--check`, nothing is run or written: it says where a page states another number
+than docs/numbers.json.
 
 The tests compare the pages with docs/numbers.json; those marked slow, which .ci/run runs,
 compare docs/numbers.json with a run of their own.
@@ -59,6 +59,15 @@ def _by_size(words: str, key: str) -> str:
 
 STATED: dict[str, tuple[str, ...]] = {
     "README.md": (
+        "| kept: {kept:,} of {total:,} weights ({fraction:.2%}) | r |",
+        "| **the subnetwork** | **{r[subnetwork]:.3f}** |",
+        "| the same recipe on blocks that were never trained | {falsified[blocks][r]:.3f} |",
+        "| the largest weights, as many | {r[magnitude]:.3f} |",
+        "| random weights, as many | {r[random]:.3f} |",
+        "at least {size_ratio:.1f} times as many weights",
+        "without them its loss rises by {rise:.2f} nats, without as many random ones by {random_rise:.2f}",
+    ),
+    "docs/results.md": (
         _row("**subnetwork**", "subnetwork", "{kept:,} ({fraction:.2%})", "**"),
         _untrained("re-initialised blocks between the trained embeddings", "blocks"),
         _untrained("trained weights, shuffled within every matrix", "shuffled"),
@@ -106,6 +115,20 @@ STATED: dict[str, tuple[str, ...]] = {
         "reach {falsified[blocks][of_found]:.0%} of the subnetwork's share "
         "({falsified[blocks][told]:.0%} against {falsified[found][told]:.0%}).",
         "loss rises by {rise:.2f} nats without these weights, and by {random_rise:.2f} without matched random ones.",
+    ),
+    "docs/explain.md": (
+        "After ' of', the reference model with only {kept:,} of {total:,} weights ({fraction:.2%}) predicts ' the' "
+        "({explained[probability]:.0%}).",
+        "The logit of ' the' is {explained[value]:.2f}: 20 paths add up to {explained[listed]:.2f} of it; what is left "
+        "out is {explained[left_out]:.0%} of all paths' strength.",
+        "{explained[paths][0]:+.3f}  biases -> ' the'",
+        "{explained[paths][1]:+.3f}  ' of' -> L0N28 -> ' the'",
+        "{explained[paths][2]:+.3f}  ' of' -> L0N954 -> ' the'",
+        "{explained[paths][3]:+.3f}  ' of' -> L0N107 -> ' the'",
+        "{explained[paths][4]:+.3f}  ' of' -> L0N398 -> ' the'",
+        "{explained[paths][5]:+.3f}  ' of' -> L0N176 -> ' the'",
+        "{explained[paths][6]:+.3f}  ' of' -> L0N253 -> ' the'",
+        "{explained[paths][7]:+.3f}  ' of' -> L0N997 -> ' the'",
     ),
     "docs/cost.md": (
         "On the reference model: r {r[subnetwork]:.3f} at {fraction:.2%} of the weights, KL {kl[subnetwork]:.3f}, "
@@ -155,6 +178,15 @@ def measured(run: Run) -> dict[str, Any]:
         "induction_loss": {name: heads.notes[f"loss_of_{name}"] for name in ("base", "full")},
         "largest": {"shared": largest.get("intersection")["all"], "expected": largest.get("expected")["all"]},
     }  # fmt: skip
+    explained = bc.explain(bc.load_model("reference", device="cpu"), subnetwork, " of")
+    assert explained.predictions[0][0] == " the"
+    found["explained"] = {
+        "value": explained.value,
+        "probability": explained.predictions[0][1],
+        "listed": explained.value - explained.left_out,
+        "left_out": explained.left_out_share,
+        "paths": [path.value for path in explained.paths[:8]],
+    }
     if held := run.evaluation.mask_capacity:
         found["capacity"] = {"mask_bits": held.mask_bits, "table_bits": held.table_bits, "ratio": held.ratio}
     for name in ("full", "subnetwork", "complement", "random"):

@@ -6,6 +6,7 @@ The documentation site is built as `make docs` does, any warning being an error,
 import functools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
 def test_commands_are_ones_the_parser_knows(page):
     shown = re.findall(r"^bigram-circuits ([^#\n]*)", "\n".join(blocks(page, "sh")), re.MULTILINE)
     for command in shown:
-        cli._parser().parse_args(command.split())
+        cli._parser().parse_args(shlex.split(command))
     if page.name == "README.md":
         assert len(shown) >= 5
 
@@ -197,7 +198,7 @@ def test_another_number_on_a_page_would_be_noticed():
     assert other != text
     assert stated("README.md", other, numbers) == text
     with pytest.raises(ValueError, match="has 0 places like this one"):
-        stated("README.md", text.replace("Dropping them", "Without them"), numbers)
+        stated("README.md", text.replace("its loss rises", "its loss grows"), numbers)
 
 
 def test_the_model_card_states_what_is_measured(tmp_path, monkeypatch):

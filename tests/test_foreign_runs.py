@@ -324,15 +324,15 @@ def test_nothing_that_somebody_else_s_run_names_is_opened_unless_it_is_said_agai
 
 
 def refused(copied, run, capfd, tmp_path):
-    for command in ("evaluate", "analyze", "export"):
-        more = ["--out", str(tmp_path / "exported")] if command == "export" else []
+    for command in ("evaluate", "analyze", "export", "explain"):
+        more = {"export": ["--out", str(tmp_path / "exported")], "explain": ["--token", "a"]}.get(command, [])
         assert cli.main([command, str(copied), *more]) == 1
         err = capfd.readouterr().err
         assert (
             f"was not made by you on this machine, so the names in it are not opened: if you want them to be, add "
             f"--model {run.rebuild.model}" in err
         )
-        assert ("--corpus" in err) == (command != "export")
+        assert ("--corpus" in err) == (command in ("evaluate", "analyze"))
         assert err.count("\n") == 1
 
 

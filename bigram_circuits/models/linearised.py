@@ -534,4 +534,4 @@ def _row(value: Tensor | None) -> Any:
 
 
 def _or_zero(bias: Tensor | None) -> Any:
-    return torch.zeros(1) if bias is None else bias
+    return 0.0 if bias is None else bias
