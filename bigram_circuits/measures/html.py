@@ -86,13 +86,18 @@ def table(
 ) -> str:
     """Build an HTML table whose first column names the rows; numbers are rounded, with the full value in `<data>`.
 
-    Names of columns and rows that are among `meanings` show what they mean.
+    Names of columns and rows that are among `meanings` show what they mean, a row's where it is the first of that name.
     """
     meanings = meanings or {}
+    first = {row[0]: at for at, row in reversed([*enumerate(rows)]) if row and isinstance(row[0], str)}
     classes = [' class="n"' if _is_numeric(rows, at) else "" for at in range(len(columns))]
     names = [explained(name, meanings.get(name)) for name in columns]
     head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in zip(classes, names, strict=True))
-    body = "".join(f"<tr>{_heading(row[0], meanings)}{''.join(map(_cell, row[1:]))}</tr>" for row in rows if len(row))
+    body = "".join(
+        f"<tr>{_heading(row[0], meanings if first.get(row[0]) == at else {})}{''.join(map(_cell, row[1:]))}</tr>"
+        for at, row in enumerate(rows)
+        if row
+    )
     return f'<table aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -133,7 +138,7 @@ def _cell(value: Any, tag: str = "td") -> str:
         return f"<{tag}>–</{end}>"  # noqa: RUF001 (a dash for what is undefined)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"<{tag}>{escape(value)}</{end}>"
-    return f'<{tag} class="n"><data value="{value!r}">{shown(value)}</data></{end}>'
+    return f'<{tag}><data value="{value!r}">{shown(value)}</data></{end}>'
 
 
 def shown(value: float | int) -> str:

@@ -115,9 +115,11 @@ _HOW = {
 
 
 def _but(tried: Sequence[Check]) -> str:
-    """How many checks failed, as a sentence; empty if none did."""
-    failed = sum(check.outcome == "failed" for check in tried)
-    return f"It failed {failed} of the checks below." if failed else ""
+    """How many checks failed, and whether a control refutes the answer, as a sentence; empty if none failed."""
+    failed = [check for check in tried if check.outcome == "failed"]
+    if any(check.key == "refuted" for check in failed):
+        return f"But it is REFUTED by its own controls ({len(failed)} of the checks below failed)."
+    return f"It failed {len(failed)} of the checks below." if failed else ""
 
 
 # --- the numbers ---

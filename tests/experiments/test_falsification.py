@@ -417,7 +417,8 @@ def test_the_page_tells_what_refutes_it(tried, tmp_path):
         page(run)
     replace(found, of=RunFolder(run.path).origin()).save(run.path / "falsify")
     told = page(run)
-    assert "REFUTED by its own controls: re-initialised blocks" in told
+    assert "But it is REFUTED by its own controls (1 of the checks below failed)." in told
+    assert "Yes: with untrained layers it recovers 90% of what the context tells" in told
     assert "Untrained blocks can be masked to do as well" in told
     assert "The ceiling, without a penalty on kept weights: on the trained model, " in told
     assert "KL by size: trained and untrained weights" in told

@@ -191,7 +191,8 @@ def test_the_first_screen_is_one_screen(closed):
     closed.evaluate("document.querySelector('h1').textContent = 'Which few weights are enough?'")  # it had a long name
     last = closed.locator(".checks li").last.evaluate("one => one.getBoundingClientRect().bottom")
     assert 500 < last < 800
-    assert closed.locator("header .plot-container").is_visible()
+    assert closed.locator("header .preview svg").is_visible()
+    assert HOSTILE[:9] in closed.locator("header .preview").inner_text()  # markup in a token is text
 
 
 def test_sections_open_when_asked_for_and_are_drawn_then(closed):
@@ -205,7 +206,8 @@ def test_sections_open_when_asked_for_and_are_drawn_then(closed):
     assert charts.first.is_visible()
     widths = charts.evaluate_all("all => all.map(one => one.querySelector('.main-svg').clientWidth)")
     assert min(widths) > 800
-    assert 0 <= closed.locator("#layers").evaluate("one => one.getBoundingClientRect().top") < 200
+    top = "document.querySelector('#layers').getBoundingClientRect().top"
+    wait(closed, f"0 <= {top} && {top} < 200")  # it scrolls there
     closed.locator("summary", has_text="Layer by layer").click()
     assert not closed.locator("#layers").is_visible()
 

@@ -11,7 +11,7 @@ from bigram_circuits.measures.html import shown
 from bigram_circuits.measures.quantities import SURPRISAL_CORRELATION
 from bigram_circuits.measures.results import Scatter
 from bigram_circuits.recipe import SparsifyConfig
-from bigram_circuits.report.blocks import Content
+from bigram_circuits.report.blocks import Chart, Content
 from bigram_circuits.report.outcome import command_line
 from bigram_circuits.report.page import SECTIONS, opening, page, sections, write_report
 from bigram_circuits.report.sections import LEFT_OUT, Sections
@@ -127,7 +127,8 @@ def test_the_first_screen_has_question_answer_numbers_and_picture(run, told, ele
     measured = re.findall(r'<dt><abbr title="(.*?)" tabindex="0">', header)
     assert len(measured) == len(values)
     assert "0.901\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}0.923" in measured[1]
-    assert header.count('class="chart"') == 1  # how controls compare, since there is no picture of the circuit
+    assert header.count("<svg") == 1
+    assert 'href="#circuit"' in header
     text = " ".join(elements.text)
     assert "Verdict: fairly sparse (14.3% of the weights); largely sufficient: r = 0.912" in text
     assert re.search(r"Begun on 20\d\d-\d\d-\d\d at .* UTC with bigram_circuits \d", told)
@@ -164,6 +165,14 @@ def test_a_check_that_fails_is_told(tmp_path, change, asked, outcome, says):
     check = next(one for one in told.checks if one.asked.startswith(asked))
     assert (check.outcome, check.says[: len(says)]) == (outcome, says)
     assert ("It failed 1 of the checks below." in told.answer) == (outcome == "failed")
+
+
+def test_without_a_circuit_the_picture_is_of_how_controls_compare(tmp_path):
+    picture = opening(make_run(tmp_path / "run", metrics=measured())).picture
+    assert isinstance(picture, Chart)
+    names = [trace.name for trace in picture.figure.data]
+    assert names == ["subnetwork", "full model", "largest weights", "matched random weights", "empty subnetwork"]
+    assert opening(make_run(tmp_path / "bare")).picture is None
 
 
 def test_a_check_that_cannot_be_made_is_left_out_and_the_others_stand(tmp_path):

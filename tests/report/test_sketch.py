@@ -11,8 +11,7 @@ import pytest
 from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.report.page import opening, page
 from bigram_circuits.report.sketch import clearest, sketch_of
-from bigram_circuits.runs import RunFolder, load_run
-from tests.example_runs import HOSTILE, Elements, make_run, without_libraries
+from tests.example_runs import Elements, make_run, without_libraries
 from tests.explanations.examples import atlas, example, prompt_example
 
 
@@ -64,19 +63,14 @@ def test_odd_explanations_are_drawn():
     assert [node.label for node in sketch_of(replace(made, nodes=answer, edges=(), paths=()), {}).nodes] == ["' the'"]
 
 
-def test_a_run_with_an_atlas_has_it_at_the_top_with_a_link_to_the_whole(tmp_path):
+def test_a_run_with_an_atlas_has_it_at_the_top(tmp_path):
     made = atlas(listed=10, most_edges=20)
-    first = replace(made.explanations[0], predictions=((HOSTILE, 0.5),))
-    folder = make_run(tmp_path / "run").path
-    saved = replace(made, explanations=(first, *made.explanations[1:]))
-    saved.save(folder / "analysis" / "atlas.json", RunFolder(folder).origin(load_run(folder).settings.corpus))
-    told = page(load_run(folder))
+    run = make_run(tmp_path / "run", atlas=made)
+    told = page(run)
     header = told[: told.index("</header>")]
     assert header.count("<svg") == 1
     assert 'href="#circuit"' in header
-    shown = clearest(saved)
-    says = opening(load_run(folder)).picture.says
-    assert says.startswith(f"After {shown.prompt[-1]!r}")
+    says = opening(run).picture.says
+    assert says.startswith(f"After {clearest(made).prompt[-1]!r}")
     assert re.search(r"L\dN\d+ is neuron \d+ of layer \d\.$", says)
-    assert "<script>alert" not in header
     assert next(one["id"] for one in Elements(without_libraries(told)).named("section")) == "circuit"
