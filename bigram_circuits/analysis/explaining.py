@@ -322,20 +322,26 @@ class _Graph:
         """The nodes with the largest flows, and the largest flows between them."""
         listed = self._strongest(limits.nodes)
         readers = {self.key(at): self.traced(at, self.along[at.writer], self._flow(at)) for at in listed}
-        outs = {at: self._written(at) for at in listed}
+        outs = torch.stack([self._written(at) for at in listed]) if listed else self.end.directions[:0]
+        places = torch.tensor([at.position for at in listed], dtype=torch.long, device=outs.device)
         found: list[tuple[str, str, float]] = []
         for target, reader in {**readers, _ANSWER: self.end}.items():
             if reader is None:
                 continue
             found.append((_BIAS, target, self.from_biases(reader)))
-            for at, out in outs.items():
+            flows = (outs * reader.directions[places]).sum(1).tolist()
+            for at, source, flow in zip(listed, readers, flows, strict=True):
                 if at.writer < reader.limit:
-                    found.append((self.key(at), target, float(out @ reader.directions[at.position])))
+                    found.append((source, target, flow))
         edges = heapq.nlargest(limits.edges, (one for one in found if one[2]), key=lambda one: abs(one[2]))
         inflow = dict.fromkeys((*readers, _ANSWER), 0.0)
         for _, target, flow in edges:
             inflow[target] += flow
-        nodes = [self._node(at, inflow[key], readers[key]) for key, at in zip(readers, listed, strict=True)]
+        direct = (outs * self.end.directions[places]).sum(1).tolist()
+        nodes = [
+            self._node(at, by_itself, inflow[key], readers[key])
+            for key, at, by_itself in zip(readers, listed, direct, strict=True)
+        ]
         biases = self._biases()
         nodes = [*([biases] if any(source == _BIAS for source, _, _ in edges) else []), *nodes]
         nodes.sort(key=lambda node: (node.layer, -1 if node.position is None else node.position))
@@ -364,9 +370,8 @@ class _Graph:
         writer = self.writers[at.writer]
         return writer.written[at.position] if isinstance(writer, Vector) else writer.unit(at.unit, at.position)
 
-    def _node(self, at: _At, inflow: float, reader: _Reader | None) -> Node:
+    def _node(self, at: _At, direct: float, inflow: float, reader: _Reader | None) -> Node:
         writer, flow = self.writers[at.writer], self._flow(at)
-        direct = float(self._written(at) @ self.end.directions[at.position])
         activation = float(writer.activation[at.position, at.unit]) if isinstance(writer, Neurons) else None
         unseen = 0.0 if reader is None else flow - inflow
         return Node(

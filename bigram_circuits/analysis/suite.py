@@ -31,6 +31,7 @@ from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES_SHOWN = 3
+_TOKENS_PER_EXPLAINED = 100  # of the text that layers are measured on, for every token of the atlas
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def analyze(
     tokens: int = TOKENS,
     sweep_tokens: int = SWEEP_TOKENS,
     fit_tokens: int = FIT_TOKENS,
-    atlas_tokens: int = TOKENS_EXPLAINED,
+    atlas_tokens: int | None = None,
 ) -> Analyses:
     """Run the standard set of analyses on a subnetwork, or on a circuit what of it can be said of nodes.
 
@@ -108,7 +109,7 @@ def analyze(
         sweep_tokens: Maximum number of held-out tokens to measure each ablation on.
         fit_tokens: Maximum number of training tokens to fit affine maps on, and of held-out tokens for
             `max_activating_tokens`.
-        atlas_tokens: Number of tokens to explain in the `atlas`.
+        atlas_tokens: Number of tokens to explain in the `atlas`; by default 200, fewer if `tokens` is below 20,000.
 
     Returns:
         Layer by layer: `logit_lens`, `affine_lens`, `cosine`, `rotations`, `covariance`. Held-out text, token by token:
@@ -144,7 +145,8 @@ def analyze(
         if task is not None:
             made = atlas_of_task(model, subnetwork, task)
         else:
-            made = atlas_of(model, subnetwork, corpus.held_out, atlas_tokens)
+            most = atlas_tokens or min(TOKENS_EXPLAINED, max(1, tokens // _TOKENS_PER_EXPLAINED))
+            made = atlas_of(model, subnetwork, corpus.held_out, most)
     except NotShownError as error:
         return replace(found, left_out={**found.left_out, "atlas": str(error)})
     effects = found.results.get("unit_effects")

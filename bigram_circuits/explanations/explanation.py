@@ -254,7 +254,7 @@ class Atlas(Record):
 
         Columns: `token`, `count`, the likeliest next token (`prediction`) and its `probability`, the `answer` that is
         explained and its `value`, how many `neurons` and `heads` are among the nodes, the share of all paths' strength
-        that is `left_out`, the `strongest_path` and what it `adds`.
+        that is `left_out`, the `strongest_path` of those that biases do not begin, and what it `adds`.
         """
         import pandas as pd
 

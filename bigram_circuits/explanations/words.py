@@ -139,7 +139,9 @@ def atlas_rows(atlas: Atlas) -> Iterator[tuple[Any, ...]]:
     """A row of `ATLAS_COLUMNS` for every token."""
     for explanation, count in zip(atlas.explanations, atlas.counts, strict=True):
         token, probability = explanation.predictions[0] if explanation.predictions else ("", math.nan)
-        path, adds, _ = next(iter(path_rows(explanation, "->")), ("", math.nan, 0.0))
+        rows = zip(explanation.paths, path_rows(explanation, "->"), strict=True)
+        of_tokens = (row for path, row in rows if path.nodes[0] != "bias")  # biases write the same after every token
+        path, adds, _ = next(of_tokens, ("", math.nan, 0.0))
         kinds = [node.kind for node in explanation.nodes]
         yield (
             explanation.prompt[explanation.position], count, token, probability, explanation.answer, explanation.value,
