@@ -519,7 +519,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
         options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
         analyses = analyze(of.model, run.mask, of.target, of.corpus, seed=arguments.seed, **options)
         analyses.save(folder.path / "analysis")
-        _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(analyses.results)}")
+        written = [*analyses.results, *(["atlas"] if analyses.atlas else [])]
+        _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(written)}")
         _tell(f"the page to look at: {write_report(folder.path)}")
     return 0
 

@@ -501,7 +501,9 @@ def test_analyze_writes_every_result(run, quick):
     assert run("report", "mine")[:2] == (0, "mine/report.html\n")
     assert "<h1" in Path("mine/report.html").read_text()
     analyses = bc.load_run("mine").analyses
-    assert {*analyses, "left_out"} == names
+    assert {*analyses, "left_out", "atlas"} == names
+    assert bc.load_run("mine").atlas.explanations
+    assert ", atlas\n" in out
     assert "induction" in bc.load_run("mine").left_out
     lens = analyses["logit_lens"]
     assert lens.table("surprisal_correlation") in out
