@@ -226,15 +226,14 @@ def _notes(run: Run) -> list[str]:
     text = "the reference text" if source == "reference" else f"the text {source}"
     starts = run.settings.corpus.starts
     found = f"A token is a word or a piece of one. The {run.mask.units} were chosen on {text}"
-    found += " and measured on its held-out part." if run.evaluation and run.evaluated_on in _own(run) else "."
+    found += " and measured on its held-out part." if run.evaluation and _is_own_text(run) else "."
     return [f"{found}{f' Its tokens have {starts}.' if starts else ''}", _made(run)]
 
 
-def _own(run: Run) -> tuple[object, ...]:
-    """What `evaluated_on` is if a run was evaluated on its own text."""
-    own = run.settings.corpus
-    known = run.evaluated_on
-    return (known,) if known is not None and known.fingerprint == own.fingerprint else (None,) if run.is_former else ()
+def _is_own_text(run: Run) -> bool:
+    """Whether a run was evaluated on its own text, as far as is known."""
+    text = run.evaluated_on
+    return run.is_former if text is None else text.fingerprint == run.settings.corpus.fingerprint
 
 
 def _made(run: Run) -> str:

@@ -63,8 +63,6 @@ class Sketch:
     """The middle of each column, and its heading."""
     nodes: Sequence[SketchNode]
     edges: Sequence[SketchEdge]
-    left_out: int
-    """How many nodes of the explanation are not drawn."""
 
 
 def clearest(atlas: Atlas) -> Explanation:
@@ -99,7 +97,6 @@ def sketch_of(explanation: Explanation, units: Mapping[str, UnitTokens]) -> Sket
         width=_WIDTH, height=max(top + height for _, top, height in places.values()) + _MARGIN,
         columns=[(_left(at, len(columns)) + _NODE_WIDTH / 2, _heading(one)) for at, one in enumerate(columns)],
         nodes=nodes, edges=_drawn(explanation.edges, shown, places, columns),
-        left_out=len(explanation.nodes) - len(shown),
     )  # fmt: skip
 
 
