@@ -218,6 +218,4 @@ _UNITS_SHOWN, _UNIT_TOKENS = 24, 1 << 10
 @in_suite("unit_effects")
 def _(subject: Subject) -> Effects:
     text = subject.sample(_UNIT_TOKENS)
-    return _unit_effects(
-        subject.model, subject.subnetwork, target_of(subject.target, subject.model), text, _UNITS_SHOWN
-    )
+    return _unit_effects(subject.model, subject.subnetwork, subject.target, text, _UNITS_SHOWN)
