@@ -79,6 +79,12 @@ def save_tiny(folder: Path, config) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def small_atlases(monkeypatch):
+    """An atlas of 12 tokens instead of 200 with every analysis; the whole is made by the tests of the main job."""
+    monkeypatch.setattr("bigram_circuits.analysis.suite.TOKENS_EXPLAINED", 12)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory):
     """The key by which runs of this user are known lies in a folder of the tests, also for processes they start."""

@@ -20,7 +20,8 @@ def test_everything_is_measured_except_what_the_model_cannot_do(analyses):
         "logit_lens", "affine_lens", "cosine", "rotations", "covariance", "prompt_lens", "prompt_cosine", "attribution",
         "passages", "faithful_tokens",
         "by_layer", "by_head", "concentration", "whole_neurons", "max_activating_tokens", "ablation_components",
-        "ablation_heads", "stochastic_ablation", "overlap_magnitude",
+        "ablation_heads", "stochastic_ablation", "overlap_magnitude", "unit_effects", "predicted_effects",
+        "neuron_map", "neurons_used",
     }  # fmt: skip
     assert list(analyses.left_out) == ["attention", "induction"]  # no head is kept, and there are too few tokens
 

@@ -260,7 +260,7 @@ def test_a_study_of_a_task(tiny_folders, choices, capsys):
     assert run.checked.ability.preferred == 1
     assert run.rebuild.target_words == ("can", "the choice between right and wrong answers of the task can")
     page = (folder / "report.html").read_text()
-    assert "which weights of" in page
+    assert "Which few weights of" in page
     assert "enough to reproduce the choice between right and wrong answers of the task can" in page
     assert f"--task {path} --measure logit_difference" in page
     assert cli.main(command) == 0

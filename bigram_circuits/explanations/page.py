@@ -60,7 +60,7 @@ def atlas_page(atlas: Atlas) -> str:
 
 def circuit_view(explanation: Explanation) -> CircuitView:
     """What the picture of an explanation shows."""
-    return _view([explanation], explanation.units, explanation.notes)
+    return _view([explanation], explanation, explanation.units, explanation.notes)
 
 
 def atlas_view(atlas: Atlas) -> CircuitView:
@@ -80,9 +80,8 @@ def atlas_view(atlas: Atlas) -> CircuitView:
         for row, strongest in zip(words.atlas_rows(atlas), paths, strict=True)
     ]
     columns = ("after", "count", "prediction", "neurons", "heads", "strongest paths, and what each adds")
-    return _view(
-        atlas.explanations, atlas.units, atlas.notes, atlas.counts, _table(columns, rows, "All tokens of the atlas")
-    )
+    tokens = _table(columns, rows, "All tokens of the atlas")
+    return _view(atlas.explanations, words.clearest(atlas), atlas.units, atlas.notes, atlas.counts, tokens)
 
 
 def _document(title: str, about: str, view: CircuitView) -> str:
@@ -97,12 +96,12 @@ def _environment() -> Environment:
 
 def _view(
     explanations: Sequence[Explanation],
+    first: Explanation,
     units: Mapping[str, UnitTokens],
     notes: Mapping[str, Any],
     counts: Sequence[int] = (),
     tokens: Markup | None = None,
 ) -> CircuitView:
-    first = explanations[0]
     paths = [(path, adds, words.share_words(share)) for path, adds, share in words.path_rows(first)]
     labels = _Strings()
     graphs = [_graph(one, labels) for one in explanations]
@@ -112,7 +111,7 @@ def _view(
     known = {label: _unit(one) for label, one in units.items() if label in shown}
     return CircuitView(
         says=(words.prediction_words(first), words.sum_words(first)),
-        data={"graphs": graphs, "labels": labels.found, "units": known},
+        data={"graphs": graphs, "first": list(explanations).index(first), "labels": labels.found, "units": known},
         paths=_table(words.PATH_COLUMNS, paths, "Strongest paths"),
         nodes=_table(words.NODE_COLUMNS, words.node_rows(first, units), "Nodes"),
         tokens=tokens,

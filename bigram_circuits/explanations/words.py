@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bigram_circuits.explanations.explanation import Atlas, CircuitPath, Explanation, Node, UnitTokens
 
 _TOKENS_NAMED = 5  # of a neuron or head, in a table
+_LIKELY = 0.2  # a prediction that makes a clear picture
 _TITLE = 80  # characters of a prompt in a title
 PATH_COLUMNS = ("path", "adds", "share of all paths")
 """Columns of a table of paths."""
@@ -147,3 +148,19 @@ def atlas_rows(atlas: Atlas) -> Iterator[tuple[Any, ...]]:
             explanation.prompt[explanation.position], count, token, probability, explanation.answer, explanation.value,
             kinds.count("neuron"), kinds.count("head"), explanation.left_out_share, path, adds,
         )  # fmt: skip
+
+
+def clearest(atlas: Atlas) -> Explanation:
+    """The first, and so the most frequent, token of an atlas whose picture a stranger understands.
+
+    It is of letters, and another one of letters follows it with a probability of at least 0.2. Without one, the first.
+    """
+    return next((one for one in atlas.explanations if _is_clear(one)), atlas.explanations[0])
+
+
+def _is_clear(explanation: Explanation) -> bool:
+    if not explanation.predictions:
+        return False
+    following, probability = explanation.predictions[0]
+    said = explanation.prompt[explanation.position].strip(), following.strip()
+    return probability >= _LIKELY and said[0] != said[1] and all(one.isalpha() and len(one) > 1 for one in said)

@@ -19,7 +19,7 @@ from bigram_circuits.report.facts import control_rows
 from bigram_circuits.report.refuting import checks
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import SECTIONS
-from bigram_circuits.report.sketch import Sketch, clearest, sketch_of
+from bigram_circuits.report.sketch import Sketch, sketch_of
 from bigram_circuits.report.words import IN_PLACE, asked_units
 from bigram_circuits.runs import Run, load_run
 from bigram_circuits.storage.files import write_text
@@ -180,7 +180,7 @@ def _picture(run: Run) -> Block | None:
     """The circuit after one token if it was analysed, else how the controls compare; None if nothing was measured."""
     atlas = run.atlas
     if atlas is not None and atlas.explanations:
-        shown = clearest(atlas)
+        shown = words.clearest(atlas)
         sketch = sketch_of(shown, atlas.units)
         return Preview("The circuit at one token", _sketch_words(shown, sketch), sketch, "circuit")
     if run.evaluation is None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigram_circuits.explanations import words
-from bigram_circuits.explanations.explanation import SOURCES, Atlas, Edge, Explanation, Node, UnitTokens
+from bigram_circuits.explanations.explanation import SOURCES, Edge, Explanation, Node, UnitTokens
 
 _NODES = 9  # beside the answer and the token at which it is given
 _PER_COLUMN = 4
@@ -17,7 +17,6 @@ _GAP = 24  # between boxes
 _NODE_WIDTH, _LOW, _HIGH = 92, 26, 40  # of nodes with one line and with two
 _WIDEST = 12.0  # pixels, of the strongest edge
 _FAINT = 0.03  # of the strongest edge: fainter ones are not drawn
-_LIKELY = 0.2  # probability of a prediction that is worth a picture
 _FULL = 28.0  # per cent of colour in the strongest node
 _CUT = 13  # characters, of a label
 _OUT = sys.maxsize  # the column of the answer
@@ -63,22 +62,6 @@ class Sketch:
     """The middle of each column, and its heading."""
     nodes: Sequence[SketchNode]
     edges: Sequence[SketchEdge]
-
-
-def clearest(atlas: Atlas) -> Explanation:
-    """The first, and so the most frequent, token of an atlas whose picture a stranger understands.
-
-    It is of letters, and another one of letters follows it with a probability of at least 0.2. Without one, the first.
-    """
-    return next((one for one in atlas.explanations if _is_clear(one)), atlas.explanations[0])
-
-
-def _is_clear(explanation: Explanation) -> bool:
-    if not explanation.predictions:
-        return False
-    following, probability = explanation.predictions[0]
-    said = explanation.prompt[explanation.position].strip(), following.strip()
-    return probability >= _LIKELY and said[0] != said[1] and all(one.isalpha() and len(one) > 1 for one in said)
 
 
 def sketch_of(explanation: Explanation, units: Mapping[str, UnitTokens]) -> Sketch:

@@ -253,21 +253,20 @@ def test_explanations_add_up_to_the_logits_and_nothing_stays_whole(name, model, 
     if name in NO_EXPLANATION:
         refused(lambda: bc.explain(model, half, PROMPT), NO_EXPLANATION[name])
         return
-    for kept in (None, half):
-        found = bc.explain(model, kept, PROMPT, 80, nodes=12, edges=10**5, paths=5)
-        with torch.no_grad(), reduced_to(model, kept):
-            streams, _ = residual_streams(model, PROMPT[None])
-            raw = float(model.unembed(model.ln_final(streams[-1]))[0, -1, 80])
-        assert found.value == pytest.approx(raw, abs=1e-4)
-        assert sum(found.terms.values()) == pytest.approx(raw, abs=1e-4)
-        assert "whole" not in found.notes
-        into = {node.key: node.unseen for node in found.nodes}
-        for edge in found.edges:
-            into[edge.target] += edge.flow
-        for node in found.nodes:
-            if node.kind in ("neuron", "head", "answer"):
-                assert into[node.key] == pytest.approx(node.flow, abs=1e-4), node.key
-        assert sum(path.value for path in found.paths) + found.left_out == pytest.approx(raw, abs=1e-4)
+    found = bc.explain(model, half, PROMPT, 80, nodes=12, edges=10**5, paths=5)
+    with torch.no_grad(), reduced_to(model, half):
+        streams, _ = residual_streams(model, PROMPT[None])
+        raw = float(model.unembed(model.ln_final(streams[-1]))[0, -1, 80])
+    assert found.value == pytest.approx(raw, abs=1e-4)
+    assert sum(found.terms.values()) == pytest.approx(raw, abs=1e-4)
+    assert "whole" not in found.notes
+    into = {node.key: node.unseen for node in found.nodes}
+    for edge in found.edges:
+        into[edge.target] += edge.flow
+    for node in found.nodes:
+        if node.kind in ("neuron", "head", "answer"):
+            assert into[node.key] == pytest.approx(node.flow, abs=1e-4), node.key
+    assert sum(path.value for path in found.paths) + found.left_out == pytest.approx(raw, abs=1e-4)
 
 
 def test_attention_goes_backwards_and_its_shares_are_1(model, half):

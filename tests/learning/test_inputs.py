@@ -249,6 +249,6 @@ def test_the_command_line_says_each_in_a_line_and_the_run_records_them(tiny_fold
     assert said == [f"bigram-circuits: warning: {line}" for line in checked.warnings]
     assert len(said) >= 2
     page = (folder / "report.html").read_text()
-    assert "There were warnings about model and text before learning" in page
+    assert "Do model, text and target fit together?" in page
     assert page.count("Warning before learning: ") == len(said)
     assert f"contexts of 2-grams, {checked.contexts.once} of them only once" in page

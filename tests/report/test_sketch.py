@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from bigram_circuits.explanations.explanation import Atlas
+from bigram_circuits.explanations.words import clearest
 from bigram_circuits.report.page import opening, page
-from bigram_circuits.report.sketch import clearest, sketch_of
+from bigram_circuits.report.sketch import sketch_of
 from tests.example_runs import Elements, make_run, without_libraries
 from tests.explanations.examples import atlas, example, prompt_example
 

@@ -545,6 +545,6 @@
     }).observe(board);
     find('.drawn').hidden = false;
     wide = board.clientWidth;
-    choose(0);
+    choose(data.first);
   }
 })();
