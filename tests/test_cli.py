@@ -73,7 +73,6 @@ SHORTER = pytest.param(
 SMALLER_SAMPLES = """
 import functools, sys
 from bigram_circuits import cli, workflow
-from bigram_circuits.analysis.prompts import start_of_text
 workflow.analyze = functools.partial(workflow.analyze, tokens=3_000, sweep_tokens=1_000, fit_tokens=10_000)
 sys.exit(cli.main())
 """
@@ -145,6 +144,7 @@ def test_it_measures_the_numbers_that_the_readme_and_the_docs_state(main_job):
     for name in ("L2H2", "L3H3", "both"):
         assert found["induction"][name]["fall"] == pytest.approx(stated["induction"][name]["fall"], abs=1.0)
     assert found["largest"]["shared"] == pytest.approx(stated["largest"]["shared"], rel=0.15)
+    assert found["explained"]["value"] == pytest.approx(stated["explained"]["value"], abs=0.3)
 
 
 def test_its_analyses_tell_the_story_of_the_paper(main_job):

@@ -58,7 +58,7 @@ def opened(browser, report):
         yield page
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1100, "light"), (1100, "dark"), (390, "light")])
+@pytest.mark.parametrize(("width", "theme"), [(1100, "dark"), (390, "light")])
 @pytest.mark.parametrize("name", ["report", "comparison"])
 def test_everything_is_drawn_and_nothing_is_asked_for(browser, request, name, width, theme):
     path = request.getfixturevalue(name)
