@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_arguments, conditions, reduced_to
-from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
+from bigram_circuits.analysis.prompts import Prompt, position_of, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.apply import MaskLike
@@ -90,7 +90,7 @@ def logit_attribution(
         raise ValueError(f"by must be one of component, head, not {by!r}")
     tokens = prompt_tokens(model, prompt)
     subnetwork, _ = check_arguments(model, subnetwork, seed=seed)
-    place = _position(position, tokens.shape[1])
+    place = position_of(position, tokens.shape[1])
     with torch.inference_mode():
         best = int(model(tokens)[0, place].argmax()) if answer is None else token_id(model, answer)
     word = token_word(model, best)
@@ -283,12 +283,6 @@ def _heads(
     if norm.bias is not None:
         parts[bias_name] = parts.get(bias_name, torch.zeros_like(before_norm)) + norm.bias
     return parts
-
-
-def _position(position: int, length: int) -> int:
-    if not -length <= position < length:
-        raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
-    return position % length
 
 
 # --- steps of `analyze` ---

@@ -32,7 +32,7 @@ from torch import Tensor
 from bigram_circuits.analysis.arguments import usual_order
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
 from bigram_circuits.analysis.observables import Observable
-from bigram_circuits.analysis.prompts import Prompt, prompt_tokens, token_id, token_word, token_words
+from bigram_circuits.analysis.prompts import Prompt, position_of, prompt_tokens, token_id, token_word, token_words
 from bigram_circuits.analysis.unit_tokens import unit_tokens
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.explanations.explanation import CircuitPath, Edge, Explanation, Node
@@ -103,13 +103,6 @@ def explain(
         passed = apart(tokens)
         asked = functional(model, answer, wrong, passed.shown[place])
         return explained(model, kept, passed, tokens, place, asked, Limits(nodes, edges, paths))
-
-
-def position_of(position: int, length: int) -> int:
-    """A position counted from the start. Raises ValueError if there is none."""
-    if not -length <= position < length:
-        raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
-    return position % length
 
 
 @dataclass(frozen=True)

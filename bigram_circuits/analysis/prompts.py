@@ -79,6 +79,13 @@ def _token_ids(prompt: Any) -> Integer[Tensor, "..."]:
     return ids[None] if ids.ndim == 1 else ids
 
 
+def position_of(position: int, length: int) -> int:
+    """A position counted from the start. Raises ValueError if there is none."""
+    if not -length <= position < length:
+        raise ValueError(f"there is no position {position} in a prompt of {length} tokens")
+    return position % length
+
+
 def check_tokenizer(model: Model) -> None:
     """Raise ValueError if the model has no tokenizer."""
     if model.tokenizer is None:
