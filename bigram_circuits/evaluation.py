@@ -453,6 +453,24 @@ def measure(
     return Measured(statistics.faithfulness(sums, kept.kept, kept.total), sums)
 
 
+def measure_as_it_is(
+    model: Model, like: Mask, target: Target, tokens: Integer[np.ndarray, "sequence position"]
+) -> Measured:
+    """Measure a model that the caller has changed, for example by soft gates (`opened`).
+
+    Args:
+        model: Within the block that changes it.
+        like: The mask whose size is stated.
+        target: A target that was checked.
+        tokens: Token ids that were checked.
+
+    Raises:
+        ValueError: If a surprisal or a cross-entropy is not finite.
+    """
+    sums = _sums_as_it_is(model, target, tokens, _batch_size(model, like, tokens))
+    return Measured(statistics.faithfulness(sums, like.kept, like.total), sums)
+
+
 GAP_MATTERS = 0.1
 """Cross-entropy gap between soft gates and hard mask, in nats, from which a run should not be trusted."""
 
@@ -547,17 +565,29 @@ def _sums(
     model: Model, subnetwork: Mask, target: Target, tokens: Integer[np.ndarray, "sequence position"], bar: Any
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
-    batch_size = batch_size_for(model, tokens.shape[1])
-    if isinstance(subnetwork, Circuit):
-        batch_size = max(batch_size, subnetwork.replacement.smallest_batch)
     whole = subnetwork.kept == subnetwork.total
+    with nullcontext() if whole else masked(model, subnetwork):
+        return _sums_as_it_is(model, target, tokens, _batch_size(model, subnetwork, tokens), bar)
+
+
+@torch.inference_mode()
+def _sums_as_it_is(
+    model: Model, target: Target, tokens: Integer[np.ndarray, "sequence position"], batch_size: int, bar: Any = None
+) -> Float[np.ndarray, "sequence column"]:
+    """The same of the model as it is, masked or not."""
     rows = []
-    with torch.inference_mode(), nullcontext() if whole else masked(model, subnetwork):
-        for cpu_batch in in_order(tokens, batch_size):
-            batch = cpu_batch.to(model.cfg.device)
-            rows.append(_batch_sums(model(batch), target, batch))
+    for cpu_batch in in_order(tokens, batch_size):
+        batch = cpu_batch.to(model.cfg.device)
+        rows.append(_batch_sums(model(batch), target, batch))
+        if bar is not None:
             bar.update(len(batch))
     return np.concatenate(rows)
+
+
+def _batch_size(model: Model, kept: Mask, tokens: Integer[np.ndarray, "sequence position"]) -> int:
+    """Sequences in a batch: as many as fit, and as a replacement needs."""
+    least = kept.replacement.smallest_batch if isinstance(kept, Circuit) else 1
+    return max(batch_size_for(model, tokens.shape[1]), least)
 
 
 def _batch_sums(

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.circuit import WEIGHT, Circuit
@@ -66,6 +65,7 @@ from bigram_circuits.learning.training import SparsifyConfig, find_mask
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.measures.quantities import (
+    CONTEXT_TOLD,
     CROSS_ENTROPY,
     FRACTION,
     KL,
@@ -75,7 +75,7 @@ from bigram_circuits.measures.quantities import (
     Quantity,
 )
 from bigram_circuits.measures.results import Curves, Effects, Result, load_result_and_origin
-from bigram_circuits.measures.statistics import STATISTICS, Statistic
+from bigram_circuits.measures.statistics import STATISTICS, ContextTold, Statistic
 from bigram_circuits.models.activations import check_predicts_tokens
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
@@ -86,8 +86,7 @@ from bigram_circuits.targets.base import PlacedTarget, Target, kl_of_best_consta
 from bigram_circuits.text.corpus import Corpus
 
 _QUANTITIES = (
-    SURPRISAL_CORRELATION, KL, CROSS_ENTROPY, MEAN_SURPRISAL, TOP1_AGREEMENT, FRACTION,
-    Quantity("context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 if the context is unused."),
+    SURPRISAL_CORRELATION, KL, CROSS_ENTROPY, MEAN_SURPRISAL, TOP1_AGREEMENT, FRACTION, CONTEXT_TOLD,
 )  # fmt: skip
 _GAPS = (
     Quantity("kl_gap", "nats", "KL of the control minus that of the trained model's subnetwork of the same size."),
@@ -97,7 +96,6 @@ _GAPS = (
 )
 _SIZES = (0.5, 1, 2)  # times the subnetwork's own
 _FORMER_NAMES = {"blocks initialised anew": RANDOM_BLOCKS}  # in results of version 0.1.0
-_LITTLE = 1e-4  # nats: below this, the context counts as uninformative
 _R = STATISTICS["surprisal_correlation"]
 
 
@@ -296,8 +294,8 @@ def falsify(
 
     measured = {FOUND: trained[own], RANDOM_BLOCKS: blocks[own], RANDOM_MODEL: everything[own]}
     measured |= {SHUFFLED: shuffled, NONSENSE: meaningless} | draws | reseeded | free
-    told = _Told(kl_of_best_constant(target, corpus.held_out))
-    told_nonsense = _Told(kl_of_best_constant(nonsense, corpus.held_out))
+    told = ContextTold(kl_of_best_constant(target, corpus.held_out))
+    told_nonsense = ContextTold(kl_of_best_constant(nonsense, corpus.held_out))
     lines = {TRAINED: trained, RANDOM_BLOCKS: blocks, RANDOM_MODEL: everything}
     gaps = {
         RANDOM_BLOCKS: _gap(trained[own], blocks[own], told),
@@ -420,23 +418,11 @@ class _Attempts:
 # --- what was measured, as results -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Told:
-    """The statistic 1 - KL / KL0; nan where the target has no KL0 or its context is uninformative."""
-
-    constant: float
-    """KL0, the KL of the best constant prediction, in nats."""
-
-    def __call__(self, sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
-        constant = math.nan if self.constant < _LITTLE else self.constant
-        return np.asarray(1 - STATISTICS["kl"](sums) / constant)
-
-
 Ends = tuple[float, float, float]
 """A number and its 95% interval."""
 
 
-def _numbers(one: Measured, told: _Told) -> list[Ends]:
+def _numbers(one: Measured, told: ContextTold) -> list[Ends]:
     """Each of `_QUANTITIES`."""
     row: list[Ends] = []
     for quantity in _QUANTITIES:
@@ -448,7 +434,9 @@ def _numbers(one: Measured, told: _Told) -> list[Ends]:
     return row
 
 
-def _gap(trained: Measured, control: Measured, told: _Told, told_control: _Told | None = None) -> list[Ends]:
+def _gap(
+    trained: Measured, control: Measured, told: ContextTold, told_control: ContextTold | None = None
+) -> list[Ends]:
     """Each of `_GAPS`."""
     key = "cross_entropy" if math.isnan(trained.faithfulness.kl) else "kl"  # the same where the target is the same
     size = (control.faithfulness.fraction, math.nan, math.nan)
@@ -465,7 +453,7 @@ def _effects(title: str, quantities: tuple[Quantity, ...], subject: str, rows: M
     return Effects(title, quantities, subject, tuple(rows), values, low, high)
 
 
-def _controls(measured: Mapping[str, Measured], told: Mapping[str, _Told], found: Mask) -> Effects:
+def _controls(measured: Mapping[str, Measured], told: Mapping[str, ContextTold], found: Mask) -> Effects:
     """A row for each attempt."""
     rows = {name: _numbers(one, told[name]) for name, one in measured.items()}
     controls = _effects("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
@@ -476,7 +464,7 @@ def _gaps(rows: Mapping[str, list[Ends]]) -> Effects:
     return _effects("What the trained model adds at equal size", _GAPS, "control", rows)
 
 
-def _curves(lines: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int], total: int, told: _Told) -> Curves:
+def _curves(lines: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int], total: int, told: ContextTold) -> Curves:
     """A line for each model; nan at the sizes that were not tried."""
     none = [(math.nan,) * 3] * len(_QUANTITIES)  # "fraction" is what is kept: of larger units, it can be less
     numbers = [[_numbers(line[kept], told) if kept in line else none for kept in sizes] for line in lines.values()]

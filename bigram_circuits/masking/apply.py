@@ -230,6 +230,41 @@ def switched(model: Model, switches: Mapping[str, Tensor]) -> Iterator[Any]:
         yield model
 
 
+def gate_values(model: Model, mask: Mask) -> dict[str, Tensor]:
+    """A mask that fits the model as gates for `opened`: float32, 1 for what is kept and 0 for what is dropped.
+
+    Of weights in their stored layout, of nodes and edges in the shape of the mask; all on the model's device.
+    """
+    if isinstance(mask, Circuit):
+        weights = gate_values(model, mask.masked_weights(model)) if mask.masks_weights else {}
+        names = {site.name for site in circuit_sites(model, mask)}
+        return weights | {name: one.float().to(model.cfg.device) for name, one in mask.items() if name in names}
+    return {site.name: site.to_stored(mask[site.name]).float().to(site.original.device) for site in weight_sites(model)}
+
+
+@contextmanager
+def opened(model: Model, like: Mask, gates: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the `with` block, everything that a mask is of counts as far as its gate, from 0 to 1, is open.
+
+    Weights are multiplied by their gates, nodes and edges replaced as far as these are closed. With gates of 0 and 1 it
+    is `masked`. The caller may change the gates in place, and ask for their gradients, which are those of the loss
+    itself; the model's own parameters receive none.
+
+    Args:
+        model: From `load_model`.
+        like: A mask that fits the model: what has a gate, and what takes the place of nodes and edges.
+        gates: From `gate_values`, or of the same names, shapes and devices.
+    """
+    sites = circuit_sites(model, like) if isinstance(like, Circuit) else []
+    nodes = {site.name for site in sites}
+    replacement = like.replacement if isinstance(like, Circuit) else Replacement()
+    with (
+        switched(model, {name: one for name, one in gates.items() if name not in nodes}),
+        sites_replaced(model, sites, gates.__getitem__, replacement),
+    ):
+        yield
+
+
 @contextmanager
 def _parametrized(model: Model, make: Callable[[WeightSite], nn.Module | None]) -> Iterator[None]:
     sites = weight_sites(model)

@@ -44,6 +44,9 @@ KL = Quantity("kl", "nats", "Mean KL divergence from the target's distribution t
 MEAN_SURPRISAL = Quantity("mean_surprisal", "nats", "The model's own next-token loss.")
 TOP1_AGREEMENT = Quantity("top1_agreement", "share", "Positions where the model's most likely token is the target's.")
 FRACTION = Quantity("fraction", "share", "Of the maskable weights, those that are kept.")
+CONTEXT_TOLD = Quantity(
+    "context_told", "share", "1 - KL / KL of the best constant: 1 at the target, 0 if the context is unused."
+)
 COUNT = Quantity("count", "tokens", "How often the token occurs in the text.")
 
 FAITHFULNESS = (SURPRISAL_CORRELATION, CROSS_ENTROPY, KL, MEAN_SURPRISAL, TOP1_AGREEMENT)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bigram_circuits.storage.typed import Record
 
+_LITTLE = 1e-4  # nats: a KL of the best constant below this means that the context is uninformative
 _LOGITS_AT_ONCE = 1 << 22  # logits are copied to float32 in chunks of 16 MiB
 
 COLUMNS = ("used", "x", "y", "xx", "yy", "xy", "positions", "surprisal", "places", "cross_entropy", "kl", "agree")
@@ -113,6 +114,22 @@ STATISTICS: Mapping[str, Statistic] = MappingProxyType(
     }
 )
 """The statistics of a `Faithfulness`, by field."""
+
+
+@dataclass(frozen=True)
+class ContextTold:
+    """The statistic 1 - KL / KL0: the share of the context's information about the target that a model recovers.
+
+    1 at the target, 0 if the context is unused. nan where KL0 is unknown or the context is uninformative.
+    """
+
+    constant: float
+    """KL0, the KL of the best constant prediction (`targets.base.kl_of_best_constant`), in nats."""
+
+    def __call__(self, sums: Float[np.ndarray, "... column"]) -> Float[np.ndarray, "..."]:
+        """Compute it from rows of sums or their totals."""
+        constant = math.nan if self.constant < _LITTLE else self.constant
+        return np.asarray(1 - STATISTICS["kl"](sums) / constant)
 
 
 def faithfulness(sums: Float[np.ndarray, "sequence column"], kept: int, total: int) -> Faithfulness:
