@@ -47,6 +47,11 @@ from .experiments.falsification import (
 )
 from .experiments.ladder import Ladder as Ladder, find_ladder as find_ladder, load_ladder as load_ladder
 from .experiments.reproduced import Reproduction as Reproduction, load_reproduction as load_reproduction
+from .experiments.same_function import (
+    SameFunction as SameFunction,
+    load_same_function as load_same_function,
+    same_function as same_function,
+)
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
     find_path as find_path,

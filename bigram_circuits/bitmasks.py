@@ -12,7 +12,7 @@ import math
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -79,7 +79,7 @@ class BitMasks(Mapping[str, Tensor]):
     more_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys of its file's metadata besides those of all masks."""
     _not_offered: ClassVar[frozenset[str]] = frozenset(
-        {"by_place", "constant", "file_format", "more_metadata", "noun", "units_here"}
+        {"by_place", "constant", "file_format", "more_metadata", "noun", "place_of", "units_here", "with_parts_of"}
     )
     """What completion leaves out: names for this package's other modules, and former names."""
 
@@ -261,6 +261,12 @@ class BitMasks(Mapping[str, Tensor]):
         """Hash of all masks: equal exactly when the masks are."""
         return _checksum(self._packed)
 
+    def with_parts_of(self: M, other: BitMasks, names: Collection[str]) -> M:
+        """Return these masks, but under some names those of other masks of the same shapes."""
+        self._check_same_shapes(other._shapes, f"the other {self.noun}")
+        packed = {name: (other if name in names else self)._packed[name] for name in self}
+        return self._derived(packed, f"{operand(self.lineage)} with parts of {operand(other.lineage)}")
+
     def constant(self: M, value: bool) -> M:
         """Return masks of the same shapes that keep everything, or nothing."""
         whole = {name: np.packbits(np.full(int(np.prod(shape)), value)) for name, shape in self._shapes.items()}
@@ -293,8 +299,16 @@ class BitMasks(Mapping[str, Tensor]):
         return {name: Count(self._counts[name], int(np.prod(shape))) for name, shape in self._shapes.items()}
 
     @abstractmethod
+    def place_of(self, name: str) -> tuple[int, str]:
+        """Return the layer of a mask, and what its units are of: a component, or a kind of node or reader."""
+
     def by_place(self) -> dict[tuple[int, str], Count]:
-        """Count kept units by layer and what they are units of: a component, or a kind of node."""
+        """Count kept units by layer and what they are of."""
+        counts: dict[tuple[int, str], Count] = {}
+        for name, count in self.by_name().items():
+            before = counts.get(place := self.place_of(name), Count(0, 0))
+            counts[place] = Count(before.kept + count.kept, before.total + count.total)
+        return counts
 
     def table(self) -> str:
         """Format where the kept units are, by layer and what they are of: share of all kept, and share kept there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -295,22 +295,22 @@ class Circuit(BitMasks):
         """
         return self._by(lambda place: place[1])
 
-    def by_place(self) -> dict[tuple[int, str], Count]:
-        """Count kept nodes by layer and unit; see `by_layer` and `by_unit`."""
-        return self._by(lambda place: place)
+    def place_of(self, name: str) -> tuple[int, str]:
+        """Return layer and unit of a hook point's nodes, or layer and kind of the reader of edges."""
+        readers = {site.name: (site.layer, site.kind) for site in self.edge_sites}
+        return readers[name] if name in readers else _place(name)
 
     @property
     def places(self) -> dict[str, tuple[int, str]]:
         """Layer and unit of the nodes of every hook point; layer -1 is before the first block."""
         return {name: _place(name) for name in self}
 
-    def _by(self, key: Any) -> dict[Any, Count]:
+    def _by(self, part: Callable[[tuple[int, str]], Any]) -> dict[Any, Count]:
+        """Add up the counts by place that agree in a part of it."""
         counts: dict[Any, Count] = {}
-        readers = {site.name: (site.layer, site.kind) for site in self.edge_sites}
-        for name, mask in self.items():
-            place = key(readers[name] if name in readers else _place(name))
-            before = counts.get(place, Count(0, 0))
-            counts[place] = Count(before.kept + int(mask.sum()), before.total + mask.numel())
+        for place, count in self.by_place().items():
+            before = counts.get(part(place), Count(0, 0))
+            counts[part(place)] = Count(before.kept + count.kept, before.total + count.total)
         return counts
 
     @property

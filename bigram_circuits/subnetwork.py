@@ -90,13 +90,7 @@ class Subnetwork(BitMasks):
 
     def by_component(self) -> dict[tuple[int, str], Count]:
         """Count kept weights by (layer, `"attn"` or `"mlp"`)."""
-        counts: dict[tuple[int, str], Count] = {}
-        for name, count in self.by_weight().items():
-            weight = WeightName.parse(name)
-            place = weight.layer, weight.component
-            before = counts.get(place, Count(0, 0))
-            counts[place] = Count(before.kept + count.kept, before.total + count.total)
-        return counts
+        return self.by_place()
 
     def by_head(self) -> dict[tuple[int, int], Count]:
         """Count kept weights by (layer, head), in the head's slices of W_Q, W_O and, where unshared, W_K and W_V."""
@@ -112,9 +106,10 @@ class Subnetwork(BitMasks):
                 counts[layer, head] = Count(before.kept + kept, before.total + mask[head].numel())
         return counts
 
-    def by_place(self) -> dict[tuple[int, str], Count]:
-        """`by_component`, under the name that a circuit's counts have too."""
-        return self.by_component()
+    def place_of(self, name: str) -> tuple[int, str]:
+        """Return the layer and component of a weight matrix."""
+        weight = WeightName.parse(name)
+        return weight.layer, weight.component
 
     # --- edits: each returns a new subnetwork ---
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.masking.candidates import Candidates
+from bigram_circuits.masking.gates import Adversary
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
 
@@ -27,6 +28,7 @@ _STATES: Mapping[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
     torch.optim.SGD: ("sgd", ("momentum_buffer",)),
 }
 """By optimizer: the prefix of its state in a checkpoint, and what it keeps for every score."""
+_ADVERSARY = "adversary"  # in a checkpoint
 _SEEDS_APART = 1_000_003  # between the seeds of successive attempts
 
 
@@ -53,6 +55,9 @@ class Learner:
         self._rate = rate_after(config, len(start.rollbacks))
         self.optimizer = self.gates.optimizer(config, self._rate, decay)
         self._kind, self._moments = _STATES[type(self.optimizer)]
+        self.adversary = Adversary(self.gates.scores) if config.worst_case else None
+        """What opens closed gates while masks are learned; None if the recipe asks for none."""
+        self.gates.adversary = self.adversary
         self.good = self._unpack(start)
         """The last good state, to roll back to."""
         self._began = time.monotonic() - start.seconds
@@ -81,6 +86,11 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * self.gates.rate(step)
 
+    def ascend(self) -> None:
+        """After a backward pass, the adversary goes up the loss, if there is one."""
+        if self.adversary is not None:
+            self.adversary.ascend()
+
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
     ) -> StepRecord:
@@ -107,7 +117,8 @@ class Learner:
         return not self.gates.scores.detach().sum().isnan()
 
     def mask(self, within: Mask | None) -> Mask:
-        """The weights and nodes whose hard gate is open, and those without a gate."""
+        """The weights and nodes whose hard gate is open, and those without a gate; no adversary opens others then."""
+        self.gates.adversary = None
         return self._candidates.mask(self.gates, self.wanted, within)
 
     # --- states ---
@@ -115,7 +126,8 @@ class Learner:
     @property
     def checkpoint_size(self) -> int:
         """Approximate checkpoint size in bytes."""
-        return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
+        kept = 3 if self.adversary is None else 4
+        return 4 * kept * self.gates.scores.numel() * (2 if self.good.tensors else 1)
 
     def pack(self, step: int) -> Checkpoint:
         """The state after `step` steps, including the last good state, so that later rollbacks are the same."""
@@ -125,10 +137,12 @@ class Learner:
         return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores and the optimizer's state, on the CPU."""
+        """A copy of the scores, the optimizer's state and the adversary, on the CPU."""
         scores = self.gates.scores
         state = self.optimizer.state[scores]
         named = {"scores": scores, **{f"{self._kind}.{name}": value for name, value in state.items()}}
+        if self.adversary is not None:
+            named[_ADVERSARY] = self.adversary.values
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
@@ -141,16 +155,21 @@ class Learner:
             scores = self.gates.scores
             with torch.no_grad():
                 scores.copy_(own["scores"])
-            moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
+            if self.adversary is not None:
+                self.adversary.values.copy_(own[_ADVERSARY])
+            prefix = f"{self._kind}."
+            moments = {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}
             self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
 
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless these are the scores and moments of these gates."""
+        """Raise ValueError unless these are the scores and moments of these gates, and their adversary if any."""
         scores = self.gates.scores
         like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
+        if self.adversary is not None:
+            like[_ADVERSARY] = scores
         wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
         step = tensors.get("adam.step")

@@ -350,9 +350,13 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
 
             # forward and backward: the gradient of the loss is added to that of the penalty
             tokens = batch_of(job.corpus.train, config.batch_size, step=step, seed=learner.seed).to(learner.device)
+            for _ in range(config.worst_case - 1):
+                target.cross_entropy(model(tokens), tokens).mean().backward()
+                learner.ascend()
             penalty, undecided, decided = gates.penalise(sparsity_weight)
             cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
             cross_entropy.backward()
+            learner.ascend()
             learner.optimizer.step()
 
             # record the step, and roll back if the loss exploded

@@ -142,6 +142,44 @@ def _check_has(granularity: Mapping[str, str], components: set[str]) -> None:
         raise ValueError(f"this model has no {what}, but granularity {dict(granularity)} needs one")
 
 
+# --- what opens closed gates again -----------------------------------------------------------------------------------
+
+
+ADVERSARY_STEP = 0.25
+
+
+class Adversary:
+    """A value a from 0 to 1 for every gate, which opens it further: from s to s + (1 - s) a.
+
+    What is learned under it withstands whatever becomes of that which it drops (`worst_case_ablation`). It persists:
+    each backward pass gives the gradients of scores and adversary at once, the scores go down the loss, and a goes up
+    by the sign of its gradient ("free" adversarial training: Shafahi et al. 2019, arXiv 1904.12843).
+    """
+
+    def __init__(self, scores: Float[Tensor, " gate"], step: float = ADVERSARY_STEP) -> None:
+        """Start with an adversary that opens nothing, and moves by `step` at a time."""
+        self.step = step
+        self.values = torch.zeros_like(scores, requires_grad=False)
+        """a, by gate."""
+        self._pull = torch.zeros_like(self.values)
+
+    def opens(self, soft: Float[Tensor, " gate"], place: slice) -> Float[Tensor, " gate"]:
+        """Return s + (1 - s) a for a range of gates; `soft` is overwritten."""
+        return soft.lerp_(torch.ones_like(soft), self.values[place].to(soft))
+
+    def feel(
+        self, of_value: Float[Tensor, " gate"], slope: Float[Tensor, " gate"], place: slice
+    ) -> Float[Tensor, " gate"]:
+        """Note a gradient by the gates' values; returns their slope by the scores, given that of s."""
+        self._pull[place] += of_value
+        return slope * (1 - self.values[place])
+
+    def ascend(self) -> None:
+        """Go up the gradients noted since the last time: by the sign of each, within 0 and 1."""
+        self.values.add_(self._pull.sign_(), alpha=self.step).clamp_(0, 1)
+        self._pull.zero_()
+
+
 # --- the gates of a model --------------------------------------------------------------------------------------------
 
 _AT_ONCE = {"cpu": 1 << 20}  # gates processed at once, to fit in the CPU cache
@@ -191,6 +229,8 @@ class Gates(nn.Module, ABC):
             scores[group.place].masked_fill_(_governs_any(group, usable), first_score)
         self.scores = nn.Parameter(scores)
         self.threshold = 0.0  # gates are open above it; changed by `set_threshold`
+        self.adversary: Adversary | None = None
+        """What opens closed gates while masks are learned to withstand it; None: nothing does."""
         self._group_of = {group.site.name: group for group in groups}
         self._single = all(group.unit == "weight" or group.site.size == group.count for group in groups)
 
@@ -376,6 +416,18 @@ class Gates(nn.Module, ABC):
         chosen[order[:low]] = True
         return chosen
 
+    def value(self, place: slice) -> Float[Tensor, " gate"]:
+        """Return how far a range of gates is open in the forward pass: softly, and as far as the adversary opens it."""
+        soft = self.soft(place)
+        return soft if self.adversary is None else self.adversary.opens(soft, place)
+
+    def add_gradient(self, place: slice, of_value: Float[Tensor, " gate"]) -> None:
+        """Add to the scores' gradient that of a range of gates' values, which may be overwritten."""
+        gradient, slope = _gradient(self.scores)[place], self.slope(place)
+        if self.adversary is not None:
+            slope = self.adversary.feel(of_value, slope, place)
+        gradient.addcmul_(slope, of_value)
+
     def _shifted(self, place: slice) -> Float[Tensor, " gate"]:
         """Return the scores minus the threshold."""
         scores = self.scores.detach()[place].float()
@@ -454,13 +506,12 @@ class _GatedWeight(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, weight: Tensor, gates: Gates, place: slice) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.gates, ctx.place = gates, place
-        return gates.soft(place).view(weight.shape).to(weight.dtype).mul_(weight)
+        return gates.value(place).view(weight.shape).to(weight.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         (weight,) = ctx.saved_tensors
-        from_weight = grad_outputs[0].reshape(-1) * weight.reshape(-1)
-        _gradient(ctx.gates.scores)[ctx.place].addcmul_(ctx.gates.slope(ctx.place), from_weight)
+        ctx.gates.add_gradient(ctx.place, grad_outputs[0].reshape(-1) * weight.reshape(-1))
         return None, None, None, None
 
 
@@ -470,9 +521,9 @@ class _SoftGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, gates: Gates, place: slice) -> Tensor:
         ctx.gates, ctx.place = gates, place
-        return gates.soft(place)
+        return gates.value(place)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
-        _gradient(ctx.gates.scores)[ctx.place] += ctx.gates.slope(ctx.place).mul_(grad_outputs[0])
+        ctx.gates.add_gradient(ctx.place, grad_outputs[0])
         return None, None, None

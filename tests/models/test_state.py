@@ -76,6 +76,7 @@ USES = {
     "replaced": lambda m, t, c: [
         value.tolist() for value in bc.replaced(m, bc.Circuit.full(m), "mean", text=c).replacement.means.values()
     ],
+    "same_function": lambda m, t, c: str(bc.same_function(m, half(m), half(m).random_like(1), t, c.held_out)),
     "node_effects": lambda m, t, c: [
         score.tolist() for score in bc.node_effects(m, bc.Circuit.full(m, "head"), t, c.held_out).values()
     ],
