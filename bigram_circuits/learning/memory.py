@@ -215,7 +215,7 @@ def forecast_memory(
     return counted
 
 
-def _count_gates(candidates: Candidates, config: SparsifyConfig, *, is_apart: bool) -> MemoryForecast:
+def _count_gates(candidates: Candidates, config: SparsifyConfig, *, is_apart: bool = False) -> MemoryForecast:
     """A forecast for gates, optimizer and masked weights alone, with the memory in use and available."""
     groups = candidates.groups
     device = groups[0].site.original.device

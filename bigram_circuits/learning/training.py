@@ -54,7 +54,7 @@ from bigram_circuits.runs import (
     TargetIdentity,
 )
 from bigram_circuits.storage.terminal import signals_handled
-from bigram_circuits.subnetwork import Subnetwork, SubnetworkLike, as_subnetwork
+from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.tasks.task import Task, ability, refuse_unable
@@ -289,12 +289,10 @@ def _apart(masks: Sequence[MaskLike], overlap_weight: float | int, config: Spars
     """What a mask is learned apart from; None: from nothing.
 
     Raises:
-        ValueError: If the weight is below 0, one mask is given and no list, or the recipe polishes.
+        ValueError: If the weight is below 0, or the recipe polishes.
     """
     if not overlap_weight >= 0:
         raise ValueError(f"overlap_weight must be a number of at least 0, or math.inf, not {overlap_weight!r}")
-    if isinstance(masks, Subnetwork | Circuit):
-        raise ValueError(f"apart_from must be a list of masks, not one {masks.noun}: [mask]")
     if not masks:
         return None
     if config.polish:

@@ -80,7 +80,11 @@ class Candidates:
     def gates(
         self, config: SparsifyConfig, seed: int, within: Mask | None, apart: Apart | None = None
     ) -> tuple[Gates, int | None]:
-        """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed)."""
+        """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed).
+
+        Raises:
+            ValueError: If the size is below that of what has no gate, or above what masks that it is apart from leave.
+        """
         wanted = None
         if config.target_fraction is not None:
             wanted = round(config.target_fraction * self.total) - (self.total - self.gated_size)
@@ -96,7 +100,13 @@ class Candidates:
             "dtype": torch.bfloat16 if config.low_memory else torch.float32,
         }
         method = METHODS[config.method]
-        return method.from_config(self.groups, config, seed=seed, wanted=wanted, **start), wanted
+        gates = method.from_config(self.groups, config, seed=seed, wanted=wanted, **start)
+        if apart and gates.n_possible < max(1, wanted or 0):
+            raise ValueError(
+                f"cannot keep {wanted or 'anything'}: only {gates.n_possible} that may be kept are in none of the "
+                f"{len(apart.masks)} masks of apart_from"
+            )
+        return gates, wanted
 
     def applied(self, gates: Gates, *, on_any: bool = False) -> AbstractContextManager[Any]:
         """Within the `with` block, the model computes with these gates.

@@ -348,6 +348,11 @@ class Gates(nn.Module, ABC):
         else:  # every gate that can open is open, or none is
             self.threshold = above - 1.0 if math.isfinite(above) else below + 1.0
 
+    @property
+    def n_possible(self) -> int:
+        """Number of gated weights whose gate can open."""
+        return self._governed(self.scores.detach().isfinite())
+
     def n_kept(self) -> int:
         """Return the number of gated weights that are kept."""
         return self._n_above(self.threshold)
