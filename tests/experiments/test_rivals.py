@@ -24,7 +24,13 @@ QUICK = bc.SparsifyConfig(max_steps=2, batch_size=4, target_fraction=0.2, retrie
 def planted_rivals(unique, **options):
     made = planted_circuit("gpt2", d_vocab=6, successors=2, n_layers=1, distractors=0.05, unique=unique)
     recipe = bc.SparsifyConfig(
-        method="straight_through", max_steps=80, batch_size=8, retries=0, target_fraction=made.circuit.fraction
+        sparsity_weight=10.0,
+        max_steps=150,
+        beta_growth=1.04,
+        first_score=0.7,
+        learning_rate=0.05,
+        batch_size=8,
+        retries=0,
     )
     found = bc.rivals(
         made.model, made.target, made.corpus, 2, config=recipe, first=made.circuit, check_memory="off", **options
@@ -67,7 +73,8 @@ def test_each_copy_and_every_mixture_computes_the_same(architecture, layers):
     halves = dict(first.items()) | {"blocks.0.mlp.W_in": twin["blocks.0.mlp.W_in"]}
     assert not made.is_solution(bc.Subnetwork(halves))  # as large, but no neuron is whole
     with torch.no_grad(), bc.masked(made.model, first | twin):
-        assert (made.model(tokens)[:, 0].double().softmax(-1) - made.probs).abs().max() > 0.1
+        both = (made.model(tokens)[:, 0].double().softmax(-1) - made.probs).abs().max()
+    assert 0.01 < both < 0.1  # normalisation undoes most of what is written twice
 
 
 def test_a_unique_circuit_is_the_only_solution():
@@ -175,7 +182,7 @@ def test_it_is_shown_as_text_picture_and_page(of_twins):
     assert found.verdict in str(found)
     assert found.verdict in found._repr_html_()
     figure = found.plot()
-    assert list(figure.data[0].x) == [0.0, 1.0]  # by overlap
+    assert set(figure.data[0].x) == {0.0, 1.0}  # by overlap
     found.plot("surprisal_correlation")
 
 
