@@ -46,8 +46,7 @@ def of_twins():
 # --- what is planted ---
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 1), ("llama", 2)])
 def test_each_copy_and_every_mixture_computes_the_same(architecture, layers):
     made = planted_circuit(architecture, d_vocab=8, layers=layers, distractors=0.3, unique=False)
     first, twin = made.solutions
