@@ -52,6 +52,7 @@ from .experiments.same_function import (
     load_same_function as load_same_function,
     same_function as same_function,
 )
+from .experiments.rivals import Rivals as Rivals, load_rivals as load_rivals, rivals as rivals
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
     find_path as find_path,

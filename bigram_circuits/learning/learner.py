@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.apply import Mask
-from bigram_circuits.masking.candidates import Candidates
+from bigram_circuits.masking.candidates import Apart, Candidates
 from bigram_circuits.masking.gates import Adversary
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
@@ -41,13 +41,14 @@ class Learner:
         config: SparsifyConfig,
         within: Mask | None = None,
         start: Checkpoint | None = None,
+        apart: Apart | None = None,
     ) -> None:
         """Start from a checkpoint, or from scratch."""
         start = start or Checkpoint({}, 0, 0, 0.0)
-        self.config, self.start, self._candidates = config, start, candidates
+        self.config, self.start, self._candidates, self._apart = config, start, candidates, apart
         self.seed = config.seed + _SEEDS_APART * start.attempt
         """Seed of the attempt's data order and of the method's random numbers."""
-        self.gates, self.wanted = candidates.gates(config, self.seed, within)
+        self.gates, self.wanted = candidates.gates(config, self.seed, within, apart)
         self._n_possible = int(self.gates.scores.detach().isfinite().sum())
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
@@ -119,7 +120,7 @@ class Learner:
     def mask(self, within: Mask | None) -> Mask:
         """The weights and nodes whose hard gate is open, and those without a gate; no adversary opens others then."""
         self.gates.adversary = None
-        return self._candidates.mask(self.gates, self.wanted, within)
+        return self._candidates.mask(self.gates, self.wanted, within, self._apart)
 
     # --- states ---
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -35,6 +36,7 @@ from bigram_circuits.targets.base import PlacedTarget, Target, target_of
 from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
+_PER_GATE_APART = 4  # bytes: how many other masks keep it
 _HEAP = 1 << 25  # bytes of the largest tensor whose memory the C library keeps when it is freed
 _RETAINED, _RETAINED_LOW = 2.0, 2.8  # times such tensors of a step, on the CPU; the latter with low memory
 _FIXED = 60_000_000  # bytes
@@ -165,6 +167,7 @@ def forecast_memory(
     config: SparsifyConfig | None = None,
     *,
     within: MaskLike | None = None,
+    apart_from: Sequence[MaskLike] = (),
     mode: str | None = None,
     candidates: Candidates | None = None,
 ) -> MemoryForecast:
@@ -176,6 +179,7 @@ def forecast_memory(
         corpus: As for `find_subnetwork`.
         config: As for `find_subnetwork`.
         within: As for `find_subnetwork`.
+        apart_from: As for `find_subnetwork`.
         mode: If given, also check the forecast: see `MemoryForecast.check`. `"off"` skips the passes.
         candidates: What the recipe gates, if that is known; by default nodes are replaced by zero.
 
@@ -194,7 +198,7 @@ def forecast_memory(
     within = None if within is None else as_mask(within)
     check_tokens(model, corpus.train)
     candidates = candidates or Candidates(model, config)
-    counted = _count_gates(candidates, config)
+    counted = _count_gates(candidates, config, is_apart=bool(apart_from))
     if mode == "off":
         return counted
     if counted.fits:  # otherwise the passes would not fit either
@@ -211,13 +215,14 @@ def forecast_memory(
     return counted
 
 
-def _count_gates(candidates: Candidates, config: SparsifyConfig) -> MemoryForecast:
+def _count_gates(candidates: Candidates, config: SparsifyConfig, *, is_apart: bool = False) -> MemoryForecast:
     """A forecast for gates, optimizer and masked weights alone, with the memory in use and available."""
     groups = candidates.groups
     device = groups[0].site.original.device
     masked = sum(group.site.original.nbytes for group in groups)
     n_gates = max(group.start + group.count for group in groups)
-    scores = ((_PER_GATE_LOW if config.low_memory else _PER_GATE) + METHODS[config.method].scratch) * n_gates
+    per_gate = (_PER_GATE_LOW if config.low_memory else _PER_GATE) + METHODS[config.method].scratch
+    scores = (per_gate + (_PER_GATE_APART if is_apart else 0)) * n_gates
     held, free = memory_of(device)
     return MemoryForecast(
         str(device),

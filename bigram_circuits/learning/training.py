@@ -5,7 +5,8 @@ trained by gradient descent on
 
     mean over positions of CE(target, softmax(logits))  +  sparsity_weight * mean over maskable weights of soft gate
 
-while the gates harden. The loop stops as soon as few gates are undecided. A run whose cross-entropy jumps and does not
+(and, apart from other masks, overlap_weight * mean of soft gate times the number of masks that keep the weight) while
+the gates harden. The loop stops as soon as few gates are undecided. A run whose cross-entropy jumps and does not
 recover is retried with another data order (Chang and Bergen 2025). If the loss explodes or is not finite, the run is
 rolled back to its last good state and continues with half the learning rate.
 """
@@ -34,7 +35,7 @@ from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.polish import polish_on
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, replaced
-from bigram_circuits.masking.candidates import Candidates
+from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Apart, Candidates
 from bigram_circuits.masking.replacing import pairs_of
 from bigram_circuits.models.activations import check_tokens, lean_forward, n_outputs, recomputed
 from bigram_circuits.models.identity import check_is, weight_hash
@@ -76,6 +77,7 @@ class _Job:
     config: SparsifyConfig
     candidates: Candidates
     within: Mask | None
+    apart: Apart | None
     folder: RunFolder | None
     callbacks: Sequence[Callback]
     interrupt: threading.Event
@@ -99,6 +101,8 @@ def find_subnetwork(
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     within: SubnetworkLike | None = None,
+    apart_from: Sequence[SubnetworkLike] = (),
+    overlap_weight: float | int = OVERLAP_WEIGHT,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -113,6 +117,10 @@ def find_subnetwork(
         run_dir: A folder to write the run to: settings, progress, checkpoints and the subnetwork.
         resume: Continue the run in `run_dir` from its checkpoint if it has the same settings; False starts over.
         within: Search only inside this subnetwork: weights outside it are dropped from the start.
+        apart_from: Other subnetworks that this one should share as little with as it can.
+        overlap_weight: What sharing costs, in nats: `overlap_weight` times the mean over weights of soft gate times
+            the number of those subnetworks that keep the weight is added to the loss. `math.inf`: no gate may open
+            that governs a weight that one of them keeps.
         rebuild: Names of model, text and target, recorded in `run_dir` for the command line; by default those that
             `load_model` and `load_corpus` were given, if all three have one.
         callbacks: Objects with `on_step(record)` and `on_end(found)`, called after every step and at the end. For a run
@@ -122,7 +130,8 @@ def find_subnetwork(
 
     Raises:
         ValueError: If target and model do not fit together, `run_dir` holds a run with other settings, or the loss
-            explodes or is not finite even at lower learning rates; or if the recipe asks for nodes (`find_circuit`).
+            explodes or is not finite even at lower learning rates; or if the recipe asks for nodes (`find_circuit`), or
+            to polish what is learned apart from others.
         MemoryError: If learning cannot fit the device (`forecast_memory`), or the device runs out of memory; the
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
@@ -139,7 +148,8 @@ def find_subnetwork(
     if config.units is not None:
         raise ValueError(f"the recipe asks for nodes, units {', '.join(config.units)}: use find_circuit")
     within = None if within is None else as_subnetwork(within)
-    found = _find(model, target, corpus, config, run_dir, resume, within, rebuild, callbacks, check_memory)
+    apart = _apart(apart_from, overlap_weight, config)
+    found = _find(model, target, corpus, config, run_dir, resume, within, apart, rebuild, callbacks, check_memory)
     assert isinstance(found, FoundSubnetwork), "nodes were not asked for"
     return found
 
@@ -160,6 +170,8 @@ def find_circuit(
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     within: MaskLike | None = None,
+    apart_from: Sequence[MaskLike] = (),
+    overlap_weight: float | int = OVERLAP_WEIGHT,
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
@@ -189,6 +201,8 @@ def find_circuit(
         run_dir: As for `find_subnetwork`; the circuit is in `circuit.safetensors`.
         resume: As for `find_subnetwork`.
         within: Search only inside this circuit, which has the same units.
+        apart_from: Other circuits, with the same units, that this one should share as little with as it can.
+        overlap_weight: As for `find_subnetwork`.
         rebuild: As for `find_subnetwork`.
         callbacks: As for `find_subnetwork`.
         check_memory: As for `find_subnetwork`.
@@ -212,7 +226,8 @@ def find_circuit(
     bounds = None if within is None else as_mask(within)
     if isinstance(target, TaskTarget) and not force:
         refuse_unable(ability(model, target.task), "force=True")
-    found = _find(model, target, corpus, config, run_dir, resume, bounds, rebuild, callbacks, check_memory)
+    apart = _apart(apart_from, overlap_weight, config)
+    found = _find(model, target, corpus, config, run_dir, resume, bounds, apart, rebuild, callbacks, check_memory)
     assert isinstance(found, FoundCircuit), "nodes were asked for"
     return found
 
@@ -270,6 +285,21 @@ def find_mask(
     return find_circuit(model, target, corpus, config, force=True, **options)
 
 
+def _apart(masks: Sequence[MaskLike], overlap_weight: float | int, config: SparsifyConfig) -> Apart | None:
+    """What a mask is learned apart from; None: from nothing.
+
+    Raises:
+        ValueError: If the weight is below 0, or the recipe polishes.
+    """
+    if not overlap_weight >= 0:
+        raise ValueError(f"overlap_weight must be a number of at least 0, or math.inf, not {overlap_weight!r}")
+    if not masks:
+        return None
+    if config.polish:
+        raise ValueError("polishing would share weights again: leave polish out of a recipe with apart_from")
+    return Apart(tuple(as_mask(one) for one in masks), float(overlap_weight))
+
+
 def _find(
     model: Model,
     target: Any,
@@ -278,19 +308,20 @@ def _find(
     run_dir: str | os.PathLike[str] | None,
     resume: bool,
     within: Mask | None,
+    apart: Apart | None,
     rebuild: Inputs | None,
     callbacks: Sequence[Any],
     check_memory: str,
 ) -> Found:
     """`find_subnetwork` or `find_circuit`, as the recipe says."""
-    target = target_of(target, model)
+    target, others = target_of(target, model), apart.masks if apart else ()
     check_callbacks(callbacks)
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
     check_tokens(model, corpus.train)
     folder = None
     if run_dir is not None:
-        settings = run_settings(model, target, corpus, config, within)
+        settings = run_settings(model, target, corpus, config, within, apart)
         folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild or names_of(model, target, corpus))
         if folder.is_finished:
             return _read_found(folder, model, target, config)
@@ -299,10 +330,15 @@ def _find(
             return _read_found(folder, model, target, config)
         candidates = make_candidates(model, target, corpus, config)
         if within is not None:
-            candidates.check_within(within)
-        forecast_memory(model, target, corpus, config, within=within, mode=check_memory, candidates=candidates)
+            candidates.check_covers(within, "within")
+        for one in others:
+            candidates.check_covers(one, "each mask of apart_from")
+        forecast_memory(
+            model, target, corpus, config,
+            within=within, apart_from=others, mode=check_memory, candidates=candidates,
+        )  # fmt: skip
         with _interrupt_after_step() as interrupt, _says_what_to_change(folder):
-            job = _Job(model, target, corpus, config, candidates, within, folder, callbacks, interrupt)
+            job = _Job(model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt)
             return _learn(job)
 
 
@@ -336,7 +372,7 @@ def _learn(job: _Job) -> Found:
 def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     """Run the loop once, from a state; the records of its steps are appended to `history`."""
     model, target, config = job.model, job.target, job.config
-    learner = Learner(job.candidates, config, job.within, start)
+    learner = Learner(job.candidates, config, job.within, start, job.apart)
     gates, stopped_because = learner.gates, "max_steps"
     guessing = math.log(n_outputs(model)) * (target.most_places if isinstance(target, PlacedTarget) else 1)
     with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(start, config) as bar:
@@ -501,7 +537,12 @@ def _why_not_finite(model: Model) -> str:
 
 
 def run_settings(
-    model: Model, target: Any, corpus: Corpus, config: SparsifyConfig, within: Mask | None = None
+    model: Model,
+    target: Any,
+    corpus: Corpus,
+    config: SparsifyConfig,
+    within: Mask | None = None,
+    apart: Apart | None = None,
 ) -> RunSettings:
     """The settings that determine a run's result; a run folder belongs to one such set."""
     target = target_of(target, model)
@@ -516,6 +557,8 @@ def run_settings(
         target=TargetIdentity(target.kind, target.fingerprint),
         recipe=config,
         within=within.checksum if within else None,
+        apart_from=tuple(one.checksum for one in apart.masks) if apart else (),
+        overlap_weight=apart.overlap_weight if apart and math.isfinite(apart.overlap_weight) else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ from bigram_circuits.models.weights import WeightSite, weight_sites
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.replacement import Replacement
 from bigram_circuits.subnetwork import Subnetwork
+
+OVERLAP_WEIGHT = 30.0
+"""What it costs by default to keep what another mask keeps, nats."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The masks that another is learned apart from."""
+
+    masks: tuple[Mask, ...]
+    """The masks, at least one."""
+    overlap_weight: float
+    """Nats; infinite: nothing that one of them keeps may be kept."""
 
 
 class Candidates:
@@ -54,8 +68,23 @@ class Candidates:
         origin: dict[str, Any] = {"model_name": self._model.cfg.model_name, "weight_hash": weight_hash(self._model)}
         return Circuit(masks, **origin, lineage="full").with_replacement(self._replacement)
 
-    def gates(self, config: SparsifyConfig, seed: int, within: Mask | None) -> tuple[Gates, int | None]:
-        """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed)."""
+    @property
+    def droppable(self) -> Mask:
+        """All weights and nodes that have a gate."""
+        gated = {group.site.name for group in self.groups}
+        masks = {one.name: torch.full(one.shape, one.name in gated) for one in self._weights}
+        masks |= {site.name: torch.ones(_shape(site), dtype=torch.bool) for site in self.nodes}
+        origin: dict[str, Any] = {"model_name": self._model.cfg.model_name, "weight_hash": weight_hash(self._model)}
+        return (Circuit if self._is_circuit else Subnetwork)(masks, **origin, lineage="droppable")
+
+    def gates(
+        self, config: SparsifyConfig, seed: int, within: Mask | None, apart: Apart | None = None
+    ) -> tuple[Gates, int | None]:
+        """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed).
+
+        Raises:
+            ValueError: If the size is below that of what has no gate, or above what masks that it is apart from leave.
+        """
         wanted = None
         if config.target_fraction is not None:
             wanted = round(config.target_fraction * self.total) - (self.total - self.gated_size)
@@ -67,10 +96,17 @@ class Candidates:
         start: dict[str, Any] = {
             "first_score": float(config.first_score),
             "within": within and self._stored(within),
+            **(self._times_kept(apart) if apart else {}),
             "dtype": torch.bfloat16 if config.low_memory else torch.float32,
         }
         method = METHODS[config.method]
-        return method.from_config(self.groups, config, seed=seed, wanted=wanted, **start), wanted
+        gates = method.from_config(self.groups, config, seed=seed, wanted=wanted, **start)
+        if apart and gates.n_possible < max(1, wanted or 0):
+            raise ValueError(
+                f"cannot keep {wanted or 'anything'}: only {gates.n_possible} that may be kept are in none of the "
+                f"{len(apart.masks)} masks of apart_from"
+            )
+        return gates, wanted
 
     def applied(self, gates: Gates, *, on_any: bool = False) -> AbstractContextManager[Any]:
         """Within the `with` block, the model computes with these gates.
@@ -82,7 +118,7 @@ class Candidates:
             replacement = Replacement("resample")
         return gated(self._model, gates, replacement)
 
-    def mask(self, gates: Gates, wanted: int | None, within: Mask | None) -> Mask:
+    def mask(self, gates: Gates, wanted: int | None, within: Mask | None, apart: Apart | None = None) -> Mask:
         """What gates that are open keep, and everything without a gate."""
         opened = gates.masks(wanted)
         masks = {
@@ -92,30 +128,39 @@ class Candidates:
             for site in self._weights
         }
         masks |= {site.name: opened[site.name] for site in self.nodes}
+        bounds = "" if within is None else f" within ({within.lineage})"
+        bounds += f" apart from {len(apart.masks)} other{'s' * (len(apart.masks) > 1)}" if apart else ""
         origin: dict[str, Any] = {
             "model_name": self._model.cfg.model_name,
             "weight_hash": weight_hash(self._model),
-            "lineage": "found" if within is None else f"found within ({within.lineage})",
+            "lineage": f"found{bounds}",
         }
         if not self._is_circuit:
             return Subnetwork(masks, **origin)
         return Circuit(masks, **origin).with_replacement(self._replacement)
 
-    def check_within(self, within: Mask) -> None:
-        """Raise ValueError unless a search can be restricted to this mask."""
+    def check_covers(self, mask: Mask, what: str) -> None:
+        """Raise ValueError unless a mask, the argument `what`, is of what is found, and has a part for all of it."""
         kind = Circuit if self._is_circuit else Subnetwork
-        if not isinstance(within, kind):
-            raise ValueError(f"within should be a {kind.__name__}, as what is found, not a {type(within).__name__}")
-        within.check_fits(self._model)
+        if not isinstance(mask, kind):
+            raise ValueError(f"{what} should be a {kind.__name__}, as what is found, not a {type(mask).__name__}")
+        mask.check_fits(self._model)
         searched = [site.name for site in (*self._weights, *self.nodes)]
-        missing = [name for name in searched if name not in within]
+        missing = [name for name in searched if name not in mask]
         if missing:
-            raise ValueError(f"within has no mask of {missing[0]}, which is searched")
+            raise ValueError(f"{what} has no mask of {missing[0]}, which is searched")
 
-    def _stored(self, within: Mask) -> Mapping[str, Bool[Tensor, "..."]]:
-        """The masks of a search's bounds, in stored layout."""
-        stored = {site.name: site.to_stored(within[site.name]) for site in self._weights}
-        return stored | {site.name: within[site.name] for site in self.nodes}
+    def _times_kept(self, apart: Apart) -> dict[str, Any]:
+        """The arguments of gates that say how many masks keep each weight and node, and what that costs."""
+        times: dict[str, Tensor] = {}
+        for mask in apart.masks:
+            times = {name: one.float().add_(times.get(name, 0.0)) for name, one in self._stored(mask).items()}
+        return {"times_kept": times, "overlap_weight": float(apart.overlap_weight)}
+
+    def _stored(self, mask: Mask) -> Mapping[str, Bool[Tensor, "..."]]:
+        """A mask of what is searched, in stored layout."""
+        stored = {site.name: site.to_stored(mask[site.name]) for site in self._weights}
+        return stored | {site.name: mask[site.name] for site in self.nodes}
 
 
 def _nodes(model: Model, units: Sequence[str], layers: Sequence[int] | None) -> tuple[NodeSite, ...]:

@@ -210,12 +210,17 @@ class Gates(nn.Module, ABC):
         *,
         first_score: float = 0.0,
         within: Mapping[str, Bool[Tensor, "..."]] | None = None,
+        times_kept: Mapping[str, Shaped[Tensor, "..."]] | None = None,
+        overlap_weight: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Start every gate at `first_score`, except those that can never open.
 
         A weight that is exactly 0, or not in `within` (masks by name, in stored layout), is dropped from the start for
-        good; so is a shared gate if all its weights are. `dtype` is that of the scores and their gradient.
+        good; so is a shared gate if all its weights are. `times_kept` says how many other masks keep each weight, by
+        name and in stored layout: `penalise` then also charges `overlap_weight` (nats) for them, and if that is
+        infinite, every gate of a weight that another mask keeps is dropped from the start. `dtype` is that of the
+        scores and their gradient.
         """
         super().__init__()
         self.groups = tuple(groups)
@@ -227,6 +232,13 @@ class Gates(nn.Module, ABC):
             if within is not None:
                 usable &= within[group.site.name].to(usable.device)
             scores[group.place].masked_fill_(_governs_any(group, usable), first_score)
+        self._overlap_weight, self._times_kept = overlap_weight, None
+        if times_kept is not None:
+            of_gates = _mean_over_governed(self.groups, times_kept, scores)
+            if math.isinf(overlap_weight):
+                scores.masked_fill_(of_gates > 0, -torch.inf)
+            else:
+                self._times_kept = of_gates
         self.scores = nn.Parameter(scores)
         self.threshold = 0.0  # gates are open above it; changed by `set_threshold`
         self.adversary: Adversary | None = None
@@ -330,10 +342,12 @@ class Gates(nn.Module, ABC):
     def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
         """Set `scores.grad` to the gradient of the penalty; the backward pass then adds the gradient of the loss.
 
-        The penalty is `sparsity_weight` times the mean of `penalised` over all gated weights.
+        The penalty is `sparsity_weight` times the mean of `penalised` over all gated weights; and, apart from other
+        masks, the overlap weight times the mean over all gated weights of soft gate times the number of those masks
+        that keep what the gate governs (a mean, if it governs several weights).
 
         Returns:
-            That mean, the number of undecided gates, and the number of gates decided to stay open.
+            The first mean, the number of undecided gates, and the number of gates decided to stay open.
         """
         gradient = _gradient(self.scores)
         sums = []
@@ -343,6 +357,9 @@ class Gates(nn.Module, ABC):
             sums.append(torch.stack([total, *(_above(value, edge).sum() for edge in (UNDECIDED, DECIDED))]))
             torch.addcmul(value, value, value, value=-1, out=slope)
             slope *= self.steepness * sparsity_weight / self.n_weights
+            if self._times_kept is not None:
+                of_overlap = self.slope(place).mul_(self._times_kept[place])
+                slope.add_(of_overlap, alpha=self._overlap_weight / self.n_weights)
             if share is not None:
                 slope *= share
         total, beyond, above = torch.stack(sums).double().sum(0).tolist()
@@ -370,6 +387,11 @@ class Gates(nn.Module, ABC):
             self.threshold = (below + above) / 2
         else:  # every gate that can open is open, or none is
             self.threshold = above - 1.0 if math.isfinite(above) else below + 1.0
+
+    @property
+    def n_possible(self) -> int:
+        """Number of gated weights whose gate can open."""
+        return self._governed(self.scores.detach().isfinite())
 
     def n_kept(self) -> int:
         """Return the number of gated weights that are kept."""
@@ -487,6 +509,27 @@ def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, 
         gates = torch.zeros(group.count, dtype=torch.float32, device=usable.device, requires_grad=True)
         (gradient,) = torch.autograd.grad((group.spread(gates) * usable).sum(), gates)
     return gradient > 0
+
+
+def _mean_over_governed(
+    groups: Sequence[GateGroup], numbers: Mapping[str, Shaped[Tensor, "..."]], like: Float[Tensor, " gate"]
+) -> Float[Tensor, " gate"]:
+    """Return the mean of a number over the weights that each gate governs; heads share key-value heads equally.
+
+    Float32, on the device of `like`; the numbers are by name, in stored layout.
+    """
+    total, governed = torch.zeros_like(like, dtype=torch.float32), torch.zeros_like(like, dtype=torch.float32)
+    for group in groups:
+        number = numbers[group.site.name].to(total)
+        if group.unit == "weight":
+            total[group.place], governed[group.place] = number.flatten(), 1.0
+            continue
+        with torch.inference_mode(False), torch.enable_grad():
+            own = torch.zeros(group.count, dtype=torch.float32, device=like.device, requires_grad=True)
+            each = group.spread(own).expand(number.shape)
+            for sums, factor in ((total, number), (governed, torch.ones_like(number))):
+                sums[group.place] += torch.autograd.grad((each * factor).sum(), own, retain_graph=True)[0]
+    return total / governed
 
 
 # --- gated weights, and their gradient ---

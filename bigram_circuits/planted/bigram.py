@@ -17,6 +17,12 @@ keeps the other neurons at exactly 0. What the circuit alone computes is therefo
 
 For each i, the i-th successors of all tokens are a permutation of the vocabulary, so the stationary distribution is
 uniform. All other attention and MLP weights are distractors: Gaussian noise.
+
+With two layers and strong distractors there would be other paths from a token to its second neuron: past the first MLP,
+or through neurons that are not planted. Distractors on these paths are negative, so that the paths lead nowhere.
+
+A circuit need not be unique: with `unique=False` every planted neuron has a twin, which reads and writes the same. For
+each token and in each MLP that the circuit uses, one of the two must be kept, whichever it is.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bigram_circuits.models.identity import weight_hash
@@ -63,13 +69,28 @@ class Planted:
     model: Model
     """The hooked model, from `load_model`."""
     circuit: Subnetwork
-    """The planted weights."""
+    """The planted weights; of twins those of the first."""
     target: NGramTable
     """The bigram distribution that the circuit computes."""
     corpus: Corpus
     """Text sampled from that distribution."""
     probs: Float[Tensor, "d_vocab d_vocab"] = field(repr=False)
     """The same distribution, P(next | current), float64."""
+    solutions: tuple[Subnetwork, ...] = field(repr=False)
+    """The circuit and, if it is not unique, that of the twins, which shares no weight with it. Each computes the
+    distribution alone, and so do their mixtures (`is_solution`)."""
+
+    def is_solution(self, found: SubnetworkLike) -> bool:
+        """Whether a mask is the circuit, or a mixture that has one of each neuron and its twin, whole, and no more."""
+        found = as_subnetwork(found)
+        whole: dict[int, Tensor] = {}  # for every solution and token, whether its neuron is kept whole
+        for name in (name for name, mask in self.circuit.items() if mask.any()):
+            kept = _rows(name, found[name])
+            rows = [_rows(name, one[name]) for one in self.solutions]
+            here = torch.stack([(kept | ~row).all(1)[row.any(1)] for row in rows])
+            layer = WeightName.parse(name).layer
+            whole[layer] = whole.get(layer, torch.ones_like(here)) & here
+        return found.kept == self.circuit.kept and all(bool((one.sum(0) == 1).all()) for one in whole.values())
 
     def recovery(self, found: SubnetworkLike) -> tuple[float, float]:
         """Return (precision, recall): the share of `found` that is planted, and the share of planted weights found.
@@ -105,14 +126,13 @@ def plant_bigram(
         successors: Number of likely next tokens of each token, which is also the number of planted output weights of
             each neuron that writes logits.
         d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`; by default the least that fits.
-        d_mlp: Number of neurons in an MLP, at least `d_vocab`; by default twice that.
+        d_mlp: Number of neurons in an MLP, at least `d_vocab` (twice that if not `unique`); by default twice that (four
+            times if not `unique`).
         n_layers: Number of blocks.
         layers: Number of MLPs that the circuit uses: 1 (the first) or 2 (the first two).
         distractors: Standard deviation of the other weights, relative to the root mean square of the planted weights
             that read (for W_Q, W_K, W_V, W_in, W_gate) or write (for W_O, W_out). 0: none; 1: as strong.
-        unique: With two layers and strong distractors, there are other paths from a token to its second neuron: past
-            the first MLP, or through neurons that are not planted. If True, distractors on these paths are negative, so
-            that the paths lead nowhere. Has no effect with one layer.
+        unique: False plants every neuron twice, so that one of the two can be left out: `Planted.solutions`.
         seed: Seed of the bigram distribution, the distractors and the text.
         folder: Hugging Face folder to save the model in; a temporary one by default.
 
@@ -124,21 +144,20 @@ def plant_bigram(
         >>> found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, config)
         >>> precision, recall = planted.recovery(found)
     """
-    width, d_mlp = d_model or _least_width(d_vocab, layers), d_mlp or 2 * d_vocab
-    _check(architecture, d_vocab, successors, width, d_mlp, n_layers, layers, distractors)
+    copies = 1 if unique else 2
+    width, d_mlp = d_model or _least_width(d_vocab, layers), d_mlp or 2 * copies * d_vocab
+    _check(architecture, d_vocab, successors, width, d_mlp, n_layers, layers, distractors, copies)
     rng = np.random.default_rng(seed)
     logits = _successor_logits(rng, d_vocab, successors)
     probs = logits.softmax(-1)
     plain = plain_model(architecture, d_vocab, width, d_mlp, n_layers, 2 * _LENGTH)
-    planted = _planted_weights(plain, logits, width, d_mlp, layers)
-    _write_weights(plain, planted, logits, layers, float(distractors), unique, seed)
+    planted = _planted_weights(plain, logits, width, d_mlp, layers, copies)
+    _write_weights(plain, planted, logits, layers, float(distractors), copies, seed)
     model = hooked(plain, d_vocab, f"planted {architecture}", folder)
-    masks = {site.name: torch.zeros(site.shape, dtype=torch.bool) for site in weight_sites(model)}
-    masks |= {name: weight != 0 for name, weight in planted.items()}
-    circuit = Subnetwork(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage="planted")
+    solutions = tuple(_solution(model, planted, slice(copy * d_vocab, (copy + 1) * d_vocab)) for copy in range(copies))
     tokens = _sample(rng, probs.numpy(), _TRAIN + _HELD_OUT, _LENGTH)
     corpus = Corpus.from_tokens(tokens[:_TRAIN], tokens[_TRAIN:], source=f"a planted bigram, seed {seed}")
-    return Planted(model, circuit, NGramTable.from_probs(probs), corpus, probs)
+    return Planted(model, solutions[0], NGramTable.from_probs(probs), corpus, probs, solutions)
 
 
 def _least_width(d_vocab: int, layers: int) -> int:
@@ -148,7 +167,7 @@ def _least_width(d_vocab: int, layers: int) -> int:
 
 def _check(
     architecture: str, d_vocab: int, successors: int, d_model: int, d_mlp: int, n_layers: int, layers: int,
-    distractors: float | int,
+    distractors: float | int, copies: int,
 ) -> None:  # fmt: skip
     least = _least_width(d_vocab, layers)
     wanted: dict[str, tuple[Any, bool, str]] = {
@@ -162,7 +181,7 @@ def _check(
             d_model >= least and d_model % (2 * N_HEADS) == 0,
             f"a multiple of {2 * N_HEADS}, at least {least}",
         ),
-        "d_mlp": (d_mlp, d_mlp >= d_vocab, f"at least d_vocab, {d_vocab}"),
+        "d_mlp": (d_mlp, d_mlp >= copies * d_vocab, f"at least the number of planted neurons, {copies * d_vocab}"),
         "distractors": (distractors, 0 <= distractors < math.inf, "a number of at least 0"),
     }
     check(wanted)
@@ -178,6 +197,19 @@ def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Floa
 
 
 # --- the weights ---
+
+
+def _rows(name: str, mask: Bool[Tensor, "..."]) -> Bool[Tensor, "neuron other"]:
+    """Return the mask of an MLP's matrix with a row for every neuron."""
+    return mask if WeightName.parse(name).matrix == "W_out" else mask.T
+
+
+def _solution(model: Model, planted: Mapping[str, Tensor], neurons: slice) -> Subnetwork:
+    """Return the planted weights of some neurons."""
+    masks = {site.name: torch.zeros(site.shape, dtype=torch.bool) for site in weight_sites(model)}
+    for name, weight in planted.items():
+        _rows(name, masks[name])[neurons] = _rows(name, weight != 0)[neurons]
+    return Subnetwork(masks, model_name=model.cfg.model_name, weight_hash=weight_hash(model), lineage="planted")
 
 
 def _mlp_weights(plain: Any, layer: int) -> dict[str, Tensor]:
@@ -202,20 +234,20 @@ def _fires(plain: Any) -> float:
 
 
 def _planted_weights(
-    plain: Any, logits: Float[Tensor, "current next"], d_model: int, d_mlp: int, layers: int
+    plain: Any, logits: Float[Tensor, "current next"], d_model: int, d_mlp: int, layers: int, copies: int
 ) -> dict[str, Tensor]:
-    """Build the planted weights by canonical name: 0 where none is planted."""
+    """Build the planted weights by canonical name, those of all copies: 0 where none is planted."""
     n, fires = len(logits), _fires(plain)
-    neurons = torch.arange(n)
+    neurons, tokens = torch.arange(copies * n), torch.arange(n).repeat(copies)
     planted: dict[str, Tensor] = {}
     for layer in range(layers):
         reads = torch.zeros(d_model, d_mlp)
-        reads[layer * n + neurons, neurons] = 1.0
+        reads[layer * n + tokens, neurons] = 1.0
         writes = torch.zeros(d_mlp, d_model)
         if layer == layers - 1:
-            writes[:n, layers * n : (layers + 1) * n] = (logits / fires).float()
+            writes[: copies * n, layers * n : (layers + 1) * n] = (logits / fires).float().repeat(copies, 1)
         else:
-            writes[neurons, n + neurons] = _CODE / fires
+            writes[neurons, n + tokens] = _CODE / fires
         for name in _mlp_weights(plain, layer):
             planted[str(WeightName(layer, "mlp", name))] = writes if name == "W_out" else reads
     return planted
@@ -224,7 +256,7 @@ def _planted_weights(
 @torch.no_grad()
 def _write_weights(
     plain: Any, planted: Mapping[str, Tensor], logits: Float[Tensor, "current next"], layers: int,
-    distractors: float, unique: bool, seed: int,
+    distractors: float, copies: int, seed: int,
 ) -> None:  # fmt: skip
     """Set all parameters: distractors, the circuit, the embeddings, and norms whose weights undo their division."""
     n, d_model = len(logits), plain.config.hidden_size
@@ -240,15 +272,14 @@ def _write_weights(
             parameter.copy_(strength[name.endswith(WRITING)] * torch.randn(parameter.shape, generator=noise))
     for layer in range(layers):
         for name, weight in _mlp_weights(plain, layer).items():
-            if unique:
-                _close_detours(name, weight, layer, n, layers)
+            _close_detours(name, weight, layer, n, layers, copies)
             circuit = planted[str(WeightName(layer, "mlp", name))]
             weight.copy_(torch.where(circuit != 0, circuit, weight))
     _write_embeddings(plain, n, layers * n)
     _write_norms(plain, _streams(plain, logits, d_model, layers))
 
 
-def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int) -> None:
+def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int, copies: int) -> None:
     """With two layers, make the distractors negative that would lead from a token to its second neuron on another path.
 
     These are the second neurons' weights from the embedding, and other neurons' weights into the second row of slots.
@@ -256,10 +287,10 @@ def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int) -
     if layers == 1:
         return
     if layer == 0 and name == "W_out":
-        part = weight[n:, n : 2 * n]
+        part = weight[copies * n :, n : 2 * n]
         part.copy_(-part.abs())
     elif layer == 1 and name != "W_out":
-        part = weight[:n, :n]
+        part = weight[:n, : copies * n]
         part.copy_(-part.abs())
 
 

@@ -310,7 +310,8 @@ def again(run: Run, results: Results) -> Content:
 
 def command_line(run: Run) -> str | None:
     """The `bigram-circuits find` command that reproduces a run; None if no command can."""
-    if run.rebuild is None or is_in_memory(run.rebuild.model) or run.settings.within is not None:
+    settings = run.settings
+    if run.rebuild is None or is_in_memory(run.rebuild.model) or settings.within is not None or settings.apart_from:
         return None
     seeds = len(run.evaluation.random) if run.evaluation else 0
     options = StudyOptions(random_seeds=seeds) if seeds else StudyOptions()
@@ -322,4 +323,6 @@ def _why_no_command(run: Run) -> str:
         return "This run was made in Python from objects, so no command reproduces it; its settings are below."
     if is_in_memory(run.rebuild.model):
         return "This run was made in Python with a model in memory, so no command reproduces it; settings are below."
+    if run.settings.apart_from:
+        return f"This {run.mask.noun} was learned apart from others, so no single command reproduces it."
     return f"This run looked only inside another {run.mask.noun}, so no single command reproduces it."

@@ -79,6 +79,9 @@ class TargetIdentity(Record):
     """The target's own fingerprint, if it has one."""
 
 
+_OF_OTHERS = ("apart_from", "overlap_weight")
+
+
 @dataclass(frozen=True)
 class RunSettings(Record):
     """The settings that determine a run's result; a run folder belongs to one such set."""
@@ -93,6 +96,14 @@ class RunSettings(Record):
     """How masks are learned."""
     within: str | None = None
     """Checksum of the subnetwork that the search was restricted to, if any."""
+    apart_from: tuple[str, ...] = ()
+    """Checksums of the masks that it was learned apart from."""
+    overlap_weight: float | int | None = None
+    """What it cost to keep what these keep, in nats; None: that was excluded, or there are none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values; without those of other masks if there are none, as in earlier versions."""
+        return {name: one for name, one in super().to_json().items() if self.apart_from or name not in _OF_OTHERS}
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def test_every_public_function_of_a_model_is_here():
         "import_eap", "export_eap",
         "with_random_blocks",
         "with_shuffled_blocks",
-        "analyze", "falsify", "sparsity_path", "find_path", "find_ladder",
+        "analyze", "falsify", "rivals", "sparsity_path", "find_path", "find_ladder",
         "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
@@ -292,6 +292,7 @@ def test_processed_weights_are_refused_everywhere(folder, target, corpus):
         "import": lambda m, t, c: bc.Subnetwork.from_huggingface({}, m),
         "analyze": lambda m, t, c: bc.analyze(m, kept, t, c),
         "falsify": lambda m, t, c: bc.falsify(m, t, c, found=kept),
+        "rivals": lambda m, t, c: bc.rivals(m, t, c, first=kept),
     }
     for name, use in uses.items():
         if name == "ngrams":
