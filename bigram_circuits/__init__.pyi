@@ -47,6 +47,7 @@ from .experiments.falsification import (
 )
 from .experiments.ladder import Ladder as Ladder, find_ladder as find_ladder, load_ladder as load_ladder
 from .experiments.reproduced import Reproduction as Reproduction, load_reproduction as load_reproduction
+from .experiments.seeds import Seeds as Seeds, load_seeds as load_seeds, over_seeds as over_seeds
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
     find_path as find_path,

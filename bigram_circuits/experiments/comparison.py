@@ -20,6 +20,7 @@ from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.capacity import MaskCapacity
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.experiments.seeds import Spread
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
@@ -136,26 +137,6 @@ class Pair:
     def p(self, stratum: str = "all") -> float:
         """P-value after Holm's correction; `SMALLEST` where it is too small for a float."""
         return max(SMALLEST, 10 ** self.log10_p[stratum])
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A quantity over runs that differ only in the seed."""
-
-    mean: float
-    """Mean over seeds."""
-    deviation: float
-    """Sample standard deviation; nan for fewer than two."""
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
-
-    @classmethod
-    def of(cls, values: Sequence[float | int]) -> Spread:
-        """The spread of at least one value."""
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        return cls(float(np.mean(values)), deviation, float(min(values)), float(max(values)))
 
 
 @dataclass(frozen=True)
