@@ -12,6 +12,11 @@ import torch
 import bigram_circuits as bc
 from bigram_circuits.experiments import seeds as module
 from bigram_circuits.experiments.seeds import kept_by
+from bigram_circuits.learning.training import identity_of
+from bigram_circuits.recipe import Inputs
+from bigram_circuits.report import comparison as comparison_page
+from bigram_circuits.report.outcome import command_line
+from bigram_circuits.report.page import opening, page
 from bigram_circuits.runs import RunFolder
 from tests.conftest import D_VOCAB
 
@@ -260,6 +265,62 @@ def test_what_does_not_belong_is_refused(folder, tmp_path, tiny_model):
     other.symlink_to(moved / "elsewhere")
     with pytest.raises(ValueError, match="is a symbolic link"):
         bc.load_seeds(moved)
+
+
+# --- pages ---
+
+
+def test_the_page_says_the_spread_of_every_headline_number(found, folder):
+    run = bc.load_run(folder)
+    marks = {mark.what: mark.spread for mark in opening(run).marks}
+    low, high = found.range("surprisal_correlation")
+    ends = run.evaluation.interval("subnetwork")
+    agreement = f"over 3 seeds {low:.3f} to {high:.3f}; over text {ends[0]:.3f} to {ends[1]:.3f}"
+    assert marks["agreement (1 is perfect)"] == agreement
+    low, high = found.range("rise_without")
+    assert marks["rise in loss without them"].startswith(f"over 3 seeds {low:+.3f} to {high:+.3f}; over text ")
+    low, high = found.range("r_of_random")
+    assert marks["agreement of random weights"].startswith(f"over 3 seeds {low:.3f} to {high:.3f}; over text ")
+    low, high = found.range("fraction")
+    assert marks[f"of the weights kept ({run.mask.kept})"] == f"over 3 seeds {100 * low:.2f}% to {100 * high:.2f}%"
+    told = page(run)
+    for number in (found.core.kept, found.kept_by.get("expected")["2"], found.alone.get("kl")["core"]):
+        assert f"{number:,}" in told or f"{number:,.1f}" in told or f"{number:.3f}" in told
+    check = next(one for one in opening(run).checks if one.asked == "Do other seeds find the same weights?")
+    shares = [found.overlaps.get("jaccard")[f"{pair}: all"] for pair in found.overlaps.notes["pairs"]]
+    assert check.key == "seeds"
+    assert f"{100 * min(shares):.0f}% to {100 * max(shares):.0f}%" in check.says
+    named = replace(run, rebuild=Inputs())
+    assert "--seed 3 --seeds 3" in command_line(named, found)
+    moved = replace(run, evaluated_on=replace(run.settings.corpus, fingerprint="another"))
+    assert "seeds" not in opening(moved).marks[1].spread  # they were measured on another text
+
+
+def test_a_comparison_uses_the_seeds_that_are_there(found, folder, runs, tiny_model, tmp_path):
+    recipe = replace(RECIPE, sparsity_weight=0.0)
+    for seed in (3, 4):
+        place = tmp_path / f"free-{seed}"
+        bc.find_subnetwork(tiny_model, TARGET, CORPUS, replace(recipe, seed=seed), run_dir=place)
+        run = RunFolder(place)
+        text = bc.evaluate(tiny_model, bc.load_run(place), TARGET, CORPUS.held_out, seeds=1)
+        run.write_evaluation(text, identity_of(CORPUS))
+    compared = bc.compare([folder, tmp_path / "free-3", tmp_path / "free-4"])
+    own, free = compared.repetitions
+    assert (own.members, own.seeds) == (("run",), 3)
+    assert (free.members, free.seeds) == (("free-3", "free-4"), 2)
+    assert own.spreads["kl"].deviation == np.std([run.evaluation.subnetwork.kl for run in runs], ddof=1)
+    both = [bc.load_run(tmp_path / f"free-{seed}") for seed in (3, 4)]
+    assert free.spreads["rise_without"].mean == pytest.approx(np.mean([one.evaluation.necessity[0] for one in both]))
+    shared = (masks_of(both[0]) & masks_of(both[1])).sum() / (masks_of(both[0]) | masks_of(both[1])).sum()
+    assert free.pairs("jaccard") == pytest.approx([shared])
+    told = comparison_page.page(compared)
+    assert f"{own.spreads['kl'].low:.3f} to {own.spreads['kl'].high:.3f}" in told
+    check = next(one for one in comparison_page.opening(compared).checks if "other seeds" in one.asked)
+    lowest, highest = own.spreads["surprisal_correlation"].low, own.spreads["surprisal_correlation"].high
+    assert f"run {lowest:.3f} to {highest:.3f} and free-3 and 1 of other seeds" in check.says
+    again = bc.compare({f"seed {place}": run for place, run in enumerate(runs)})
+    assert [one.seeds for one in again.repetitions] == [3]
+    assert again.repetitions[0].spreads == own.spreads
 
 
 # --- odd ones ---
