@@ -53,6 +53,7 @@ from .experiments.same_function import (
     same_function as same_function,
 )
 from .experiments.rivals import Rivals as Rivals, load_rivals as load_rivals, rivals as rivals
+from .experiments.seeds import Seeds as Seeds, load_seeds as load_seeds, over_seeds as over_seeds
 from .experiments.sparsity_path import (
     SubnetworkPath as SubnetworkPath,
     find_path as find_path,

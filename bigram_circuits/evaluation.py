@@ -369,39 +369,7 @@ def evaluate(
         >>> evaluation = bc.evaluate(model, found, target, text, seeds=1)
         >>> print(evaluation)  # a table with the controls, and the verdict in words
     """
-    array = token_array(tokens)
-    check_tokens(model, array)
-    if controls and seeds < 1:
-        raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
-    target = target_of(target, model)
-    kept = as_mask(subnetwork)
-    kept.check_fits(model)
-    conditions = dict(_conditions(model, kept, target, array, seeds) if controls else [("subnetwork", kept)])
-    sums: dict[str, Float[np.ndarray, "sequence column"]] = {}
-    with progress(total=len(conditions) * len(array), desc="evaluating", unit="sequence") as bar:
-        for name, condition in conditions.items():
-            bar.set_postfix_str(name, refresh=False)
-            sums[name] = _sums(model, condition, target, array, bar)
-    measured = {name: statistics.faithfulness(rows, conditions[name].kept, kept.total) for name, rows in sums.items()}
-    draws = {name: statistics.bootstrap(rows) for name, rows in sums.items()}
-    random = tuple(value for name, value in measured.items() if name.startswith("random "))
-    without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
-    found = Evaluation(
-        subnetwork=measured["subnetwork"],
-        full=measured.get("full"),
-        empty=measured.get("empty"),
-        complement=measured.get("complement"),
-        random=random,
-        full_minus_random=without,
-        magnitude=measured.get("magnitude"),
-        intervals={name: _intervals(rows) for name, rows in draws.items()},
-        positions=int(sums["subnetwork"][:, statistics.COLUMNS.index("positions")].sum()),
-        used=int(sums["subnetwork"][:, statistics.COLUMNS.index("used")].sum()),
-        # rounding can make a KL of 0 negative
-        mask_capacity=capacity(kept, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
-        units=kept.units_here,
-    )
-    return replace(found, advantage=_advantage(draws, by_loss=found.by_loss))
+    return evaluated(model, subnetwork, target, tokens, controls=controls, seeds=seeds)[0]
 
 
 @dataclass(frozen=True)
@@ -433,6 +401,59 @@ class Measured:
         of_other = of_other or statistic
         difference = float(statistic(self.sums.sum(0)) - of_other(other.sums.sum(0)))
         return (difference, *statistics.interval(statistic(self.draws) - of_other(other.draws)))
+
+
+def evaluated(
+    model: Model,
+    subnetwork: MaskLike,
+    target: Any,
+    tokens: Integer[np.ndarray, "sequence position"] | Integer[Tensor, "sequence position"],
+    *,
+    controls: bool = True,
+    seeds: int = 3,
+) -> tuple[Evaluation, dict[str, Measured]]:
+    """`evaluate`, with what it comes from: each condition by name, so that more can be computed of the same passes.
+
+    The conditions are `subnetwork`, `full`, `empty`, `complement`, `magnitude`, and for every seed `random 0` and
+    `full - random 0`.
+
+    Raises:
+        ValueError: As `evaluate`.
+    """
+    array = token_array(tokens)
+    check_tokens(model, array)
+    if controls and seeds < 1:
+        raise ValueError(f"the random control needs at least 1 seed, not {seeds}")
+    target = target_of(target, model)
+    kept = as_mask(subnetwork)
+    kept.check_fits(model)
+    conditions = dict(_conditions(model, kept, target, array, seeds) if controls else [("subnetwork", kept)])
+    found: dict[str, Measured] = {}
+    with progress(total=len(conditions) * len(array), desc="evaluating", unit="sequence") as bar:
+        for name, condition in conditions.items():
+            bar.set_postfix_str(name, refresh=False)
+            sums = _sums(model, condition, target, array, bar)
+            found[name] = Measured(statistics.faithfulness(sums, condition.kept, kept.total), sums)
+    measured, own = {name: one.faithfulness for name, one in found.items()}, found["subnetwork"].sums
+    draws = {name: one.draws for name, one in found.items()}
+    random = tuple(value for name, value in measured.items() if name.startswith("random "))
+    without = tuple(value for name, value in measured.items() if name.startswith("full - random "))
+    evaluation = Evaluation(
+        subnetwork=measured["subnetwork"],
+        full=measured.get("full"),
+        empty=measured.get("empty"),
+        complement=measured.get("complement"),
+        random=random,
+        full_minus_random=without,
+        magnitude=measured.get("magnitude"),
+        intervals={name: _intervals(rows) for name, rows in draws.items()},
+        positions=int(own[:, statistics.COLUMNS.index("positions")].sum()),
+        used=int(own[:, statistics.COLUMNS.index("used")].sum()),
+        # rounding can make a KL of 0 negative
+        mask_capacity=capacity(kept, target, max(measured["subnetwork"].kl, 0.0)) if controls else None,
+        units=kept.units_here,
+    )
+    return replace(evaluation, advantage=_advantage(draws, by_loss=evaluation.by_loss)), found
 
 
 @uses_model

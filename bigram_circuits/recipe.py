@@ -570,6 +570,11 @@ class StudyOptions(Record):
         None, "--sparsity-weights", NUMBERS, "find nested subnetworks along these weights", says="one subnetwork"
     )
     """Find nested subnetworks along these weights of the penalty instead of a single one."""
+    seeds: int = option(
+        1, "--seeds", whole(1), "learn with so many seeds, and say how much they differ; one is then analysed"
+    )
+    """With how many seeds masks are learned, from the recipe's on. Of several, the one whose cross-entropy is the
+    median is analysed, and everything is stated with its spread over them."""
     random_seeds: int = option(3, "--random-seeds", whole(1), "number of matched random controls")
     """Number of matched random controls."""
     analysis: bool = option(True, "--no-analysis", None, "stop after the evaluation")
@@ -596,6 +601,7 @@ class StudyOptions(Record):
             raise ValueError(f"effort is an option of our own recipe, not of {self.recipe!r}: leave one of the two out")
         _check_choice("check_memory", self.check_memory, CHECKS_OF_MEMORY)
         limits: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "random_seeds": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "analysis": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "falsify": (lambda v: isinstance(v, bool), _YES_OR_NO),
@@ -610,6 +616,8 @@ class StudyOptions(Record):
             raise ValueError(
                 f"sparsity_weights must be at least two different numbers, not {list(self.sparsity_weights)}"
             )
+        if self.sparsity_weights is not None and self.seeds > 1:
+            raise ValueError(f"sparsity_weights find one path, of one seed: leave out seeds ({self.seeds})")
 
 
 # --- all of it, and the command that asks for it ---
@@ -676,18 +684,18 @@ PARTS = (Inputs, SparsifyConfig, StudyOptions)
 NOT_FOR_REPRODUCE = frozenset(
     {"model", "revision", "target", "order", "sparsity_weight", "target_fraction", "recipe", "sparsity_weights"}
     | {"task", "measure", "force"}
-    | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
+    | {"seeds", "random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""
 
 NOT_FOR_LADDER = frozenset(
     {"target", "order", "task", "measure", "force", "target_fraction", "sparsity_weights"}
-    | {"random_seeds", "analysis", "falsify", "falsify_seeds"}
+    | {"seeds", "random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `ladder` does not take: it has targets of its own, and sizes that are not fixed."""
 
 NOT_FOR_CURVES = frozenset(
-    {"target_fraction", "sparsity_weights", "polish", "random_seeds", "analysis", "falsify", "falsify_seeds"}
+    {"target_fraction", "sparsity_weights", "polish", "seeds", "random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `curves` does not take: it has sizes, controls and measures of its own."""
 

@@ -32,6 +32,7 @@ from bigram_circuits.experiments.falsification import falsify
 from bigram_circuits.experiments.ladder import Ladder, find_ladder
 from bigram_circuits.experiments.reproduced import Reproduction, load_reproduction, start_reproduction
 from bigram_circuits.experiments.reproduction import reproduce_model
+from bigram_circuits.experiments.seeds import over_seeds
 from bigram_circuits.experiments.sparsity_path import SubnetworkPath, sparsity_path
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import Found
@@ -131,10 +132,11 @@ def study(
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `task`, `measure`, `force`,
             `revision`, `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`,
-            `random_seeds`, `analysis`, `falsify`, `falsify_seeds`, `check_memory`.
+            `seeds`, `random_seeds`, `analysis`, `falsify`, `falsify_seeds`, `check_memory`.
 
     Returns:
-        The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`.
+        The `Run`, read from its folder; with `sparsity_weights`, the `SubnetworkPath`. With several `seeds`, it is the
+        run that represents them (`over_seeds`), and `load_seeds(run.path)` says how much they differ.
 
     Raises:
         ValueError: If an option does not exist or has a value that is not allowed, model, text and target do not
@@ -190,13 +192,19 @@ def _study(
     say: Callable[[str], None],
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
-    settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
-    path = Path(out or default_folder(subjects.model, settings))
+    settings, several = run_settings(subjects.model, subjects.target, subjects.corpus, request.config), ()
+    if request.options.seeds > 1:
+        several = ("seeds", request.options.seeds)
+    path = Path(out or default_folder(subjects.model, settings, *several))
     checked = None if RunFolder(path).is_finished and not fresh else _checked(request, subjects)
+    if several:
+        request = _over_seeds(request, subjects, path, fresh, checked, callbacks, say)
+        settings, fresh = replace(settings, recipe=request.config), False
     folder = RunFolder.open(path, settings, resume=not fresh, rebuild=subjects.inputs, checked=checked)
-    _introduce(request, subjects, folder, say)
-    if checked:
-        warn_of(checked)
+    if not several:
+        _introduce(request, subjects, folder, say)
+        if checked:
+            warn_of(checked)
     with folder.lock():
         found = find_mask(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
@@ -210,6 +218,28 @@ def _study(
     for line in _in_the_end(found):
         say(line)
     return folder
+
+
+def _over_seeds(
+    request: Request,
+    subjects: Subjects,
+    path: Path,
+    fresh: bool,
+    checked: InputCheck | None,
+    callbacks: Sequence[Callback],
+    say: Callable[[str], None],
+) -> Request:
+    """Learn with several seeds; returns the request for the run that represents them, which is then in the folder."""
+    _introduce(request, subjects, RunFolder(path), say)
+    if checked:
+        warn_of(checked)
+    found = over_seeds(
+        subjects.model, subjects.target, subjects.corpus, request.config, seeds=request.options.seeds, run_dir=path,
+        resume=not fresh, random_seeds=request.options.random_seeds, rebuild=subjects.inputs, callbacks=callbacks,
+        check_memory=request.options.check_memory, checked=checked, tell=say,
+    )  # fmt: skip
+    say(f"\n{found}\n\nwhat follows is of seed {found.representative}")
+    return replace(request, config=replace(request.config, seed=found.representative))
 
 
 def _checked(request: Request, subjects: Subjects) -> InputCheck:
@@ -311,8 +341,10 @@ def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Cal
 def _examine(request: Request, subjects: Subjects, folder: RunFolder, found: Found, say: Callable[[str], None]) -> None:
     """Evaluate, analyse and try to refute, as requested, and write the page."""
     model, target, corpus, options = subjects.model, subjects.target, subjects.corpus, request.options
-    evaluation = evaluate(model, found.mask, target, corpus.held_out, seeds=options.random_seeds)
-    folder.write_evaluation(evaluation, identity_of(corpus))
+    evaluation = folder.evaluation() if options.seeds > 1 else None  # measured with those of the other seeds
+    if evaluation is None:
+        evaluation = evaluate(model, found.mask, target, corpus.held_out, seeds=options.random_seeds)
+        folder.write_evaluation(evaluation, identity_of(corpus))
     say(f"\n{evaluation}\n\n{found.mask.table()}\n")
     if options.analysis:
         analyses = analyze(model, found.mask, target, corpus)

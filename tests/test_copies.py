@@ -55,6 +55,7 @@ def values(tiny_model, tmp_path_factory):
         kept.by_weight()["blocks.0.attn.W_Q"], bc.activation_points(tiny_model)[0], bc.huggingface_layout(tiny_model),
         compare({"one": kept, "other": ~kept}),
         bc.Falsification(neurons, neurons, neurons), bc.SameFunction(neurons, neurons, neurons, lens),
+        bc.Seeds(neurons, neurons, neurons, neurons, kept, neurons, 0, {"seed 0": kept}),
         bc.Reproduction("chang-bergen-2025", CONFIG, (0, 1.0)),
         bc.Circuit.full(tiny_model), bc.Replacement("resample"), circuit, curves,
         bc.Circuit.full(tiny_model, "edge").edge_sites[0],

@@ -153,13 +153,13 @@ def test_metrics_of_another_number_of_weights_are_refused_even_without_a_name_of
     [
         "config.json", "training.json", "metrics.json", "progress.jsonl", "subnetwork.safetensors", "report.html",
         "lock.json", ".lock", ".lock.soft", "analysis", "analysis/logit_lens.json", "analysis/atlas.json",
-        ".analysis.new", ".analysis.old", "falsify", "checkpoint",
+        ".analysis.new", ".analysis.old", "falsify", "seeds", "checkpoint",
     ],
 )  # fmt: skip
 def test_a_link_in_a_run_s_folder_is_refused_and_what_it_leads_to_is_left_alone(tmp_path, name, capfd):
     run = fresh(tmp_path / "run")
     path, elsewhere = run.path / name, tmp_path / "elsewhere"
-    if path.is_dir() or name in ("falsify", "checkpoint", ".analysis.new", ".analysis.old"):
+    if path.is_dir() or name in ("falsify", "seeds", "checkpoint", ".analysis.new", ".analysis.old"):
         elsewhere.mkdir()
         (elsewhere / ".state.safetensors.abcd1234").write_text("mine")
         shutil.rmtree(path, ignore_errors=True)

@@ -70,6 +70,7 @@ OTHER = {  # for every option a value that is not its default
     "recipe": "paper",
     "effort": "thorough",
     "sparsity_weights": (1.0, 2.5),
+    "seeds": 4,
     "random_seeds": 5,
     "analysis": False,
     "falsify": True,

@@ -98,6 +98,30 @@ def test_a_study_of_several_weights_is_a_path(tiny_model, tmp_path):
     assert len(path.found) == 2
 
 
+def test_a_study_of_several_seeds_is_the_run_that_represents_them(tiny_folders, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines, quick = [], QUICK | {"max_steps": 3}
+    how = {"context_length": 32, "max_tokens": 9_000}
+    run = bc.study(tiny_folders["gpt_neox"], text, seeds=2, tell=lines.append, **how, **quick)
+    several = bc.load_seeds(run.path, run)
+    assert run.settings.recipe.seed == several.representative
+    assert str(several) in "\n".join(lines)
+    page = (run.path / "report.html").read_text()
+    assert "over 2 seeds" in page
+    assert "--seeds 2 --random-seeds 1" in page
+    command = ["find", str(tiny_folders["gpt_neox"]), "--corpus", str(text), "--context-length", "32", "--max-tokens"]
+    command += ["9000", "--max-steps", "3", "--batch-size", "4", "--random-seeds", "1", "--no-analysis"]
+    before = (run.path / "seeds" / "runs.json").stat().st_mtime_ns
+    assert cli.main([*command, "--seeds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert str(run.path) in said  # the same folder, found before
+    assert "Seed" in said
+    assert (run.path / "seeds" / "runs.json").stat().st_mtime_ns == before
+    assert cli.main(["evaluate", str(run.path), "--random-seeds", "1"]) == 0
+    with pytest.raises(ValueError, match="sparsity_weights find one path, of one seed: leave out seeds"):
+        bc.study(seeds=2, sparsity_weights=(1.0, 2.0))
+
+
 def test_mistakes_are_said_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("bigram_circuits.workflow.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="there is no option 'stpes'"):

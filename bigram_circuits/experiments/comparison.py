@@ -7,9 +7,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.capacity import MaskCapacity
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.experiments.seeds import Seeds, Spread, load_seeds, overlaps_of
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
@@ -64,6 +65,11 @@ class Compared:
         """The results of `analyze`; empty if it was not analysed."""
         return self.run.analyses if self.run else {}
 
+    @cached_property
+    def seeds(self) -> Seeds | None:
+        """What other seeds found, if its run is of several; None if it is of one."""
+        return load_seeds(self.run.path, self.run) if self.run else None
+
     @property
     def task(self) -> str:
         """Target and text it was measured on: numbers are comparable only within one task."""
@@ -98,6 +104,12 @@ class Compared:
         row = dict(self.evaluation.rows()).get(condition) if self.evaluation else None
         value = math.nan if row is None else row[quantity]
         return None if math.isnan(value) else value
+
+    @property
+    def rise_without(self) -> float | None:
+        """Rise of the full model's loss without it, in nats; None if it was not measured."""
+        without, full = (self.measured("mean_surprisal", one) for one in ("complement", "full"))
+        return None if without is None or full is None else without - full
 
     def interval(self, quantity: str) -> tuple[float | None, float | None]:
         """Ends of the subnetwork's 95% interval of a quantity; (None, None) where it is undefined."""
@@ -139,23 +151,33 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A quantity over runs that differ only in the seed."""
+class Repetition:
+    """One recipe that was run with several seeds."""
 
-    mean: float
-    """Mean over seeds."""
-    deviation: float
-    """Sample standard deviation; nan for fewer than two."""
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
+    members: tuple[str, ...]
+    """Names of those compared that it found: several, or one whose run is itself of several seeds."""
+    seeds: int
+    """Number of seeds."""
+    spreads: Mapping[str, Spread]
+    """The headline numbers over seeds, by name; those that were not measured of all are left out."""
+    overlaps: Effects
+    """Overlap of each pair of seeds, overall and by component, with the exact null."""
 
-    @classmethod
-    def of(cls, values: Sequence[float | int]) -> Spread:
-        """The spread of at least one value."""
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-        return cls(float(np.mean(values)), deviation, float(min(values)), float(max(values)))
+    @property
+    def name(self) -> str:
+        """What it is called: its only member, or the first and how many others there are."""
+        first, *others = self.members
+        return f"{first} and {len(others)} of other seeds" if others else first
+
+    def pairs(self, quantity: str) -> list[float]:
+        """A quantity of the overlap of every pair of seeds, over all weights."""
+        return [self.overlaps.get(quantity)[f"{pair}: all"] for pair in self.overlaps.notes["pairs"]]
+
+    @property
+    def times(self) -> list[float]:
+        """What every pair of seeds shares, in times chance."""
+        both = zip(self.pairs("intersection"), self.pairs("expected"), strict=True)
+        return [shared / expected if expected else math.nan for shared, expected in both]
 
 
 @dataclass(frozen=True)
@@ -188,6 +210,17 @@ class Comparison:
     def is_repetition(self) -> bool:
         """Whether all are runs that differ in the seed and nothing else: their differences are scatter."""
         return all(one.run for one in self.items) and set(self.differing) == {SEED}
+
+    @cached_property
+    def repetitions(self) -> tuple[Repetition, ...]:
+        """The recipes of which several seeds are there: as runs that differ only in it, or within one run's folder."""
+        groups: dict[str, list[Compared]] = {}
+        for one in self.items:
+            settings = _settings(one, {})
+            if settings is not None:
+                rest = sorted((name, value) for name, value in settings.items() if name != SEED)
+                groups.setdefault(repr((rest, one.task)), []).append(one)
+        return tuple(found for group in groups.values() if (found := _repetition(group)) is not None)
 
     def spread(self, quantity: str) -> Spread | None:
         """A quantity over all that were measured; None if none was."""
@@ -521,6 +554,36 @@ def _ordered(ends: tuple[float | None, float | None], sign: int) -> tuple[float,
     if low is None or high is None:
         return None
     return (low, high) if sign > 0 else (-high, -low)
+
+
+# --- seeds ---
+
+
+def _repetition(group: Sequence[Compared]) -> Repetition | None:
+    """What the seeds of one recipe show; None if there is one seed."""
+    by_seed = {one.run.settings.recipe.seed: one for one in group if one.run}
+    names = tuple(one.name for one in group)
+    if len(by_seed) > 1:
+        members = list(by_seed.values())
+        numbers = {key: [read(one) for one in members] for key, read in HEADLINES.items()}
+        known = {key: [v for v in values if v is not None] for key, values in numbers.items()}
+        spreads = {key: Spread.of(values) for key, values in known.items() if len(values) == len(members)}
+        return Repetition(names, len(members), spreads, overlaps_of({one.name: one.subnetwork for one in members}))
+    several = next((one.seeds for one in group if one.seeds is not None), None)
+    if several is None:
+        return None
+    table = zip(several.spread.names, several.spread.values.T.tolist(), strict=True)
+    spreads = {key: Spread(*row) for key, row in table if key in HEADLINES and not math.isnan(row[0])}
+    return Repetition(names, len(several.seeds), spreads, several.overlaps)
+
+
+HEADLINES: Mapping[str, Callable[[Compared], float | int | None]] = {
+    "fraction": lambda one: one.subnetwork.fraction,
+    **{key: partial(Compared.measured, quantity=key) for key in (R, KL, CROSS_ENTROPY, "mean_surprisal")},
+    "r_of_random": lambda one: one.measured(R, "random"),
+    "rise_without": lambda one: one.rise_without,
+}
+"""The numbers whose spread over seeds is told, as `Seeds.spread` names them, and how each is read from a run."""
 
 
 # --- settings ---

@@ -29,13 +29,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.circuit import WEIGHT, Circuit
 from bigram_circuits.evaluation import Measured, measure
 from bigram_circuits.experiments.controls import (
@@ -46,6 +44,7 @@ from bigram_circuits.experiments.controls import (
     with_random_blocks,
     with_shuffled_blocks,
 )
+from bigram_circuits.experiments.seeds import Ends, effects_of, overlaps_of, spread_of
 from bigram_circuits.experiments.verdicts import (
     FOUND,
     NONSENSE,
@@ -314,7 +313,7 @@ def falsify(
         gaps[name] = _gap(reseeded[seed_name(seed)], reseeded[name], told)
     result = Falsification(
         _controls(measured, {name: told_nonsense if name == NONSENSE else told for name in measured}, found),
-        _overlaps(again),
+        overlaps_of(again),
         _spread(measured),
         _curves(lines, kept, found.total, told),
         _gaps(gaps),
@@ -418,10 +417,6 @@ class _Attempts:
 # --- what was measured, as results -----------------------------------------------------------------------------------
 
 
-Ends = tuple[float, float, float]
-"""A number and its 95% interval."""
-
-
 def _numbers(one: Measured, told: ContextTold) -> list[Ends]:
     """Each of `_QUANTITIES`."""
     row: list[Ends] = []
@@ -448,20 +443,15 @@ def _gap(
     ]
 
 
-def _effects(title: str, quantities: tuple[Quantity, ...], subject: str, rows: Mapping[str, list[Ends]]) -> Effects:
-    values, low, high = np.array(list(rows.values()), dtype=float).transpose(2, 1, 0)
-    return Effects(title, quantities, subject, tuple(rows), values, low, high)
-
-
 def _controls(measured: Mapping[str, Measured], told: Mapping[str, ContextTold], found: Mask) -> Effects:
     """A row for each attempt."""
     rows = {name: _numbers(one, told[name]) for name, one in measured.items()}
-    controls = _effects("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
+    controls = effects_of("Attempts to refute the finding", _QUANTITIES, "attempt", rows)
     return replace(controls, notes={"noun": found.noun, "units": found.units})
 
 
 def _gaps(rows: Mapping[str, list[Ends]]) -> Effects:
-    return _effects("What the trained model adds at equal size", _GAPS, "control", rows)
+    return effects_of("What the trained model adds at equal size", _GAPS, "control", rows)
 
 
 def _curves(lines: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int], total: int, told: ContextTold) -> Curves:
@@ -477,33 +467,4 @@ def _curves(lines: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int], t
 
 def _spread(measured: Mapping[str, Measured]) -> Effects:
     of_seeds = [measured[name].faithfulness for name in seeds_of(measured)]
-    numbers = [quantity.name for quantity in _QUANTITIES[:-1]]
-    rows = np.array([[getattr(one, name) for one in of_seeds] for name in numbers], dtype=float)
-    values = np.stack([rows.mean(1), rows.std(1, ddof=1), rows.min(1), rows.max(1)])
-    none = np.full_like(values, np.nan)
-    quantities = tuple(
-        Quantity(name, "", meaning)
-        for name, meaning in (
-            ("mean", "Mean over seeds."),
-            ("sd", "Standard deviation over seeds."),
-            ("lowest", "Minimum over seeds."),
-            ("highest", "Maximum over seeds."),
-        )
-    )
-    notes = {"seeds": len(of_seeds)}
-    return Effects("Spread over seeds", quantities, "number", tuple(numbers), values, none, none, notes=notes)
-
-
-def _overlaps(subnetworks: Mapping[str, Mask]) -> Effects:
-    """Overlap of each pair, overall and by component; empty subnetworks are left out and noted."""
-    some = {name: one for name, one in subnetworks.items() if one.kept}
-    pairs = {f"{a}, {b}": overlap(some[a], some[b], by="component") for a, b in combinations(some, 2)}
-    names = tuple(f"{pair}: {name}" for pair, one in pairs.items() for name in one.names)
-    quantities = next((one.quantities for one in pairs.values()), ())
-    nothing = np.zeros((len(quantities), 0))
-    values, low, high = (
-        np.concatenate([nothing, *(getattr(one, key) for one in pairs.values())], axis=1)
-        for key in ("values", "low", "high")
-    )
-    notes = {"pairs": list(pairs), "kept_nothing": [name for name, one in subnetworks.items() if not one.kept]}
-    return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
+    return spread_of({one.name: [getattr(seed, one.name) for seed in of_seeds] for one in _QUANTITIES[:-1]})

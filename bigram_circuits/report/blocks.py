@@ -157,6 +157,8 @@ class Mark:
     """What it is, in a line."""
     measured: str = ""
     """How it was measured, in a sentence or two; shown on request."""
+    spread: str = ""
+    """How much it depends on the seed and on the text, in a phrase."""
 
 
 OUTCOMES = {"passed": "✓", "failed": "✗", "in doubt": "!", "not tried": "–"}  # noqa: RUF001 (a dash)

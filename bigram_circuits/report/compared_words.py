@@ -12,11 +12,11 @@ from bigram_circuits.report.sections import Sections
 
 COMPARISON_SECTIONS = Sections(
     {
-        "How good they are": ("what", "pareto"),
+        "How good they are": ("what", "pareto", "seeds"),
         "How alike they are": ("overlaps", "places"),
         "What happens inside": ("layers", "..."),
     },
-    opened=("what", "pareto", "overlaps"),
+    opened=("what", "pareto", "seeds", "overlaps"),
 )
 """The sections of the comparison page; `report.comparison` imports the modules that register them."""
 section = COMPARISON_SECTIONS.add

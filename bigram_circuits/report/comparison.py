@@ -26,7 +26,7 @@ from bigram_circuits.measures import quantities
 from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import listed, percent, rounded
 from bigram_circuits.names import short_name
-from bigram_circuits.report import compared_measures, compared_weights  # noqa: F401 (they register their sections)
+from bigram_circuits.report import compared_measures, compared_seeds, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Check, Mark, Opening
 from bigram_circuits.report.compared_measures import front
 from bigram_circuits.report.compared_words import (
@@ -206,13 +206,30 @@ def _noise(comparison: Comparison, quantity: str) -> Check | None:
 
 
 def _seed(comparison: Comparison, quantity: str) -> Check | None:
-    """Whether other seeds were tried; None where the comparison is of seeds."""
+    """Whether other seeds would put another one first; None where the comparison is of seeds."""
     if comparison.is_repetition or not any(one.run for one in comparison.items):
         return None
-    asked = "Would other seeds change it?"
-    if SEED in comparison.differing:
-        return Check(asked, "in doubt", "Their seeds differ, but so do other settings.", "what")
-    return Check(asked, "not tried", "What finds each again:", "what", "bigram-circuits find --seed N")
+    asked, known = "Would other seeds change it?", known_values(comparison.items, quantity)
+    ranges: dict[str, tuple[float, float]] = {
+        one.name: (one.spreads[quantity].low, one.spreads[quantity].high)
+        for one in comparison.repetitions
+        if quantity in one.spreads
+    }
+    if not ranges:
+        if SEED in comparison.differing:
+            return Check(asked, "in doubt", "Their seeds differ, but so do other settings.", "what")
+        return Check(asked, "not tried", "What tries it, for each:", "what", "bigram-circuits find --seeds 5")
+    several = {name for one in comparison.repetitions for name in one.members}
+    once = {name: (float(value), float(value)) for name, value in known.items() if name not in several}
+    told = listed([f"{name} {value_range(ends, rounded)}" for name, ends in ranges.items()])
+    told = f"over seeds, the {_WORDS[quantity]} is {told}{f'; of one seed: {listed(list(once))}' if once else ''}."
+    ordered = sorted((ranges | once).values(), key=lambda ends: ends[0] + ends[1], reverse=quantity == R)
+    best, others = ordered[0], ordered[1:]
+    if not others:
+        return Check(asked, "in doubt", f"There is nothing to compare it with; {told}", "seeds")
+    if any(low <= best[1] and best[0] <= high for low, high in others):
+        return Check(asked, "in doubt", f"Yes: {told}", "seeds")
+    return Check(asked, "in doubt" if once else "passed", f"{'Perhaps' if once else 'No'}: {told}", "seeds")
 
 
 def _random(comparison: Comparison, quantity: str) -> Check | None:

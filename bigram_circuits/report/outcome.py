@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from bigram_circuits.evaluation import ZERO_RULE, Evaluation, SoftHardGap
 from bigram_circuits.experiments.falsification import load_falsification
+from bigram_circuits.experiments.seeds import Seeds
 from bigram_circuits.experiments.verdicts import free_name
 from bigram_circuits.measures.conditions import CONDITIONS, condition_of, label_of
 from bigram_circuits.measures.results import Curves, Effects
@@ -296,7 +298,7 @@ def again(run: Run, results: Results) -> Content:
     sizes = [[name, (run.path / name).stat().st_size] for name in files if not name.endswith("report.html")]
     listing = [[name, f"{type(result).__name__}: {result.title}"] for name, result in results.by_name.items()]
     blocks: list[Block] = []
-    command = command_line(run)
+    command = command_line(run, results.seeds)
     if command:
         blocks.append(Code("This command reproduces it:", command))
     versions = [["begun", run.created or "not recorded"], *([*pair] for pair in run.versions.items())]
@@ -308,14 +310,17 @@ def again(run: Run, results: Results) -> Content:
     return Content([] if command else [_why_no_command(run)], blocks)
 
 
-def command_line(run: Run) -> str | None:
-    """The `bigram-circuits find` command that reproduces a run; None if no command can."""
+def command_line(run: Run, several: Seeds | None = None) -> str | None:
+    """The `bigram-circuits find` command that reproduces a run, and the other seeds; None if no command can."""
     settings = run.settings
     if run.rebuild is None or is_in_memory(run.rebuild.model) or settings.within is not None or settings.apart_from:
         return None
-    seeds = len(run.evaluation.random) if run.evaluation else 0
-    options = StudyOptions(random_seeds=seeds) if seeds else StudyOptions()
-    return Request(run.rebuild, run.settings.recipe, options).command()
+    recipe, options = run.settings.recipe, StudyOptions()
+    if run.evaluation and run.evaluation.random:
+        options = replace(options, random_seeds=len(run.evaluation.random))
+    if several is not None:
+        recipe, options = replace(recipe, seed=several.seeds[0]), replace(options, seeds=len(several.seeds))
+    return Request(run.rebuild, recipe, options).command()
 
 
 def _why_no_command(run: Run) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.experiments.seeds import Seeds, load_seeds
 from bigram_circuits.explanations import words
 from bigram_circuits.explanations.explanation import Explanation
-from bigram_circuits.measures.words import listed, percent, rounded, span
-from bigram_circuits.report import circuit, figures, inside, outcome, reading  # noqa: F401 (they register sections)
+from bigram_circuits.measures.words import listed, percent, rounded
+from bigram_circuits.report import circuit, figures, inside, outcome, reading, seeds  # noqa: F401 (they register sections)
 from bigram_circuits.report.blocks import Block, Chart, Check, Mark, Opening, Preview, Section
 from bigram_circuits.report.document import document
 from bigram_circuits.report.facts import control_rows
@@ -58,23 +60,24 @@ def page(run: Run) -> str:
 
 def sections(run: Run) -> list[Section]:
     """Every registered section that has something to say about the run."""
-    results = Results(run.analyses, run.left_out, run.atlas)
+    results = Results(run.analyses, run.left_out, run.atlas, load_seeds(run.path, run))
     written = [section(run, results) for section in SECTIONS]
     return [one for one in written if one.says or one.blocks]
 
 
 def opening(run: Run) -> Opening:
     """The first screen: question, answer, a few numbers, a picture, and what would refute the answer."""
-    tried = checks(run, Results(run.analyses, run.left_out))
+    several = load_seeds(run.path, run)
+    tried = checks(run, Results(run.analyses, run.left_out, seeds=several))
     does, _ = run.plain_target
     return Opening(
         title=f"The {run.target_words[0]} {run.mask.noun} of {run.model_words}",
         asked=f"Which few {asked_units(run.mask)} of {run.model_words} are enough to {does}?",
         answer=" ".join(filter(None, [_answer(run), _but(tried)])),
-        marks=_marks(run),
+        marks=_marks(run, several),
         picture=_picture(run),
         checks=tried,
-        notes=_notes(run),
+        notes=_notes(run, several),
     )
 
 
@@ -125,52 +128,99 @@ def _but(tried: Sequence[Check]) -> str:
 # --- the numbers ---
 
 
-def _marks(run: Run) -> list[Mark]:
-    """A few numbers, each with what it is and how it was measured."""
+def _marks(run: Run, several: Seeds | None) -> list[Mark]:
+    """A few numbers, each with what it is, how it was measured, and how much it depends on seed and text."""
     mask = run.mask
     if isinstance(mask, Circuit):
         rest = f"The others are replaced by {IN_PLACE[mask.replacement.kind]}."
     else:
         rest = "The others are set to zero. Embeddings, biases and normalisation always stay."
-    marks = [Mark(percent(mask.fraction), f"of the {mask.units} kept ({mask.kept:,})", rest)]
+    spread = _Spreads(run, several)
+    kept = f"of the {mask.units} kept ({mask.kept:,})"
+    marks = [Mark(percent(mask.fraction), kept, rest, spread.of_seeds("fraction", percent))]
     if run.evaluation is None:
         return marks
-    faithful = _of_losses(run.evaluation) if run.evaluation.by_loss else _of_agreement(run, run.evaluation)
-    return [*marks, *faithful, *_of_need(run.evaluation)]
+    faithful = _of_agreement(run, run.evaluation, spread)
+    if run.evaluation.by_loss:
+        faithful = _of_losses(run.evaluation, spread)
+    return [*marks, *faithful, *_of_need(run.evaluation, spread)]
 
 
-def _of_agreement(run: Run, evaluation: Evaluation) -> list[Mark]:
+@dataclass(frozen=True)
+class _Spreads:
+    """How much the numbers of a run depend on the seed and on the text."""
+
+    run: Run
+    several: Seeds | None
+
+    def of_seeds(self, quantity: str, words: Callable[[float], str]) -> str:
+        """The smallest and the largest value over seeds, as a phrase; empty if there is one seed."""
+        if self.several is None:
+            return ""
+        low, high = map(words, self.several.range(quantity))
+        return f"over {len(self.several.masks)} seeds {low}{f' to {high}' if high != low else ''}"
+
+    def of(self, quantity: str, text: tuple[float, float], words: Callable[[float], str] = rounded) -> str:
+        """The same, and the 95% interval over text: that given, or where there is none, that of the representative.
+
+        Seeds measured on another text than the run say nothing of its numbers.
+        """
+        several = self.several if self._is_same_text else None
+        if several is None or math.isnan(several.range(quantity)[0]):
+            return f"over text {words(text[0])} to {words(text[1])}" if not math.isnan(text[0]) else ""
+        ends = several.interval(quantity) if math.isnan(text[0]) else text
+        over_text = f"; over text {words(ends[0])} to {words(ends[1])}" if not math.isnan(ends[0]) else ""
+        return f"{self.of_seeds(quantity, words)}{over_text}"
+
+    @property
+    def _is_same_text(self) -> bool:
+        on, of = self.run.evaluated_on, self.several and self.several.of
+        return on is None or of is None or on.fingerprint == of.text
+
+
+_NO_ENDS = (math.nan, math.nan)
+
+
+def _of_agreement(run: Run, evaluation: Evaluation, spread: _Spreads) -> list[Mark]:
     rows = {row.name: row for row in control_rows(evaluation)}
     own = rows["subnetwork"]
-    interval = f" (95% interval {span(*own.ends)})" if span(*own.ends) else ""
     how = (
         f"The correlation, over held-out text, of two surprises at each token that comes: the model's with only these "
-        f"{evaluation.units}, and that of {run.plain_target[1]}{interval}."
+        f"{evaluation.units}, and that of {run.plain_target[1]}."
     )
-    marks = [Mark(rounded(own.r, 2), "agreement (1 is perfect)", how)]
+    over = spread.of("surprisal_correlation", own.ends)
+    marks = [Mark(rounded(own.r, 2), "agreement (1 is perfect)", how, over)]
     if "random" in rows:
         n = len(evaluation.random)
         drawn = f"The same for as many {evaluation.units} drawn at random: the mean over {n} draws."
-        marks.append(Mark(rounded(rows["random"].r, 2), f"agreement of random {evaluation.units}", drawn))
+        over = spread.of("r_of_random", _NO_ENDS)
+        marks.append(Mark(rounded(rows["random"].r, 2), f"agreement of random {evaluation.units}", drawn, over))
     return marks
 
 
-def _of_losses(evaluation: Evaluation) -> list[Mark]:
+def _of_losses(evaluation: Evaluation, spread: _Spreads) -> list[Mark]:
     rows = {row.name: row.numbers.cross_entropy for row in control_rows(evaluation)}
     how = "Cross-entropy on held-out prompts, in nats: how surprised the model is by what the target asks for."
-    marks = [Mark(rounded(rows["subnetwork"], 2), "loss with only these (0 is perfect)", how)]
-    for name, what in (("random", f"loss with random {evaluation.units}"), ("full", "loss of the full model")):
-        marks += [Mark(rounded(rows[name], 2), what, how)] if name in rows else []
+    ends = {name: evaluation.interval(name, "cross_entropy") for name in rows}
+    over = spread.of("cross_entropy", ends["subnetwork"])
+    marks = [Mark(rounded(rows["subnetwork"], 2), "loss with only these (0 is perfect)", how, over)]
+    if "random" in rows:
+        over = spread.of("cross_entropy_of_random", _NO_ENDS)
+        marks.append(Mark(rounded(rows["random"], 2), f"loss with random {evaluation.units}", how, over))
+    if "full" in rows:  # no seed changes it
+        over = _Spreads(spread.run, None).of("cross_entropy", ends["full"])
+        marks.append(Mark(rounded(rows["full"], 2), "loss of the full model", how, over))
     return marks
 
 
-def _of_need(evaluation: Evaluation) -> list[Mark]:
+def _of_need(evaluation: Evaluation, spread: _Spreads) -> list[Mark]:
     rise, random = evaluation.necessity
     if evaluation.by_loss or math.isnan(rise):
         return []
     how = "How much more surprised the model is by each next token of held-out text, in nats, when these are dropped."
     how += "" if math.isnan(random) else f" When as many random ones are dropped: {random:+.2f}."
-    return [Mark(f"{rise:+.2f}", "rise in loss without them", how)]
+    over = spread.of("rise_without", _NO_ENDS, "{:+.3f}".format)
+    return [Mark(f"{rise:+.2f}", "rise in loss without them", how, over)]
 
 
 # --- the picture ---
@@ -220,14 +270,21 @@ _COMPARED = ("subnetwork", "full", "magnitude", "random", "empty")
 # --- small print ---
 
 
-def _notes(run: Run) -> list[str]:
-    """On which text it was found and measured, when, and with which versions."""
+def _notes(run: Run, several: Seeds | None) -> list[str]:
+    """On which text it was found and measured, with how many seeds, when, and with which versions."""
     source = run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
     starts = run.settings.corpus.starts
     found = f"A token is a word or a piece of one. The {run.mask.units} were chosen on {text}"
     found += " and measured on its held-out part." if run.evaluation and _is_own_text(run) else "."
-    return [f"{found}{f' Its tokens have {starts}.' if starts else ''}", _made(run)]
+    return [
+        f"{found}{f' Its tokens have {starts}.' if starts else ''}",
+        several.why if several else _ONE_SEED,
+        _made(run),
+    ]
+
+
+_ONE_SEED = "All numbers are of one seed; another gives others (bigram-circuits find --seeds 5 says by how much)."
 
 
 def _is_own_text(run: Run) -> bool:

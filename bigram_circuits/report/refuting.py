@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
 from bigram_circuits.experiments.falsification import Falsification, load_falsification
 from bigram_circuits.experiments.verdicts import FOUND, NONSENSE
-from bigram_circuits.measures.results import Scatter
+from bigram_circuits.measures.results import Effects, Scatter
 from bigram_circuits.measures.words import listed, rounded, sentence
 from bigram_circuits.report.blocks import Check
 from bigram_circuits.report.circuit import HARDLY, PREDICTS
@@ -25,6 +25,7 @@ from bigram_circuits.runs.ending import FEWEST
 EVALUATE = "bigram-circuits evaluate RUN"
 """The command that measures how faithful a run is."""
 _FALSIFY, _ANALYZE = "bigram-circuits find --falsify", "bigram-circuits analyze RUN"
+_SEEDS = "bigram-circuits find --seeds 5"
 _OUTCOMES = {"stands": "passed", "weakened": "in doubt", "refuted": "failed"}
 """What comes of a check, by what a control does to the finding; the worst is last."""
 _ANSWERS = {"stands": "No", "weakened": "In part", "refuted": "Yes"}
@@ -41,6 +42,8 @@ class _Found:
     """The answer and what was measured."""
     command: str = ""
     """Of what was not tried: what tries it."""
+    key: str = ""
+    """The anchor of the section that shows more, if it is not that of the check."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _made(kind: _CheckKind, subject: _Subject) -> Check | None:
         found = kind.tell(subject)
     except Exception as error:
         found = _Found("not tried", left_out(error))
-    return found and Check(asked, found.outcome, found.says, kind.key, found.command)
+    return found and Check(asked, found.outcome, found.says, found.key or kind.key, found.command)
 
 
 def _not_tried(command: str) -> _Found:
@@ -158,19 +161,24 @@ def _nats(value: float) -> str:
 
 @_check("Do other seeds find the same {units}?", "refuted")
 def _seeds(subject: _Subject) -> _Found:
-    tried = subject.tried
-    if tried is None:
-        return _not_tried(_FALSIFY)
-    finding = tried.judged[-1].finding
-    pairs = [f"{pair}: all" for pair in tried.seeds.notes["pairs"]]
+    """By the attempts to refute it, or where there are none, by the seeds that the run is of."""
+    if subject.tried is not None:
+        return _shared(subject.tried.judged[-1].finding, subject.tried.seeds, "")
+    several = subject.results.seeds
+    return _not_tried(_SEEDS) if several is None else _shared(several.judged.finding, several.overlaps, "seeds")
+
+
+def _shared(finding: str, overlaps: Effects, key: str) -> _Found:
+    """What pairs of seeds share."""
+    pairs = [f"{pair}: all" for pair in overlaps.notes["pairs"]]
     if not pairs:
-        return _Found(_OUTCOMES[finding], "No two seeds kept anything to compare.")
-    both, chance, jaccard = (tried.seeds.get(key) for key in ("intersection", "expected", "jaccard"))
+        return _Found(_OUTCOMES[finding], "No two seeds kept anything to compare.", key=key)
+    both, chance, jaccard = (overlaps.get(key) for key in ("intersection", "expected", "jaccard"))
     shares = " to ".join(dict.fromkeys(_whole(end(jaccard[pair] for pair in pairs)) for end in (min, max)))
     times = min(both[pair] / chance[pair] if chance[pair] else math.nan for pair in pairs)
     answer = "Yes" if finding == "stands" else "Not clearly"
     says = f"{answer}: two seeds share {shares} of what either keeps, {times:,.0f} times as much as by chance."
-    return _Found(_OUTCOMES[finding], says)
+    return _Found(_OUTCOMES[finding], says, key=key)
 
 
 @_check("Could the choice itself hold the answer?", "controls")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bigram_circuits.experiments.seeds import Seeds
 from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.measures.conditions import OWN, label_of
 from bigram_circuits.measures.quantities import Quantity
@@ -76,6 +77,8 @@ class Results:
     """The steps that `analyze` left out, with the reasons."""
     atlas: Atlas | None = None
     """Explanations of predictions, if there are any."""
+    seeds: Seeds | None = None
+    """What several seeds found, if there are several."""
     shown: set[str] = field(default_factory=set)
     """Names of the results that were shown."""
 

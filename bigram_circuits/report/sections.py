@@ -100,11 +100,11 @@ class Sections:
 SECTIONS = Sections(
     {
         "The circuit": ("circuit", "predicts", "units", "where"),
-        "How faithful it is": ("controls", "task", "refuted", "overlap", "needed", "lacks"),
+        "How faithful it is": ("controls", "task", "seeds", "refuted", "overlap", "needed", "lacks"),
         "What happens inside": ("layers", "passage", "read", "tokens", "heads", "attribution", "..."),
         "How it was made": ("training", "other", "again"),
     },
-    opened=("circuit", "controls", "task", "refuted"),
+    opened=("circuit", "controls", "task", "seeds", "refuted"),
 )
 """The sections of a run's page; `report.page` imports the modules that register them."""
 section = SECTIONS.add

@@ -78,10 +78,13 @@ MASKS = {kind.noun: kind for kind in (Subnetwork, Circuit)}
 """What a run may find: name of its file, without `.safetensors` -> the kind of mask in it."""
 _MASK_FILES = tuple(f"{noun}.safetensors" for noun in MASKS)
 CORE = ("config.json", "training.json", "progress.jsonl", *_MASK_FILES)
+SEEDS = "seeds"
+"""The folder in a run's folder that holds the runs of all seeds, if there are several; this run is one of them."""
 _OURS = (
     *CORE, "metrics.json", "report.html", "checkpoint", "checkpoint/state.safetensors", "analysis", ".analysis.new",
-    ".analysis.old", "falsify",
+    ".analysis.old", "falsify", SEEDS,
 )  # fmt: skip
+_COPIED = ("config.json", "training.json", "progress.jsonl", "metrics.json", *_MASK_FILES)  # in this order
 _PROGRESS = "progress.jsonl"  # also the name of its lines in a checkpoint
 _LARGEST_PROGRESS = 1 << 26  # bytes of `progress.jsonl` that are read: some 250,000 steps
 _CHECKPOINT_SHARE = 0.02  # largest share of the learning time spent on checkpoints
@@ -124,14 +127,15 @@ class RunFolder:
         """
         path = Path(path)
         check_links(path)
-        is_there = _check_settings(path, settings)
+        is_there = check_settings(path, [settings])
         folder = cls(path)
         if is_there and resume:
             return folder
         with folder.lock():
-            if _check_settings(path, settings):  # again: another process may have created it meanwhile
+            if check_settings(path, [settings]):  # again: another process may have created it meanwhile
                 if not resume:
                     folder._clear()
+                    shutil.rmtree(path / SEEDS, ignore_errors=True)
                 return folder
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             config = Config(FORMAT, settings, rebuild, versions(), created, checked).signed()
@@ -184,6 +188,24 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for name in ("checkpoint", "analysis", "falsify"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the run and, last, the runs of all seeds; call this only within `lock`."""
+        self._clear()
+        (self.path / "config.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path / SEEDS, ignore_errors=True)
+
+    def take(self, other: RunFolder) -> None:
+        """Make this the folder of another, finished run: copy its files, the settings first and the masks last.
+
+        What was measured of another run that was here before is removed. Call this only within `lock`.
+        """
+        if not self.is_finished or self.id != other.id:
+            self._clear()
+        for name in _COPIED:
+            if (other.path / name).is_file():
+                with opened(other.path / name, follow=False) as source, whole_file(self.path / name) as temporary:
+                    temporary.write_bytes(source.read())
 
     # --- progress ---
 
@@ -491,16 +513,21 @@ def check_links(folder: str | os.PathLike[str]) -> None:
         check_no_link(Path(folder) / name)
 
 
-def _check_settings(path: Path, wanted: RunSettings) -> bool:
-    """Whether a folder holds the wanted run; False if the run may be created there."""
+def check_settings(path: Path, wanted: Sequence[RunSettings], *beside: str) -> bool:
+    """Whether a folder holds one of the wanted runs; False if it may be created there, beside what has these names.
+
+    Raises:
+        ValueError: If the folder holds another run, or anything else.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file, but a run needs a folder")
     if (path / "config.json").is_file():
         there = read_config(path).settings
-        if (how := how_runs_differ(there, wanted)) is not None:
-            raise ValueError(f"{str(path)!r} holds another run ({how}): choose another folder")
+        how = [how_runs_differ(there, one) for one in wanted]
+        if None not in how:
+            raise ValueError(f"{str(path)!r} holds another run ({how[0]}): choose another folder")
         return True
-    if path.is_dir() and not all(is_lock(one) or is_leftover(one) for one in path.iterdir()):
+    if path.is_dir() and not all(is_lock(one) or is_leftover(one) or one.name in beside for one in path.iterdir()):
         raise ValueError(f"{str(path)!r} is not empty and holds no run: choose another folder")
     return False
 

@@ -16,11 +16,11 @@ from bigram_circuits.experiments.controls import (
 )
 from bigram_circuits.experiments.falsification import (
     Falsification,
-    _overlaps,
     _sizes_kept,
     falsify,
     load_falsification,
 )
+from bigram_circuits.experiments.seeds import overlaps_of
 from bigram_circuits.experiments.verdicts import size_ratio
 from bigram_circuits.report.page import page
 from bigram_circuits.runs import RunFolder
@@ -439,10 +439,10 @@ def test_seeds_that_share_no_more_than_chance_refute(tried):
 
 def test_a_seed_that_keeps_nothing_is_told(tiny_model):
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
-    overlaps = _overlaps({"found": some, "seed 1": bc.Subnetwork.empty(tiny_model)})
+    overlaps = overlaps_of({"found": some, "seed 1": bc.Subnetwork.empty(tiny_model)})
     assert overlaps.names == ()
     assert overlaps.notes["kept_nothing"] == ["seed 1"]
-    assert _overlaps({"found": some, "seed 1": some}).get("jaccard")["found, seed 1: all"] == 1
+    assert overlaps_of({"found": some, "seed 1": some}).get("jaccard")["found, seed 1: all"] == 1
 
 
 def test_default_sizes_are_half_once_and_twice_of_what_the_recipe_can_drop(tiny_model):

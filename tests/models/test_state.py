@@ -293,6 +293,7 @@ def test_processed_weights_are_refused_everywhere(folder, target, corpus):
         "analyze": lambda m, t, c: bc.analyze(m, kept, t, c),
         "falsify": lambda m, t, c: bc.falsify(m, t, c, found=kept),
         "rivals": lambda m, t, c: bc.rivals(m, t, c, first=kept),
+        "over_seeds": lambda m, t, c: bc.over_seeds(m, t, c),
     }
     for name, use in uses.items():
         if name == "ngrams":
