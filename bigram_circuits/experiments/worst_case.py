@@ -8,9 +8,9 @@ ascent (Madry et al. 2018, arXiv 1706.06083):
     g <- min(1, max(0, g + step * sign(dL/dg)))
 
 with one batch of the ascent's text a step. The first start is the mask itself (g = 0), the others are uniform in
-[0, 1]. For every budget of steps, the gates of the start with the highest loss on a fixed piece of that text are
-measured on text that the ascent did not see, beside two baselines of the same size: as many steps with random signs,
-and the adversary's own gates in random places.
+[0, 1]. For every budget of steps, the gates of the start with the highest loss on a fixed piece of that text, after so
+many steps or a smaller budget, are measured on text that the ascent did not see. Two baselines of the same size stand
+beside it: as many steps with random signs, and the adversary's own gates in random places.
 
 An ascent finds a lower bound of the damage: a flat curve is evidence that nothing dropped matters, and no proof.
 """
@@ -83,8 +83,10 @@ def worst_case_ablation(
             [sequence, position] (the ascent sees every other sequence, and is measured on the others).
         budgets: Numbers of steps of ascent; 0 is the mask itself.
         starts: Starting points of the ascent: the mask, then gates drawn uniformly from 0 to 1. The gates of the start
-            with the highest loss on a piece of the ascent's text are measured.
-        step: By how much a step moves every gate.
+            with the highest loss on a piece of the ascent's text are measured, or those of a smaller budget if their
+            loss is higher.
+        step: By how much a step moves every gate. On a mask of 20% of the reference model's weights for its own
+            predictions, 0.25 did the most damage after 4 steps, 0.1 slightly more after 20 and 80, and 0.5 and 1 less.
         batch_size: Sequences of the ascent's text in a step.
         seed: Seed of the starts, the batches and the baselines.
         force: Also where the test means nothing, because the full model does something else than the target.
@@ -274,6 +276,8 @@ def _measured(job: _Job, own: Measured) -> tuple[dict[str, list[Measured]], dict
         lean_forward(job.model),
         progress(total=(job.starts + 1) * job.budgets[-1], desc="ascending", unit="step") as bar,
     ):
+        if 0 in job.budgets:
+            highest[0] = gates.loss_on_piece()
         for start in range(job.starts):
             gates.begin(np.random.default_rng((job.seed, start)) if start else None)
             for place in gates.walk(gates.uphill, bar):
@@ -285,6 +289,10 @@ def _measured(job: _Job, own: Measured) -> tuple[dict[str, list[Measured]], dict
         gates.begin(None)
         for place in gates.walk(gates.anywhere, bar):
             measure_now(SIGNS, place)
+    best = [max(range(place + 1), key=highest.__getitem__) for place in range(len(job.budgets))]
+    for name in (WORST, SHUFFLED):  # with more steps, the adversary may also stop early
+        measured[name] = [measured[name][place] for place in best]
+        means[name] = [means[name][place] for place in best]
     return measured, means
 
 
