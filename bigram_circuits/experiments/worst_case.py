@@ -169,10 +169,10 @@ def worst_case_words(curves: Curves) -> str:
     judged = _JUDGED if _JUDGED in worst else last
     if math.isnan(worst[last]):
         return "Worst case: undefined, since the mask is no better than the empty one."
+    left = [tuple(percent(max(of[n], 0.0)) for of in (worst, shuffled)) for n in sorted({judged, last})]
     shares = [
-        f"{percent(worst[n])} is left after {n} steps of ascent ({percent(shuffled[n])} with the same gates in "
-        f"random places)"
-        for n in sorted({judged, last})
+        f"{ours} is left after {n} steps of ascent ({theirs} with the same gates in random places)"
+        for n, (ours, theirs) in zip(sorted({judged, last}), left, strict=True)
     ]
     what = "information" if _is_told(curves) else "gain in cross-entropy over the empty mask"
     exactly = "zero" if curves.notes.get("replace") == "zero" else "what replaces it"
