@@ -492,6 +492,31 @@ def measure_as_it_is(
     return Measured(statistics.faithfulness(sums, like.kept, like.total), sums)
 
 
+_OWN = 0.9  # the least share of a mask's gain that a full model must have whose own behaviour the mask is of
+
+
+def own_behaviour(full: float, mask: float, empty: float) -> str | None:
+    """Say that a full model does something else than the target of a mask; None if it does the same.
+
+    It does something else if it recovers less than 90% of what the mask gains over the empty mask:
+    CE(empty) - CE(full) < 0.9 (CE(empty) - CE(mask)).
+
+    Args:
+        full: Cross-entropy of the full model from the target, in nats.
+        mask: That of the model with the mask alone.
+        empty: That of the empty mask.
+
+    Returns:
+        The start of a sentence, with both numbers.
+    """
+    if empty - full >= _OWN * (empty - mask):
+        return None
+    return (
+        f"the full model does something else than the target: over the empty mask it gains {empty - full:.3f} nats of "
+        f"cross-entropy, and the mask {empty - mask:.3f}"
+    )
+
+
 GAP_MATTERS = 0.1
 """Cross-entropy gap between soft gates and hard mask, in nats, from which a run should not be trusted."""
 

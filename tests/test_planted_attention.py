@@ -229,3 +229,18 @@ def test_seeds_and_folders(tmp_path):
 def test_arguments_out_of_range_are_refused(kind, options, words):
     with pytest.raises(ValueError, match=words):
         bc.plant_attention(kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_closed_models_heads_and_neurons_that_are_not_planted_change_nothing(kind):
+    """Up to the mean that a LayerNorm subtracts, which moves a little."""
+    planted = made(kind, closed=True)
+    assert deviation(planted, planted.circuit) < planted.bound + ROUNDING
+    assert deviation(planted) < 0.1
+    assert deviation(planted, planted.nodes | planted.nodes.random_like(0) | (~planted.nodes).random_like(1)) < 0.1
+    assert deviation(planted, planted.nodes.drop("L0H1")) > 1
+
+
+def test_planted_parts_of_closed_models_have_no_distractors():
+    with pytest.raises(ValueError, match="inside and closed exclude each other"):
+        bc.plant_attention("induction", closed=True, inside=True)

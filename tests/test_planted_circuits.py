@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
+from bigram_circuits.masking.apply import gate_values, opened
 from bigram_circuits.planted.bigram import ARCHITECTURES
 from bigram_circuits.recipe import for_nodes
 from tests.conftest import planted_circuit
@@ -43,6 +44,35 @@ def test_every_planted_weight_is_needed(layers):
             one[name][tuple(place)] = True
             without = predicted(planted, planted.circuit - bc.Subnetwork(one))
             assert (without - exact).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gpt2", 2), ("neox", 1), ("llama", 2)])
+def test_in_closed_models_nothing_that_is_dropped_matters_and_every_planted_weight_does(architecture, layers):
+    options = {"d_vocab": 8, "successors": 1, "closed": True, "logits": (4.5, 4.5)}
+    planted = planted_circuit(architecture, layers=layers, **options)
+    tokens, sure = torch.arange(8)[:, None], math.exp(4.5) / (math.exp(4.5) + 7)
+    torch.testing.assert_close(planted.probs.max(1).values, torch.full((8,), sure, dtype=torch.float64))
+    draw, kept = torch.Generator().manual_seed(0), gate_values(planted.model, planted.circuit)
+    gates = {name: gate.clone() for name, gate in kept.items()}
+
+    def kl():
+        log_probs = planted.model(tokens)[:, 0].double().log_softmax(-1)
+        return (planted.probs * (planted.probs.log() - log_probs)).sum(1).mean().item()
+
+    with torch.no_grad(), opened(planted.model, planted.circuit, gates):
+        for name, gate in gates.items():  # each planted weight is missing in turn
+            for place in map(tuple, kept[name].nonzero().tolist()):
+                gate[place] = 0
+                assert kl() > 0.1, (name, place)
+                gate[place] = 1
+        assert abs(kl()) < 1e-6
+        for rest in (torch.ones_like, lambda gate: (torch.rand(gate.shape, generator=draw) < 0.5).float(), None):
+            for name, gate in gates.items():
+                gate.copy_(torch.maximum(kept[name], rest(gate) if rest else torch.rand(gate.shape, generator=draw)))
+            assert kl() < 1e-3
+    for site in bc.weight_sites(planted.model):  # there is much to open
+        others = site.weight[~planted.circuit[site.name]]
+        assert (others != 0).float().mean() > 0.05
 
 
 def test_without_distractors_all_other_weights_are_zero():

@@ -366,7 +366,7 @@ def curves_from_sums(
     title: str,
     quantities: Sequence[Quantity],
     axis: str,
-    points: Sequence[str],
+    points: Sequence[str | float | int],
     sums: Mapping[str, Float[np.ndarray, "sequence point column"]],
     statistic: Callable[[Float[np.ndarray, "... point column"]], Float[np.ndarray, "... quantity point"]],
     notes: Mapping[str, Any],

@@ -65,6 +65,7 @@ KINDS = ("previous_token", "trigram", "induction")
 _IN, _READ = 3.0, 2.0  # what is written into a slot, and what a weight reads there after normalisation
 _BALLAST = 300.0  # written into one slot, and its negative into another
 _ANGLES = 2  # in a position's code
+_SPARE = 4  # slots of a closed model that distractors write into
 _END = 2  # the block from which on nothing is added to the stream
 _COPIED = 6.0  # logit of the token that a head predicts
 _LOGITS, _SUCCESSORS = (2.5, 4.5), 4  # of a pair, from the least to the most likely
@@ -158,6 +159,7 @@ def plant_attention(
     sharpness: float | int = 14.0,
     distractors: float | int = 0.05,
     inside: bool = False,
+    closed: bool = False,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> PlantedAttention:
@@ -181,6 +183,8 @@ def plant_attention(
             of the planted weights that read or write, as in `plant_bigram`.
         inside: Whether planted heads and neurons have such distractors among their own weights too. These must be
             dropped for the bound to hold, so `nodes` alone, which keep them, are then not as exact.
+        closed: Whether distractors lead nowhere: they write only into slots that no normalisation passes on, so that
+            the full model nearly computes the same as the circuit, and so does every model between them.
         seed: Seed of the behaviour, the distractors and the text.
         folder: Hugging Face folder to save the model in; by default it is in memory only.
 
@@ -197,8 +201,10 @@ def plant_attention(
     """
     n = d_vocab if d_vocab is not None else 8 if kind == "trigram" else 12
     _check(kind, n, length, n_layers, sharpness, distractors)
+    if inside and closed:
+        raise ValueError("inside and closed exclude each other: in a closed model planted parts have no distractors")
     rng = np.random.default_rng(seed)
-    layout = _Layout.of(n, length)
+    layout = _Layout.of(n, length, _SPARE if closed else 0)
     plain = plain_model("gpt2", n, layout.d_model, 2 * n * n if kind == "trigram" else 2 * n, n_layers, length)
     behaviour = _Behaviour.draw(kind, rng, n)
     streams = _Streams(behaviour, layout, _activations(plain))
@@ -356,15 +362,17 @@ class _Layout:
     """Number of positions."""
     angles: Float[np.ndarray, " angle"]
     """Those of the code of a position, in radians per step."""
+    spare: int
+    """Number of slots that the distractors of a closed model write into, after all others; 0 if it is not closed."""
 
     @classmethod
-    def of(cls, n: int, length: int) -> _Layout:
+    def of(cls, n: int, length: int, spare: int) -> _Layout:
         distance = np.arange(1, length)
         table = np.cos(2 * np.pi * np.outer(distance, np.arange(length // 2 + 1)) / length)
         chosen = min(
             combinations(range(1, length // 2 + 1), _ANGLES), key=lambda of: float(table[:, list(of)].sum(1).max())
         )
-        return cls(n, length, 2 * np.pi * np.array(chosen) / length)
+        return cls(n, length, 2 * np.pi * np.array(chosen) / length, spare)
 
     # the first slot of each: of the current and the previous token, of the output, of the code of this position (cosine
     # and sine for each angle, then their negatives) and of the one before, and of what is large beside all others
@@ -378,7 +386,7 @@ class _Layout:
 
     @property
     def d_model(self) -> int:
-        least = max(self.ballast + 2, N_HEADS * max(self.n, 2 * _ANGLES))
+        least = max(self.ballast + 2 + self.spare, N_HEADS * max(self.n, 2 * _ANGLES))
         return -(-least // (2 * N_HEADS)) * 2 * N_HEADS
 
     @property
@@ -503,6 +511,8 @@ def _write_weights(
             matrix = WeightName.parse(name).matrix
             scale = distractors * strength[matrix in ("W_O", "W_out")].square().mean().sqrt()
             view.copy_(scale * torch.randn(view.shape, generator=noise))
+            if layout.spare and matrix in ("W_O", "W_out"):
+                view[..., : layout.ballast + 2] = 0.0
             if clean is not None:
                 _clear(view, layer, matrix, *clean)
             if name in planted:
@@ -516,7 +526,7 @@ def _write_weights(
         first.mlp.c_fc.bias[: n * n] = -_READ
     pairs, last = norms(plain)
     unread = torch.zeros(layout.d_model)
-    unread[layout.ballast : layout.ballast + 2] = 1
+    unread[layout.ballast : None if layout.spare else layout.ballast + 2] = 1
     for layer, (before_attention, before_mlp) in enumerate(pairs):
         set_norm(before_attention, streams.at(layer, 0), _READ / _IN, unread)
         set_norm(before_mlp, streams.at(layer, 1), _READ / _IN, unread)

@@ -15,6 +15,12 @@ keeps the other neurons at exactly 0. What the circuit alone computes is therefo
 
     P(v | j) = exp(logit of v after j) / sum over v' of exp(logit of v' after j)
 
+In a closed model the distractors lead nowhere: they write only into spare coordinates, whose weight in every
+normalisation layer is 0, and planted neurons have no weights but their own. Two more such coordinates hold a number
+that is large beside all others, and its negative, so that every normalisation divides by nearly the same. The full
+model then computes the same as the circuit, whatever part of the distractors is taken away, up to the mean that a
+LayerNorm subtracts, which moves a little.
+
 For each i, the i-th successors of all tokens are a permutation of the vocabulary, so the stationary distribution is
 uniform. All other attention and MLP weights are distractors: Gaussian noise.
 
@@ -53,6 +59,8 @@ ARCHITECTURES = ("gpt2", "neox", "llama")
 
 _EMBEDDED, _CODE, _READ = 3.0, 3.0, 2.0  # value in a token's slot, in its second slot, and as a neuron reads either
 _LOGITS = (2.5, 4.5)  # of the least and the most likely successor
+_BALLAST = 1000.0  # in closed models: in the last slot but one of every token, and its negative in the last
+_SPARE = 4  # slots at least that distractors of closed models write into
 _TRAIN, _HELD_OUT, _LENGTH = 256, 64, 32  # training and held-out sequences, tokens per sequence
 
 
@@ -114,6 +122,8 @@ def plant_bigram(
     layers: int = 1,
     distractors: float | int = 0.1,
     unique: bool = True,
+    closed: bool = False,
+    logits: tuple[float | int, float | int] = _LOGITS,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> Planted:
@@ -125,7 +135,8 @@ def plant_bigram(
         d_vocab: Size of the vocabulary.
         successors: Number of likely next tokens of each token, which is also the number of planted output weights of
             each neuron that writes logits.
-        d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`; by default the least that fits.
+        d_model: Width of the residual stream, at least `(layers + 1) * d_vocab`, and 6 more in a closed model; by
+            default the least that fits.
         d_mlp: Number of neurons in an MLP, at least `d_vocab` (twice that if not `unique`); by default twice that (four
             times if not `unique`).
         n_layers: Number of blocks.
@@ -133,6 +144,9 @@ def plant_bigram(
         distractors: Standard deviation of the other weights, relative to the root mean square of the planted weights
             that read (for W_Q, W_K, W_V, W_in, W_gate) or write (for W_O, W_out). 0: none; 1: as strong.
         unique: False plants every neuron twice, so that one of the two can be left out: `Planted.solutions`.
+        closed: Whether all distractors lead nowhere, so that the full model computes the same as the circuit, and so
+            does every model between them. With LayerNorm it does so nearly, the closer the smaller the distractors.
+        logits: Those of the least and of the most likely successor; a single successor has the former.
         seed: Seed of the bigram distribution, the distractors and the text.
         folder: Hugging Face folder to save the model in; a temporary one by default.
 
@@ -144,15 +158,15 @@ def plant_bigram(
         >>> found = bc.find_subnetwork(planted.model, planted.target, planted.corpus, config)
         >>> precision, recall = planted.recovery(found)
     """
-    copies = 1 if unique else 2
-    width, d_mlp = d_model or _least_width(d_vocab, layers), d_mlp or 2 * copies * d_vocab
-    _check(architecture, d_vocab, successors, width, d_mlp, n_layers, layers, distractors, copies)
+    copies, least = 1 if unique else 2, _least_width(d_vocab, layers, closed)
+    width, d_mlp = d_model or least, d_mlp or 2 * copies * d_vocab
+    _check(architecture, d_vocab, successors, width, least, d_mlp, n_layers, layers, distractors, copies, logits)
     rng = np.random.default_rng(seed)
-    logits = _successor_logits(rng, d_vocab, successors)
-    probs = logits.softmax(-1)
+    rows = _successor_logits(rng, d_vocab, successors, logits)
+    probs = rows.softmax(-1)
     plain = plain_model(architecture, d_vocab, width, d_mlp, n_layers, 2 * _LENGTH)
-    planted = _planted_weights(plain, logits, width, d_mlp, layers, copies)
-    _write_weights(plain, planted, logits, layers, float(distractors), copies, seed)
+    planted = _planted_weights(plain, rows, width, d_mlp, layers, copies)
+    _write_weights(plain, planted, rows, layers, float(distractors), copies, closed, seed)
     model = hooked(plain, d_vocab, f"planted {architecture}", folder)
     solutions = tuple(_solution(model, planted, slice(copy * d_vocab, (copy + 1) * d_vocab)) for copy in range(copies))
     tokens = _sample(rng, probs.numpy(), _TRAIN + _HELD_OUT, _LENGTH)
@@ -160,16 +174,16 @@ def plant_bigram(
     return Planted(model, solutions[0], NGramTable.from_probs(probs), corpus, probs, solutions)
 
 
-def _least_width(d_vocab: int, layers: int) -> int:
+def _least_width(d_vocab: int, layers: int, closed: bool) -> int:
     """Return the smallest width that has room for all slots and divides into heads of even width."""
-    return -(-(layers + 1) * d_vocab // (2 * N_HEADS)) * 2 * N_HEADS
+    slots = (layers + 1) * d_vocab + (_SPARE + 2 if closed else 0)
+    return -(-slots // (2 * N_HEADS)) * 2 * N_HEADS
 
 
 def _check(
-    architecture: str, d_vocab: int, successors: int, d_model: int, d_mlp: int, n_layers: int, layers: int,
-    distractors: float | int, copies: int,
+    architecture: str, d_vocab: int, successors: int, d_model: int, least: int, d_mlp: int, n_layers: int, layers: int,
+    distractors: float | int, copies: int, logits: tuple[float | int, float | int],
 ) -> None:  # fmt: skip
-    least = _least_width(d_vocab, layers)
     wanted: dict[str, tuple[Any, bool, str]] = {
         "architecture": (architecture, architecture in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}"),
         "d_vocab": (d_vocab, d_vocab >= 4, "at least 4"),
@@ -183,15 +197,18 @@ def _check(
         ),
         "d_mlp": (d_mlp, d_mlp >= copies * d_vocab, f"at least the number of planted neurons, {copies * d_vocab}"),
         "distractors": (distractors, 0 <= distractors < math.inf, "a number of at least 0"),
+        "logits": (logits, 0 < logits[0] <= logits[1] < math.inf, "two numbers above 0, the smaller first"),
     }
     check(wanted)
 
 
-def _successor_logits(rng: np.random.Generator, n: int, successors: int) -> Float[Tensor, "current next"]:
+def _successor_logits(
+    rng: np.random.Generator, n: int, successors: int, ends: tuple[float | int, float | int]
+) -> Float[Tensor, "current next"]:
     """Draw the logits after every token, such that the i-th successors of all tokens are a permutation."""
     current, following = rng.permutation(n), rng.permutation(n)
     logits = torch.zeros(n, n, dtype=torch.float64)
-    for place, value in enumerate(np.linspace(*_LOGITS, successors)):
+    for place, value in enumerate(np.linspace(*ends, successors)):
         logits[current, following[(np.arange(n) + place) % n]] = float(value)
     return logits
 
@@ -256,7 +273,7 @@ def _planted_weights(
 @torch.no_grad()
 def _write_weights(
     plain: Any, planted: Mapping[str, Tensor], logits: Float[Tensor, "current next"], layers: int,
-    distractors: float, copies: int, seed: int,
+    distractors: float, copies: int, closed: bool, seed: int,
 ) -> None:  # fmt: skip
     """Set all parameters: distractors, the circuit, the embeddings, and norms whose weights undo their division."""
     n, d_model = len(logits), plain.config.hidden_size
@@ -270,13 +287,21 @@ def _write_weights(
             parameter.zero_()
         else:
             parameter.copy_(strength[name.endswith(WRITING)] * torch.randn(parameter.shape, generator=noise))
+            if closed and name.endswith(WRITING):
+                written = parameter.T if plain.config.model_type == "gpt2" else parameter
+                written[: (layers + 1) * n] = written[-2:] = 0.0
     for layer in range(layers):
         for name, weight in _mlp_weights(plain, layer).items():
             _close_detours(name, weight, layer, n, layers, copies)
+            if closed:
+                (weight if name == "W_out" else weight.T)[: copies * n] = 0.0
             circuit = planted[str(WeightName(layer, "mlp", name))]
             weight.copy_(torch.where(circuit != 0, circuit, weight))
-    _write_embeddings(plain, n, layers * n)
-    _write_norms(plain, _streams(plain, logits, d_model, layers))
+    unread = torch.zeros(d_model, dtype=torch.float64)
+    if closed:
+        unread[(layers + 1) * n :] = 1.0
+    _write_embeddings(plain, n, layers * n, closed)
+    _write_norms(plain, _streams(plain, logits, d_model, layers, closed), unread)
 
 
 def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int, copies: int) -> None:
@@ -294,16 +319,18 @@ def _close_detours(name: str, weight: Tensor, layer: int, n: int, layers: int, c
         part.copy_(-part.abs())
 
 
-def _write_embeddings(plain: Any, n: int, output: int) -> None:
+def _write_embeddings(plain: Any, n: int, output: int, closed: bool) -> None:
     embedding, unembedding = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
     embedding.zero_()
     embedding[:, :n] = _EMBEDDED * torch.eye(n)
+    if closed:
+        embedding[:, -2:] = torch.tensor([_BALLAST, -_BALLAST])
     unembedding.zero_()
     unembedding[:, output : output + n] = torch.eye(n)
 
 
 def _streams(
-    plain: Any, logits: Float[Tensor, "current next"], d_model: int, layers: int
+    plain: Any, logits: Float[Tensor, "current next"], d_model: int, layers: int, closed: bool
 ) -> list[tuple[Float[Tensor, " d_model"], float]]:
     """Compute the circuit's residual stream at the input of each block and of the final norm, for token 0.
 
@@ -312,6 +339,8 @@ def _streams(
     n = len(logits)
     stream = torch.zeros(d_model, dtype=torch.float64)
     stream[0] = _EMBEDDED
+    if closed:
+        stream[-2:] = torch.tensor([_BALLAST, -_BALLAST])
     streams = [(stream, _READ / _EMBEDDED)]
     for layer in range(plain.config.num_hidden_layers):
         stream = stream.clone()
@@ -323,12 +352,17 @@ def _streams(
     return [*streams[:-1], (stream, 1.0)]
 
 
-def _write_norms(plain: Any, streams: list[tuple[Float[Tensor, " d_model"], float]]) -> None:
-    """Set every norm's weight (and bias, if any) such that it multiplies the circuit's stream by the given factor."""
+def _write_norms(
+    plain: Any, streams: list[tuple[Float[Tensor, " d_model"], float]], unread: Float[Tensor, " d_model"]
+) -> None:
+    """Set every norm's weight (and bias, if any) such that it multiplies the circuit's stream by the given factor.
+
+    Coordinates where `unread` is not 0 come out as 0.
+    """
     pairs, last = norms(plain)
     for those, (stream, factor) in zip([*pairs, (last,)], streams, strict=True):
         for norm in those:
-            set_norm(norm, stream, factor)
+            set_norm(norm, stream, factor, unread)
 
 
 # --- the text ---

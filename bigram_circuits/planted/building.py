@@ -83,7 +83,8 @@ def set_norm(
         norm.bias.fill_(factor * subtracted)
     if unread is not None:
         norm.weight[unread != 0] = 0.0
-        norm.bias[unread != 0] = 0.0
+        if getattr(norm, "bias", None) is not None:
+            norm.bias[unread != 0] = 0.0
 
 
 def hooked(plain: Any, d_vocab: int, name: str, folder: str | Path | None) -> Model:

@@ -83,6 +83,9 @@ USES = {
     "faithfulness_curves": lambda m, t, c: bc.faithfulness_curves(
         m, bc.ModelTarget(m), c, CONFIG, units="head", sizes=(0.5,), methods=("attribution",)
     ).curves.to_dataframe(),
+    "worst_case_ablation": lambda m, t, c: (
+        bc.worst_case_ablation(m, half(m), bc.ModelTarget(m), c, (0, 2), 2, force=True).values
+    ),
     "polish": lambda m, t, c: bc.polish(m, half(m), t, c, most=8, passes=1).subnetwork.checksum,
     "granularity": lambda m, t, c: (
         bc.find_subnetwork(
