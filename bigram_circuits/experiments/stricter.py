@@ -104,8 +104,7 @@ def load_stricter(folder: str | os.PathLike[str], run: Run | None = None) -> Str
         _check(run, path, one.of)
         same[path.parent.name] = one
     if (path := folder / LEFT_OUT).is_file():
-        record = read_checked_json(path, _REMEDY)
-        left_out = dict(record)
+        left_out = read_checked_json(path, _REMEDY)
         wrong = next((reason for reason in left_out.values() if not isinstance(reason, str)), None)
         if wrong is not None:
             raise ValueError(f"{str(path)!r} is damaged: a reason should be text, not {shown(wrong)}; {_REMEDY}")
