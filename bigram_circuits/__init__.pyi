@@ -59,6 +59,11 @@ from .experiments.sparsity_path import (
     find_path as find_path,
     sparsity_path as sparsity_path,
 )
+from .experiments.stricter import (
+    StricterTests as StricterTests,
+    load_stricter as load_stricter,
+    stricter_tests as stricter_tests,
+)
 from .experiments.worst_case import worst_case_ablation as worst_case_ablation
 from .learning.callbacks import Callback as Callback, TensorBoard as TensorBoard, WandB as WandB
 from .learning.found import FoundCircuit as FoundCircuit, FoundSubnetwork as FoundSubnetwork

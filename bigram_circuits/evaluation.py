@@ -492,7 +492,8 @@ def measure_as_it_is(
     return Measured(statistics.faithfulness(sums, like.kept, like.total), sums)
 
 
-_OWN = 0.9  # the least share of a mask's gain that a full model must have whose own behaviour the mask is of
+OWN_BEHAVIOUR = 0.9
+"""The least share of a mask's gain that a full model must have whose own behaviour the mask is of."""
 
 
 def own_behaviour(full: float, mask: float, empty: float) -> str | None:
@@ -509,7 +510,7 @@ def own_behaviour(full: float, mask: float, empty: float) -> str | None:
     Returns:
         The start of a sentence, with both numbers.
     """
-    if empty - full >= _OWN * (empty - mask):
+    if empty - full >= OWN_BEHAVIOUR * (empty - mask):
         return None
     return (
         f"the full model does something else than the target: over the empty mask it gains {empty - full:.3f} nats of "

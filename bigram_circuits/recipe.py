@@ -581,8 +581,8 @@ class StudyOptions(Record):
     """Whether to analyse the subnetwork after the evaluation."""
     falsify: bool = option(
         False, "--falsify", None,
-        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds (17 more rounds "
-        "of learning)",
+        "also try to refute it, at equal size: re-initialised weights, a nonsense target, other seeds; then rivals and "
+        "the worst case (20 more rounds of learning)",
     )  # fmt: skip
     """Whether to try to refute the finding."""
     falsify_seeds: int = option(3, "--falsify-seeds", whole(2), "other seeds of --falsify, two rounds of learning each")

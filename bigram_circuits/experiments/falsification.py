@@ -17,6 +17,9 @@ them with the loss without random ones.) A larger mask can do more, so everythin
 - of a circuit, in its place: random nodes, as many at every hook point;
 - with other seeds, which change the data order, the random numbers of the masking method and the re-initialised blocks.
 
+Beside these, the finding itself is tested harder (`stricter.py`): the worst case of what it drops, rivals, and whether
+the other seeds compute the same.
+
 Each run is scored by the share of the context's information about the next token that it recovers, for its own target:
 1 - KL / KL0, where KL0 is the KL of the best constant prediction, the target's mean distribution over the text. (KL0
 is the mutual information of context and next token under the target.) The gap between the subnetwork and a control is
@@ -45,10 +48,12 @@ from bigram_circuits.experiments.controls import (
     with_shuffled_blocks,
 )
 from bigram_circuits.experiments.seeds import Ends, effects_of, overlaps_of, spread_of
+from bigram_circuits.experiments.stricter import FOLDER, StricterTests, load_stricter, stricter_tests
 from bigram_circuits.experiments.verdicts import (
     FOUND,
     NONSENSE,
     RANDOM_NODES,
+    SEED,
     TRAINED,
     Judged,
     ceiling_words,
@@ -122,6 +127,8 @@ class Falsification:
     """What the trained model's subnetworks are ahead of each control of their size, with paired 95% intervals."""
     of: Origin | None = None
     """The subnetwork and the text that were tried, and the run if there is one."""
+    stricter: StricterTests | None = None
+    """Its worst case, its rivals, and whether other seeds compute the same; None in results of earlier versions."""
 
     @property
     def refuted(self) -> tuple[str, ...]:
@@ -130,14 +137,18 @@ class Falsification:
 
     @property
     def says(self) -> tuple[str, ...]:
-        """What each control shows, in a few sentences, and what the models reach without a penalty."""
-        *controls, seeds = (one.says for one in self.judged)
+        """What each control and stricter test shows, in a few sentences, and what models reach without a penalty."""
         ceiling = ceiling_words(self.controls)
-        return (*controls, *([ceiling] if ceiling else []), seeds)
+        return (
+            *(one.says for one in judge_controls(self.controls, self.gaps, self.curves)),
+            *([ceiling] if ceiling else []),
+            *(self.stricter.says if self.stricter else ()),
+            judge_seeds(self.controls, self.seeds).says,
+        )
 
     @property
     def verdict(self) -> str:
-        """Which controls refute the finding and which weaken it, as a sentence."""
+        """Which controls refute the finding, and which of them or of the stricter tests weaken it, as a sentence."""
         judged = self.judged
         parts = [
             f"{word} by: {', '.join(names)}."
@@ -157,14 +168,20 @@ class Falsification:
 
     @property
     def judged(self) -> list[Judged]:
-        """What each control shows, and last what other seeds show."""
-        return [*judge_controls(self.controls, self.gaps, self.curves), judge_seeds(self.controls, self.seeds)]
+        """What each control shows, then each stricter test, and last what other seeds show."""
+        return [
+            *judge_controls(self.controls, self.gaps, self.curves),
+            *(self.stricter.judged if self.stricter else ()),
+            judge_seeds(self.controls, self.seeds),
+        ]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the results to a folder as JSON files."""
         for name in (*_PARTS, *_LATER_PARTS):
             if (part := getattr(self, name)) is not None:
                 part.save(Path(folder) / f"{name}.json", self.of)
+        if self.stricter:
+            self.stricter.save(Path(folder) / FOLDER.name, self.of)
 
     def __str__(self) -> str:
         return "\n".join([f"{self.controls}", "", *self.says, self.verdict])
@@ -200,7 +217,8 @@ def load_falsification(folder: str | os.PathLike[str], run: Run | None = None) -
         raise ValueError(f"{str(folder)!r} holds results of another kind, not those of `falsify`")
     parts: dict[str, Any] = {name: part for name, (part, _) in read.items()}
     names = tuple(_FORMER_NAMES.get(name, name) for name in parts["controls"].names)
-    return Falsification(**parts | {"controls": replace(parts["controls"], names=names)}, of=read["controls"][1])
+    parts |= {"controls": replace(parts["controls"], names=names), "of": read["controls"][1]}
+    return Falsification(**parts, stricter=load_stricter(Path(folder) / FOLDER.name, run) or None)
 
 
 @uses_model
@@ -213,12 +231,14 @@ def falsify(
     found: MaskLike,
     sizes: Sequence[float | int] | None = None,
     seeds: int = 3,
+    stricter: bool = True,
     run_dir: str | os.PathLike[str] | None = None,
 ) -> Falsification:
     """Try to refute a finding: compare it, at equal size, with untrained weights, a nonsense target and other seeds.
 
-    With three sizes it takes 11 + 2 `seeds` times as long as finding the subnetwork (17 times by default), and memory
-    for a second model. Every size more or less is two rounds of learning more or less, every seed too.
+    With three sizes it takes 13 + 2 `seeds` times as long as finding the subnetwork (19 times by default), and memory
+    for a second model; the worst case, where it is measured, takes about as long once more. Every size more or less is
+    two rounds of learning more or less, every seed too, and the two rivals are one each.
 
     Args:
         model: From `load_model`.
@@ -232,6 +252,8 @@ def falsify(
             that of what was found (of the weights that the recipe can drop), which is always among them.
         seeds: Number of other seeds, for the trained model and for re-initialised blocks; at least 2, to have a
             spread.
+        stricter: Whether to make the stricter tests too (`stricter_tests`): worst case, rivals, and whether the other
+            seeds compute the same.
         run_dir: A folder for the runs and the results; runs that are already there are reused.
 
     Raises:
@@ -284,6 +306,7 @@ def falsify(
     other = with_random_blocks(model, seed=config.seed, everything=True)
     everything = attempts.curve(RANDOM_MODEL, other, target, [own])
     free |= attempts.free(RANDOM_MODEL, other, target)
+    del other
 
     draws: dict[str, Measured] = {}
     if isinstance(found, Circuit):
@@ -311,6 +334,11 @@ def falsify(
     for seed in others:
         name = seed_name(seed, RANDOM_BLOCKS)
         gaps[name] = _gap(reseeded[seed_name(seed)], reseeded[name], told)
+    harder = None
+    if stricter:
+        of_seeds = {f"{SEED}{seed}": again[seed_name(seed)] for seed in others}
+        at = None if folder is None else folder / FOLDER.name
+        harder = stricter_tests(model, target, corpus, config, found=found, others=of_seeds, run_dir=at)
     result = Falsification(
         _controls(measured, {name: told_nonsense if name == NONSENSE else told for name in measured}, found),
         overlaps_of(again),
@@ -318,6 +346,7 @@ def falsify(
         _curves(lines, kept, found.total, told),
         _gaps(gaps),
         Origin(run_id(folder.parent) if folder else None, found.checksum, corpus.fingerprint, corpus.source),
+        harder,
     )
     if folder is not None:
         result.save(folder)

@@ -3,20 +3,32 @@
 A control refutes a finding if, at equal size, the subnetwork is not shown to recover more of the context's information
 than the control does: the paired 95% interval of the gap does not lie above 0. It weakens the finding if there is such
 a gap, but the control recovers more than half of what the subnetwork recovers, or another seed shows no gap.
+
+The stricter tests never refute a finding, which is that what is kept is enough: they weaken what is claimed beyond it.
+
+- The worst case, if less than 90% of the mask's own information is left: what is kept is enough only with the rest
+  exactly absent.
+- Rivals, if there is one: what is kept is enough, and so is something else, so it is not *the* circuit.
+- What other seeds compute, if one of them computes something else: how this mask does it is a finding about this mask.
+  (Masks of other seeds that are as faithful to the target may still differ in all that the target leaves open, so this
+  does not refute that either of them is enough.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
+from bigram_circuits.experiments.rivals import Rivals
+from bigram_circuits.experiments.same_function import SameFunction
+from bigram_circuits.experiments.worst_case import AGAINST, HOLDS, share_left, worst_case_words
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.statistics import holm, size_reaching
-from bigram_circuits.measures.words import listed
+from bigram_circuits.measures.words import listed, percent
 
 FOUND, TRAINED, NONSENSE = "found", "trained", "nonsense target"
 """The subnetwork, the model whose it is, and the control with another target."""
@@ -265,3 +277,49 @@ def judge_seeds(controls: Effects, seeds: Effects) -> Judged:
         f"{times.min():.1f} to {times.max():.1f} times chance, {verdict}",
         "refuted" if refutes else "stands",
     )
+
+
+# --- the stricter tests ----------------------------------------------------------------------------------------------
+
+WORST_CASE, RIVALS, OTHER_FUNCTION = "worst case", "rivals", "what other seeds compute"
+"""What the judgements of the stricter tests are called."""
+SEED = "seed-"
+"""How the names of masks of other seeds begin, among those that a mask is compared with (`same_function`)."""
+_STRICTER = {
+    (RIVALS, "weakened"): "So what is kept is enough, and so is something else: a statement about single "
+    "{units} is one about this mask.",
+    (OTHER_FUNCTION, "weakened"): "So how this mask does it is a finding about this mask, not about the model.",
+    (OTHER_FUNCTION, "stands"): "So these seeds agree on what is computed.",
+}
+
+
+def judge_worst_case(curves: Curves) -> Judged | None:
+    """Whether a mask is enough whatever becomes of what it drops; None if this is not what was measured.
+
+    It was not if the full model does something else than the target (forced), if it was measured against something
+    else than what the mask was learned for, or if the mask is no better than the empty one.
+    """
+    if curves.notes.get("forced") or AGAINST in curves.notes or math.isnan(left := share_left(curves)):
+        return None
+    return Judged(WORST_CASE, worst_case_words(curves), "stands" if left >= HOLDS else "weakened")
+
+
+def judge_rivals(found: Rivals) -> Judged:
+    """Whether other masks of the same size do the same."""
+    finding = "weakened" if found.rivals else "stands"
+    means = _STRICTER.get((RIVALS, finding), "").format(units=found.masks[0].units)
+    return Judged(RIVALS, f"{found.verdict} {means}".strip(), finding)
+
+
+def judge_functions(same: Mapping[str, SameFunction]) -> Judged | None:
+    """Whether masks of other seeds compute the same; None if none was compared."""
+    seeds = [one for name, one in same.items() if name.startswith(SEED)]
+    if not seeds:
+        return None
+    others = [one for one in seeds if one.verdict == "other function"]
+    finding = "weakened" if others else "stands"
+    least = max(0.0, min(one.agreement for one in seeds))
+    subject = f"Of {len(seeds)} other seed{'s' * (len(seeds) > 1)}, {len(others) or 'none'}"
+    words = f"{subject} compute{'s' * (len(others) == 1)} another function (least agreement of predictions with the "
+    words += f"mask: {percent(least)})."
+    return Judged(OTHER_FUNCTION, f"{words} {_STRICTER[OTHER_FUNCTION, finding]}", finding)

@@ -47,10 +47,19 @@ WORST, SIGNS, SHUFFLED = "worst case", "random signs", "shuffled"
 BUDGETS = (0, 1, 4, 20, 80)
 """Steps of ascent, by default."""
 MEAN_GATE = Quantity("mean_gate", "share", "Mean gate of what is dropped: 0 in the mask, 1 in the full model.")
+AGAINST = "against"
+"""The note that says what a worst case was measured against if that was not what the mask was learned for: `model`."""
+_FORCED = "The full model does something else than the target, so this says nothing about what was dropped."
 QUANTITIES = (CONTEXT_TOLD, KL, CROSS_ENTROPY, SURPRISAL_CORRELATION, MEAN_GATE)
 _JUDGED = 20  # the budget by which it is judged whether a mask holds
-_HOLDS, _BREAKS = 0.9, 0.5  # least share of its own information of a mask that holds, and of one that does not break
+HOLDS = 0.9
+"""The least share of its own information that is left of a mask that holds."""
+_BREAKS = 0.5  # and of one that does not break
 _COMPARED = 1 << 13  # tokens at most on which the losses of several starts are compared
+
+
+class SaysNothingError(ValueError):
+    """A worst case would say nothing about this mask: it drops nothing, or the full model does something else."""
 
 
 @uses_model
@@ -98,9 +107,9 @@ def worst_case_ablation(
         own gates, permuted among what is dropped of each matrix or hook point).
 
     Raises:
-        ValueError: If an argument is out of range, shapes or vocabularies do not match, or the mask keeps everything;
-            unless `force` is set, if the full model recovers less than 90% of what the mask gains in cross-entropy over
-            the empty mask.
+        ValueError: If an argument is out of range, or shapes or vocabularies do not match.
+        SaysNothingError: (a ValueError) If the mask keeps everything; unless `force` is set, if the full model recovers
+            less than 90% of what the mask gains in cross-entropy over the empty mask.
 
     Example:
         >>> curves = bc.worst_case_ablation(model, found, bc.ModelTarget(model), text, budgets=(0, 2), force=True)
@@ -113,9 +122,10 @@ def worst_case_ablation(
     losses = {name: one.faithfulness.cross_entropy for name, one in (("full", full), ("empty", empty), ("mask", own))}
     complaint = own_behaviour(**losses)
     if complaint is not None and not force:
-        raise ValueError(
-            f"{complaint}, so that opening the rest says nothing about the mask: give a ModelTarget or a task that the "
-            f"model is good at, or force=True"
+        raise SaysNothingError(
+            f"{complaint}, so that opening the rest says nothing about the mask: ask for the model's own predictions "
+            "(ModelTarget, --against model) or a task that it is good at, or measure it all the same (force=True, "
+            "--force)"
         )
     measured, gates = _measured(job, own)
     told = ContextTold(kl_of_best_constant(job.target, job.held_out))
@@ -151,10 +161,26 @@ def worst_case_ablation(
     )
 
 
+def share_left(curves: Curves) -> float:
+    """The share of a mask's own information that is left after 20 steps of ascent, or after the most that there are.
+
+    Args:
+        curves: From `worst_case_ablation`, with budget 0 (the mask itself) and another.
+
+    Returns:
+        The share; nan if the mask is no better than the empty one.
+
+    Raises:
+        ValueError: If these budgets were not measured.
+    """
+    left = _left(_checked_curves(curves), WORST)
+    return left[_judged(left)]
+
+
 def worst_case_words(curves: Curves) -> str:
     """Say what is left of a mask's information when what it drops is at its worst, and what follows: two sentences.
 
-    It is judged by 20 steps of ascent, or by the most that there are.
+    It is judged by 20 steps of ascent, or by the most that there are (`share_left`).
 
     Args:
         curves: From `worst_case_ablation`, with budget 0 (the mask itself) and another.
@@ -162,11 +188,8 @@ def worst_case_words(curves: Curves) -> str:
     Raises:
         ValueError: If these budgets were not measured.
     """
-    if WORST not in curves.conditions or 0 not in curves.points or len(curves.points) < 2:
-        raise ValueError("these are no curves of worst_case_ablation with budget 0 and another")
-    worst, shuffled = ({int(n): share for n, share in _left(curves, name).items()} for name in (WORST, SHUFFLED))
-    last = max(worst)
-    judged = _JUDGED if _JUDGED in worst else last
+    worst, shuffled = (_left(_checked_curves(curves), name) for name in (WORST, SHUFFLED))
+    last, judged = max(worst), _judged(worst)
     if math.isnan(worst[last]):
         return "Worst case: undefined, since the mask is no better than the empty one."
     left = [tuple(percent(max(of[n], 0.0)) for of in (worst, shuffled)) for n in sorted({judged, last})]
@@ -175,14 +198,27 @@ def worst_case_words(curves: Curves) -> str:
         for n, (ours, theirs) in zip(sorted({judged, last}), left, strict=True)
     ]
     what = "information" if _is_told(curves) else "gain in cross-entropy over the empty mask"
+    what += " about the full model's own predictions" if curves.notes.get(AGAINST) == "model" else ""
     exactly = "zero" if curves.notes.get("replace") == "zero" else "what replaces it"
-    return f"Of the mask's own {what}, {listed(shares)}. {_claim(worst, judged, exactly)}"
+    claim = _FORCED if curves.notes.get("forced") else _claim(worst, judged, exactly)
+    return f"Of the mask's own {what}, {listed(shares)}. {claim}"
+
+
+def _checked_curves(curves: Curves) -> Curves:
+    if WORST not in curves.conditions or 0 not in curves.points or len(curves.points) < 2:
+        raise ValueError("these are no curves of worst_case_ablation with budget 0 and another")
+    return curves
+
+
+def _judged(left: Mapping[int, float]) -> int:
+    """The number of steps by which it is judged whether a mask holds."""
+    return _JUDGED if _JUDGED in left else max(left)
 
 
 def _claim(left: Mapping[int, float], judged: int, exactly: str) -> str:
     """What may be said of a mask, from the shares of its own information that are left, by number of steps."""
-    if left[judged] >= _HOLDS:
-        broken = [n for n, share in left.items() if n > judged and share < _HOLDS]
+    if left[judged] >= HOLDS:
+        broken = [n for n, share in left.items() if n > judged and share < HOLDS]
         held = max(n for n in left if not broken or n < broken[0])
         but = f"; {broken[0]} steps find values that do" if broken else ""
         return f"Nothing that was dropped matters, as far as {held} steps of ascent can tell{but}."
@@ -236,7 +272,7 @@ def _checked(
     taken = as_mask(mask)
     taken.check_fits(model)
     if taken.kept == taken.total:
-        raise ValueError(f"the mask keeps all {taken.total:,} {taken.units_here}: there is nothing to open")
+        raise SaysNothingError(f"the mask keeps all {taken.total:,} {taken.units_here}: there is nothing to open")
     if not len(budgets) or any(not isinstance(one, int | np.integer) or one < 0 for one in budgets):
         raise ValueError(f"budgets must be numbers of steps, 0 or more, not {tuple(budgets)}")
     for name, value in (("starts", starts), ("batch_size", batch_size)):

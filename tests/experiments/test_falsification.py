@@ -172,7 +172,7 @@ def test_every_attempt_is_a_run_and_is_measured(tried, tiny_model):
     folders = {f"{name} at {found.kept} weights" for name in of_its_size[1:]} | set(free)
     folders |= {f"{name} at {size} weights" for name in ("trained", blocks) for size in sizes if size != found.kept}
     folders = {name.replace(",", "").replace(" ", "-") for name in folders}
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == folders
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == folders | {"stricter"}
     for name in folders:
         assert bc.load_run(folder / name).subnetwork.total == found.total
         if "weights" in name:
@@ -244,7 +244,8 @@ def test_a_planted_circuit_stands(tmp_path):
     planted = bc.plant_bigram("gpt2", d_vocab=8, n_layers=1, folder=tmp_path / "planted")
     recipe = bc.SparsifyConfig(max_steps=20, batch_size=4, retries=0)
     args = planted.model, planted.target, planted.corpus, recipe
-    result = falsify(*args, found=planted.circuit, sizes=[planted.circuit.fraction], seeds=2)
+    result = falsify(*args, found=planted.circuit, sizes=[planted.circuit.fraction], seeds=2, stricter=False)
+    assert result.stricter is None
     assert result.curves.points == (planted.circuit.fraction,)
     assert result.controls.get("context_told")["seed 1"] > 0.999  # so the recipe finds what is there
     assert result.verdict == "No control refutes or weakens the finding."
@@ -264,7 +265,7 @@ def test_untrained_blocks_are_refuted_by_blocks_that_are_the_same(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "untrained")
     untrained = bc.load_model(tmp_path / "untrained", device="cpu")
     found = bc.find_subnetwork(untrained, TARGET, CORPUS, recipe).subnetwork
-    result = falsify(untrained, TARGET, CORPUS, recipe, found=found, sizes=[0.1], seeds=2)
+    result = falsify(untrained, TARGET, CORPUS, recipe, found=found, sizes=[0.1], seeds=2, stricter=False)
     names = ("re-initialised blocks", "everything re-initialised")
     assert result.refuted[:2] == names
     for name in names:
@@ -291,7 +292,7 @@ def test_sizes_at_equal_kl_are_interpolated_over_log_size(tried):
 
 
 def test_results_of_the_first_version_are_read(tried, tmp_path):
-    result = replace(tried[0], curves=None, gaps=None)
+    result = replace(tried[0], curves=None, gaps=None, stricter=None)
     former = {"re-initialised blocks": "blocks initialised anew"}
     names = tuple(former.get(name, name) for name in result.controls.names)
     replace(result, controls=replace(result.controls, names=names)).save(tmp_path)
@@ -383,7 +384,7 @@ def test_a_target_without_a_context_is_judged_by_its_cross_entropy(tiny_model, m
     monkeypatch.setattr(falsification, "find_mask", lambda *args, **options: found)
     for make in ("with_random_blocks", "with_shuffled_blocks"):
         monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
-    result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2)
+    result = falsify(tiny_model, unigram, CORPUS, RECIPE, found=full, seeds=2, stricter=False)
     assert np.isnan(list(result.controls.get("context_told").values())).all()
     assert "% of the weights (cross-entropy 5." in result.says[0]
     assert result.refuted[:2] == ("re-initialised blocks", "everything re-initialised")
@@ -401,7 +402,7 @@ def test_without_a_size_straight_through_masks_are_not_learned(tiny_model, monke
     monkeypatch.setattr(falsification, "find_mask", find)
     for make in ("with_random_blocks", "with_shuffled_blocks"):
         monkeypatch.setattr(falsification, make, lambda *args, **options: tiny_model)
-    result = falsify(tiny_model, TARGET, CORPUS, recipe, found=full, seeds=2)
+    result = falsify(tiny_model, TARGET, CORPUS, recipe, found=full, seeds=2, stricter=False)
     assert not any("no penalty" in name for name in result.controls.names)
     assert not any("ceiling" in one for one in result.says)
     assert {one.target_fraction for one in recipes} == {0.5, 1.0}  # twice the full model there is not
@@ -410,7 +411,7 @@ def test_without_a_size_straight_through_masks_are_not_learned(tiny_model, monke
 def test_the_page_tells_what_refutes_it(tried, tmp_path):
     run = make_run(tmp_path / "run", metrics=measured())
     assert "Not attempted" in page(run)
-    found = changed(tried[0], "found", context_told=0.9)
+    found = changed(replace(tried[0], stricter=None), "found", context_told=0.9)
     found = with_gap(changed(found, "re-initialised blocks", context_told=0.9), "re-initialised blocks", 0.0, -0.1)
     found.save(run.path / "falsify")
     with pytest.raises(ValueError, match=r"controls.json' does not belong to this run: it is of another subnetwork"):

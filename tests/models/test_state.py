@@ -261,7 +261,7 @@ def test_every_public_function_of_a_model_is_here():
         "import_eap", "export_eap",
         "with_random_blocks",
         "with_shuffled_blocks",
-        "analyze", "falsify", "rivals", "sparsity_path", "find_path", "find_ladder",
+        "analyze", "falsify", "rivals", "stricter_tests", "sparsity_path", "find_path", "find_ladder",
         "soft_hard_gap", "study",  # made of those above
         "Subnetwork", "layer_by_layer", *analysis.TASKS, "earlier_value", "greater_than", "indirect_object",
         "ordered_sequences", "repeated_random_tokens", "subnetworks_over_training", "trajectory", "fit_affine_lens",
