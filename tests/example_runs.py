@@ -7,9 +7,13 @@ import numpy as np
 import torch
 
 from bigram_circuits.evaluation import Evaluation
+from bigram_circuits.experiments.rivals import Rivals
+from bigram_circuits.experiments.same_function import ELSEWHERE, HELD_OUT, SameFunction
+from bigram_circuits.experiments.stricter import FOLDER, StricterTests
+from bigram_circuits.experiments.worst_case import QUANTITIES, SHUFFLED, SIGNS, WORST
 from bigram_circuits.explanations.explanation import UnitTokens
 from bigram_circuits.measures.quantities import Quantity
-from bigram_circuits.measures.results import Curves, Effects, Maps
+from bigram_circuits.measures.results import Curves, Effects, Maps, Scatter
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.report.document import _circuitsvis
 from bigram_circuits.runs import (
@@ -58,6 +62,8 @@ def results():
     """One of everything that `analyze` gives, and one that the report knows nothing of."""
     cosines = ("current_embedding", "target_unembedding")
     losses = {"loss_of_base": 11.5, "loss_of_full": 0.25, "loss_of_guessing": 6.75}
+    mapped = maps("flow", rows=("L0N1", "L0N2"), columns=("a", HOSTILE), axes=("neuron", "token"))
+    serves = {"drives": [[HOSTILE, 1.0]], "promotes": [["a", 2.0]], "suppresses": []}
     passage = {"columns": ("0: a", f"1: {HOSTILE}"), "axes": ("layer", "position")}
     return {
         "logit_lens": curves("surprisal_correlation", "kl"),
@@ -110,8 +116,74 @@ def results():
         "task": effects("loss", "accuracy", things=CONDITIONS, rows=12, loss_of_guessing=1.5),
         "induction": effects("fall_in_loss", **losses),
         "induction_pairs": effects("fall_in_loss", things=("head 0.0 + head 0.1",), **losses),
+        "neuron_map": replace(mapped, notes={"share_shown": 0.5}),
+        "unit_effects": effects("rise", "lost", things=("L0N1", "L0H0"), kept_units=9, units={"L0N1": serves}),
+        "predicted_effects": predicted(0.93),
         "of_tomorrow": effects("surprise", things=(HOSTILE,)),
     }
+
+
+def predicted(r):
+    """What explanations say that neurons add, against what their removal does."""
+    fit = {"r": r, "slope": 1.0, "r_interval": [0.1, 0.9], "slope_interval": [0.9, 1.1]}
+    notes = {"direct": fit, "flow": fit, "pairs": 10, "tokens": 2}
+    return Scatter(
+        "Predicted", quantities("direct", "flow", "measured"), "neuron", ("a", "b"), *np.ones((3, 3, 2)),
+        against="measured", notes=notes,
+    )  # fmt: skip
+
+
+def worst_case(shares=(0.9, 0.8, 0.75), budgets=(0, 4, 20), forced=False):
+    """Curves in which these shares of the context are told; the baselines lose nothing."""
+    values = np.full((len(QUANTITIES), 3, len(budgets)), 0.5)
+    values[0], values[0, 0] = shares[0], shares
+    notes = {"cross_entropy": {"full": 1.0, "empty": 3.0, "mask": 1.5}, "replace": "zero", "forced": forced}
+    of = (QUANTITIES, "steps", budgets, (WORST, SIGNS, SHUFFLED), values, values - 0.01, values + 0.01)
+    return Curves("Worst-case ablation", *of, notes=notes)
+
+
+def some_rivals(mask, recovered=(1.0, 0.98, 0.5)):
+    """A mask, and two others that recover these shares."""
+    masks = (mask, *(mask.random_like(seed=seed) for seed in range(len(recovered) - 1)))
+    weight = f"weight {HOSTILE}"
+    keys = (
+        "recovered", "jaccard", "times_chance", "log10_p", "most_jaccard", "surprisal_correlation", "kl",
+        "cross_entropy", "context_told",
+    )  # fmt: skip
+    names = ("first", *(f"{weight}: rival {at}" for at in range(1, len(masks))))
+    measured = effects(*keys, things=names, noun=mask.noun, masks=[one.checksum for one in masks])
+    values = np.array(measured.values)
+    values[0], values[1], values[4] = recovered, [1.0, 0.125, 0.25][: len(masks)], 0.3
+    measured = replace(measured, values=values, low=values - 0.01, high=values + 0.01)
+    conditions = (*(f"{weight}: {name}" for name in ("core alone", "without the core", "without all of them")), "full")
+    keys = ("kept", "share_of_first", "recovered", "surprisal_correlation", "kl")
+    return Rivals(masks, measured, effects(*keys, things=conditions))
+
+
+def compared(mask, other, agreement=0.95):
+    """Two masks of which each tells this share of what the other takes from the context."""
+    keys = ("agreement", "agreement_back", "kl", "kl_back", "top1_agreement")
+    behaviour = effects(*keys, things=(HELD_OUT, ELSEWHERE), units="weights", masks=[mask.checksum, other.checksum])
+    behaviour = replace(behaviour, values=np.full_like(behaviour.values, agreement))
+    splices = effects("kept_in_a", "without_in_a", "kept_in_b", "without_in_b", things=("L0.attn", HOSTILE))
+    shared = effects("intersection", "expected", "jaccard", things=("all", HOSTILE))
+    return SameFunction(shared, behaviour, splices, curves("cka", "cosine", conditions=("both",)))
+
+
+def stricter(mask):
+    """One of each of the stricter tests."""
+    found = some_rivals(mask)
+    same = {"<b>seed-1": compared(mask, found.masks[1]), "rival-1": compared(mask, found.masks[2], 0.5)}
+    return StricterTests(worst_case(), found, same)
+
+
+def save_stricter(folder, tests):
+    """Write stricter tests to a run's folder; returns the run."""
+    run = load_run(folder)
+    of = RunFolder(folder).origin(run.settings.corpus)
+    same = {name: replace(one, of=of) for name, one in tests.same.items()}
+    replace(tests, rivals=tests.rivals and replace(tests.rivals, of=of), same=same).save(folder / FOLDER, of)
+    return run
 
 
 def hostile_atlas():

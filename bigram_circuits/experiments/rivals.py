@@ -58,6 +58,8 @@ SAME = 0.95
 """Jaccard index from which two masks are the same one."""
 FIRST, FULL = "first", "full"
 """The mask that the others are rivals of, and the full model."""
+ALONE = "core alone"
+"""How the names of rows of `cores` end that are of the core alone."""
 
 RECOVERED = Quantity("recovered", "share", "Of the information about the target that the first mask recovers.")
 _OVERLAP = (
@@ -106,12 +108,12 @@ class Rivals:
     @property
     def rivals(self) -> tuple[str, ...]:
         """Names of the masks that are rivals of the first."""
-        return tuple(name for name in self.measured.names if self._finding(name) == "rival")
+        return tuple(name for name in self.measured.names if self.finding(name) == "rival")
 
     @property
     def verdict(self) -> str:
         """What was found, in a sentence or two."""
-        findings = {name: self._finding(name) for name in self.measured.names if name != FIRST}
+        findings = {name: self.finding(name) for name in self.measured.names if name != FIRST}
         if self.rivals:
             return self._rivals_words()
         if "unclear" in findings.values():
@@ -127,8 +129,8 @@ class Rivals:
         best = max(worse, key=lambda name: self.measured.get("recovered")[name])
         return f"No rival: masks with less in common do worse. The best of them, {self._words(best)}."
 
-    def _finding(self, name: str) -> str:
-        """`rival`, `same` (as an earlier mask), `worse`, or `unclear`."""
+    def finding(self, name: str) -> str:
+        """What a mask is: `rival`, `same` (as an earlier mask), `worse`, or `unclear`."""
         at = self.measured.names.index(name)
         if self.measured.get("most_jaccard")[name] >= SAME:
             return "same"
@@ -140,7 +142,7 @@ class Rivals:
         """A sentence about the overlap weight with the most rivals, and of these the one with the smallest core."""
         groups = {weight: [name for name in self.rivals if _weight_of(name) == weight] for weight in self._weights}
         cores = self.cores.get("share_of_first")
-        chosen = max(groups, key=lambda weight: (len(groups[weight]), -cores[f"{weight}: {_ALONE}"]))
+        chosen = max(groups, key=lambda weight: (len(groups[weight]), -cores[f"{weight}: {ALONE}"]))
         names = groups[chosen]
         shared = reduce(and_, (self.masks[self.measured.names.index(name)] for name in (FIRST, *names)))
         of_all = shared.kept / self.masks[0].kept
@@ -209,7 +211,7 @@ class Rivals:
 
 
 _PARTS = ("measured", "cores")
-_ALONE, _WITHOUT_CORE, _WITHOUT_ALL = "core alone", "without the core", "without all of them"
+_WITHOUT_CORE, _WITHOUT_ALL = "without the core", "without all of them"
 
 
 def _weight_of(name: str) -> str:
@@ -352,7 +354,7 @@ class _Search:
             for at in range(1, k):
                 measured[f"{label}: rival {at}"] = judge.row(masks[at], masks[:at], droppable)
             core, union = reduce(and_, masks), reduce(or_, masks)
-            parts = {_ALONE: core, _WITHOUT_CORE: ~(core & droppable), _WITHOUT_ALL: ~(union & droppable)}
+            parts = {ALONE: core, _WITHOUT_CORE: ~(core & droppable), _WITHOUT_ALL: ~(union & droppable)}
             cores |= {f"{label}: {name}": judge.core_row(part, core, droppable) for name, part in parts.items()}
         cores[FULL] = judge.core_row(first.constant(True), first.constant(True), droppable)
         everyone = (first, *(mask for others in groups.values() for mask in others))

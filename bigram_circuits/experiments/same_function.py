@@ -59,6 +59,8 @@ SAME_WEIGHTS = 0.9
 """Jaccard overlap from which two masks count as the same weights."""
 SAME_FUNCTION = 0.9
 """Agreement, of either with the other and on either text, from which two masks count as the same function."""
+OTHER_FUNCTION = "other function"
+"""The verdict on masks that do not compute the same."""
 HELD_OUT, ELSEWHERE = "held out", "out of distribution"
 """The two texts."""
 _LEAST = 0.01  # nats: where predictions hardly depend on the context, agreement is measured by this instead of KL0
@@ -133,7 +135,7 @@ class SameFunction:
     def verdict(self) -> str:
         """`same weights`; `other weights, same function`; or `other function`."""
         if not self.agreement >= SAME_FUNCTION:
-            return "other function"
+            return OTHER_FUNCTION
         return "same weights" if self.jaccard >= SAME_WEIGHTS else "other weights, same function"
 
     @property
@@ -259,6 +261,7 @@ def same_function(
         "noun": first.noun,
         "first": first.lineage,
         "second": second.lineage,
+        "masks": [first.checksum, second.checksum],
     }
     notes |= {"sequences": len(text), "shuffled_by_seed": None if out_of_distribution is not None else seed}
     return SameFunction(

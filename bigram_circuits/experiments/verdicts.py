@@ -25,7 +25,7 @@ import numpy as np
 from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
 from bigram_circuits.experiments.rivals import Rivals
 from bigram_circuits.experiments.same_function import SameFunction
-from bigram_circuits.experiments.worst_case import AGAINST, HOLDS, share_left, worst_case_words
+from bigram_circuits.experiments.worst_case import AGAINST, HOLDS, UNDEFINED, worst_case_finding, worst_case_words
 from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.measures.statistics import holm, size_reaching
 from bigram_circuits.measures.words import listed, percent
@@ -299,9 +299,10 @@ def judge_worst_case(curves: Curves) -> Judged | None:
     It was not if the full model does something else than the target (forced), if it was measured against something
     else than what the mask was learned for, or if the mask is no better than the empty one.
     """
-    if curves.notes.get("forced") or AGAINST in curves.notes or math.isnan(left := share_left(curves)):
+    finding = worst_case_finding(curves)
+    if curves.notes.get("forced") or AGAINST in curves.notes or finding == UNDEFINED:
         return None
-    return Judged(WORST_CASE, worst_case_words(curves), "stands" if left >= HOLDS else "weakened")
+    return Judged(WORST_CASE, worst_case_words(curves), "stands" if finding == HOLDS else "weakened")
 
 
 def judge_rivals(found: Rivals) -> Judged:

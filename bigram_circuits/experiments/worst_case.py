@@ -18,7 +18,7 @@ An ascent finds a lower bound of the damage: a flat curve is evidence that nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +44,8 @@ from bigram_circuits.text.corpus import Corpus, batch_of, in_order, spread, toke
 
 WORST, SIGNS, SHUFFLED = "worst case", "random signs", "shuffled"
 """The conditions: the adversary, and its two baselines."""
+HOLDS, IN_PART, BREAKS, UNDEFINED = "holds", "holds in part", "breaks", "undefined"
+"""What `worst_case_finding` returns."""
 BUDGETS = (0, 1, 4, 20, 80)
 """Steps of ascent, by default."""
 MEAN_GATE = Quantity("mean_gate", "share", "Mean gate of what is dropped: 0 in the mask, 1 in the full model.")
@@ -52,9 +54,7 @@ AGAINST = "against"
 _FORCED = "The full model does something else than the target, so this says nothing about what was dropped."
 QUANTITIES = (CONTEXT_TOLD, KL, CROSS_ENTROPY, SURPRISAL_CORRELATION, MEAN_GATE)
 _JUDGED = 20  # the budget by which it is judged whether a mask holds
-HOLDS = 0.9
-"""The least share of its own information that is left of a mask that holds."""
-_BREAKS = 0.5  # and of one that does not break
+_HOLDS, _BREAKS = 0.9, 0.5  # least share of its own information of a mask that holds, and of one that does not break
 _COMPARED = 1 << 13  # tokens at most on which the losses of several starts are compared
 
 
@@ -161,26 +161,10 @@ def worst_case_ablation(
     )
 
 
-def share_left(curves: Curves) -> float:
-    """The share of a mask's own information that is left after 20 steps of ascent, or after the most that there are.
-
-    Args:
-        curves: From `worst_case_ablation`, with budget 0 (the mask itself) and another.
-
-    Returns:
-        The share; nan if the mask is no better than the empty one.
-
-    Raises:
-        ValueError: If these budgets were not measured.
-    """
-    left = _left(_checked_curves(curves), WORST)
-    return left[_judged(left)]
-
-
 def worst_case_words(curves: Curves) -> str:
     """Say what is left of a mask's information when what it drops is at its worst, and what follows: two sentences.
 
-    It is judged by 20 steps of ascent, or by the most that there are (`share_left`).
+    It is judged by 20 steps of ascent, or by the most that there are (`judged_steps`).
 
     Args:
         curves: From `worst_case_ablation`, with budget 0 (the mask itself) and another.
@@ -188,62 +172,85 @@ def worst_case_words(curves: Curves) -> str:
     Raises:
         ValueError: If these budgets were not measured.
     """
-    worst, shuffled = (_left(_checked_curves(curves), name) for name in (WORST, SHUFFLED))
-    last, judged = max(worst), _judged(worst)
-    if math.isnan(worst[last]):
+    worst, shuffled = worst_case_left(curves), worst_case_left(curves, SHUFFLED)
+    last, judged = max(worst), judged_steps(curves)
+    if worst_case_finding(curves) == UNDEFINED:
         return "Worst case: undefined, since the mask is no better than the empty one."
     left = [tuple(percent(max(of[n], 0.0)) for of in (worst, shuffled)) for n in sorted({judged, last})]
     shares = [
         f"{ours} is left after {n} steps of ascent ({theirs} with the same gates in random places)"
         for n, (ours, theirs) in zip(sorted({judged, last}), left, strict=True)
     ]
-    what = "information" if _is_told(curves) else "gain in cross-entropy over the empty mask"
+    what = "information" if is_told(curves) else "gain in cross-entropy over the empty mask"
     what += " about the full model's own predictions" if curves.notes.get(AGAINST) == "model" else ""
-    exactly = "zero" if curves.notes.get("replace") == "zero" else "what replaces it"
-    claim = _FORCED if curves.notes.get("forced") else _claim(worst, judged, exactly)
+    claim = _FORCED if curves.notes.get("forced") else _claim(curves)
     return f"Of the mask's own {what}, {listed(shares)}. {claim}"
 
 
-def _checked_curves(curves: Curves) -> Curves:
+def worst_case_finding(curves: Curves) -> str:
+    """Judge a mask by the share of its own information that is left after `judged_steps` of ascent.
+
+    Args:
+        curves: As for `worst_case_words`.
+
+    Returns:
+        `holds` (at least 90% is left), `holds in part` (at least 50%), `breaks`, or `undefined`.
+
+    Raises:
+        ValueError: As `worst_case_words`.
+    """
+    left = worst_case_left(curves)[judged_steps(curves)]
+    if math.isnan(left):
+        return UNDEFINED
+    return HOLDS if left >= _HOLDS else IN_PART if left >= _BREAKS else BREAKS
+
+
+def judged_steps(curves: Curves) -> int:
+    """Return the number of steps of ascent by which a mask is judged: 20, or the most that there are."""
+    return _JUDGED if _JUDGED in curves.points else max(map(int, curves.points))
+
+
+def worst_case_left(curves: Curves, condition: str = WORST) -> dict[int, float]:
+    """Return the share of the mask's own information that is left, by number of steps; nan if it has none.
+
+    Where the information is undefined, it is the share of its gain in cross-entropy over the empty mask.
+
+    Args:
+        curves: As for `worst_case_words`.
+        condition: The adversary, or one of its baselines.
+
+    Raises:
+        ValueError: As `worst_case_words`.
+    """
     if WORST not in curves.conditions or 0 not in curves.points or len(curves.points) < 2:
         raise ValueError("these are no curves of worst_case_ablation with budget 0 and another")
-    return curves
-
-
-def _judged(left: Mapping[int, float]) -> int:
-    """The number of steps by which it is judged whether a mask holds."""
-    return _JUDGED if _JUDGED in left else max(left)
-
-
-def _claim(left: Mapping[int, float], judged: int, exactly: str) -> str:
-    """What may be said of a mask, from the shares of its own information that are left, by number of steps."""
-    if left[judged] >= HOLDS:
-        broken = [n for n, share in left.items() if n > judged and share < HOLDS]
-        held = max(n for n in left if not broken or n < broken[0])
-        but = f"; {broken[0]} steps find values that do" if broken else ""
-        return f"Nothing that was dropped matters, as far as {held} steps of ascent can tell{but}."
-    if left[judged] >= _BREAKS:
-        return f"Some of what was dropped matters: the mask loses a part unless the rest is exactly at {exactly}."
-    return f"What was dropped matters: the mask is only sufficient with the rest exactly at {exactly}."
-
-
-def _is_told(curves: Curves) -> bool:
-    """Whether the share of the context told is known, and above 0 with the mask itself."""
-    return bool(curves.get(CONTEXT_TOLD.name, WORST)[curves.points.index(0)] > 0)
-
-
-def _left(curves: Curves, condition: str) -> dict[int, float]:
-    """The share of the mask's own information that is left, by number of steps; nan if it has none.
-
-    Where the information is undefined, that of its gain in cross-entropy over the empty mask.
-    """
     own = curves.points.index(0)
-    if _is_told(curves):
+    if is_told(curves):
         kept = curves.get(CONTEXT_TOLD.name, condition)
     else:
         kept = curves.notes["cross_entropy"]["empty"] - curves.get(CROSS_ENTROPY.name, condition)
     shares = kept / kept[own] if kept[own] > 0 else np.full(len(kept), math.nan)
     return {int(n): float(share) for n, share in zip(curves.points, shares, strict=True)}
+
+
+def is_told(curves: Curves) -> bool:
+    """Whether the share of the context told is known, and above 0 with the mask itself."""
+    return bool(curves.get(CONTEXT_TOLD.name, WORST)[curves.points.index(0)] > 0)
+
+
+def _claim(curves: Curves) -> str:
+    """What may be said of a mask, from the shares of its own information that are left."""
+    left, judged = worst_case_left(curves), judged_steps(curves)
+    finding = worst_case_finding(curves)
+    if finding == HOLDS:
+        broken = [n for n, share in left.items() if n > judged and share < _HOLDS]
+        held = max(n for n in left if not broken or n < broken[0])
+        but = f"; {broken[0]} steps find values that do" if broken else ""
+        return f"Nothing that was dropped matters, as far as {held} steps of ascent can tell{but}."
+    exactly = "zero" if curves.notes.get("replace") == "zero" else "what replaces it"
+    if finding == IN_PART:
+        return f"Some of what was dropped matters: the mask loses a part unless the rest is exactly at {exactly}."
+    return f"What was dropped matters: the mask is only sufficient with the rest exactly at {exactly}."
 
 
 # --- the ascent ---

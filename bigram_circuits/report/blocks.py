@@ -161,7 +161,7 @@ class Mark:
     """How much it depends on the seed and on the text, in a phrase."""
 
 
-OUTCOMES = {"passed": "✓", "failed": "✗", "in doubt": "!", "not tried": "–"}  # noqa: RUF001 (a dash)
+OUTCOMES = {"passed": "✓", "failed": "✗", "in doubt": "!", "not tried": "–", "not applicable": "–"}  # noqa: RUF001 (a dash)
 """What may come of a check, and its sign."""
 
 

@@ -197,6 +197,26 @@ def bars(
     return figure.update_layout(margin_t=36 if len(series) > 1 else 8)
 
 
+def overlaps(points: Mapping[str, tuple[float, float, float, float]], x: str, y: str, enough: float) -> Any:
+    """Points with error bars, from (share on the x axis, value, low, high) by name, and a dashed line at a value."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    at, value, low, high = (list(column) for column in zip(*points.values(), strict=True))
+    figure.add_scatter(
+        x=at, y=value, mode="markers", showlegend=False, text=[plain(name) for name in points],
+        marker={"size": 11, "color": CONDITIONS["subnetwork"].colour}, **error_bars(value, low, high, "y"),
+        hovertemplate=told("%{text}", f"{plain(x)} %{{x:.3f}}", f"{plain(y)} %{{y:.3f}}"),
+    )  # fmt: skip
+    figure.add_hline(y=enough, line={"color": MUTED, "width": 1, "dash": "dash"})
+    known = [one for one in (*value, *low, *high, enough) if math.isfinite(one)]
+    room = 0.06 * (max(known) - min(known)) or 0.01
+    figure.update_xaxes(title=x, range=[-0.03, 1.03])
+    figure.update_yaxes(title=y, tickformat="~%", range=[min(known) - room, max(known) + room])
+    dressed(figure)
+    return figure.update_layout(margin_t=8)
+
+
 def without_first_row(figure: Any) -> None:
     """Scale colours by all rows but the first, the embedding's, whose values are far larger than the others'."""
     values = np.concatenate([np.asarray(trace.z, dtype=float)[1:].ravel() for trace in figure.data])

@@ -11,10 +11,11 @@ from pathlib import Path
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.seeds import Seeds, load_seeds
+from bigram_circuits.experiments.stricter import FOLDER, load_stricter
 from bigram_circuits.explanations import words
 from bigram_circuits.explanations.explanation import Explanation
 from bigram_circuits.measures.words import listed, percent, rounded
-from bigram_circuits.report import circuit, figures, inside, outcome, reading, seeds  # noqa: F401 (they register sections)
+from bigram_circuits.report import circuit, figures, inside, outcome, reading, seeds, stricter  # noqa: F401 (they register sections)
 from bigram_circuits.report.blocks import Block, Chart, Check, Mark, Opening, Preview, Section
 from bigram_circuits.report.document import document
 from bigram_circuits.report.facts import control_rows
@@ -60,15 +61,16 @@ def page(run: Run) -> str:
 
 def sections(run: Run) -> list[Section]:
     """Every registered section that has something to say about the run."""
-    results = Results(run.analyses, run.left_out, run.atlas, load_seeds(run.path, run))
+    harder = load_stricter(run.path / FOLDER, run)
+    results = Results(run.analyses, run.left_out, run.atlas, load_seeds(run.path, run), harder)
     written = [section(run, results) for section in SECTIONS]
     return [one for one in written if one.says or one.blocks]
 
 
 def opening(run: Run) -> Opening:
     """The first screen: question, answer, a few numbers, a picture, and what would refute the answer."""
-    several = load_seeds(run.path, run)
-    tried = checks(run, Results(run.analyses, run.left_out, seeds=several))
+    several, harder = load_seeds(run.path, run), load_stricter(run.path / FOLDER, run)
+    tried = checks(run, Results(run.analyses, run.left_out, seeds=several, stricter=harder))
     does, _ = run.plain_target
     return Opening(
         title=f"The {run.target_words[0]} {run.mask.noun} of {run.model_words}",

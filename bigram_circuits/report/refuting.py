@@ -12,11 +12,22 @@ from dataclasses import dataclass
 
 from bigram_circuits.experiments.controls import RANDOM_BLOCKS, RANDOM_MODEL, SHUFFLED
 from bigram_circuits.experiments.falsification import Falsification, load_falsification
+from bigram_circuits.experiments.same_function import OTHER_FUNCTION
 from bigram_circuits.experiments.verdicts import FOUND, NONSENSE
+from bigram_circuits.experiments.worst_case import (
+    BREAKS,
+    HOLDS,
+    IN_PART,
+    UNDEFINED,
+    judged_steps,
+    worst_case_finding,
+    worst_case_left,
+)
 from bigram_circuits.measures.results import Effects, Scatter
-from bigram_circuits.measures.words import listed, rounded, sentence
+from bigram_circuits.measures.words import listed, percent, rounded, sentence
 from bigram_circuits.report.blocks import Check
 from bigram_circuits.report.circuit import HARDLY, PREDICTS
+from bigram_circuits.report.compared_words import value_range
 from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import left_out
 from bigram_circuits.runs import CorpusIdentity, Run
@@ -26,6 +37,10 @@ EVALUATE = "bigram-circuits evaluate RUN"
 """The command that measures how faithful a run is."""
 _FALSIFY, _ANALYZE = "bigram-circuits find --falsify", "bigram-circuits analyze RUN"
 _SEEDS = "bigram-circuits find --seeds 5"
+WORST_CASE = "bigram-circuits worst-case RUN"
+RIVALS = "bigram-circuits rivals RUN"
+SAME_FUNCTION = "bigram-circuits same-function RUN OTHER"
+"""The commands of the stricter tests."""
 _OUTCOMES = {"stands": "passed", "weakened": "in doubt", "refuted": "failed"}
 """What comes of a check, by what a control does to the finding; the worst is last."""
 _ANSWERS = {"stands": "No", "weakened": "In part", "refuted": "Yes"}
@@ -212,6 +227,75 @@ _NEED = {"necessary": ("passed", "No"), "fairly necessary": ("passed", "Hardly")
 
 def _moves(rise: float) -> str:
     return f"{'rises' if rise >= 0 else 'falls'} by {rounded(abs(rise), 2)}"
+
+
+# --- stricter tests ---
+
+
+@_check("What if the dropped {units} are not exactly absent?", "worst_case")
+def _worst_case(subject: _Subject) -> _Found:
+    """What is left with the rest at its worst; it means nothing where the full model does something else."""
+    curves, reason = subject.results.stricter.worst_case, subject.results.stricter.left_out.get("worst_case")
+    if curves is None and reason:
+        return _Found("not applicable", f"It means nothing here: {reason.partition(':')[0]}.")
+    if curves is None:
+        return _not_tried(WORST_CASE)
+    finding, steps = worst_case_finding(curves), judged_steps(curves)
+    if finding == UNDEFINED:
+        return _Found("not tried", "Undefined: these are no better than none.")
+    left = percent(max(worst_case_left(curves)[steps], 0.0))
+    if curves.notes["forced"]:
+        says = "It means nothing here: the full model does something else. (Measured all the same:"
+        return _Found("not applicable", f"{says} {left} of the information is left.)")
+    outcome, answer, follows = _WORST[finding]
+    says = f"{answer}: set as badly as {steps} steps of search can, they leave {left} of the information{follows}."
+    return _Found(outcome, says)
+
+
+_WORST = {
+    HOLDS: ("passed", "Nothing much", ""),
+    IN_PART: ("in doubt", "A part is lost", ""),
+    BREAKS: ("failed", "It breaks", ", so these are enough only with the rest exactly absent"),
+}
+"""The outcome, the answer and what follows, by `worst_case_finding`."""
+
+
+@_check("Could other {units} do the same?", "rivals")
+def _rivals(subject: _Subject) -> _Found:
+    """Rivals put in doubt which weights are kept, not that they are enough: they never fail the check."""
+    found, reason = subject.results.stricter.rivals, subject.results.stricter.left_out.get("rivals")
+    if found is None:
+        return _Found("not tried", sentence(reason)) if reason else _not_tried(RIVALS)
+    if not found.rivals:
+        undecided = "unclear" in map(found.finding, found.measured.names)
+        return _Found("in doubt" if undecided else "passed", found.verdict)
+    recovered, shared = ([found.measured.get(key)[name] for name in found.rivals] for key in ("recovered", "jaccard"))
+    n, units = len(found.rivals), subject.run.mask.units
+    says = (
+        f"Yes: {n} other mask{'s' if n > 1 else ''} of this size recover{'' if n > 1 else 's'} "
+        f"{value_range(recovered, percent)} of what these do, with {value_range(shared, percent)} of the {units} in "
+        f"common. These are enough, but so are others: in doubt is which {units} are kept."
+    )
+    return _Found("in doubt", says)
+
+
+@_check("Do other masks that do as well compute the same?", "same_function")
+def _same_function(subject: _Subject) -> _Found:
+    """In other seeds and rivals; where they do not, what is in doubt is how it is done, not that these are enough."""
+    compared = subject.results.stricter.same
+    if not compared:
+        return _not_tried(SAME_FUNCTION)
+    others = [name for name, one in compared.items() if one.verdict == OTHER_FUNCTION]
+    alike = [name for name in compared if name not in others]
+    least = {name: percent(max(one.agreement, 0.0)) for name, one in compared.items()}
+    told = "of what either takes from the context, the other tells"
+    if not others:
+        at_least = percent(min(one.agreement for one in compared.values()))
+        return _Found("passed", f"Yes: {listed(alike)}; {told} at least {at_least}.")
+    answer = f"In part: {listed(alike)} do, but not" if alike else "No: not"
+    return _Found(
+        "in doubt", f"{answer} {listed([f'{name} ({least[name]})' for name in others])}; in brackets, what {told}."
+    )
 
 
 @_check("Does the picture predict what removing neurons does?", "predicts")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bigram_circuits.experiments.seeds import Seeds
+from bigram_circuits.experiments.stricter import StricterTests
 from bigram_circuits.explanations.explanation import Atlas
 from bigram_circuits.measures.conditions import OWN, label_of
 from bigram_circuits.measures.quantities import Quantity
@@ -79,6 +80,8 @@ class Results:
     """Explanations of predictions, if there are any."""
     seeds: Seeds | None = None
     """What several seeds found, if there are several."""
+    stricter: StricterTests = field(default_factory=StricterTests)
+    """What the stricter tests found, as far as they were made."""
     shown: set[str] = field(default_factory=set)
     """Names of the results that were shown."""
 

@@ -100,7 +100,18 @@ class Sections:
 SECTIONS = Sections(
     {
         "The circuit": ("circuit", "predicts", "units", "where"),
-        "How faithful it is": ("controls", "task", "seeds", "refuted", "overlap", "needed", "lacks"),
+        "How faithful it is": (
+            "controls",
+            "task",
+            "seeds",
+            "refuted",
+            "worst_case",
+            "rivals",
+            "same_function",
+            "overlap",
+            "needed",
+            "lacks",
+        ),
         "What happens inside": ("layers", "passage", "read", "tokens", "heads", "attribution", "..."),
         "How it was made": ("training", "other", "again"),
     },

@@ -10,13 +10,27 @@ import pytest
 import torch
 
 from bigram_circuits.experiments.comparison import compare
-from bigram_circuits.measures.results import Curves, Effects, Maps, load_result
+from bigram_circuits.experiments.stricter import StricterTests
+from bigram_circuits.measures.results import Curves, Effects, Maps, Scatter, load_result
 from bigram_circuits.report import comparison as comparison_page
+from bigram_circuits.report.blocks import Chart
 from bigram_circuits.report.page import SECTIONS, page
+from bigram_circuits.report.refuting import checks
+from bigram_circuits.report.results import Results
 from bigram_circuits.report.sections import LEFT_OUT
 from bigram_circuits.runs import StepRecord
 from bigram_circuits.subnetwork import Subnetwork
-from tests.example_runs import HOSTILE, Elements, make_run, measured, results, save_result, without_libraries
+from tests.example_runs import (
+    HOSTILE,
+    Elements,
+    make_run,
+    measured,
+    results,
+    save_result,
+    save_stricter,
+    stricter,
+    without_libraries,
+)
 
 LONG = "very long " * 2000
 
@@ -27,9 +41,12 @@ def numbers_as(result, value):
 
 
 def axes_of(result):
-    return {Curves: ("points", "conditions"), Maps: ("rows", "columns", "conditions"), Effects: ("names",)}[
-        type(result)
-    ]
+    return {
+        Curves: ("points", "conditions"),
+        Maps: ("rows", "columns", "conditions"),
+        Effects: ("names",),
+        Scatter: ("names",),
+    }[type(result)]
 
 
 def cut(result, axis, count):
@@ -123,8 +140,28 @@ def test_odd_results_leave_out_their_sections_and_no_more(tmp_path, turn):
     assert all(one.heading in told for one in SECTIONS if one.key != "other")
 
 
+def test_odd_stricter_tests_leave_out_their_sections_and_no_more(tmp_path):
+    run = make_run(tmp_path / "run", metrics=measured())
+    kinds = [one for one in SECTIONS if one.key in ("worst_case", "rivals", "same_function")]
+    made, parts = stricter(run.mask), ("overlap", "behaviour", "splices", "streams")
+    for change in list(ODD.values())[:-1]:
+        same = {
+            name: replace(one, **{part: change(getattr(one, part)) for part in parts})
+            for name, one in made.same.items()
+        }
+        rivals = replace(made.rivals, measured=change(made.rivals.measured), cores=change(made.rivals.cores))
+        found = Results({}, stricter=StricterTests(change(made.worst_case), rivals, same))
+        for section in [kind(run, found) for kind in kinds]:
+            assert section.says
+            for block in section.blocks:
+                assert not isinstance(block, Chart) or json.dumps(block.drawn(), allow_nan=False)
+        assert len(checks(run, found)) == 11
+
+
 def test_no_section_is_left_out_of_an_ordinary_page(tmp_path):
     runs = [make_run(tmp_path / name, metrics=measured(), found=results()) for name in "ab"]
+    for run in runs:
+        save_stricter(run.path, stricter(run.mask))
     assert LEFT_OUT not in page(runs[0])
     assert LEFT_OUT not in comparison_page.page(compare(runs))
 

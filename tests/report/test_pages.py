@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import bigram_circuits as bc
-from tests.example_runs import HOSTILE, hostile_atlas, make_run, measured, results
+from tests.example_runs import HOSTILE, hostile_atlas, make_run, measured, results, save_stricter, stricter
 
 DRAWN = """
 (() => {
@@ -21,9 +21,8 @@ DRAWN = """
 def report(tmp_path_factory):
     """The page of a run in whose names, tokens and path there is markup."""
     folder = tmp_path_factory.mktemp("report") / "a <b>run & more"
-    return bc.write_report(
-        make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}", atlas=hostile_atlas())
-    )
+    run = make_run(folder, metrics=measured(), found=results(), name=f"model {HOSTILE}", atlas=hostile_atlas())
+    return bc.write_report(save_stricter(folder, stricter(run.mask)))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +30,7 @@ def comparison(tmp_path_factory):
     """The page about two such runs."""
     folder = tmp_path_factory.mktemp("comparison")
     runs = [make_run(folder / name, metrics=measured(), found=results(), name=HOSTILE) for name in "ab"]
+    save_stricter(runs[0].path, stricter(runs[0].mask))
     return bc.write_comparison({f"{run.path.name} {HOSTILE}": run for run in runs}, folder / "comparison.html")
 
 
