@@ -154,6 +154,7 @@ def some_rivals(mask, recovered=(1.0, 0.98, 0.5)):
     measured = effects(*keys, things=names, noun=mask.noun, masks=[one.checksum for one in masks])
     values = np.array(measured.values)
     values[0], values[1], values[4] = recovered, [1.0, 0.125, 0.25][: len(masks)], 0.3
+    values[4, 0] = 1.0
     measured = replace(measured, values=values, low=values - 0.01, high=values + 0.01)
     conditions = (*(f"{weight}: {name}" for name in ("core alone", "without the core", "without all of them")), "full")
     keys = ("kept", "share_of_first", "recovered", "surprisal_correlation", "kl")

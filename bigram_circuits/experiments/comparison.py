@@ -22,6 +22,7 @@ from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.seeds import Seeds, Spread, load_seeds, overlaps_of
 from bigram_circuits.experiments.sparsity_path import is_path, load_path_runs, with_path_evaluation
+from bigram_circuits.experiments.stricter import FOLDER, StricterTests, load_stricter
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import FAITHFULNESS
@@ -69,6 +70,11 @@ class Compared:
     def seeds(self) -> Seeds | None:
         """What other seeds found, if its run is of several; None if it is of one."""
         return load_seeds(self.run.path, self.run) if self.run else None
+
+    @cached_property
+    def stricter(self) -> StricterTests:
+        """What the stricter tests of its run found; empty if there are none."""
+        return load_stricter(self.run.path / FOLDER, self.run) if self.run else StricterTests()
 
     @property
     def task(self) -> str:

@@ -12,11 +12,11 @@ from bigram_circuits.report.sections import Sections
 
 COMPARISON_SECTIONS = Sections(
     {
-        "How good they are": ("what", "pareto", "seeds"),
+        "How good they are": ("what", "pareto", "seeds", "stricter"),
         "How alike they are": ("overlaps", "places"),
         "What happens inside": ("layers", "..."),
     },
-    opened=("what", "pareto", "seeds", "overlaps"),
+    opened=("what", "pareto", "seeds", "stricter", "overlaps"),
 )
 """The sections of the comparison page; `report.comparison` imports the modules that register them."""
 section = COMPARISON_SECTIONS.add

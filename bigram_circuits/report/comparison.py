@@ -26,7 +26,7 @@ from bigram_circuits.measures import quantities
 from bigram_circuits.measures.html import write_page
 from bigram_circuits.measures.words import listed, percent, rounded
 from bigram_circuits.names import short_name
-from bigram_circuits.report import compared_measures, compared_seeds, compared_weights  # noqa: F401 (they register their sections)
+from bigram_circuits.report import compared_measures, compared_seeds, compared_stricter, compared_weights  # noqa: F401 (they register their sections)
 from bigram_circuits.report.blocks import Check, Mark, Opening
 from bigram_circuits.report.compared_measures import front
 from bigram_circuits.report.compared_words import (

@@ -292,10 +292,9 @@ def _same_function(subject: _Subject) -> _Found:
     if not others:
         at_least = percent(min(one.agreement for one in compared.values()))
         return _Found("passed", f"Yes: {listed(alike)}; {told} at least {at_least}.")
-    answer = f"In part: {listed(alike)} do, but not" if alike else "No: not"
-    return _Found(
-        "in doubt", f"{answer} {listed([f'{name} ({least[name]})' for name in others])}; in brackets, what {told}."
-    )
+    answer = f"In part: {listed(alike)} {'do' if len(alike) > 1 else 'does'}" if alike else "No"
+    parts = listed([f"{least[name]} ({name})" for name in others])
+    return _Found("in doubt", f"{answer}; {told} only {parts}." if alike else f"{answer}: {told} only {parts}.")
 
 
 @_check("Does the picture predict what removing neurons does?", "predicts")

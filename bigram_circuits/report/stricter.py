@@ -243,10 +243,10 @@ def _agreement(one: SameFunction, text: str) -> float:
 
 
 _SPLICED = {
-    "kept_in_a": "this, with it from the other",
-    "without_in_a": "this, without it",
-    "kept_in_b": "the other, with it from this",
-    "without_in_b": "the other, without it",
+    "kept_in_a": "kept by this",
+    "without_in_a": "this without",
+    "kept_in_b": "kept by other",
+    "without_in_b": "other without",
 }
 
 
