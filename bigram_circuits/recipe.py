@@ -290,10 +290,10 @@ class SparsifyConfig(Record):
     worst_case: int = option(
         0, "--worst-case", whole(0), "learn masks that withstand the worst case: ascent steps of an adversary per step"
     )
-    """Ascent steps, at every step of learning, of an adversary that opens closed gates as far as that harms most: masks
-    are learned to withstand whatever becomes of what they drop (`worst_case_ablation`). It persists from step to step,
-    and the first of its steps shares the forward and backward pass of learning. 0: no adversary, as published. Only
-    sensible where the full model itself does what the target asks."""
+    """Ascent steps, at every step of learning, of an adversary that opens closed gates from random values to where that
+    harms most: masks are learned to withstand whatever becomes of what they drop (`worst_case_ablation`). Each costs a
+    forward and backward pass, so 1 about doubles the time. The recorded cross-entropies are then those under the
+    adversary. 0: no adversary, as published. Only sensible where the full model itself does what the target asks."""
     low_memory: bool = option(False, "--low-memory", None, "use less memory, at some cost in time")
     """Use less memory, at some cost in time: scores and moments are stored as bfloat16, and the activations of a block
     are recomputed in the backward pass."""

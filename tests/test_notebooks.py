@@ -32,7 +32,7 @@ def outputs(notebook):
 
 
 def test_every_notebook_has_a_source_and_the_other_way_round():
-    assert len(SOURCES) == 9
+    assert len(SOURCES) == 10
     assert sorted(FOLDER.glob("*.ipynb")) == [source.with_suffix(".ipynb") for source in SOURCES]
 
 
@@ -70,6 +70,8 @@ def few(code):
         (r"max_steps=\d+", "max_steps=3"),
         (r"sizes=\(0\.05, [\d., ]+\)", "sizes=(0.1, 0.3)"),
         (r"\[::14\]", "[::50]"),
+        (r"budgets=\([\d, ]+\)", "budgets=(0, 1)"),
+        ("seeds=3, random_seeds", "seeds=2, random_seeds"),
         ("seeds=[23], steps=5", "seeds=1, steps=1"),
         (r"tokens=(24|32|60)\b", "tokens=2"),
         ("neurons=100", "neurons=20"),

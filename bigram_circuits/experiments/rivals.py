@@ -27,6 +27,7 @@ import numpy as np
 from bigram_circuits.analysis.overlap import jaccard, overlap
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Measured, measure
+from bigram_circuits.experiments.seeds import Ends, effects_of
 from bigram_circuits.learning.training import find_mask
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Candidates
@@ -77,10 +78,6 @@ _GAPS = (
     Quantity("kl_gap", "nats", "KL minus that of the first mask."),
     Quantity("cross_entropy_gap", "nats", "Cross-entropy minus that of the first mask."),
 )
-
-_Ends = tuple[float, float, float]
-"""A number and its 95% interval."""
-_NONE: _Ends = (math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -363,8 +360,8 @@ class _Search:
         of_each = (RECOVERED, *_OVERLAP, *_MEASURED, *_GAPS)
         return Rivals(
             everyone,
-            _effects(f"Rivals of a {first.noun} of {first.kept:,} {first.units}", of_each, "mask", measured, notes),
-            _effects("What all of them share, and the model without it", of_all, "condition", cores, {}),
+            effects_of(f"Rivals of a {first.noun} of {first.kept:,} {first.units}", of_each, "mask", measured, notes),
+            effects_of("What all of them share, and the model without it", of_all, "condition", cores),
             Origin(None, first.checksum, self.corpus.fingerprint, self.corpus.source),
         )
 
@@ -424,7 +421,7 @@ class _Judge:
         told = ContextTold(kl_of_best_constant(search.target, text))
         return cls(measured, told, first, measured(first), measured(first.constant(False)))
 
-    def row(self, mask: Mask, earlier: Sequence[Mask], droppable: Mask) -> list[_Ends]:
+    def row(self, mask: Mask, earlier: Sequence[Mask], droppable: Mask) -> list[Ends]:
         """Overlap, faithfulness, and the differences from the first mask."""
         one = self.of_first if mask is self.first else self.measure(mask)
         gaps = [one.minus(self.of_first, STATISTICS[key]) for key in ("surprisal_correlation", "kl", "cross_entropy")]
@@ -435,16 +432,16 @@ class _Judge:
         overlaps = [(value, math.nan, math.nan) for value in (index, *chance, most, *of_earlier)]
         return [self._recovered(one), *overlaps, *self._numbers(one), *gaps]
 
-    def core_row(self, mask: Mask, core: Mask, droppable: Mask) -> list[_Ends]:
+    def core_row(self, mask: Mask, core: Mask, droppable: Mask) -> list[Ends]:
         """What the core does, or the model without it."""
         one = self.measure(mask)
         share = (core & droppable).kept / (self.first & droppable).kept
         sizes = [(value, math.nan, math.nan) for value in (float(mask.kept), share)]
         return [*sizes, self._recovered(one), *self._numbers(one)]
 
-    def _numbers(self, one: Measured) -> list[_Ends]:
+    def _numbers(self, one: Measured) -> list[Ends]:
         """Each of `_MEASURED`."""
-        row: list[_Ends] = []
+        row: list[Ends] = []
         for quantity in _MEASURED:
             statistic: Statistic | None = self.told if quantity is CONTEXT_TOLD else STATISTICS.get(quantity.name)
             if statistic is None:
@@ -453,7 +450,7 @@ class _Judge:
                 row.append((float(statistic(one.sums.sum(0))), *one.interval(statistic)))
         return row
 
-    def _recovered(self, one: Measured) -> _Ends:
+    def _recovered(self, one: Measured) -> Ends:
         """Its share of the information that the first mask recovers; nan if that recovers none."""
         value = self._share(one.sums.sum(0), self.of_first.sums.sum(0), self.empty.sums.sum(0))
         draws = self._share(one.draws, self.of_first.draws, self.empty.draws)
@@ -478,10 +475,3 @@ def _shared(a: Mask, b: Mask) -> tuple[float, float, float, float]:
 
 
 _OF_OVERLAP = ("jaccard", "share_of_a_in_b", "intersection", "expected", "log10_p")
-
-
-def _effects(
-    title: str, quantities: tuple[Quantity, ...], subject: str, rows: dict[str, list[_Ends]], notes: dict[str, Any]
-) -> Effects:
-    values, low, high = np.array(list(rows.values()), dtype=float).transpose(2, 1, 0)
-    return Effects(title, quantities, subject, tuple(rows), values, low, high, notes=notes)

@@ -37,6 +37,7 @@ from bigram_circuits.analysis.geometry import linear_cka
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Measured, measure
+from bigram_circuits.experiments.seeds import Ends, effects_of
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, masked
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.quantities import Quantity
@@ -266,7 +267,7 @@ def same_function(
     notes |= {"sequences": len(text), "shuffled_by_seed": None if out_of_distribution is not None else seed}
     return SameFunction(
         shared,
-        _effects("Behaviour", _BEHAVIOUR, "text", {name: one.numbers() for name, one in rows.items()}, notes),
+        effects_of("Behaviour", _BEHAVIOUR, "text", {name: one.numbers() for name, one in rows.items()}, notes),
         _splices(model, first, second, target, text, notes),
         _streams(model, first, second, spread(text, _SHOWN), notes),
         Origin(None, first.checksum, None, None),
@@ -285,17 +286,6 @@ def _elsewhere(
         return tokens
     rng = np.random.default_rng(seed)
     return np.concatenate([text[:, :1], rng.permuted(text[:, 1:], axis=1)], axis=1)
-
-
-Ends = tuple[float, float, float]
-
-
-def _effects(
-    title: str, quantities: tuple[Quantity, ...], subject: str, rows: Mapping[str, list[Ends]], notes: Mapping[str, Any]
-) -> Effects:
-    numbers = np.array(list(rows.values()), dtype=float).reshape(len(rows), len(quantities), 3)
-    values, low, high = numbers.transpose(2, 1, 0)
-    return Effects(title, quantities, subject, tuple(rows), values, low, high, notes=dict(notes))
 
 
 # --- behaviour -------------------------------------------------------------------------------------------------------
@@ -401,7 +391,7 @@ def _splices(
             row[-1].append(of[own].r(spliced))
         (kept_a, without_a, r_a), (kept_b, without_b, r_b) = row
         rows[label] = [kept_a, without_a, kept_b, without_b, r_a, r_b]
-    return _effects("Parts of one mask in the other", _SPLICES, "part", rows, notes)
+    return effects_of("Parts of one mask in the other", _SPLICES, "part", rows, notes)
 
 
 def _parts(first: Mask, second: Mask) -> Iterator[tuple[str, frozenset[str]]]:

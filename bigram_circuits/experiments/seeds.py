@@ -127,10 +127,17 @@ def overlaps_of(masks: Mapping[str, Mask]) -> Effects:
     return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
 
 
-def effects_of(title: str, quantities: tuple[Quantity, ...], subject: str, rows: Mapping[str, list[Ends]]) -> Effects:
+def effects_of(
+    title: str,
+    quantities: tuple[Quantity, ...],
+    subject: str,
+    rows: Mapping[str, list[Ends]],
+    notes: Mapping[str, Any] | None = None,
+) -> Effects:
     """A result with a row for each name, of every quantity with its interval."""
-    values, low, high = np.array(list(rows.values()), dtype=float).transpose(2, 1, 0)
-    return Effects(title, quantities, subject, tuple(rows), values, low, high)
+    numbers = np.array(list(rows.values()), dtype=float).reshape(len(rows), len(quantities), 3)
+    values, low, high = numbers.transpose(2, 1, 0)
+    return Effects(title, quantities, subject, tuple(rows), values, low, high, notes=dict(notes or {}))
 
 
 def kept_by(masks: Sequence[Mask]) -> Effects:

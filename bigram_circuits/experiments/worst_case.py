@@ -42,7 +42,7 @@ from bigram_circuits.progress import progress
 from bigram_circuits.targets.base import Target, kl_of_best_constant, target_of
 from bigram_circuits.text.corpus import Corpus, batch_of, in_order, spread, token_array
 
-WORST, SIGNS, SHUFFLED = "worst case", "random signs", "shuffled"
+WORST, SIGNS, SHUFFLED = "worst case", "signs at random", "shuffled"
 """The conditions: the adversary, and its two baselines."""
 HOLDS, IN_PART, BREAKS, UNDEFINED = "holds", "holds in part", "breaks", "undefined"
 """What `worst_case_finding` returns."""
@@ -103,7 +103,7 @@ def worst_case_ablation(
     Returns:
         `context_told`, `kl`, `cross_entropy` and `surprisal_correlation` on held-out text by budget, with 95% intervals
         (bootstrap over sequences, the same draws everywhere), and the mean gate of what is dropped. The conditions are
-        `worst case`, `random signs` (as many steps with random signs, from the mask) and `shuffled` (the adversary's
+        `worst case`, `signs at random` (as many steps with random signs, from the mask) and `shuffled` (the adversary's
         own gates, permuted among what is dropped of each matrix or hook point).
 
     Raises:
@@ -246,7 +246,7 @@ def _claim(curves: Curves) -> str:
         broken = [n for n, share in left.items() if n > judged and share < _HOLDS]
         held = max(n for n in left if not broken or n < broken[0])
         but = f"; {broken[0]} steps find values that do" if broken else ""
-        return f"Nothing that was dropped matters, as far as {held} steps of ascent can tell{but}."
+        return f"Nothing that was dropped does harm, as far as {held} steps of ascent can tell{but}."
     exactly = "zero" if curves.notes.get("replace") == "zero" else "what replaces it"
     if finding == IN_PART:
         return f"Some of what was dropped matters: the mask loses a part unless the rest is exactly at {exactly}."

@@ -8,10 +8,11 @@ interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bigram_circuits.learning.schedules import has_fallen, head_start
@@ -28,7 +29,6 @@ _STATES: Mapping[type[torch.optim.Optimizer], tuple[str, tuple[str, ...]]] = {
     torch.optim.SGD: ("sgd", ("momentum_buffer",)),
 }
 """By optimizer: the prefix of its state in a checkpoint, and what it keeps for every score."""
-_ADVERSARY = "adversary"  # in a checkpoint
 _SEEDS_APART = 1_000_003  # between the seeds of successive attempts
 
 
@@ -56,9 +56,7 @@ class Learner:
         self._rate = rate_after(config, len(start.rollbacks))
         self.optimizer = self.gates.optimizer(config, self._rate, decay)
         self._kind, self._moments = _STATES[type(self.optimizer)]
-        self.adversary = Adversary(self.gates.scores) if config.worst_case else None
-        """What opens closed gates while masks are learned; None if the recipe asks for none."""
-        self.gates.adversary = self.adversary
+        self.gates.adversary = Adversary(self.gates.scores) if config.worst_case else None
         self.good = self._unpack(start)
         """The last good state, to roll back to."""
         self._began = time.monotonic() - start.seconds
@@ -87,10 +85,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * self.gates.rate(step)
 
-    def ascend(self) -> None:
-        """After a backward pass, the adversary goes up the loss, if there is one."""
-        if self.adversary is not None:
-            self.adversary.ascend()
+    def attack(self, step: int, loss: Callable[[], Float[Tensor, ""]]) -> None:
+        """Let the adversary, if there is one, climb the loss before a step; afterwards gradients are the scores'."""
+        adversary = self.gates.adversary
+        if adversary is None:
+            return
+        adversary.begin(self.seed * _SEEDS_APART + step)
+        for _ in range(self.config.worst_case):
+            loss().backward()
+            adversary.climb()
+        adversary.is_climbing = False
 
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int
@@ -127,8 +131,7 @@ class Learner:
     @property
     def checkpoint_size(self) -> int:
         """Approximate checkpoint size in bytes."""
-        kept = 3 if self.adversary is None else 4
-        return 4 * kept * self.gates.scores.numel() * (2 if self.good.tensors else 1)
+        return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
 
     def pack(self, step: int) -> Checkpoint:
         """The state after `step` steps, including the last good state, so that later rollbacks are the same."""
@@ -138,12 +141,10 @@ class Learner:
         return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores, the optimizer's state and the adversary, on the CPU."""
+        """A copy of the scores and the optimizer's state, on the CPU."""
         scores = self.gates.scores
         state = self.optimizer.state[scores]
         named = {"scores": scores, **{f"{self._kind}.{name}": value for name, value in state.items()}}
-        if self.adversary is not None:
-            named[_ADVERSARY] = self.adversary.values
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
@@ -156,21 +157,16 @@ class Learner:
             scores = self.gates.scores
             with torch.no_grad():
                 scores.copy_(own["scores"])
-            if self.adversary is not None:
-                self.adversary.values.copy_(own[_ADVERSARY])
-            prefix = f"{self._kind}."
-            moments = {name.removeprefix(prefix): t for name, t in own.items() if name.startswith(prefix)}
+            moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
             self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
 
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless these are the scores and moments of these gates, and their adversary if any."""
+        """Raise ValueError unless these are the scores and moments of these gates."""
         scores = self.gates.scores
         like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
-        if self.adversary is not None:
-            like[_ADVERSARY] = scores
         wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
         step = tensors.get("adam.step")

@@ -23,7 +23,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+from jaxtyping import Float, Integer
+from torch import Tensor
 
 from bigram_circuits.circuit import EDGE, Circuit
 from bigram_circuits.evaluation import soft_hard_gap
@@ -386,13 +390,11 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
 
             # forward and backward: the gradient of the loss is added to that of the penalty
             tokens = batch_of(job.corpus.train, config.batch_size, step=step, seed=learner.seed).to(learner.device)
-            for _ in range(config.worst_case - 1):
-                target.cross_entropy(model(tokens), tokens).mean().backward()
-                learner.ascend()
+            loss = partial(_loss, model, target, tokens)
+            learner.attack(step, loss)
             penalty, undecided, decided = gates.penalise(sparsity_weight)
-            cross_entropy = target.cross_entropy(model(tokens), tokens).mean()
+            cross_entropy = loss()
             cross_entropy.backward()
-            learner.ascend()
             learner.optimizer.step()
 
             # record the step, and roll back if the loss exploded
@@ -413,6 +415,11 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     if is_unstable(settled, config.recovery_steps, few=isinstance(target, PlacedTarget)):
         stopped_because = "unstable"
     return _end(job, learner, history, stopped_because)
+
+
+def _loss(model: Model, target: Target, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """The mean cross-entropy from a target to the model as it is gated."""
+    return target.cross_entropy(model(tokens), tokens).mean()
 
 
 def _note(job: _Job, bar: Any, record: StepRecord) -> None:

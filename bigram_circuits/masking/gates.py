@@ -145,36 +145,43 @@ def _check_has(granularity: Mapping[str, str], components: set[str]) -> None:
 # --- what opens closed gates again -----------------------------------------------------------------------------------
 
 
-ADVERSARY_STEP = 0.25
-
-
 class Adversary:
     """A value a from 0 to 1 for every gate, which opens it further: from s to s + (1 - s) a.
 
-    What is learned under it withstands whatever becomes of that which it drops (`worst_case_ablation`). It persists:
-    each backward pass gives the gradients of scores and adversary at once, the scores go down the loss, and a goes up
-    by the sign of its gradient ("free" adversarial training: Shafahi et al. 2019, arXiv 1904.12843).
+    What is learned under it withstands whatever becomes of that which it drops (`worst_case_ablation`). At every step
+    of learning it begins anew, at random, and goes up the loss by the sign of its gradient (Madry et al. 2018, arXiv
+    1706.06083); what is learned goes down the loss that it has found.
     """
 
-    def __init__(self, scores: Float[Tensor, " gate"], step: float = ADVERSARY_STEP) -> None:
-        """Start with an adversary that opens nothing, and moves by `step` at a time."""
-        self.step = step
+    step = 0.25
+    """How far it moves at a time."""
+
+    def __init__(self, scores: Float[Tensor, " gate"]) -> None:
+        """Start with an adversary that opens nothing."""
         self.values = torch.zeros_like(scores, requires_grad=False)
         """a, by gate."""
+        self.is_climbing = False
+        """Whether gradients are its own, and not the scores'."""
         self._pull = torch.zeros_like(self.values)
+
+    def begin(self, seed: int) -> None:
+        """Draw a uniformly from 0 to 1, and climb from there."""
+        self.values.uniform_(0, 1, generator=torch.Generator(self.values.device).manual_seed(seed))
+        self.is_climbing = True
 
     def opens(self, soft: Float[Tensor, " gate"], place: slice) -> Float[Tensor, " gate"]:
         """Return s + (1 - s) a for a range of gates; `soft` is overwritten."""
         return soft.lerp_(torch.ones_like(soft), self.values[place].to(soft))
 
-    def feel(
-        self, of_value: Float[Tensor, " gate"], slope: Float[Tensor, " gate"], place: slice
-    ) -> Float[Tensor, " gate"]:
-        """Note a gradient by the gates' values; returns their slope by the scores, given that of s."""
-        self._pull[place] += of_value
-        return slope * (1 - self.values[place])
+    def left(self, slope: Float[Tensor, " gate"], place: slice) -> Float[Tensor, " gate"]:
+        """Return the slope of a range of gates' values by the scores, given that of s; `slope` is overwritten."""
+        return slope.mul_(1 - self.values[place])
 
-    def ascend(self) -> None:
+    def feel(self, of_value: Float[Tensor, " gate"], place: slice) -> None:
+        """Note a gradient by the values of a range of gates."""
+        self._pull[place] += of_value
+
+    def climb(self) -> None:
         """Go up the gradients noted since the last time: by the sign of each, within 0 and 1."""
         self.values.add_(self._pull.sign_(), alpha=self.step).clamp_(0, 1)
         self._pull.zero_()
@@ -444,11 +451,14 @@ class Gates(nn.Module, ABC):
         return soft if self.adversary is None else self.adversary.opens(soft, place)
 
     def add_gradient(self, place: slice, of_value: Float[Tensor, " gate"]) -> None:
-        """Add to the scores' gradient that of a range of gates' values, which may be overwritten."""
-        gradient, slope = _gradient(self.scores)[place], self.slope(place)
+        """Add the gradient of a range of gates' values to the scores' gradient, or to that of a climbing adversary."""
+        if self.adversary is not None and self.adversary.is_climbing:
+            self.adversary.feel(of_value, place)
+            return
+        slope = self.slope(place)
         if self.adversary is not None:
-            slope = self.adversary.feel(of_value, slope, place)
-        gradient.addcmul_(slope, of_value)
+            slope = self.adversary.left(slope, place)
+        _gradient(self.scores)[place].addcmul_(slope, of_value)
 
     def _shifted(self, place: slice) -> Float[Tensor, " gate"]:
         """Return the scores minus the threshold."""

@@ -154,7 +154,7 @@ def test_bad_input(planted, text):
     model, circuit, target = planted.model, planted.circuit, planted.target
     with pytest.raises(ValueError, match="keeps no weight"):
         bc.same_function(model, circuit, circuit.constant(False), target, text)
-    with pytest.raises(ValueError, match="Circuit"):
+    with pytest.raises(ValueError, match="a subnetwork and a circuit"):
         bc.same_function(model, circuit, bc.Circuit.full(model), target, text)
     with pytest.raises(ValueError, match="seed"):
         bc.same_function(model, circuit, circuit, target, text, seed=-1)
