@@ -22,9 +22,11 @@ from bigram_circuits.recipe import (
     NOT_FOR_CURVES,
     NOT_FOR_LADDER,
     NOT_FOR_REPRODUCE,
+    NUMBER,
     NUMBERS,
     PARTS,
     SHARES,
+    STEPS,
     Inputs,
     Option,
     Request,
@@ -44,6 +46,9 @@ _EPILOG = """examples:
   bigram-circuits analyze runs/mine
   bigram-circuits report runs/mine
   bigram-circuits compare runs/mine runs/other
+  bigram-circuits worst-case runs/mine                    what is left if an adversary opens what was dropped?
+  bigram-circuits rivals runs/mine                        do other weights of the same number do the same?
+  bigram-circuits same-function runs/mine runs/other      do two masks compute the same?
   bigram-circuits curves ./my_model --task capitals.jsonl --unit head --replace mean
   bigram-circuits ladder --out runs/ladder                unigram, bigram, trigram, induction: what each adds
   bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
@@ -175,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ladder(commands, shared)
     _add_reproduce(commands, shared)
     _add_work_on_runs(commands, shared)
+    _add_stricter(commands, shared)
     _add_exchange(commands, shared)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -361,6 +367,54 @@ def _add_work_on_runs(commands: Any, shared: argparse.ArgumentParser) -> None:
     _add_unchecked(hooks)
 
 
+def _add_stricter(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """The commands that test a finished run's mask harder."""
+    worst = commands.add_parser(
+        "worst-case", parents=[shared], help="let an adversary open what a run's mask drops, and measure what is left"
+    )
+    worst.set_defaults(command=_worst_case)
+    worst.add_argument("run", type=Path, help="the run's folder")
+    worst.add_argument(
+        "--budgets", type=STEPS.read, metavar=STEPS.metavar, help="steps of ascent (default: 0,1,4,20,80)"
+    )
+    worst.add_argument("--starts", type=_COUNT, default=3, metavar="N", help="starting points (default: 3)")
+    worst.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of starts and batches (default: 0)")
+    worst.add_argument(
+        "--against", choices=["target", "model"], default="target",
+        help="what the adversary works against: the run's target, or the full model's predictions (default: target)",
+    )  # fmt: skip
+    worst.add_argument(
+        "--force", action="store_true",
+        help="go on although the full model does something else than the target, so that it says nothing of the mask",
+    )  # fmt: skip
+
+    rivals = commands.add_parser(
+        "rivals", parents=[shared], help="learn masks of a run's size that do the same with as little in common"
+    )
+    rivals.set_defaults(command=_rivals)
+    rivals.add_argument("run", type=Path, help="the run's folder")
+    rivals.add_argument(
+        "--k", type=whole(2).read, default=3, metavar="N", help="number of masks, with the run's own (default: 3)"
+    )
+    rivals.add_argument(
+        "--overlap-weight", type=NUMBER.read, metavar=NUMBER.metavar,
+        help="what it costs to share with earlier masks, in nats; 0 gives other seeds (default: 30)",
+    )  # fmt: skip
+
+    same = commands.add_parser(
+        "same-function", parents=[shared], help="compare what the masks of two runs of one model compute"
+    )
+    same.set_defaults(command=_same_function)
+    same.add_argument("run", type=Path, help="the run's folder, whose target and text are used")
+    same.add_argument("other", type=Path, metavar="other_run", help="the folder of another run of the same model")
+    same.add_argument(
+        "--tokens", type=_COUNT, metavar="N", help="held-out tokens, at most, to compare on (default: 8192)"
+    )
+    for command in (worst, rivals, same):
+        _add_names(command)
+        _add_copy(command)
+
+
 def _add_unchecked(command: argparse.ArgumentParser) -> None:
     """The option `--unchecked`, as `find` has it."""
     option = options_of(Inputs)["unchecked"]
@@ -523,6 +577,79 @@ def _analyze(arguments: argparse.Namespace) -> int:
         _tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(written)}")
         _tell(f"the page to look at: {write_report(folder.path)}")
     return 0
+
+
+def _worst_case(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from bigram_circuits.experiments.stricter import StricterTests
+    from bigram_circuits.experiments.worst_case import AGAINST, BUDGETS, worst_case_ablation, worst_case_words
+    from bigram_circuits.targets.model import ModelTarget
+
+    with _reopened(arguments, with_evaluation=True) as (run, of, folder):
+        by_model = arguments.against == "model"
+        target = ModelTarget(of.model) if by_model else of.target
+        curves = worst_case_ablation(
+            of.model, run.mask, target, of.corpus, arguments.budgets or BUDGETS, arguments.starts, seed=arguments.seed,
+            force=arguments.force,
+        )  # fmt: skip
+        if by_model and not isinstance(of.target, ModelTarget):
+            curves = replace(curves, notes={**curves.notes, AGAINST: "model"})
+        _tell(f"{curves.table('kl')}\n\n{worst_case_words(curves)}")
+        _write_stricter(StricterTests(worst_case=curves), of, folder)
+    return 0
+
+
+def _rivals(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.experiments.rivals import rivals
+    from bigram_circuits.experiments.stricter import RIVALS_FOLDER, StricterTests
+
+    options = {} if arguments.overlap_weight is None else {"overlap_weight": arguments.overlap_weight}
+    with _reopened(arguments, with_evaluation=True) as (run, of, folder):
+        found = rivals(
+            of.model, of.target, of.corpus, arguments.k, config=run.settings.recipe, first=run.mask,
+            run_dir=folder.path / RIVALS_FOLDER, **options,
+        )  # fmt: skip
+        _tell(found)
+        _write_stricter(StricterTests(rivals=found), of, folder)
+    return 0
+
+
+def _same_function(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.experiments.same_function import same_function
+    from bigram_circuits.experiments.stricter import MOST_TOKENS, StricterTests
+    from bigram_circuits.learning.training import with_pairs
+    from bigram_circuits.runs import load_run
+    from bigram_circuits.text.corpus import spread
+
+    other, path = load_run(arguments.other), str(arguments.other)
+    mine = load_run(arguments.run)
+    if other.settings.model.weight_hash != mine.settings.model.weight_hash:
+        raise ValueError(
+            f"the run in {path!r} is of another model ({other.settings.model.name}) than that in "
+            f"{str(arguments.run)!r} ({mine.settings.model.name}): two masks of one model can be compared"
+        )
+    if type(other.mask) is not type(mine.mask):
+        raise ValueError(
+            f"the run in {path!r} found a {other.mask.noun}, that in {str(arguments.run)!r} a {mine.mask.noun}: "
+            "masks of the same kind can be compared"
+        )
+    with _reopened(arguments, with_evaluation=True) as (run, of, folder):
+        text = spread(of.corpus.held_out, arguments.tokens or MOST_TOKENS)
+        found = same_function(of.model, run.mask, with_pairs(other.mask, of.target), of.target, text)
+        _tell(found)
+        _write_stricter(StricterTests(same={arguments.other.resolve().name: found}), of, folder)
+    return 0
+
+
+def _write_stricter(found: Any, of: Any, folder: Any) -> None:
+    """Write the outcome of a stricter test into a run's folder, and its page again."""
+    from bigram_circuits.experiments.stricter import FOLDER
+    from bigram_circuits.learning.training import identity_of
+    from bigram_circuits.report.page import write_report
+
+    found.save(folder.path / FOLDER, folder.origin(identity_of(of.corpus)))
+    _tell(f"\nfiles in {folder.path / FOLDER}/\nthe page to look at: {write_report(folder.path)}")
 
 
 def _explain(arguments: argparse.Namespace) -> int:

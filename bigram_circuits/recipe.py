@@ -116,6 +116,13 @@ def _numbers(text: str) -> tuple[float, ...]:
     return found
 
 
+def _steps(text: str) -> tuple[int, ...]:
+    found = tuple(whole(0).read(part) for part in text.split(","))
+    if not any(found):
+        raise _fail(text, "a list of numbers of steps, as in 0,1,4,20,80")
+    return tuple(sorted({0, *found}))
+
+
 def _granularity(text: str) -> str | dict[str, str]:
     if "=" not in text:
         return text
@@ -143,6 +150,7 @@ NUMBERS = Kind(_numbers, "X,Y,..", _write_list)
 _LAYERS = Kind(lambda text: tuple(whole(0).read(part) for part in text.split(",")), "I,J,..", _write_list)
 _UNITS = Kind(_granularity, "G", _write_granularity)
 NAMES = Kind(lambda text: tuple(part.strip() for part in text.split(",")), "U,V,..", ",".join)
+STEPS = Kind(_steps, "N,M,..", _write_list)
 SHARES = Kind(lambda text: tuple(_number(part) for part in text.split(",")), "X,Y,..", _write_list)
 _OPTION = "option"
 
@@ -322,6 +330,7 @@ class SparsifyConfig(Record):
             "recovery_steps": (lambda v: _is_whole(v, 1), "a whole number of at least 1"),
             "retries": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
             "polish": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+            "worst_case": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
             "low_memory": (lambda v: isinstance(v, bool), _YES_OR_NO),
             "seed": (lambda v: _is_whole(v, 0), "a whole number of at least 0"),
         }
@@ -329,6 +338,10 @@ class SparsifyConfig(Record):
         if self.polish and "weight" not in self.unit_of.values():
             given = shown(self.granularity)
             raise ValueError(f"polish changes single weights, but granularity {given} has no gates of them")
+        if self.polish and self.worst_case:
+            raise ValueError(
+                "polish weighs single weights with the rest at 0, which undoes what worst_case learns: leave one out"
+            )
         METHODS[self.method].check_config(self)
 
     def _check_units(self) -> None:

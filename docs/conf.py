@@ -28,6 +28,10 @@ nitpick_ignore_regex = [  # what other packages define has no page here
     ("py:.*", r"(abc|collections(\.abc)?|io|jaxtyping|numpy|os|pathlib|torch|typing)\..*"),
     ("py:class", r"bigram_circuits\.(bitmasks\.M|learning\.found\.F|tasks\.answers\.Answers|models\.nodes\.NodeSite)"),
     ("py:class", r"bigram_circuits\.(masking\.(candidates\.Candidates|gates\.Slots)|replacement\.Pairs)"),
+    (
+        "py:class",
+        r"bigram_circuits\.(bitmasks\.BitMasks|masking\.gates\.Adversary|experiments\.comparison\.Repetition)",
+    ),
     ("py:exc", "NotShownError"),  # a ValueError, told apart by `analyze`
     ("py:.*", r"(Any|Callable|Tensor|(np\.)?ndarray|nn\.Module|Mapping|Sequence|Iterator|Path|os\.PathLike)"),
 ]

@@ -481,8 +481,46 @@ def test_find_tries_to_refute_what_it_found(run, quick):
     attempts = {path.name for path in Path("mine/falsify").iterdir() if path.is_dir()}
     kept = bc.load_run("mine").subnetwork.kept
     assert {"trained-no-penalty", *(f"{name}-at-{kept}-weights" for name in ("nonsense-target", "seed-2"))} < attempts
-    assert len(attempts) == 15
+    assert len(attempts) == 16
+    assert set(tried.stricter.same) >= {"seed-1", "seed-2"}
+    assert tried.stricter.rivals.masks[0] == bc.load_run("mine").mask
     assert tried.says[0].split(";")[0] in html.unescape(Path("mine/report.html").read_text())
+
+
+def test_the_mask_of_a_run_is_tested_harder(run, refused, quick):
+    found = [*quick, "--target", "model", "--target-fraction", "0.2", "--steps", "2"]
+    assert run(*found, "--out", "mine")[0] == run(*found, "--seed", "1", "--out", "other")[0] == 0
+    refused("worst-case", "mine", "--budgets", "0", code=2, said="'0' is not a list of numbers of steps, as in 0,1,4")
+    refused("worst-case", "mine", "--against", "modl", code=2, said="did you mean model?")
+    refused("rivals", "mine", "--k", "1", code=2, said="'1' is not a whole number of at least 2")
+    refused("same-function", "mine", code=2, said="the following arguments are required: other_run")
+    refused("same-function", "mine", "nowhere", code=1, said="'nowhere' holds no run")
+    code, out, _ = run("worst-case", "mine", "--budgets", "1", "--starts", "1", "--against", "model")
+    assert code == 0
+    assert re.search(r"^worst case +\d", out, re.MULTILINE)
+    code, out, _ = run("rivals", "mine", "--k", "2", "--overlap-weight", "5")
+    assert code == 0
+    assert "weight 5: rival 1" in out
+    code, out, _ = run("same-function", "mine", "other", "--tokens", "64", "--out", "copy")
+    assert code == 0
+    assert "files in copy/falsify/stricter/\nthe page to look at: copy/report.html" in out
+    tests = bc.load_stricter("mine/falsify/stricter", bc.load_run("mine"))
+    assert tests.worst_case.points == (0, 1)
+    assert "against" not in tests.worst_case.notes  # it is what the mask was learned for
+    assert tests.rivals.masks[0] == bc.load_run("mine").mask
+    assert bc.load_stricter("copy/falsify/stricter", bc.load_run("copy")).same["other"].says in out
+    earlier = Path(__file__).parent / "data" / "run-0.1.0"
+    refused("same-function", "mine", earlier, code=1, said="is of another model")
+
+
+def test_a_worst_case_that_says_nothing_is_refused(run, refused, quick):
+    run(*quick, "--steps", "2", "--target-fraction", "0.5", "--out", "mine")
+    refused("worst-case", "mine", code=1, said="ask for the model's own predictions (ModelTarget, --against model)")
+    code, out, _ = run("worst-case", "mine", "--budgets", "1", "--starts", "1", "--force")
+    assert code == 0
+    assert "so this says nothing about what was dropped" in out
+    assert run("worst-case", "mine", "--budgets", "1", "--starts", "1", "--against", "model")[0] == 0
+    assert bc.load_stricter("mine/falsify/stricter").worst_case.notes["against"] == "model"
 
 
 def test_analyze_writes_every_result(run, quick):

@@ -62,7 +62,7 @@ def values(tiny_model, tmp_path_factory):
         example(listed=8), atlas(listed=8), dictionary, analysis.feature_tokens(tiny_model, dictionary),
         analysis.why_weight(tiny_model, 1, target, TEXT, draws=2), bc.observable(tiny_model, 5),
         analysis.pulled_back(tiny_model, 5, TEXT, through="L0H1"),
-        bc.Rivals((kept, ~kept), neurons, neurons),
+        bc.Rivals((kept, ~kept), neurons, neurons), bc.StricterTests(lens, left_out={"rivals": "none"}),
         bc.Ladder(
             "m", "h", load_run(folder).settings.corpus, CONFIG, analysis.ability(tiny_model, task), (), (), ()
         ),

@@ -65,6 +65,7 @@ OTHER = {  # for every option a value that is not its default
     "recovery_steps": 9,
     "retries": 0,
     "polish": 2,
+    "worst_case": 1,
     "low_memory": True,
     "seed": 11,
     "recipe": "paper",

@@ -36,9 +36,11 @@ from bigram_circuits.text.corpus import Corpus, spread
 
 FOLDER = Path("falsify") / "stricter"
 """Where they are in the folder of a run."""
+RIVALS_FOLDER = FOLDER / "rivals"
+"""Where its rivals are, with the runs that learn them."""
 MOST_TOKENS = 1 << 13
 """Held-out tokens on which two masks are compared (`same_function`), unless more are asked for."""
-_WORST_CASE, _RIVALS, _SAME = "worst_case.json", "rivals", "same_function"
+_WORST_CASE, _RIVALS, _SAME = "worst_case.json", RIVALS_FOLDER.name, "same_function"
 _REMEDY = "remove it and measure again"
 
 
@@ -105,7 +107,7 @@ class StricterTests:
         if self.rivals is not None:
             self.rivals.save(folder / _RIVALS)
         for name, one in self.same.items():
-            one.save(folder / _SAME / name)
+            (one if of is None else replace(one, of=of)).save(folder / _SAME / name)
         if self.left_out:
             write_text(folder / LEFT_OUT, checked_json({**self.left_out}))
 
@@ -247,7 +249,7 @@ def stricter_tests(
         if not other.kept:
             left_out[name] = f"it keeps no {other.units}"
             continue
-        same[name] = replace(same_function(model, mask, other, target, text), of=of)
+        same[name] = same_function(model, mask, other, target, text)
         result = add(same=same)
     return add(left_out=left_out)
 

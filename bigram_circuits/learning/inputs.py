@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Integer
 
+from bigram_circuits.evaluation import OWN_BEHAVIOUR, measure
 from bigram_circuits.measures.statistics import surprisals
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward, predicts_tokens
@@ -22,7 +23,8 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import SparsifyConfig
 from bigram_circuits.runs import InputCheck
-from bigram_circuits.targets.base import target_of
+from bigram_circuits.subnetwork import Subnetwork
+from bigram_circuits.targets.base import kl_of_best_constant, target_of
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.tasks.task import ability
 from bigram_circuits.text.corpus import Corpus, hash_of_tokenizer, in_order, spread
@@ -103,6 +105,7 @@ def check_inputs(model: Model, target: Any, corpus: Corpus, config: SparsifyConf
         *_about_frequency(model.tokenizer, counts),
         *_about_contexts(found, table, corpus),
         *_about_size(corpus, config),
+        *_about_worst_case(model, target, corpus, config),
     ]
     return replace(found, warnings=tuple(says))
 
@@ -204,6 +207,25 @@ def _about_loss(found: InputCheck) -> Iterator[str]:
             f"the model knows nothing of this text: its next-token loss is {own:.2f} nats on held-out text, that of "
             f"the training text's token frequencies alone {unigram:.2f}; give a text of the kind that the model was "
             "trained on, and look at the start of its sequences (--bos) and at its weights"
+        )
+
+
+def _about_worst_case(model: Model, target: Any, corpus: Corpus, config: SparsifyConfig) -> Iterator[str]:
+    """Whether masks shall withstand the full model's own parts although it does something else than the target.
+
+    It does if its KL from the target is above 10% of that of the best constant prediction: it then recovers less than
+    90% of what the context tells. Nothing is said of targets without a distribution.
+    """
+    if not config.worst_case or not len(corpus.held_out):
+        return
+    tokens = spread(corpus.held_out, _SEQUENCES * corpus.context_length)
+    full = measure(model, Subnetwork.full(model), target, tokens).faithfulness.kl
+    constant = kl_of_best_constant(target, tokens)
+    if full > (1 - OWN_BEHAVIOUR) * constant:
+        yield (
+            f"the full model does something else than the target: its KL is {full:.2f} nats on held-out text, that of "
+            f"the best constant {constant:.2f}; masks that withstand whatever becomes of the rest (--worst-case) "
+            "cannot be learned for it: leave that out, or take a target that the model reproduces (--target model)"
         )
 
 
