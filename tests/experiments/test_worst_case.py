@@ -155,7 +155,7 @@ def test_planted_circuits_hold_and_with_a_weight_missing_they_do_not():
     flat = bc.worst_case_ablation(known[0], planted.circuit, *known[1:], (0, 2, 6), 2)
     assert flat.get("kl", WORST).max() < 1e-3
     assert flat.get("mean_gate", WORST)[-1] > 0.1
-    assert "Nothing that was dropped matters, as far as 6 steps" in worst_case_words(flat)
+    assert "Nothing that was dropped does harm, as far as 6 steps" in worst_case_words(flat)
     name, at = "blocks.0.mlp.W_in", planted.circuit["blocks.0.mlp.W_in"].nonzero()[3]
     masks = dict(planted.circuit.items())
     masks[name][tuple(at)] = False
@@ -224,7 +224,11 @@ def curves_of(shares, told=True, replaced="zero"):
 @pytest.mark.parametrize(
     ("shares", "options", "says"),
     [
-        ({0: 0.8, 20: 0.76, 80: 0.74}, {}, "Nothing that was dropped matters, as far as 80 steps of ascent can tell."),
+        (
+            {0: 0.8, 20: 0.76, 80: 0.74},
+            {},
+            "Nothing that was dropped does harm, as far as 80 steps of ascent can tell.",
+        ),
         ({0: 1.0, 20: 0.95, 80: 0.3}, {}, "as far as 20 steps of ascent can tell; 80 steps find values that do."),
         ({0: 1.0, 20: 0.7, 80: 0.3}, {}, "Some of what was dropped matters"),
         ({0: 0.5, 20: 0.2}, {}, "What was dropped matters: the mask is only sufficient with the rest exactly at zero."),
