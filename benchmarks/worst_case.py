@@ -6,8 +6,9 @@ of model, over several seeds: the largest KL of the planted mask over all budget
 masks with one planted part missing (of weights, up to `--missing` of them, evenly spaced). A neuron of the trigram
 serves one pair of tokens, so its mask is measured on text in which that pair and its reverse alternate.
 
-`--real` measures, instead, masks of real models: learned ones for the model's own predictions (at the two sizes of
-`--fractions`), and planted induction with distractors that do reach the output.
+`--real` measures, instead, masks of real models: learned ones for the model's own predictions (at the sizes of
+`--fractions`), as usual and under an adversary (`--against 1`: `SparsifyConfig.worst_case`), and planted induction with
+distractors that do reach the output. A table at the end says which part of its own information each mask keeps.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.experiments.worst_case import WORST, worst_case_words
+from bigram_circuits.experiments.worst_case import WORST, worst_case_left, worst_case_words
 from bigram_circuits.planted.attention import KINDS
 from bigram_circuits.planted.bigram import ARCHITECTURES
 
@@ -103,18 +104,23 @@ def induction(distractors: float) -> tuple[str, bc.Model, object, object, bc.Cor
     )
 
 
-def learned(name: str, text: str, fraction: float, sequences: int, folder: Path | None) -> tuple:
+def learned(name: str, text: str, fraction: float, worst_case: int, given: argparse.Namespace) -> tuple:
     model = bc.load_model(name, device="cpu")
-    corpus = bc.load_corpus(text, tokenizer=model.tokenizer, max_tokens=2_000_000)
-    target, file = bc.ModelTarget(model), folder and folder / f"{Path(name).name}-{fraction:g}.safetensors"
+    corpus = bc.load_corpus(text, tokenizer=model.tokenizer, context_length=given.length, max_tokens=2_000_000)
+    target, title = bc.ModelTarget(model), f"{Path(name).name}-{fraction:g}-{worst_case}"
+    file = given.masks and given.masks / f"{title}.safetensors"
     if file is not None and file.exists():
         mask = bc.Subnetwork.load(file)
     else:
-        mask = bc.find_subnetwork(model, target, corpus, bc.SparsifyConfig(target_fraction=fraction)).subnetwork
+        recipe = bc.SparsifyConfig(target_fraction=fraction, worst_case=worst_case)
+        found = bc.find_subnetwork(model, target, corpus, recipe)
+        mask = found.subnetwork
+        print(f"\n{title}: {found.seconds:.0f} s, {found.seconds / len(found.history):.2f} s a step; {found.why}")
         if file is not None:
             mask.save(file)
-    piece = bc.Corpus.from_tokens(corpus.train, corpus.held_out[:sequences])
-    return f"{Path(name).name}, {100 * fraction:g}% of the weights", model, mask, target, piece
+    piece = bc.Corpus.from_tokens(corpus.train, corpus.held_out[: given.held_out])
+    how = f", learned under {worst_case} steps of ascent" if worst_case else ""
+    return f"{Path(name).name}, {100 * fraction:g}% of the weights{how}", model, mask, target, piece
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="a part of the name of the rows wanted")
     parser.add_argument("--real", action="store_true", help="masks of real models instead")
     parser.add_argument("--models", nargs="*", default=["reference"], help="with --real: models, each as NAME[=TEXT]")
-    parser.add_argument("--fractions", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument("--fractions", nargs="*", type=float, default=[0.5, 0.8, 0.9])
+    parser.add_argument("--against", nargs="+", type=int, default=[0, 1], help="with --real: steps of the adversary")
+    parser.add_argument("--length", type=int, default=64, help="with --real: tokens of a sequence")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=64, help="with --real: held-out sequences")
     parser.add_argument("--masks", type=Path, help="with --real: folder that keeps the masks")
@@ -139,11 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibrate(arguments.seeds, arguments.missing, arguments.budgets, arguments.only)
         return
     subjects = [lambda d=d: induction(d) for d in (0.05, 0.2)]
-    for given, fraction in itertools.product(arguments.models, arguments.fractions):
+    for given, fraction, k in itertools.product(arguments.models, arguments.fractions, arguments.against):
         name, _, text = given.partition("=")
-        subjects.append(
-            lambda n=name, t=text or "reference", f=fraction: learned(n, t, f, arguments.held_out, arguments.masks)
-        )
+        subjects.append(lambda n=name, t=text or "reference", f=fraction, k=k: learned(n, t, f, k, arguments))
+    kept = {}
     for make in subjects:
         title, *known = make()
         started = time.perf_counter()
@@ -153,6 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for quantity in ("context_told", "kl", "cross_entropy", "mean_gate"):
             print(curves.table(quantity))
         print(worst_case_words(curves), flush=True)
+        kept[title] = worst_case_left(curves), curves.get("context_told", WORST)[0]
+    print(
+        f"\n{'share of its own information left':<72}{'at first':>10}" + "".join(f"{n:>8}" for n in arguments.budgets)
+    )
+    for title, (left, own) in kept.items():
+        print(f"{title:<72}{own:>10.3f}" + "".join(f"{share:>8.2f}" for share in left.values()))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ print(worst_case_words(less))
 # %% [markdown]
 # The KL is 0.25 nats instead of 0, and no step is needed to see that. But the adversary finds hardly anything to make
 # it worse with, since opening what was left out helps. So the words above, which compare the mask with itself, say that
-# nothing that was dropped does harm. That is a limit of the test: it does not find what is missing. For this there are the ordinary numbers: how faithful the mask is, and what the full model loses without it.
+# nothing that was dropped does harm. That is a limit of the test: it does not find what is missing. For this there are
+# the ordinary numbers: how faithful the mask is, and what the full model loses without it.
 #
 # ## Are there others?
 #
