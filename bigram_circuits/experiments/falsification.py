@@ -47,7 +47,7 @@ from bigram_circuits.experiments.controls import (
     with_random_blocks,
     with_shuffled_blocks,
 )
-from bigram_circuits.experiments.seeds import Ends, effects_of, overlaps_of, spread_of
+from bigram_circuits.experiments.seeds import overlaps_of, spread_of
 from bigram_circuits.experiments.stricter import FOLDER, StricterTests, load_stricter, stricter_tests
 from bigram_circuits.experiments.verdicts import (
     FOUND,
@@ -78,7 +78,7 @@ from bigram_circuits.measures.quantities import (
     TOP1_AGREEMENT,
     Quantity,
 )
-from bigram_circuits.measures.results import Curves, Effects, Result, load_result_and_origin
+from bigram_circuits.measures.results import Curves, Effects, Ends, Result, effects_of, load_result_and_origin
 from bigram_circuits.measures.statistics import STATISTICS, ContextTold, Statistic
 from bigram_circuits.models.activations import check_predicts_tokens
 from bigram_circuits.models.model import Model

@@ -27,7 +27,6 @@ import numpy as np
 from bigram_circuits.analysis.overlap import jaccard, overlap
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Measured, measure
-from bigram_circuits.experiments.seeds import Ends, effects_of
 from bigram_circuits.learning.training import find_mask
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Candidates
@@ -40,7 +39,7 @@ from bigram_circuits.measures.quantities import (
     SURPRISAL_CORRELATION,
     Quantity,
 )
-from bigram_circuits.measures.results import Curves, Effects, load_result_and_origin
+from bigram_circuits.measures.results import Curves, Effects, Ends, effects_of, load_result_and_origin
 from bigram_circuits.measures.statistics import STATISTICS, ContextTold, Statistic, interval
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model

@@ -37,11 +37,10 @@ from bigram_circuits.analysis.geometry import linear_cka
 from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Measured, measure
-from bigram_circuits.experiments.seeds import Ends, effects_of
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, masked
 from bigram_circuits.measures import html, statistics
 from bigram_circuits.measures.quantities import Quantity
-from bigram_circuits.measures.results import Curves, Effects, Result, load_result_and_origin
+from bigram_circuits.measures.results import Curves, Effects, Ends, Result, effects_of, load_result_and_origin
 from bigram_circuits.measures.statistics import STATISTICS
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import (

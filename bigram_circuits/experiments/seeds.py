@@ -42,7 +42,7 @@ from bigram_circuits.measures.quantities import (
     TOP1_AGREEMENT,
     Quantity,
 )
-from bigram_circuits.measures.results import Effects, load_result_and_origin
+from bigram_circuits.measures.results import Effects, Ends, effects_of, load_result_and_origin
 from bigram_circuits.measures.statistics import STATISTICS, ContextTold, Statistic, interval
 from bigram_circuits.measures.words import percent, rounded
 from bigram_circuits.models.activations import check_tokens
@@ -79,9 +79,6 @@ _SPREAD = (
 )
 _REMEDY = "`find` with the same --seeds and --fresh measures it again"
 _FEWEST = 2  # seeds, to have a spread
-
-Ends = tuple[float, float, float]
-"""A number and its 95% interval over text; nan where there is none."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +122,6 @@ def overlaps_of(masks: Mapping[str, Mask]) -> Effects:
     )
     notes = {"pairs": list(pairs), "kept_nothing": [name for name, one in masks.items() if not one.kept]}
     return Effects("Overlap between seeds", quantities, "pair", names, values, low, high, notes=notes)
-
-
-def effects_of(
-    title: str,
-    quantities: tuple[Quantity, ...],
-    subject: str,
-    rows: Mapping[str, list[Ends]],
-    notes: Mapping[str, Any] | None = None,
-) -> Effects:
-    """A result with a row for each name, of every quantity with its interval."""
-    numbers = np.array(list(rows.values()), dtype=float).reshape(len(rows), len(quantities), 3)
-    values, low, high = numbers.transpose(2, 1, 0)
-    return Effects(title, quantities, subject, tuple(rows), values, low, high, notes=dict(notes or {}))
 
 
 def kept_by(masks: Sequence[Mask]) -> Effects:

@@ -362,6 +362,23 @@ class Scatter(Effects):
         return plots.points(self.names, (x, chosen.label), (y, other.label), title)
 
 
+Ends = tuple[float, float, float]
+"""A number and its 95% interval; nan where there is none."""
+
+
+def effects_of(
+    title: str,
+    quantities: tuple[Quantity, ...],
+    subject: str,
+    rows: Mapping[str, Sequence[Ends]],
+    notes: Mapping[str, Any] | None = None,
+) -> Effects:
+    """A result with a row for each name, of every quantity with its interval."""
+    numbers = np.array(list(rows.values()), dtype=float).reshape(len(rows), len(quantities), 3)
+    values, low, high = numbers.transpose(2, 1, 0)
+    return Effects(title, quantities, subject, tuple(rows), values, low, high, notes=dict(notes or {}))
+
+
 def curves_from_sums(
     title: str,
     quantities: Sequence[Quantity],
