@@ -1,5 +1,7 @@
 """What is shipped: wheel and source distribution hold what they must, no more; the version is the same everywhere."""
 
+import graphlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -7,6 +9,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 
@@ -96,3 +99,20 @@ def test_issue_forms_have_a_name_and_fields(name):
     assert all(field["type"] in {"markdown", "textarea"} for field in form["body"])
     ids = [field["id"] for field in form["body"] if "id" in field]
     assert len(ids) == len(set(ids)) >= 3
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Such a circle fails for whoever happens to import its other end first."""
+    graph = grimp.build_graph("bigram_circuits", exclude_type_checking_imports=True, cache_dir=None)
+    imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert list(graphlib.TopologicalSorter(imported).static_order())  # raises a CycleError
+
+
+def test_no_file_holds_the_marks_of_an_unfinished_merge():
+    marks = re.compile(r"^(<{7} |>{7} )", re.MULTILINE)
+    kinds = {".css", ".html", ".js", ".json", ".md", ".py", ".toml", ".txt", ".yml"}
+    folders = [ROOT / name for name in ("benchmarks", "bigram_circuits", "docs", "notebooks", "scripts", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in kinds and path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.suffix in kinds]
+    assert len(files) > 100
+    assert [path.name for path in files if marks.search(path.read_text(errors="replace"))] == []

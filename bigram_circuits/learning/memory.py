@@ -37,6 +37,7 @@ from bigram_circuits.text.corpus import Corpus
 
 _PER_GATE, _PER_GATE_LOW = 16, 8  # bytes: score, its gradient, two moments
 _PER_GATE_APART = 4  # bytes: how many other masks keep it
+_PER_GATE_ATTACKED, _PER_GATE_ATTACKED_LOW = 8, 4  # bytes: the adversary's value, its gradient
 _HEAP = 1 << 25  # bytes of the largest tensor whose memory the C library keeps when it is freed
 _RETAINED, _RETAINED_LOW = 2.0, 2.8  # times such tensors of a step, on the CPU; the latter with low memory
 _FIXED = 60_000_000  # bytes
@@ -222,6 +223,8 @@ def _count_gates(candidates: Candidates, config: SparsifyConfig, *, is_apart: bo
     masked = sum(group.site.original.nbytes for group in groups)
     n_gates = max(group.start + group.count for group in groups)
     per_gate = (_PER_GATE_LOW if config.low_memory else _PER_GATE) + METHODS[config.method].scratch
+    if config.worst_case:
+        per_gate += _PER_GATE_ATTACKED_LOW if config.low_memory else _PER_GATE_ATTACKED
     scores = (per_gate + (_PER_GATE_APART if is_apart else 0)) * n_gates
     held, free = memory_of(device)
     return MemoryForecast(
