@@ -4,6 +4,9 @@ Where the planted circuit is the only solution, a rival of its size must do wors
 has a twin (`plant_bigram(unique=False)`), the rival must be the twins, which share nothing with the circuit. The recipe
 is that of `planted.py` for continuous sparsification, and for nodes that of `find_circuit`. `--write` writes the table
 into the page.
+
+`--real RUN` looks instead for rivals of a run on the reference model, with its own recipe: `--k` masks with the first,
+for each of `--weights`; what was found in that folder before is used again.
 """
 
 import argparse
@@ -15,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import planted as weights
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.experiments.rivals import ENOUGH, SAME
+from bigram_circuits.experiments.rivals import ENOUGH, FIRST, SAME
 from bigram_circuits.recipe import for_nodes
 
 PAGES = Path(__file__).parents[1] / "docs"
@@ -27,7 +31,7 @@ ARCHITECTURES, KINDS, SEEDS = ("gpt2", "llama"), ("previous_token", "induction")
 OF_WEIGHTS, OF_NODES = (10.0, 30.0), (30.0, math.inf)
 """Overlap weights. Few nodes are planted, and each matters so much that no finite one makes masks leave them out."""
 UNITS = ("head", "neuron")
-BEGIN, END = "<!-- written by benchmarks/rivals.py -->", "<!-- end of benchmarks/rivals.py -->"
+NAME = "benchmarks/rivals.py"
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,31 @@ def span(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def page_with(page: str, found: Sequence[Row]) -> str:
-    """The page with what is between the markers written anew."""
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    return page[:start] + "\n\n" + "\n".join(table(found)) + "\n\n" + page[end:]
+def real(folder: Path, k: int, overlap_weights: Sequence[float]) -> list[str]:
+    """The table of a run's rivals, and of what they have in common."""
+    run, model = bc.load_run(folder), bc.load_model("reference", device="cpu")
+    corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
+    target = bc.count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)
+    found = bc.rivals(
+        model, target, corpus, k, overlap_weights, config=run.settings.recipe, first=run,
+        run_dir=folder / "falsify" / "rivals-tried", check_memory="off",
+    )  # fmt: skip
+    print(found)
+    lines = [
+        "| mask | Jaccard with the first | times chance | r | KL | recovered of its information (95% interval) |",
+        "|---|---|---|---|---|---|",
+    ]
+    keys = ("jaccard", "times_chance", "surprisal_correlation", "kl", "recovered")
+    for at, name in enumerate(found.measured.names):
+        jaccard, times, r, kl, recovered = (found.measured.get(key)[name] for key in keys)
+        low, high = found.measured.low[0, at], found.measured.high[0, at]
+        ends = "" if name == FIRST else f" ({low:.3f} to {high:.3f})"
+        lines.append(f"| {name} | {jaccard:.3f} | {times:.1f} | {r:.3f} | {kl:.3f} | {recovered:.3f}{ends} |")
+    lines += ["", "| what is kept | weights | r | KL |", "|---|---|---|---|"]
+    for name in found.cores.names:
+        kept, r, kl = (found.cores.get(key)[name] for key in ("kept", "surprisal_correlation", "kl"))
+        lines.append(f"| {name} | {kept:,.0f} | {r:.3f} | {kl:.2f} |")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,12 +153,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--architectures", nargs="*", default=ARCHITECTURES, help="gpt2, neox, llama")
     parser.add_argument("--kinds", nargs="*", default=KINDS, help="previous_token, trigram, induction")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--real", type=Path, help="the folder of a run on the reference model: its rivals instead")
+    parser.add_argument("--k", type=int, default=3, help="with --real: masks, with the first")
+    parser.add_argument("--weights", nargs="+", type=float, default=[30.0], help="with --real: overlap weights")
     parser.add_argument("--write", type=Path, help="the page to write the table into, such as docs/planted.md")
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs; writes nothing")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
         arguments.architectures, arguments.kinds, arguments.seeds = ["gpt2"], ["previous_token"], [0]
     torch.set_num_threads(1)  # matrices this small gain nothing from more
+    if arguments.real:
+        lines = real(arguments.real, arguments.k, arguments.weights)
+        if arguments.write:
+            pages.write(arguments.write, f"{NAME} --real", lines)
+        return
     jobs = [(of_weights, one) for one in itertools.product(arguments.architectures, (True, False))]
     jobs += [(of_nodes, (kind,)) for kind in arguments.kinds]
     found = []
@@ -145,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found.sort(key=lambda row: order.index(row.model))
     print("\n".join(table(found)))
     if arguments.write and not arguments.smoke:
-        arguments.write.write_text(page_with(arguments.write.read_text(), found))
+        pages.write(arguments.write, NAME, table(found))
 
 
 if __name__ == "__main__":

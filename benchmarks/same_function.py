@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import planted as weights
 import torch
 
@@ -28,7 +29,7 @@ LARGER = 32
 """Tokens of the models in which little is missing."""
 NEARLY = ""
 """In place of a verdict: a pair that differs by very little, of which none is expected."""
-BEGIN, END = "<!-- written by benchmarks/same_function.py -->", "<!-- end of benchmarks/same_function.py -->"
+NAME = "benchmarks/same_function.py"
 
 Pair = tuple[str, str, Any, Any]
 """What was done, the right verdict, and the two masks."""
@@ -272,12 +273,6 @@ def span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(values), max(values))))
 
 
-def page_with(page: str, found: Sequence[Row]) -> str:
-    """The page with what is between the markers written anew."""
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    return page[:start] + "\n\n" + "\n".join(tables_of(found)) + "\n\n" + page[end:]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="*", default=ARCHITECTURES, help="gpt2, neox, llama")
@@ -301,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("" if row.truth == NEARLY else row.is_right, row, flush=True)
     print("\n".join(tables_of(found)))
     if arguments.write and not arguments.smoke:
-        arguments.write.write_text(page_with(arguments.write.read_text(), found))
+        pages.write(arguments.write, NAME, tables_of(found))
 
 
 if __name__ == "__main__":

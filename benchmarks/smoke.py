@@ -18,7 +18,7 @@ import torch
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-NOT_ALONE = {"smoke", "quality_models", "start"}
+NOT_ALONE = {"smoke", "quality_models", "start", "pages"}
 """Modules without a benchmark of their own, and `start.py`, which `cost.py` runs."""
 
 SHAPE = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

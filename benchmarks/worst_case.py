@@ -18,13 +18,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pages
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.experiments.worst_case import WORST, worst_case_left, worst_case_words
+from bigram_circuits.experiments.worst_case import SHUFFLED, WORST, worst_case_left, worst_case_words
+from bigram_circuits.measures.words import percent
 from bigram_circuits.planted.attention import KINDS
 from bigram_circuits.planted.bigram import ARCHITECTURES
 
+NAME = "benchmarks/worst_case.py"
 PLANTED = {"d_vocab": 8, "successors": 1, "logits": (4.5, 4.5), "closed": True}
 """Such that every planted weight matters: a missing one costs its token, an eighth of the text, all that is known."""
 FLAT, BROKEN = 0.01, 0.1
@@ -74,9 +77,11 @@ def cases(most: int) -> Iterator[tuple[str, object]]:
         yield f"{kind.replace('_', ' ')}, heads and neurons", lambda seed, k=kind: attention(k, seed, most)
 
 
-def calibrate(seeds: Sequence[int], most: int, budgets: Sequence[int], only: str) -> None:
-    print("| planted | parts | largest KL of the planted mask | masks with a part missing | smallest KL of these |")
-    print("|---|---|---|---|---|")
+def calibrate(seeds: Sequence[int], most: int, budgets: Sequence[int], only: str) -> list[str]:
+    lines = [
+        "| planted | parts | largest KL of the planted mask | masks with a part missing | smallest KL of these |",
+        "|---|---|---|---|---|",
+    ]
     for name, make in cases(most):
         if only not in name:
             continue
@@ -90,13 +95,16 @@ def calibrate(seeds: Sequence[int], most: int, budgets: Sequence[int], only: str
                 curves = bc.worst_case_ablation(model, one, target, text, (min(JUDGED, budgets[-1]),), 1, force=True)
                 broken.append(curves.get("kl", WORST)[0])
         reached = "" if max(flat) < FLAT and min(broken) > BROKEN else " (not reached)"
-        print(f"| {name} | {kept} | {max(flat):.5f} | {len(broken)} | {min(broken):.3f}{reached} |", flush=True)
+        lines.append(f"| {name} | {kept} | {max(flat):.5f} | {len(broken)} | {min(broken):.3f}{reached} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
-def induction(distractors: float) -> tuple[str, bc.Model, object, object, bc.Corpus]:
+def induction(distractors: float) -> tuple:
     planted = bc.plant_attention("induction", distractors=distractors)
     return (
-        f"planted induction, distractors {distractors:g}",
+        f"planted induction circuit, distractors {distractors:g}",
+        0,
         planted.model,
         planted.nodes,
         planted.target,
@@ -119,8 +127,36 @@ def learned(name: str, text: str, fraction: float, worst_case: int, given: argpa
         if file is not None:
             mask.save(file)
     piece = bc.Corpus.from_tokens(corpus.train, corpus.held_out[: given.held_out])
-    how = f", learned under {worst_case} steps of ascent" if worst_case else ""
-    return f"{Path(name).name}, {100 * fraction:g}% of the weights{how}", model, mask, target, piece
+    return f"{Path(name).name}, {100 * fraction:g}% of the weights", worst_case, model, mask, target, piece
+
+
+def subjects(given: argparse.Namespace) -> Iterator[tuple]:
+    """Masks whose worst case is measured: planted induction, then learned masks of every model and size."""
+    yield from (induction(distractors) for distractors in (0.05,) if given.induction)
+    for model, fraction, k in itertools.product(given.models, given.fractions, given.against):
+        name, _, text = model.partition("=")
+        yield learned(name, text or "reference", fraction, k, given)
+
+
+def withstood(masks: Iterator[tuple], budgets: Sequence[int], starts: int) -> list[str]:
+    """A table: by mask, what it tells of the context, and which share of its own information is left."""
+    steps = [n for n in budgets if n]
+    lines = [
+        f"| mask | learned under | of the context told | left after {' | '.join(map(str, steps))} steps "
+        f"| {steps[-1]}, shuffled |",
+        "|---" * (4 + len(steps)) + "|",
+    ]
+    for title, k, *known in masks:
+        started = time.perf_counter()
+        curves = bc.worst_case_ablation(*known, budgets, starts, force=True)
+        print(f"\n{title} ({time.perf_counter() - started:.0f} s)\n{worst_case_words(curves)}", flush=True)
+        left, shuffled = worst_case_left(curves), worst_case_left(curves, SHUFFLED)
+        cells = [percent(max(left[n], 0.0)) for n in steps] + [percent(shuffled[steps[-1]])]
+        told = curves.get("context_told", WORST)[0]
+        how = f"{k} step{'s' * (k > 1)}" if k else "nothing"
+        lines.append(f"| {title} | {how} | {'' if np.isnan(told) else percent(told)} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=64, help="with --real: held-out sequences")
     parser.add_argument("--masks", type=Path, help="with --real: folder that keeps the masks")
+    parser.add_argument("--induction", action="store_true", help="with --real: a planted induction circuit too")
+    parser.add_argument("--write", type=Path, help="the page to write the table into, docs/stricter.md")
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # matrices this small gain nothing from more
@@ -144,28 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         calibrate([0], 1, [0, 2], "gpt2, 1")
         return
     if not arguments.real:
-        calibrate(arguments.seeds, arguments.missing, arguments.budgets, arguments.only)
+        lines = calibrate(arguments.seeds, arguments.missing, arguments.budgets, arguments.only)
+        if arguments.write:
+            pages.write(arguments.write, NAME, lines)
         return
-    subjects = [lambda d=d: induction(d) for d in (0.05, 0.2)]
-    for given, fraction, k in itertools.product(arguments.models, arguments.fractions, arguments.against):
-        name, _, text = given.partition("=")
-        subjects.append(lambda n=name, t=text or "reference", f=fraction, k=k: learned(n, t, f, k, arguments))
-    kept = {}
-    for make in subjects:
-        title, *known = make()
-        started = time.perf_counter()
-        curves = bc.worst_case_ablation(*known, arguments.budgets, arguments.starts, force=True)
-        forced = ", not the full model's own behaviour" if curves.notes["forced"] else ""
-        print(f"\n{title}{forced} ({time.perf_counter() - started:.0f} s)")
-        for quantity in ("context_told", "kl", "cross_entropy", "mean_gate"):
-            print(curves.table(quantity))
-        print(worst_case_words(curves), flush=True)
-        kept[title] = worst_case_left(curves), curves.get("context_told", WORST)[0]
-    print(
-        f"\n{'share of its own information left':<72}{'at first':>10}" + "".join(f"{n:>8}" for n in arguments.budgets)
-    )
-    for title, (left, own) in kept.items():
-        print(f"{title:<72}{own:>10.3f}" + "".join(f"{share:>8.2f}" for share in left.values()))
+    lines = withstood(subjects(arguments), arguments.budgets, arguments.starts)
+    print("\n" + "\n".join(lines))
+    if arguments.write:
+        pages.write(arguments.write, f"{NAME} --real", lines)
 
 
 if __name__ == "__main__":
