@@ -47,8 +47,8 @@ def worst_case(run: Run, results: Results) -> Content:
     says = [
         forced if curves.notes["forced"] else "",
         worst_case_words(curves),
-        f"Each of the {units} that were dropped gets a gate from 0 (as in the mask) to 1 (as in the full model), the same "
-        "in all texts, and an adversary moves the gates step by step such that the loss rises. What it finds on one "
+        f"Each of the dropped {units} gets a gate from 0 (as in the mask) to 1 (as in the full model), the same in "
+        "all texts, and an adversary moves the gates step by step such that the loss rises. What it finds on one "
         "text is measured on another.",
         "A fall is a proof by example that the rest matters, but not that what is kept is wrong. A flat curve is "
         "evidence that the rest does not matter, and no proof: the search may have missed something worse.",
