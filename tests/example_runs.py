@@ -168,6 +168,7 @@ def compared(mask, other, agreement=0.95):
     behaviour = replace(behaviour, values=np.full_like(behaviour.values, agreement))
     splices = effects("kept_in_a", "without_in_a", "kept_in_b", "without_in_b", things=("L0.attn", HOSTILE))
     shared = effects("intersection", "expected", "jaccard", things=("all", HOSTILE))
+    shared = replace(shared, values=np.full_like(shared.values, 0.5))
     return SameFunction(shared, behaviour, splices, curves("cka", "cosine", conditions=("both",)))
 
 

@@ -123,7 +123,7 @@ def load_stricter(folder: str | os.PathLike[str], run: Run | None = None) -> Str
         ValueError: If a file is damaged, a symbolic link, or of another run or mask.
 
     Example:
-        >>> bool(bc.load_stricter("runs/short/falsify/stricter"))  # nobody has tested this run
+        >>> bool(bc.load_stricter("runs/untested/falsify/stricter"))  # nobody has tested this run
         False
     """
     folder = Path(folder)

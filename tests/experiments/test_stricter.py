@@ -8,7 +8,7 @@ import pytest
 import bigram_circuits as bc
 from bigram_circuits.experiments import stricter
 from bigram_circuits.experiments.verdicts import judge_functions, judge_worst_case
-from bigram_circuits.experiments.worst_case import AGAINST, share_left
+from bigram_circuits.experiments.worst_case import AGAINST, judged_steps, worst_case_left
 from bigram_circuits.text.corpus import spread
 from tests.conftest import D_VOCAB
 
@@ -80,7 +80,7 @@ def with_left(curves, left):
 @pytest.mark.parametrize(("left", "finding"), [(0.95, "stands"), (0.7, "weakened"), (0.1, "weakened")])
 def test_a_mask_that_loses_in_the_worst_case_is_weakened(tried, left, finding):
     curves = with_left(tried[0].worst_case, left)
-    assert share_left(curves) == pytest.approx(left)
+    assert worst_case_left(curves)[judged_steps(curves)] == pytest.approx(left)
     assert judge_worst_case(curves).finding == finding
     for note, said in (({"forced": True}, "so this says nothing"), ({AGAINST: "model"}, "the full model's own")):
         noted = replace(curves, notes={**curves.notes, **note})

@@ -189,7 +189,7 @@ def closed(browser, report):
 
 def test_the_first_screen_is_one_screen(closed):
     closed.evaluate("document.querySelector('h1').textContent = 'Which few weights are enough?'")  # it had a long name
-    last = closed.locator(".checks li").last.evaluate("one => one.getBoundingClientRect().bottom")
+    last = closed.locator(".checks").evaluate("one => one.getBoundingClientRect().bottom")
     assert 500 < last < 800
     assert closed.locator("header .preview svg").is_visible()
     assert HOSTILE[:9] in closed.locator("header .preview").inner_text()  # markup in a token is text
@@ -287,7 +287,7 @@ def test_pointing_at_a_token_tells_what_each_expected(opened, how):
 
 def test_numbers_can_be_opened_under_every_chart(opened):
     page, *_ = opened
-    details = page.locator("details:not(.part)")
+    details = page.locator("main details:not(.part)")
     assert details.count() > 15
     details.first.locator("summary").click()
     assert details.first.locator("table").is_visible()
