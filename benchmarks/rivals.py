@@ -123,13 +123,16 @@ def span(values: Sequence[float]) -> str:
 
 def real(folder: Path, k: int, overlap_weights: Sequence[float]) -> list[str]:
     """The table of a run's rivals, and of what they have in common."""
-    run, model = bc.load_run(folder), bc.load_model("reference", device="cpu")
-    corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
-    target = bc.count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)
-    found = bc.rivals(
-        model, target, corpus, k, overlap_weights, config=run.settings.recipe, first=run,
-        run_dir=folder / "falsify" / "rivals-tried", check_memory="off",
-    )  # fmt: skip
+    run, tried = bc.load_run(folder), folder / "falsify" / "rivals-tried"
+    found = bc.load_rivals(tried)
+    if found is None:
+        model = bc.load_model("reference", device="cpu")
+        corpus = bc.load_corpus("reference", tokenizer=model.tokenizer)
+        target = bc.count_ngrams(corpus.train, 2, d_vocab=model.cfg.d_vocab)
+        found = bc.rivals(
+            model, target, corpus, k, overlap_weights, config=run.settings.recipe, first=run, run_dir=tried,
+            check_memory="off",
+        )  # fmt: skip
     print(found)
     lines = [
         "| mask | Jaccard with the first | times chance | r | KL | recovered of its information (95% interval) |",

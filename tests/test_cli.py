@@ -513,6 +513,7 @@ def test_the_mask_of_a_run_is_tested_harder(run, refused, quick):
     refused("same-function", "mine", earlier, code=1, said="is of another model")
 
 
+@pytest.mark.slow
 def test_a_worst_case_that_says_nothing_is_refused(run, refused, quick):
     run(*quick, "--steps", "2", "--target-fraction", "0.5", "--out", "mine")
     refused("worst-case", "mine", code=1, said="ask for the model's own predictions (ModelTarget, --against model)")

@@ -86,7 +86,10 @@ def test_no_graph_is_left_behind(tiny_folders, low_memory):
     assert graphs_alive() == before
 
 
-@pytest.mark.parametrize("method", ["continuous_sparsification", "hard_concrete", "straight_through"])
+@pytest.mark.parametrize(
+    "method",
+    ["continuous_sparsification", "straight_through", pytest.param("hard_concrete", marks=pytest.mark.slow)],
+)
 def test_low_memory_learns_as_well(method):
     planted = planted_circuit("neox")
     shared = {"method": method, "max_steps": 60, "retries": 0, "target_fraction": 0.2}
