@@ -141,9 +141,9 @@ def subjects(given: argparse.Namespace) -> Iterator[tuple]:
 def withstood(masks: Iterator[tuple], budgets: Sequence[int], starts: int) -> list[str]:
     """A table: by mask, what it tells of the context, and which share of its own information is left."""
     steps = [n for n in budgets if n]
+    after = " | ".join(f"left after {n}" for n in steps)
     lines = [
-        f"| mask | learned under | of the context told | left after {' | '.join(map(str, steps))} steps "
-        f"| {steps[-1]}, shuffled |",
+        f"| mask | learned under | of the context told | {after} | {steps[-1]}, shuffled |",
         "|---" * (4 + len(steps)) + "|",
     ]
     for title, k, *known in masks:
