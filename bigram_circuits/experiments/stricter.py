@@ -210,7 +210,7 @@ def stricter_tests(
     folder = None if run_dir is None else Path(run_dir)
     if folder is not None:
         check_no_link(folder)
-    run = None if folder is None else run_id(folder.parents[len(FOLDER.parts) - 1])
+    run = None if folder is None else run_id(folder.absolute().parent.parent)  # see FOLDER
     of = Origin(run, mask.checksum, corpus.fingerprint, corpus.source)
     left_out: dict[str, str] = {}
     result = StricterTests()

@@ -77,6 +77,15 @@ def with_left(curves, left):
     return replace(curves, values=values)
 
 
+def test_any_folder_may_be_given(tried, tiny_model, tmp_path, monkeypatch):
+    """Also one that is named relative to here, and in no run."""
+    _, given, target = tried
+    monkeypatch.chdir(tmp_path)
+    changed = given | {"run_dir": "harder", "rivals": 0, "others": {}, "budgets": (0, 1)}
+    made = bc.stricter_tests(tiny_model, target, CORPUS, RECIPE, **changed)
+    assert bc.load_stricter("harder").says == made.says
+
+
 @pytest.mark.parametrize(("left", "finding"), [(0.95, "stands"), (0.7, "weakened"), (0.1, "weakened")])
 def test_a_mask_that_loses_in_the_worst_case_is_weakened(tried, left, finding):
     curves = with_left(tried[0].worst_case, left)
