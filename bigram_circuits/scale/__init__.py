@@ -1,0 +1,1 @@
+"""Many runs: sweeps over models, texts, targets and recipes, on one machine or a cluster."""
