@@ -100,6 +100,7 @@ from .sharing import (
 )
 from .subnetwork import Count as Count, Subnetwork as Subnetwork
 from .targets.base import Target as Target
+from .targets.ngram import IndexTarget as IndexTarget
 from .targets.induced import InducedTarget as InducedTarget
 from .targets.model import ModelTarget as ModelTarget
 from .targets.next_token import NextTokenTarget as NextTokenTarget

@@ -432,6 +432,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
         help="where to read its text from (default: where it was; must be given for a run made elsewhere)",
     )  # fmt: skip
     command.add_argument("--task", metavar="FILE", help="where to read its task from, likewise")
+    command.add_argument("--index", metavar="INDEX", help="where the index of its target is, likewise")
 
 
 def _add_copy(command: argparse.ArgumentParser) -> None:
@@ -538,7 +539,7 @@ def _reopened(arguments: argparse.Namespace, *, with_evaluation: bool) -> Iterat
     from bigram_circuits.storage.files import check_new_folder
     from bigram_circuits.workflow import reopen
 
-    names: dict[str, Any] = {"model": arguments.model, "corpus": arguments.corpus, "task": arguments.task}
+    names: dict[str, Any] = {name: getattr(arguments, name) for name in ("model", "corpus", "task", "index")}
     if arguments.out is None:
         with _run_to_write(arguments.run) as folder:
             run, of = reopen(arguments.run, arguments.device, **names)

@@ -453,8 +453,16 @@ class Inputs(Record):
         "induced bigram", choices=lambda: map(spelled, TARGETS),
     )  # fmt: skip
     """Name of the target."""
-    order: int = option(2, "--order", Kind(int, "N"), "order of the n-gram target", choices=lambda: (1, 2, 3))
+    order: int = option(
+        2, "--order", whole(1), "order of the n-gram target: 1, 2 or 3; with --index, any of at least 1"
+    )
     """Order of the n-gram target."""
+    index: str | None = option(
+        None, "--index", Kind(str, "INDEX"), "look the n-gram target up in an index of a larger corpus instead of "
+        "counting the text: files or a folder of tokengrams or infini-gram, or infini-gram:NAME, an index of its "
+        "public service", says="count the text",
+    )  # fmt: skip
+    """An index of a corpus in which n-grams are looked up; None: they are counted in the training text."""
     task: str | None = option(
         None, "--task", Kind(str, "FILE"), "reproduce the answers of a task instead: JSON lines with prompt and answer "
         "(and, if wanted, wrong and counterfactual), which are also the text",
@@ -494,7 +502,11 @@ class Inputs(Record):
         _check(
             self,
             {
-                "order": (lambda v: v in (1, 2, 3), "1, 2 or 3"),
+                "order": (
+                    lambda v: _is_whole(v, 1) and (v <= 3 or self.index is not None),
+                    "1, 2 or 3 (or more with an index)",
+                ),
+                "index": (lambda v: v is None or (isinstance(v, str) and bool(v)), "the path or name of an index"),
                 "context_length": (lambda v: v is None or _is_whole(v, 2), "a whole number of at least 2"),
                 "max_tokens": (lambda v: v is None or _is_whole(v, 1), "a whole number of at least 1"),
                 "held_out": (lambda v: v is None or 0 < v < 1, "a share of the documents, above 0 and below 1"),
@@ -503,11 +515,13 @@ class Inputs(Record):
             },
         )
         _check_choice("measure", self.measure, MEASURES)
+        if self.index is not None and self.target != "ngram":
+            raise ValueError(f"an index holds n-grams: leave it out with the target {self.target}")
         if self.task is None:
             if (self.measure, self.force) != ("loss", False):
                 raise ValueError("measure and force belong to a task: give its file (--task)")
             return
-        for name in ("corpus", "target", "order", "context_length", "max_tokens", "text_column"):
+        for name in ("corpus", "target", "order", "index", "context_length", "max_tokens", "text_column"):
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"a task brings its own text and target: leave {name} out")
 
@@ -523,7 +537,8 @@ class Inputs(Record):
         """The name of the target and a phrase that describes it."""
         if self.task is None:
             kind = TARGETS[self.target.replace("-", "_")]
-            return kind.label(self.order), kind.meaning(self.order)
+            where = "" if self.index is None else f" (looked up in {name_of_file(self.index)})"
+            return kind.label(self.order), f"{kind.meaning(self.order)}{where}"
         name = name_of_file(self.task)
         return name, f"{MEASURES[self.measure].meaning} the task {name}"
 
@@ -695,14 +710,15 @@ PARTS = (Inputs, SparsifyConfig, StudyOptions)
 
 
 NOT_FOR_REPRODUCE = frozenset(
-    {"model", "revision", "target", "order", "sparsity_weight", "target_fraction", "recipe", "sparsity_weights"}
+    {"model", "revision", "target", "order", "index", "sparsity_weight", "target_fraction", "recipe"}
+    | {"sparsity_weights"}
     | {"task", "measure", "force"}
     | {"seeds", "random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `reproduce` does not take, since a paper sets them, or takes in another form."""
 
 NOT_FOR_LADDER = frozenset(
-    {"target", "order", "task", "measure", "force", "target_fraction", "sparsity_weights"}
+    {"target", "order", "index", "task", "measure", "force", "target_fraction", "sparsity_weights"}
     | {"seeds", "random_seeds", "analysis", "falsify", "falsify_seeds"}
 )
 """The options of `find` that `ladder` does not take: it has targets of its own, and sizes that are not fixed."""

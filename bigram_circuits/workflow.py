@@ -65,10 +65,12 @@ from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.storage.terminal import printable
 from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.targets.next_token import NextTokenTarget
+from bigram_circuits.targets.ngram import IndexTarget
 from bigram_circuits.tasks.rows import load_task
 from bigram_circuits.tasks.target import TaskTarget
 from bigram_circuits.tasks.task import refuse_unable
 from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH, Corpus, load_corpus
+from bigram_circuits.text.indexes import full_path
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Subjects:
         if inputs.task is not None:
             return _of_task(inputs, model)
         corpus = _corpus(inputs, inputs.corpus, model)
-        return cls(model, corpus, inputs.kind_of_target.make(model, corpus, inputs.order), inputs)
+        return cls(model, corpus, _target(inputs, model, corpus), inputs)
 
 
 @overload
@@ -131,7 +133,7 @@ def study(
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `task`, `measure`, `force`,
-            `revision`, `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`,
+            `index`, `revision`, `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`,
             `seeds`, `random_seeds`, `analysis`, `falsify`, `falsify_seeds`, `check_memory`.
 
     Returns:
@@ -170,6 +172,8 @@ def _requested(
         OSError: As `study`.
     """
     names, options = {"model": model, "corpus": corpus, "target": target}, dict(options)
+    if options.get("index") is not None:
+        options["index"] = full_path(options["index"])
     if options.get("task") is not None:
         if not isinstance(corpus, str) or not isinstance(target, str):
             raise ValueError("a task brings its own text and target: leave corpus and target out")
@@ -278,10 +282,17 @@ def _subjects(
     corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:
-        target = inputs.kind_of_target.make(model, corpus, inputs.order)
+        target = _target(inputs, model, corpus)
     if named != given.keys():
         return Subjects(model, corpus, target, names_of(model, target_of(target, model), corpus))
     return Subjects(model, corpus, target, inputs)
+
+
+def _target(inputs: Inputs, model: Model, corpus: Corpus) -> Any:
+    """The target that a study's options name: an index looked up, or the text counted."""
+    if inputs.index is not None:
+        return IndexTarget(inputs.index, d_vocab=model.cfg.d_vocab, order=inputs.order)
+    return inputs.kind_of_target.make(model, corpus, inputs.order)
 
 
 def _of_task(inputs: Inputs, model: Model) -> Subjects:
@@ -704,6 +715,7 @@ def reopen(
     model: str | None = None,
     corpus: str | None = None,
     task: str | None = None,
+    index: str | None = None,
     another_text: bool = False,
 ) -> tuple[Run, Subjects]:
     """Load a finished run, and rebuild its model, text and target from their names.
@@ -716,6 +728,7 @@ def reopen(
         model: Where its model is to be read from instead.
         corpus: Where its text is to be read from instead.
         task: Where its task is to be read from instead.
+        index: Where the index is that its target is looked up in.
         another_text: Whether the text may be another one than that of the run.
 
     Raises:
@@ -723,7 +736,7 @@ def reopen(
             to other weights than the model's, or the text is another one.
     """
     run = load_run(folder)
-    subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus, task=task), device)
+    subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus, task=task, index=index), device)
     if not another_text:
         check_text(run, subjects.corpus)
         check_target(run, target_of(subjects.target, subjects.model))
@@ -737,6 +750,7 @@ def inputs_of(
     model: str | None = None,
     corpus: str | None = None,
     task: str | None = None,
+    index: str | None = None,
     only_model: bool = False,
 ) -> Inputs:
     """The names of a run's model and text, or task; those that are given replace them.
@@ -747,9 +761,9 @@ def inputs_of(
     Raises:
         ValueError: If the run was made from objects, or a name must be given again; the message says how.
     """
-    given = {"model": model} if only_model else {"model": model, "corpus": corpus, "task": task}
+    given = {"model": model} if only_model else {"model": model, "corpus": corpus, "task": task, "index": index}
     if run.rebuild is None:
-        return _named_now(run, {name: value for name, value in given.items() if name != "task"})
+        return _named_now(run, {name: value for name, value in given.items() if name not in ("task", "index")})
     recorded = {name: getattr(run.rebuild, name) for name in given}
     if model is None and is_in_memory(recorded["model"]):
         raise ValueError(

@@ -46,7 +46,9 @@ def values(tiny_model, tmp_path_factory):
     )
     listed = [
         kept, found, evaluation, evaluation.subnetwork, found.gap, found.history[0], load_run(folder), CONFIG, corpus,
-        target, bc.NextTokenTarget(), bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
+        target, bc.NextTokenTarget(),
+        bc.IndexTarget("infini-gram:some_index", d_vocab=D_VOCAB),
+        bc.InducedTarget(tiny_model, TEXT), bc.RenamedTarget(target, D_VOCAB),
         bc.forecast_memory(tiny_model, target, corpus, CONFIG, mode="off"), maps["full"], lens,
         bc.check_inputs(tiny_model, target, corpus, CONFIG), bc.could_mask_hold_it(kept, target, 0.1),
         bc.polish(tiny_model, kept, target, corpus, passes=1, most=2, sequences=2),

@@ -41,6 +41,7 @@ OTHER = {  # for every option a value that is not its default
     "bos": "document",
     "target": "next-token",
     "order": 3,
+    "index": "pile.idx",
     "task": "rows with spaces.jsonl",
     "measure": "kl",
     "force": True,
@@ -113,7 +114,7 @@ def test_the_command_of_an_option_is_read_as_it_was_asked(name):
         assert asked != plain
 
 
-LEFT_OUT = ("sparsity_weights", "effort", "polish", "task", "measure", "force", "units", "replace")
+LEFT_OUT = ("index", "sparsity_weights", "effort", "polish", "task", "measure", "force", "units", "replace")
 """Options that do not go with the others."""
 
 

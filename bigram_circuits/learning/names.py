@@ -11,6 +11,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.names import name_in_memory
 from bigram_circuits.recipe import DTYPES, HELD_OUT, TARGETS, Inputs, spelled
 from bigram_circuits.targets.base import Target
+from bigram_circuits.targets.ngram import IndexTarget
 from bigram_circuits.text.corpus import Corpus
 
 _ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -18,6 +19,8 @@ _ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def name_of_target(kind: str | None) -> str | None:
     """The name on the command line of a target's class; None if it has none."""
+    if kind == "IndexTarget":  # the same target, looked up elsewhere
+        kind = "NGramTable"
     return next((spelled(name) for name in TARGETS if TARGETS[name].kind == kind), None)
 
 
@@ -36,7 +39,7 @@ def names_of(model: Model, target: Target, corpus: Corpus) -> Inputs | None:
     return replace(
         of_model, corpus=text.source, context_length=text.context_length, max_tokens=text.max_tokens,
         held_out=None if text.held_out == HELD_OUT else text.held_out, text_column=text.text_column, bos=text.bos,
-        target=name, order=order,
+        target=name, order=order, index=target.path if isinstance(target, IndexTarget) else None,
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ class NGramCounter:
             raise ValueError(f"the text has no {self.order}-gram: every sequence is shorter than {self.order} tokens")
         levels: list[Level] = []
         for n in range(self.order, 0, -1):
-            level, totals = _level(keys, counts, self.d_vocab)
+            level, totals = level_of_counts(keys, counts, self.d_vocab)
             levels.insert(0, level)
             if n > 1:
                 shorter = level.contexts.numpy().astype(_key_type(n - 1, self.d_vocab)), totals
@@ -217,7 +217,7 @@ def _lengths(starts: np.ndarray, end: int) -> np.ndarray:
     return lengths
 
 
-def _level(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
+def level_of_counts(keys: np.ndarray, counts: np.ndarray, d_vocab: int) -> tuple[Level, np.ndarray]:
     """Build the rows from n-gram counts, in pieces that fit in the cache; also return how often each context occurs."""
     base = keys.dtype.type(d_vocab)
     begins = [np.zeros(1, np.int64)]
