@@ -56,7 +56,7 @@ def main() -> None:
         arguments.steps, arguments.rounds = 4, 1
     model = bc.load_model("reference")
     corpus = bc.load_corpus("reference", tokenizer=model.tokenizer, max_tokens=20_000 if arguments.smoke else None)
-    config = bc.SparsifyConfig(max_steps=arguments.steps, batch_size=4 if arguments.smoke else 16)
+    config = bc.SparsifyConfig(max_steps=arguments.steps, batch_size=4 if arguments.smoke else 16, retries=0)
     halves = {"first half": slice(0, arguments.steps // 2), "second half": slice(arguments.steps // 2, None)}
     with tempfile.TemporaryDirectory() as folder:
         path = build(corpus, Path(folder), model.cfg.d_vocab)
