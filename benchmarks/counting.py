@@ -8,13 +8,14 @@ interleaved repetitions.
 
 With `--billions`, so many billions of tokens are generated shard by shard (a vocabulary of 50,000; Zipf-distributed,
 seven of ten one of eight successors of the token before) and counted in a process of its own, whose peak memory is that
-of all its parts: Python, PyTorch, the generator and the counts.
+of all its parts: Python, PyTorch, the generator and the counts (with workers, that of the largest process).
 """
 
 import argparse
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -156,7 +157,7 @@ def large(n_tokens: int, workers: int) -> None:
         took = time.perf_counter() - started
         size = path.stat().st_size
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024
+    peak = 1024 * max(int(status["VmHWM"].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     own = sum(os.times()[:2])
     print(json.dumps([table.n_entries, size, took, generating, peak, own]))
 

@@ -16,7 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +92,8 @@ class Corpus:
     """The name by which it can be read again, with options; None if it was made from objects."""
     without_token: tuple[str, ...] = ()
     """The first few words of the text that the tokenizer wrote with its unknown token."""
+    sample: str = ""
+    """Which part of the text was read, as a phrase, if reading ended at `max_tokens`; empty if all was read."""
 
     @classmethod
     def from_tokens(
@@ -134,8 +136,9 @@ class Corpus:
 
     def __repr__(self) -> str:
         starts = f"; {self.starts}" if self.starts else ""
+        source = f"{self.source!r}, {self.sample}" if self.sample else repr(self.source)
         return (
-            f"Corpus({self.source!r}: {self.train.size:,} training and {self.held_out.size:,} held-out tokens from "
+            f"Corpus({source}: {self.train.size:,} training and {self.held_out.size:,} held-out tokens from "
             f"{self.documents[0]:,} and {self.documents[1]:,} documents, sequences of {self.context_length}{starts})"
         )
 
@@ -163,7 +166,8 @@ def load_corpus(
         held_out: Share of the documents to hold out, from 0 (none) to below 1.
         seed: Seed that selects the held-out documents. For the reference corpus it is ignored: the held-out documents
             are always those that the reference model was not trained on (a share of 0.05).
-        max_tokens: Stop reading after this many tokens.
+        max_tokens: Stop reading after this many tokens. They are the first ones, which `Corpus.sample` says; for others
+            of a streamed dataset, give it shuffled: `dataset.shuffle(seed=0, buffer_size=10_000)`.
         text_column: The field that holds the text in JSON, tables and datasets.
         bos: Where to put the BOS, the token that a text begins with: `"sequence"` (at the start of every sequence and
             of every document), `"document"` (of every document), or `"none"` (documents are separated by the
@@ -208,13 +212,14 @@ def load_corpus(
     opened = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
     limit = max_tokens and max_tokens - len(layout.every) * (max_tokens // context_length)
-    without_token: list[str] = []
-    tokenized = _tokenize(opened, tokenizer, layout, salt, limit, without_token)
+    noticed = _Noticed()
+    tokenized = _tokenize(opened, tokenizer, layout, salt, limit, noticed)
     train, rest, counts = _split(tokenized, held_out, context_length, layout.every, opened.description)
     return Corpus(
         train, rest, opened.description, counts, fingerprint_of(train, rest), hash_of_tokenizer(tokenizer),
         layout.words(tokenizer), opened.reading,
-        _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(without_token),
+        _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(noticed.without_token),
+        f"its first {max_tokens:,} tokens" if noticed.is_cut else "",
     )  # fmt: skip
 
 
@@ -416,17 +421,27 @@ def document_position(key: str, salt: str = "reference") -> float:
 # --- tokenising and splitting ------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Noticed:
+    """What is noticed while a text is read."""
+
+    without_token: list[str] = field(default_factory=list)
+    """The first words that the tokenizer has no tokens for."""
+    is_cut: bool = False
+    """Whether reading ended at the number of tokens that was asked for."""
+
+
 def _tokenize(
     source: Source,
     tokenizer: Any,
     layout: _Layout,
     salt: str,
     max_tokens: int | None,
-    without_token: list[str],
+    noticed: _Noticed,
 ) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
     """Yield, for each document, its `document_position` and its token ids, with those around it.
 
-    The first words that the tokenizer has no tokens for are added to `without_token`.
+    What is noticed on the way is written to `noticed`.
     """
     before, after = list(layout.before), list(layout.after)
     unknown = unknown_token(tokenizer)
@@ -437,14 +452,15 @@ def _tokenize(
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for (key, text), ids in zip(batch, encoded["input_ids"], strict=True):
                 tokens = np.array(before + ids + after, dtype=np.int32)
-                if unknown in ids and not without_token:
-                    without_token += words_without_token(tokenizer, text)
+                if unknown in ids and not noticed.without_token:
+                    noticed.without_token += words_without_token(tokenizer, text)
                 if max_tokens is not None:
                     tokens = tokens[: max_tokens - total]
                 total += len(tokens)
                 yield document_position(key, salt), tokens
                 bar.update(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")))
                 if total == max_tokens:
+                    noticed.is_cut = True
                     return
 
 

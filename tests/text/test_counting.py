@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -56,6 +56,7 @@ def check(table, texts, d_vocab=D_VOCAB):
         np.testing.assert_allclose(level.entropy.numpy(), np.array(entropy) / totals + np.log(totals), atol=1e-6)
 
 
+@settings(max_examples=40)
 @given(texts=shards, last=long_enough, order=orders, memory=st.sampled_from([300, 2000, 1 << 30]))
 def test_merged_counts_are_whole_counts(texts, last, order, memory):
     texts = [*texts, last]
