@@ -5,12 +5,22 @@ keys, and with `numpy.unique` of them as int64. A table is loaded memory-mapped 
 and backward) is compared with the unembedding matrix product that computes its logits, in the same process and with the
 same threads. Token ids are drawn from a Zipf distribution, which is close to that of words. Times are medians of
 interleaved repetitions.
+
+With `--billions`, so many billions of tokens are generated shard by shard (a vocabulary of 50,000; Zipf-distributed,
+seven of ten one of eight successors of the token before) and counted in a process of its own, whose peak memory is that
+of all its parts: Python, PyTorch, the generator and the counts (with workers, that of the largest process).
 """
 
 import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +30,9 @@ from bigram_circuits import NGramTable, count_ngrams
 from bigram_circuits.text.ngrams import Level
 
 D_VOCAB = 50_257
+LARGE_VOCAB = 50_000
+SHARD = 1 << 24  # tokens
+MOST_FOR_UNIQUE = 32  # million tokens; more would take long
 
 
 def zipf_tokens(n_sequences: int, length: int = 128, seed: int = 0) -> np.ndarray:
@@ -54,17 +67,19 @@ def counting(millions: int, repeats: int) -> list[tuple[str, float, float, str]]
         copy = keys.copy()
         times["numpy's sort"].append(elapsed(copy.sort))
         del copy
+        if millions > MOST_FOR_UNIQUE:
+            continue
         wide = keys.astype(np.int64)
         times["numpy.unique"].append(elapsed(lambda wide=wide: np.unique(wide, return_counts=True)))
         del wide
-    seconds = {name: float(np.median(of)) for name, of in times.items()}
+    seconds = {name: float(np.median(of)) for name, of in times.items() if of}
     n_entries = count_ngrams(tokens, 2, d_vocab=D_VOCAB).n_entries
     print(f"counting {tokens.size / 1e6:.0f} million tokens, {n_entries:,} distinct bigrams")
     for name, of in seconds.items():
         print(f"  {name:<13} {of:.3f} s, {tokens.size / of / 1e6:.1f} million tokens a second")
-    print(
-        f"  count_ngrams against numpy.unique: {seconds['count_ngrams'] / seconds['numpy.unique']:.2f} times its time"
-    )
+    if "numpy.unique" in seconds:
+        times_unique = seconds["count_ngrams"] / seconds["numpy.unique"]
+        print(f"  count_ngrams against numpy.unique: {times_unique:.2f} times its time")
     ratio = float(np.median(np.divide(times["count_ngrams"], times["numpy's sort"])))
     return [(f"counting {millions} million bigrams, against a sort of their keys", ratio, 2.5, "x")]
 
@@ -96,9 +111,67 @@ def measure(millions: int = 32, repeats: int = 5, *, smoke: bool = False) -> lis
     millions, repeats, sizes = (1, 1, (1,)) if smoke else (millions, repeats, (20, 100))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = [*counting(millions, repeats), *(loading(size, repeats) for size in sizes)]
+    beyond = [] if smoke else counting(4 * millions, 1)  # beyond what is sorted at once
+    rows = [*counting(millions, repeats), *beyond, *(loading(size, repeats) for size in sizes)]
     torch.set_num_threads(threads)
     return rows
+
+
+def shards(n_tokens: int) -> Iterator[np.ndarray]:
+    """Yield generated tokens [sequence, position], the last shard smaller."""
+    rng = np.random.default_rng(0)
+    cumulative = np.cumsum(1 / np.arange(1, LARGE_VOCAB + 1))
+    zipf = np.searchsorted(cumulative, rng.random(1 << 20) * cumulative[-1]).astype(np.int32)
+    successors = zipf[rng.integers(0, len(zipf), (LARGE_VOCAB, 8))].reshape(-1)
+    for start in range(0, n_tokens, SHARD):
+        rows = min(SHARD, n_tokens - start) // 128
+        columns = np.empty((128, rows), np.int32)
+        columns[0] = zipf[rng.integers(0, len(zipf), rows, dtype=np.uint32)]
+        for before, after in itertools.pairwise(columns):
+            draws = rng.integers(0, 10 << 20, rows, dtype=np.uint32)
+            of = draws & (len(zipf) - 1)
+            after[:] = np.where(draws < 7 << 20, successors[before * 8 + (of & 7)], zipf[of])
+        yield np.ascontiguousarray(columns.T)
+
+
+def large(n_tokens: int, workers: int) -> None:
+    """Count generated tokens, and print the numbers as JSON."""
+    generating = 0.0
+
+    def timed() -> Iterator[np.ndarray]:
+        nonlocal generating
+        source = shards(n_tokens)
+        while True:
+            started = time.perf_counter()
+            shard = next(source, None)
+            generating += time.perf_counter() - started
+            if shard is None:
+                return
+            yield shard
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.safetensors"
+        table = count_ngrams(timed(), 2, d_vocab=LARGE_VOCAB, workers=workers, out=path)
+        took = time.perf_counter() - started
+        size = path.stat().st_size
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    peak = 1024 * max(int(status["VmHWM"].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    own = sum(os.times()[:2])
+    print(json.dumps([table.n_entries, size, took, generating, peak, own]))
+
+
+def counting_apart(n_tokens: int, workers: int) -> list[tuple[str, float, float, str]]:
+    """Return the peak memory of a process that counts generated tokens; print it, and the time."""
+    command = [sys.executable, __file__, "--tokens", str(n_tokens), "--workers", str(workers)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    n_entries, size, took, generating, peak, own = json.loads(done.stdout)
+    print(
+        f"counting {n_tokens:,} generated tokens, {n_entries:,} distinct bigrams, a table of {size / 1e9:.2f} GB\n"
+        f"  {took:.0f} s with {workers} workers, of which {generating:.0f} s generate; {own:.0f} s of CPU in this one"
+    )
+    return [(f"peak memory of counting {n_tokens:,} tokens", peak / 1e9, 2.0, "GB")]
 
 
 def loss(d_model: int, repeats: int, counted: int = 80_000, rows: int = 32) -> None:
@@ -128,12 +201,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
+    parser.add_argument("--billions", type=float, help="count so many billions of generated tokens instead")
+    parser.add_argument("--workers", type=int, default=1, help="processes that count these")
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    for what, measured, goal, unit in measure(arguments.millions, arguments.repeats, smoke=arguments.smoke):
+    if arguments.tokens is not None:
+        large(arguments.tokens, arguments.workers)
+        return
+    if arguments.billions is not None:
+        rows = counting_apart(round(arguments.billions * 1e9), arguments.workers)
+    else:
+        rows = measure(arguments.millions, arguments.repeats, smoke=arguments.smoke)
+    if arguments.smoke:
+        rows += counting_apart(1_000_000, 1)
+    for what, measured, goal, unit in rows:
         print(f"{what}: {measured:.3f} {unit}, goal {goal:g} {unit}: {'met' if measured <= goal else 'MISSED'}")
     if arguments.smoke:
         loss(8, 1, counted=100, rows=1)
-    else:
+    elif arguments.billions is None:
         loss(arguments.d_model, arguments.repeats)
 
 

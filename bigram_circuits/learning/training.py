@@ -572,8 +572,9 @@ def run_settings(
 def identity_of(corpus: Corpus) -> CorpusIdentity:
     """What identifies a text."""
     return CorpusIdentity(
-        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None
-    )
+        corpus.source, corpus.fingerprint, corpus.tokenizer_hash, corpus.context_length, corpus.starts or None,
+        corpus.sample or None,
+    )  # fmt: skip
 
 
 def _read_found(folder: RunFolder, model: Model, target: Target, config: SparsifyConfig) -> Found:

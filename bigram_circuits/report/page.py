@@ -276,6 +276,7 @@ def _notes(run: Run, several: Seeds | None) -> list[str]:
     """On which text it was found and measured, with how many seeds, when, and with which versions."""
     source = run.settings.corpus.source
     text = "the reference text" if source == "reference" else f"the text {source}"
+    text += f" ({sample})" if (sample := run.settings.corpus.sample) else ""
     starts = run.settings.corpus.starts
     found = f"A token is a word or a piece of one. The {run.mask.units} were chosen on {text}"
     found += " and measured on its held-out part." if run.evaluation and _is_own_text(run) else "."

@@ -67,6 +67,8 @@ class CorpusIdentity(Record):
     """Tokens per sequence."""
     starts: str | None = field(default=None, compare=False)
     """What its sequences and documents begin with, as a phrase; the fingerprint covers it."""
+    sample: str | None = field(default=None, compare=False)
+    """Which part of the text was read, as a phrase; None: all of it. The fingerprint covers it."""
 
 
 @dataclass(frozen=True)

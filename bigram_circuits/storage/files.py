@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from bigram_circuits.storage.records import check_no_link, read_record, sealed
@@ -211,18 +209,6 @@ def damaged(path: Path, remedy: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}{remedy and f'; {remedy}'}") from error
-
-
-def release_pages(array: np.ndarray) -> None:
-    """Release the pages of a memory-mapped array (or of a view of one); does nothing for other arrays.
-
-    The system would reclaim these pages under memory pressure anyway, but until then they count towards this process.
-    """
-    while not isinstance(array, np.memmap) and isinstance(array.base, np.ndarray):
-        array = array.base
-    mapping = getattr(array, "_mmap", None)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, guard: bool = True) -> None:

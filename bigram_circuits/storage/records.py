@@ -24,9 +24,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bigram_circuits.storage.arrays import bytes_of
+
 _LARGEST_JSON = 1 << 28  # bytes of a JSON file; parsed, it takes about ten times as much memory
 _LARGEST_HEADER = 1 << 25  # bytes of a tensor file's header
-_HASHED_AT_ONCE = 1 << 24
 _DEEPEST_JSON = 64  # levels of brackets
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -36,6 +37,8 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
@@ -242,9 +245,8 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        data = array.reshape(-1).view(np.uint8)
-        for start in range(0, len(data), _HASHED_AT_ONCE):
-            digest.update(data[start : start + _HASHED_AT_ONCE].data)
+        for data in bytes_of(array):
+            digest.update(data)
     return digest.hexdigest()
 
 
@@ -306,7 +308,8 @@ def write_tensors(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+            for data in bytes_of(arrays[name]):
+                file.write(data)
 
 
 def read_tensors(

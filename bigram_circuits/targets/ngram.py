@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
@@ -156,10 +155,7 @@ class IndexTarget(Target):
     def _keep(self, found: dict[Context, Followers]) -> None:
         if not found:
             return
-        lengths = [len(tokens) for tokens, _ in found.values()]
-        at = np.repeat(np.arange(len(found), dtype=np.uint64), lengths) * np.uint64(self.d_vocab)
-        keys = at + np.concatenate([tokens for tokens, _ in found.values()]).astype(np.uint64)
-        level, _ = level_of_counts(keys, np.concatenate([counts for _, counts in found.values()]), self.d_vocab)
+        level = level_of_counts(list(found.values()), self.d_vocab)
         for row, context in enumerate(found):
             part = slice(int(level.offsets[row]), int(level.offsets[row + 1]))
             self._rows[context] = _Row(

@@ -5,7 +5,7 @@ text, or else with its end-of-text token, and the token stream of each part is c
 tokens (a shorter remainder is dropped).
 A document is held out if the hash of its text falls below the held-out share. The split therefore needs no list of
 documents, and identical documents always land in the same part. Text may be larger than memory: arrays beyond
-`_IN_MEMORY_TOKENS` are written to an unnamed temporary file and memory-mapped from there.
+`_IN_MEMORY_BYTES` are written to an unnamed temporary file and memory-mapped from there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,13 +28,13 @@ from jaxtyping import Bool, Integer
 from torch import Tensor
 
 from bigram_circuits.progress import progress
-from bigram_circuits.storage.files import release_pages
+from bigram_circuits.storage.arrays import GrowingArray, release_pages
 from bigram_circuits.storage.records import is_text, shown
 from bigram_circuits.text.formats import Reading
 from bigram_circuits.text.sources import Source, open_source
 from bigram_circuits.text.tokenizers import BOS, Template, shown_tokens, template_of, unknown_token, words_without_token
 
-_IN_MEMORY_TOKENS = 1 << 24  # 64 MiB of int32
+_IN_MEMORY_BYTES = 1 << 26  # of the tokens of a part
 _FIRST_CHARACTERS = 1 << 16  # characters tokenised at first: a little text is read quickly;
 _BATCH_CHARACTERS = 1 << 20  # twice as many each time, up to this number
 _SMALL_CORPUS_DOCUMENTS = 512  # with fewer documents, the held-out part is topped up to one full sequence
@@ -93,6 +92,8 @@ class Corpus:
     """The name by which it can be read again, with options; None if it was made from objects."""
     without_token: tuple[str, ...] = ()
     """The first few words of the text that the tokenizer wrote with its unknown token."""
+    sample: str = ""
+    """Which part of the text was read, as a phrase, if reading ended at `max_tokens`; empty if all was read."""
 
     @classmethod
     def from_tokens(
@@ -135,8 +136,9 @@ class Corpus:
 
     def __repr__(self) -> str:
         starts = f"; {self.starts}" if self.starts else ""
+        source = f"{self.source!r}, {self.sample}" if self.sample else repr(self.source)
         return (
-            f"Corpus({self.source!r}: {self.train.size:,} training and {self.held_out.size:,} held-out tokens from "
+            f"Corpus({source}: {self.train.size:,} training and {self.held_out.size:,} held-out tokens from "
             f"{self.documents[0]:,} and {self.documents[1]:,} documents, sequences of {self.context_length}{starts})"
         )
 
@@ -164,7 +166,8 @@ def load_corpus(
         held_out: Share of the documents to hold out, from 0 (none) to below 1.
         seed: Seed that selects the held-out documents. For the reference corpus it is ignored: the held-out documents
             are always those that the reference model was not trained on (a share of 0.05).
-        max_tokens: Stop reading after this many tokens.
+        max_tokens: Stop reading after this many tokens. They are the first ones, which `Corpus.sample` says; for others
+            of a streamed dataset, give it shuffled: `dataset.shuffle(seed=0, buffer_size=10_000)`.
         text_column: The field that holds the text in JSON, tables and datasets.
         bos: Where to put the BOS, the token that a text begins with: `"sequence"` (at the start of every sequence and
             of every document), `"document"` (of every document), or `"none"` (documents are separated by the
@@ -209,13 +212,14 @@ def load_corpus(
     opened = open_source(source, text_column)
     salt = "reference" if isinstance(source, str) and source == "reference" else str(seed)
     limit = max_tokens and max_tokens - len(layout.every) * (max_tokens // context_length)
-    without_token: list[str] = []
-    tokenized = _tokenize(opened, tokenizer, layout, salt, limit, without_token)
+    noticed = _Noticed()
+    tokenized = _tokenize(opened, tokenizer, layout, salt, limit, noticed)
     train, rest, counts = _split(tokenized, held_out, context_length, layout.every, opened.description)
     return Corpus(
         train, rest, opened.description, counts, fingerprint_of(train, rest), hash_of_tokenizer(tokenizer),
         layout.words(tokenizer), opened.reading,
-        _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(without_token),
+        _named(source, context_length, held_out, seed, max_tokens, text_column, bos), tuple(noticed.without_token),
+        f"its first {max_tokens:,} tokens" if noticed.is_cut else "",
     )  # fmt: skip
 
 
@@ -417,17 +421,27 @@ def document_position(key: str, salt: str = "reference") -> float:
 # --- tokenising and splitting ------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Noticed:
+    """What is noticed while a text is read."""
+
+    without_token: list[str] = field(default_factory=list)
+    """The first words that the tokenizer has no tokens for."""
+    is_cut: bool = False
+    """Whether reading ended at the number of tokens that was asked for."""
+
+
 def _tokenize(
     source: Source,
     tokenizer: Any,
     layout: _Layout,
     salt: str,
     max_tokens: int | None,
-    without_token: list[str],
+    noticed: _Noticed,
 ) -> Iterator[tuple[float, Integer[np.ndarray, " token"]]]:
     """Yield, for each document, its `document_position` and its token ids, with those around it.
 
-    The first words that the tokenizer has no tokens for are added to `without_token`.
+    What is noticed on the way is written to `noticed`.
     """
     before, after = list(layout.before), list(layout.after)
     unknown = unknown_token(tokenizer)
@@ -438,14 +452,15 @@ def _tokenize(
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for (key, text), ids in zip(batch, encoded["input_ids"], strict=True):
                 tokens = np.array(before + ids + after, dtype=np.int32)
-                if unknown in ids and not without_token:
-                    without_token += words_without_token(tokenizer, text)
+                if unknown in ids and not noticed.without_token:
+                    noticed.without_token += words_without_token(tokenizer, text)
                 if max_tokens is not None:
                     tokens = tokens[: max_tokens - total]
                 total += len(tokens)
                 yield document_position(key, salt), tokens
                 bar.update(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")))
                 if total == max_tokens:
+                    noticed.is_cut = True
                     return
 
 
@@ -478,7 +493,7 @@ def _split(
     threshold = held_out
     if held_out > 0 and len(first) < _SMALL_CORPUS_DOCUMENTS:
         threshold = max(threshold, _threshold_for_one_sequence(first, context_length))
-    parts = (_TokenFile(context_length, every), _TokenFile(context_length, every))  # training, held out
+    parts = (_Tokens(context_length, every), _Tokens(context_length, every))  # training, held out
     for position, tokens in itertools.chain(first, documents):
         parts[position < threshold].append(tokens)
     for part, name in zip(parts, ("training", "held-out"), strict=True):
@@ -502,28 +517,23 @@ def _threshold_for_one_sequence(documents: list[tuple[float, Integer[np.ndarray,
     return 0.0
 
 
-class _TokenFile:
-    """A growing array of tokens that moves to disk once it is large; `sequences()` finishes it."""
+class _Tokens:
+    """A growing part of a corpus; `sequences()` finishes it."""
 
     def __init__(self, context_length: int, every: tuple[int, ...] = ()) -> None:
         self.context_length = context_length
-        self._every = np.array(every, dtype=np.int32)  # at the start of every sequence
-        self.n_tokens = 0
         self.n_documents = 0
-        self._blocks: list[Integer[np.ndarray, " token"]] = []
-        self._waiting = 0
-        self._file: Any = None
+        self._every = np.array(every, dtype=np.int32)  # at the start of every sequence
+        self._stream = GrowingArray(np.int32, _IN_MEMORY_BYTES)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self._stream)
 
     def append(self, tokens: Integer[np.ndarray, " token"]) -> None:
         """Add a document."""
-        if len(self._every):
-            tokens = self._with_starts(tokens)
-        self._blocks.append(tokens)
-        self._waiting += len(tokens)
-        self.n_tokens += len(tokens)
+        self._stream.append(self._with_starts(tokens) if len(self._every) else tokens)
         self.n_documents += 1
-        if self._waiting >= _IN_MEMORY_TOKENS:
-            self._write()
 
     def _with_starts(self, tokens: Integer[np.ndarray, " token"]) -> Integer[np.ndarray, " more_tokens"]:
         """A document, with what every sequence begins with wherever a sequence begins inside it."""
@@ -533,22 +543,11 @@ class _TokenFile:
         pieces = [piece for start in range(0, len(rest), step) for piece in (self._every, rest[start : start + step])]
         return np.concatenate([tokens[:room], *pieces])
 
-    def _write(self) -> None:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="bigram_circuits_")  # noqa: SIM115 (closed in `sequences`)
-        np.concatenate(self._blocks).tofile(self._file)
-        self._blocks, self._waiting = [], 0
-
     def sequences(self) -> Integer[np.ndarray, "sequence position"]:
-        shape = (self.n_tokens // self.context_length, self.context_length)
-        if self._file is None:
-            tokens = np.concatenate(self._blocks) if self._blocks else np.zeros(0, np.int32)
-            return tokens[: shape[0] * shape[1]].reshape(shape)
-        if self._blocks:
-            self._write()
-        with self._file as file:  # the memory map outlives the closed file
-            file.flush()
-            return np.memmap(file, dtype=np.int32, mode="r", shape=shape)
+        stream, count = self._stream.finished(), self.n_tokens // self.context_length
+        if isinstance(stream, np.memmap):
+            stream.setflags(write=False)
+        return stream[: count * self.context_length].reshape(count, self.context_length)
 
 
 def fingerprint_of(*arrays: Integer[np.ndarray, "_ _"]) -> str:

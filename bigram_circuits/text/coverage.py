@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Integer
 
-from bigram_circuits.storage.files import release_pages
+from bigram_circuits.storage.arrays import release_pages
 from bigram_circuits.storage.typed import Record
 from bigram_circuits.text.counting import count_contexts
 

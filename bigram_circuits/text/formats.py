@@ -32,7 +32,13 @@ TEXT_SUFFIXES = {".txt", ".text", ".md", ".markdown", ".rst"}
 """Suffixes of files that can only hold text."""
 _JSON_LINES = {".jsonl", ".ndjson", ".jsonlines", ".jl"}
 _TABLES = {".csv": ",;\t", ".tsv": "\t"}  # suffix -> delimiters that are tried
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    **{bytes([first]) + b"\x2a\x4d\x18": "Zstandard" for first in range(0x50, 0x60)},  # a frame to be skipped
+}
 _PACKED_SUFFIXES = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 NAMED_SUFFIXES = (
     TEXT_SUFFIXES

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bigram_circuits.storage.files import release_pages, whole_file
+from bigram_circuits.storage.arrays import bytes_of, release_pages
+from bigram_circuits.storage.files import whole_file
 from bigram_circuits.storage.records import (
     check_content,
     check_header,
@@ -64,17 +65,18 @@ class Level:
     """int32 most likely next token of each row (the lowest id among ties)."""
 
 
-_DTYPES = {
+LEVEL_DTYPES = {
     "contexts": np.int64,
     "offsets": np.int64,
     "tokens": np.int32,
     "probs": np.float32,
     "entropy": np.float32,
     "top": np.int32,
-}  # of a level's tensors as stored in a file
+}
+"""Types of the arrays of a level, as stored in a file."""
 
 
-def _size(metadata: Mapping[str, str], name: str) -> int:
+def size_in(metadata: Mapping[str, str], name: str) -> int:
     """Read an integer of at least 1 from a file's header."""
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text)):
@@ -88,10 +90,10 @@ def _check_sizes(level: Mapping[str, np.ndarray], index: int) -> None:
     sizes = {"offsets": n_contexts + 1, "tokens": n_entries, "probs": n_entries}
     for name, array in level.items():
         wanted = (sizes.get(name, n_contexts),)
-        if array.shape != wanted or array.dtype != _DTYPES[name]:
+        if array.shape != wanted or array.dtype != LEVEL_DTYPES[name]:
             raise ValueError(
                 f"level_{index}.{name} is {array.dtype} {shown(array.shape)} but should be "
-                f"{np.dtype(_DTYPES[name])} {wanted}"
+                f"{np.dtype(LEVEL_DTYPES[name])} {wanted}"
             )
     if n_contexts == 0 or (level["offsets"][0], level["offsets"][-1]) != (0, n_entries):
         raise ValueError(f"the offsets of level_{index} do not match its {n_entries} entries")
@@ -156,6 +158,14 @@ def _level_of(rows: Float[Tensor, "context d_vocab"]) -> Level:
     )
 
 
+def save_levels(path: str | os.PathLike[str], d_vocab: int, levels: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Write the arrays of a table's levels, named as in `Level`, as `NGramTable.save` does."""
+    arrays = {f"level_{index}.{name}": array for index, level in enumerate(levels) for name, array in level.items()}
+    metadata = {"format": _FORMAT, "order": str(len(levels)), "d_vocab": str(d_vocab)}
+    with whole_file(path) as temporary:
+        write_tensors(temporary, arrays, seal_tensors(arrays, metadata))
+
+
 @dataclass(frozen=True, eq=False)
 class NGramTable:
     """P(next | previous `order - 1` tokens) as sparse rows, with backoff for unseen contexts.
@@ -209,7 +219,8 @@ class NGramTable:
         digest = hashlib.blake2b(f"{self.order} {self.d_vocab}".encode(), digest_size=16)
         for level in self.levels:
             for tensor in (level.contexts, level.offsets, level.tokens, level.probs):
-                digest.update(tensor.cpu().numpy().tobytes())
+                for data in bytes_of(tensor.cpu().numpy()):
+                    digest.update(data)
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -295,15 +306,9 @@ class NGramTable:
         return table_bits(self, kl) if self.n_entries <= MOST_ENTRIES else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as one safetensors file, with checksums."""
-        arrays = {
-            f"level_{index}.{name}": getattr(level, name).cpu().numpy()
-            for index, level in enumerate(self.levels)
-            for name in Level.__annotations__
-        }
-        metadata = {"format": _FORMAT, "order": str(self.order), "d_vocab": str(self.d_vocab)}
-        with whole_file(path) as temporary:
-            write_tensors(temporary, arrays, seal_tensors(arrays, metadata))
+        """Write the table as one safetensors file, with checksums; a memory-mapped table is copied piece by piece."""
+        levels = [{name: getattr(level, name).cpu().numpy() for name in LEVEL_DTYPES} for level in self.levels]
+        save_levels(path, self.d_vocab, levels)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> NGramTable:
@@ -325,13 +330,13 @@ class NGramTable:
             raise ValueError(f"{str(path)!r} has format {shown(metadata.get('format'))}, but {_FORMAT!r} is needed")
         try:
             check_header(arrays, metadata, {"format", "order", "d_vocab"})
-            order, d_vocab = _size(metadata, "order"), _size(metadata, "d_vocab")
+            order, d_vocab = size_in(metadata, "order"), size_in(metadata, "d_vocab")
             if order > 3 or d_vocab**order > 2**63:
                 raise ValueError(f"it counts {order}-grams over a vocabulary of {d_vocab}")
-            wanted = {f"level_{index}.{name}" for index in range(order) for name in _DTYPES}
+            wanted = {f"level_{index}.{name}" for index in range(order) for name in LEVEL_DTYPES}
             if set(arrays) != wanted:
                 raise ValueError(f"it has a missing or unknown tensor: {shown(min(set(arrays) ^ wanted))}")
-            levels = [{name: arrays[f"level_{index}.{name}"] for name in _DTYPES} for index in range(order)]
+            levels = [{name: arrays[f"level_{index}.{name}"] for name in LEVEL_DTYPES} for index in range(order)]
             for index, level in enumerate(levels):
                 _check_sizes(level, index)
             if verify or (verify is None and sum(array.nbytes for array in arrays.values()) <= _VERIFIED_BYTES):

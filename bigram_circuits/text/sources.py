@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bigram_circuits.text.formats import NAMED_SUFFIXES, Reading, files_of, passages, text_of
 
 _LONGEST_NAME = 1024  # characters; a longer string is text rather than the name of a source
@@ -80,7 +82,9 @@ def _opened(source: Any, text_column: str) -> Source:
         return Source(f"a {kind} of {len(source):,} rows", _records(cells, text_column, f"the {kind}"))
     if isinstance(source, Iterable):
         name = getattr(getattr(source, "info", None), "dataset_name", None) or kind
-        return Source(f"dataset {name}", _records(_text_only(source, text_column), text_column, "the dataset"))
+        return Source(
+            f"dataset {name}{_shuffled(source)}", _records(_text_only(source, text_column), text_column, "the dataset")
+        )
     raise ValueError(f"cannot read text from {kind}: {_NO_LIST}")
 
 
@@ -110,6 +114,21 @@ def _text_only(dataset: Iterable[Any], text_column: str) -> Iterable[Any]:
     if text_column in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "select_columns"):
         return dataset.select_columns([text_column])  # pyright: ignore[reportAttributeAccessIssue]
     return dataset
+
+
+def _shuffled(dataset: Any) -> str:
+    """How a streamed dataset was shuffled, as a phrase; empty if it was not.
+
+    The library says so in no public attribute, but the steps of a stream know what they take their examples from.
+    """
+    step = getattr(dataset, "_ex_iterable", None)
+    while step is not None:
+        buffer, generator = getattr(step, "buffer_size", None), getattr(step, "generator", None)
+        if isinstance(buffer, int) and isinstance(generator, np.random.Generator):
+            seed = getattr(generator.bit_generator.seed_seq, "entropy", None)
+            return f", shuffled in a buffer of {buffer:,} with seed {seed}"
+        step = getattr(step, "ex_iterable", None)
+    return ""
 
 
 def _is_numeric(source: Any) -> bool:

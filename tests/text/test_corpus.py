@@ -180,7 +180,7 @@ def test_max_tokens_bounds_both_parts_together_and_stops_reading(load, monkeypat
 def test_a_large_corpus_lives_on_disk_with_the_same_content(load, monkeypatch):
     in_memory = load(STORIES)
     assert not isinstance(in_memory.train, np.memmap)
-    monkeypatch.setattr(module, "_IN_MEMORY_TOKENS", 500)
+    monkeypatch.setattr(module, "_IN_MEMORY_BYTES", 2_000)
     on_disk = load(STORIES)
     assert isinstance(on_disk.train, np.memmap)
     assert isinstance(on_disk.held_out, np.memmap)
@@ -191,7 +191,7 @@ def test_a_large_corpus_lives_on_disk_with_the_same_content(load, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_text(load, monkeypatch):
-    monkeypatch.setattr(module, "_IN_MEMORY_TOKENS", 10_000)
+    monkeypatch.setattr(module, "_IN_MEMORY_BYTES", 40_000)
     monkeypatch.setattr(module, "_FIRST_CHARACTERS", 5_000)
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 5_000)
 

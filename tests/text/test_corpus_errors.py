@@ -146,6 +146,24 @@ def test_a_dataset_is_streamed_by_its_name_and_configuration(tokenizer, monkeypa
     corpus = bc.load_corpus("some/name:small", tokenizer=tokenizer, context_length=16)
     assert asked == [("some/name", "small", "train", True)]
     assert corpus.fingerprint == bc.load_corpus(STORIES, tokenizer=tokenizer, context_length=16).fingerprint
+    assert corpus.sample == ""
+    sample = bc.load_corpus("some/name:small", tokenizer=tokenizer, context_length=16, max_tokens=1_000)
+    assert sample.sample == "its first 1,000 tokens"
+    assert repr(sample).startswith("Corpus('some/name:small', its first 1,000 tokens: ")
+
+
+def test_a_shuffled_stream_is_read_in_its_order_and_says_so(tokenizer):
+    stream = datasets.Dataset.from_dict({"text": STORIES, "n": [*range(len(STORIES))]}).to_iterable_dataset()
+    shuffled = stream.shuffle(seed=7, buffer_size=20)
+    texts = [record["text"] for record in shuffled]
+    assert texts != STORIES
+    corpus = bc.load_corpus(shuffled, tokenizer=tokenizer, context_length=16, max_tokens=2_000)
+    same = bc.load_corpus(texts, tokenizer=tokenizer, context_length=16, max_tokens=2_000)
+    assert corpus.fingerprint == same.fingerprint
+    assert corpus.source == "dataset IterableDataset, shuffled in a buffer of 20 with seed 7"
+    assert (corpus.sample, same.sample) == ("its first 2,000 tokens",) * 2
+    assert "shuffled" in bc.load_corpus(shuffled.take(30), tokenizer=tokenizer, context_length=16).source
+    assert "shuffled" not in bc.load_corpus(stream, tokenizer=tokenizer, context_length=16).source
 
 
 @pytest.mark.parametrize(

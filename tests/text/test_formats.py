@@ -76,6 +76,7 @@ RECORDS = {  # file name -> content; all hold the same documents
     "a.jsonl.xz": lzma.compress(LINES.encode()),
     "a.jsonl.zst": zstandard(LINES.encode()),
     "frames.ndjson.zst": zstandard(LINES.encode(), frames=3),
+    "skippable.jsonl.zst": b"\x5a\x2a\x4d\x18\x04\0\0\0abcd" + zstandard(LINES.encode(), frames=2),
     "a.csv": table().encode(),
     "quoted.CSV": table(quoting=csv.QUOTE_ALL).encode(),
     "semicolon.csv": table(";").encode(),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import bigram_circuits as bc
-from bigram_circuits.text import counting, ngrams
+from bigram_circuits.text import counting, ngrams, sorted_counts
 from bigram_circuits.text.counting import NGramCounter
 
 D_VOCAB = 6
@@ -89,15 +89,14 @@ def test_the_table_is_that_of_a_plain_count_to_the_last_bit(text, order):
         assert level.top.tolist() == [min(row, key=lambda entry: (-entry[1], entry[0]))[0] for _, row in rows]
 
 
-@given(text=texts, order=orders, chunk=st.integers(1, 20))
-def test_streamed_counts_are_whole_counts(text, order, chunk):
+@given(text=texts, order=orders, chunk=st.integers(1, 20), memory=st.sampled_from([1, 100, 1000, 4000]))
+def test_streamed_counts_are_whole_counts(text, order, chunk, memory):
     whole = bc.count_ngrams(text, order, d_vocab=D_VOCAB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting, "_TOKENS_AT_ONCE", chunk)
-        patch.setattr(counting, "_CHUNK_KEYS", chunk)
-        patch.setattr(counting, "_KEYS_PER_DISTINCT", 2)
-        patch.setattr(counting, "_ENTRIES_AT_ONCE", chunk)
-        assert_same_table(bc.count_ngrams(text, order, d_vocab=D_VOCAB), whole)
+        patch.setattr(sorted_counts, "_MERGED_AT_ONCE", chunk)
+        patch.setattr(sorted_counts, "_REDUCED_AT_ONCE", chunk)
+        assert_same_table(bc.count_ngrams(text, order, d_vocab=D_VOCAB, memory=memory), whole)
     counter = NGramCounter(order, D_VOCAB)
     for row in text[::-1]:  # in any order
         counter.add(row[None])
