@@ -162,7 +162,8 @@ class Adversary:
         """a, by gate."""
         self.is_climbing = False
         """Whether gradients are its own, and not the scores'."""
-        self._pull = torch.zeros_like(self.values)
+        self.pull = torch.zeros_like(self.values)
+        """The sum of the gradients noted since it last climbed."""
 
     def begin(self, seed: int) -> None:
         """Draw a uniformly from 0 to 1, and climb from there."""
@@ -179,12 +180,12 @@ class Adversary:
 
     def feel(self, of_value: Float[Tensor, " gate"], place: slice) -> None:
         """Note a gradient by the values of a range of gates."""
-        self._pull[place] += of_value
+        self.pull[place] += of_value
 
     def climb(self) -> None:
         """Go up the gradients noted since the last time: by the sign of each, within 0 and 1."""
-        self.values.add_(self._pull.sign_(), alpha=self.step).clamp_(0, 1)
-        self._pull.zero_()
+        self.values.add_(self.pull.sign_(), alpha=self.step).clamp_(0, 1)
+        self.pull.zero_()
 
 
 # --- the gates of a model --------------------------------------------------------------------------------------------
