@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from bigram_circuits.cli import commands
+from bigram_circuits.cli.completion import SHELLS
+from bigram_circuits.cli.config import read_config
+from bigram_circuits.cli.output import LEVELS, FailedError
 from bigram_circuits.paper import PAPERS, ROWS
 from bigram_circuits.recipe import (
     NAMES,
@@ -47,7 +51,13 @@ _EPILOG = """examples:
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
   bigram-circuits export runs/mine --out my_masked_model
-  bigram-circuits checkpoints EleutherAI/pythia-70m"""
+  bigram-circuits checkpoints EleutherAI/pythia-70m
+  bigram-circuits completion bash > ~/.local/share/bash-completion/completions/bigram-circuits
+
+exit codes:
+  0  done
+  1  failed or interrupted; one line on standard error says why
+  2  wrong arguments"""
 
 
 _SEEDS = whole(0).read
@@ -58,11 +68,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors suggest what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the message with a suggestion, if there is one, and exit with code 2."""
+        """Print the usage, and raise FailedError with a suggestion, if there is one."""
         wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong:
             message += _suggestion(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
-        super().error(message)
+        self.print_usage(sys.stderr)
+        raise FailedError(message, 2, by=f"{self.prog}: error")
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:
@@ -70,14 +81,18 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the words of a command; exits with code 2 if they are wrong."""
-    arguments, unknown = parser().parse_known_args(argv)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the words of a command; raises FailedError if they, or the file that `--config` names, are wrong."""
+    program = parser()
+    arguments, unknown = program.parse_known_args(argv)
     if unknown:
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         flags = sorted(set(re.findall(r"(?<!\S)--[a-z][a-z-]+", arguments.parser.format_help())))
         message = f"unrecognized arguments: {' '.join(unknown)}{_suggestion(word, flags)}"
         arguments.parser.error(message)
+    if getattr(arguments, "config", None) is not None:
+        arguments.parser.set_defaults(**read_config(arguments.config, vars(arguments)))
+        arguments = program.parse_args(argv)
     return arguments
 
 
@@ -92,9 +107,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     program.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = program.add_subparsers(required=True, metavar="COMMAND")
+    subparsers: Any = program.add_subparsers(required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
+    shared.add_argument("--json", action="store_true", help="print the result as one JSON object, and nothing else")
+    shared.add_argument("--quiet", action="store_true", help="show no progress, notes and warnings")
+    shared.add_argument(
+        "--log-level", choices=LEVELS, help="show notes and warnings of this level and above (default: info)"
+    )
     shared.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     _add_find(subparsers, shared)
     _add_curves(subparsers, shared)
@@ -103,8 +123,13 @@ def parser() -> argparse.ArgumentParser:
     _add_work_on_runs(subparsers, shared)
     _add_stricter(subparsers, shared)
     _add_exchange(subparsers, shared)
-    for command in subparsers.choices.values():
-        command.set_defaults(parser=command)
+    completion = subparsers.add_parser(
+        "completion", parents=[shared], help="print a script that completes commands, options and file names in a shell"
+    )
+    completion.set_defaults(command=commands.completion, program=program, commands=subparsers.choices)
+    completion.add_argument("shell", choices=SHELLS, help="the shell")
+    for name, command in subparsers.choices.items():
+        command.set_defaults(command_name=name, parser=command)
     return program
 
 
@@ -166,7 +191,7 @@ def _add_reproduce(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     reproduce.set_defaults(command=commands.reproduce)
     reproduce.add_argument("paper", choices=list(PAPERS), metavar="PAPER", help=f"the paper: {', '.join(PAPERS)}")
     reproduce.add_argument(
-        "--model", nargs="+", action="extend", metavar="M",
+        "--model", dest="models", nargs="+", action="extend", metavar="M",
         help="the paper's names, hub ids, folders, or NAME=FOLDER for a model of the paper in a folder (default: all "
         "models of the paper)",
     )  # fmt: skip
@@ -188,7 +213,11 @@ def _add_reproduce(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _add_options(command: Any, left_out: Collection[str] = ()) -> None:
-    """Add the options of `find`, but for some."""
+    """Add the options of `find`, but for some, and the file that may give them."""
+    command.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="read options from this file, by their names in Python; those "
+        "given here take precedence",
+    )  # fmt: skip
     for part in PARTS:
         group = command.add_argument_group("how masks are learned") if part is SparsifyConfig else command
         for name, option in options_of(part).items():

@@ -1,70 +1,126 @@
-"""What each command does. Heavy modules are imported when a command needs them."""
+"""What each command does. Its result is a mapping, which `--json` prints; `docs/command-line.md` says what is in it.
+
+Heavy modules are imported when a command needs them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bigram_circuits.cli.output import say, tell
+from bigram_circuits.cli.output import FailedError, tell
 from bigram_circuits.recipe import NOT_FOR_CURVES, NOT_FOR_LADDER, NOT_FOR_REPRODUCE, PARTS, Request, options_of
 
+Result = Mapping[str, Any]
+"""What a command computed: values that can be written as JSON (`output.to_json`), among them paths."""
 
-def find(arguments: argparse.Namespace) -> int:
+
+def find(arguments: argparse.Namespace) -> Result:
     """Find a subnetwork or a circuit."""
-    options = {name: getattr(arguments, name) for part in PARTS for name in options_of(part)}
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _given(arguments)
     try:
         Request.of(**given)
     except ValueError as error:  # reported before anything heavy is loaded
-        raise SystemExit(say(f"error: {error}", 2)) from error
+        raise FailedError(str(error), 2) from error
+    from bigram_circuits.experiments.sparsity_path import load_path_runs
+    from bigram_circuits.runs import Run
     from bigram_circuits.workflow import study
 
-    study(
-        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh,
-        tell=tell,
-    )  # fmt: skip
-    return 0
+    folders: list[Path] = []
+    found = study(
+        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh, tell=tell, on_folder=folders.append
+    )
+    if isinstance(found, Run):
+        return _of_run(found)
+    (folder,) = folders
+    return {"folder": folder, "runs": [run.path for run in load_path_runs(folder)], "path": found}
 
 
-def curves(arguments: argparse.Namespace) -> int:
+def _of_run(run: Any) -> Result:
+    """The result of a run: what is in its folder."""
+    from bigram_circuits.experiments.falsification import load_falsification
+    from bigram_circuits.experiments.seeds import load_seeds
+
+    parts: dict[str, Any] = {}
+    if (tried := load_falsification(run.path / "falsify", run)) is not None:
+        parts["falsification"] = {"verdict": tried.verdict, "refuted": tried.refuted, "says": tried.says}
+    if (seeds := load_seeds(run.path, run)) is not None:
+        parts["seeds"] = {"representative": seeds.representative, "runs": seeds.runs, "spread": seeds.spread}
+    return {
+        "folder": run.path,
+        "page": run.path / "report.html",
+        "mask": _of_mask(run.mask, run.path / f"{run.mask.noun}.safetensors"),
+        "outcome": run.outcome,
+        "cautions": run.cautions,
+        "metrics": run.metrics,
+        **_of_analyses(run),
+        **parts,
+    }
+
+
+def _of_mask(mask: Any, file: Path) -> Result:
+    return {"kind": mask.noun, "kept": mask.kept, "total": mask.total, "fraction": mask.fraction, "file": file}
+
+
+def _of_analyses(run: Any) -> Result:
+    files = sorted((run.path / "analysis").glob("*.json"))
+    return {
+        "analyses": {file.stem: file for file in files if file.stem != "left_out"},
+        "left_out": run.left_out,
+    }
+
+
+def curves(arguments: argparse.Namespace) -> Result:
     """Compare circuits of several sizes, chosen in several ways."""
     given = _given(arguments, NOT_FOR_CURVES)
     own = {name: value for name in ("sizes", "methods", "draws") if (value := getattr(arguments, name)) is not None}
     from bigram_circuits.workflow import curves
 
-    curves(**given, **own, out=arguments.out, device=arguments.device, tell=tell)
-    return 0
+    folders: list[Path] = []
+    found = curves(**given, **own, out=arguments.out, device=arguments.device, tell=tell, on_folder=folders.append)
+    (folder,) = folders
+    return {
+        "folder": folder, "page": folder / "curves.html", "curves": found.curves, "areas": found.areas,
+        "left_out": found.left_out,
+    }  # fmt: skip
 
 
-def ladder(arguments: argparse.Namespace) -> int:
+def ladder(arguments: argparse.Namespace) -> Result:
     """Find the n-gram ladder."""
     given = _given(arguments, NOT_FOR_LADDER)
     from bigram_circuits.workflow import ladder
 
-    ladder(**given, out=arguments.out, device=arguments.device, tell=tell)
-    return 0
+    folders: list[Path] = []
+    found = ladder(**given, out=arguments.out, device=arguments.device, tell=tell, on_folder=folders.append)
+    (folder,) = folders
+    return {"folder": folder, "page": folder / "ladder.html", "ladder": found}
 
 
-def _given(arguments: argparse.Namespace, left_out: Collection[str]) -> dict[str, Any]:
-    """The options of `find` that were given, to a command that has all but some."""
+def _given(arguments: argparse.Namespace, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """The options of `find` that were given, to a command that has all or all but some."""
     names = [name for part in PARTS for name in options_of(part) if name not in left_out]
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def reproduce(arguments: argparse.Namespace) -> int:
+def reproduce(arguments: argparse.Namespace) -> Result:
     """Measure a paper's numbers again."""
     given = _given(arguments, NOT_FOR_REPRODUCE)
     from bigram_circuits.workflow import reproduce
 
+    folders: list[Path] = []
     result = reproduce(
-        arguments.paper, arguments.model, rows=arguments.rows, released=arguments.released, recipe=arguments.recipe,
-        sparsity_weights=arguments.sparsity_weights, out=arguments.out, device=arguments.device, tell=tell, **given,
+        arguments.paper, arguments.models, rows=arguments.rows, released=arguments.released, recipe=arguments.recipe,
+        sparsity_weights=arguments.sparsity_weights, out=arguments.out, device=arguments.device, tell=tell,
+        on_folder=folders.append, **given,
     )  # fmt: skip
-    return say("error: nothing could be measured", 1) if result.is_empty else 0
+    if result.is_empty:
+        raise FailedError("nothing could be measured")
+    (folder,) = folders
+    return {"folder": folder, "table": folder / "reproduction.md", "reproduction": result}
 
 
 @contextmanager
@@ -99,7 +155,7 @@ def _reopened(arguments: argparse.Namespace, *, with_evaluation: bool) -> Iterat
         yield run, of, folder
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate(arguments: argparse.Namespace) -> Result:
     """Evaluate a finished run again."""
     from bigram_circuits.evaluation import evaluate
     from bigram_circuits.learning.training import identity_of
@@ -109,14 +165,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
         seeds = arguments.random_seeds
         evaluation = evaluate(of.model, run.mask, of.target, of.corpus.held_out, seeds=seeds)
         folder.write_evaluation(evaluation, identity_of(of.corpus))
-        tell(f"{evaluation}\n\n{run.mask.table()}\n\nthe page to look at: {write_report(folder.path)}")
-    return 0
+        page = write_report(folder.path)
+        tell(f"{evaluation}\n\n{run.mask.table()}\n\nthe page to look at: {page}")
+    return {"folder": folder.path, "page": page, "metrics": evaluation}
 
 
-def analyze(arguments: argparse.Namespace) -> int:
+def analyze(arguments: argparse.Namespace) -> Result:
     """Analyse a finished run."""
     from bigram_circuits.analysis.suite import analyze
     from bigram_circuits.report.page import write_report
+    from bigram_circuits.runs import load_run
 
     with _reopened(arguments, with_evaluation=True) as (run, of, folder):
         options = {} if arguments.tokens is None else {"tokens": arguments.tokens}
@@ -124,11 +182,12 @@ def analyze(arguments: argparse.Namespace) -> int:
         analyses.save(folder.path / "analysis")
         written = [*analyses.results, *(["atlas"] if analyses.atlas else [])]
         tell(f"{analyses}\n\nfiles in {folder.path / 'analysis'}/: {', '.join(written)}")
-        tell(f"the page to look at: {write_report(folder.path)}")
-    return 0
+        page = write_report(folder.path)
+        tell(f"the page to look at: {page}")
+        return {"folder": folder.path, "page": page, **_of_analyses(load_run(folder.path))}
 
 
-def worst_case(arguments: argparse.Namespace) -> int:
+def worst_case(arguments: argparse.Namespace) -> Result:
     """Let an adversary open what a run's mask drops."""
     from dataclasses import replace
 
@@ -146,11 +205,11 @@ def worst_case(arguments: argparse.Namespace) -> int:
         if by_model and not isinstance(of.target, ModelTarget):
             curves = replace(curves, notes={**curves.notes, AGAINST: "model"})
         tell(f"{curves.table('kl')}\n\n{worst_case_words(curves)}")
-        _write_stricter(StricterTests(worst_case=curves), of, folder)
-    return 0
+        written = _write_stricter(StricterTests(worst_case=curves), of, folder)
+    return {**written, "says": worst_case_words(curves), "worst_case": curves}
 
 
-def rivals(arguments: argparse.Namespace) -> int:
+def rivals(arguments: argparse.Namespace) -> Result:
     """Learn masks of a run's size with as little in common."""
     from bigram_circuits.experiments.rivals import rivals
     from bigram_circuits.experiments.stricter import RIVALS_FOLDER, StricterTests
@@ -162,11 +221,13 @@ def rivals(arguments: argparse.Namespace) -> int:
             run_dir=folder.path / RIVALS_FOLDER, **options,
         )  # fmt: skip
         tell(found)
-        _write_stricter(StricterTests(rivals=found), of, folder)
-    return 0
+        written = _write_stricter(StricterTests(rivals=found), of, folder)
+    return {
+        **written, "verdict": found.verdict, "rivals": found.rivals, "measured": found.measured, "cores": found.cores
+    }  # fmt: skip
 
 
-def same_function(arguments: argparse.Namespace) -> int:
+def same_function(arguments: argparse.Namespace) -> Result:
     """Compare what the masks of two runs compute."""
     from bigram_circuits.experiments.same_function import same_function
     from bigram_circuits.experiments.stricter import MOST_TOKENS, StricterTests
@@ -190,21 +251,24 @@ def same_function(arguments: argparse.Namespace) -> int:
         text = spread(of.corpus.held_out, arguments.tokens or MOST_TOKENS)
         found = same_function(of.model, run.mask, with_pairs(other.mask, of.target), of.target, text)
         tell(found)
-        _write_stricter(StricterTests(same={arguments.other.resolve().name: found}), of, folder)
-    return 0
+        written = _write_stricter(StricterTests(same={arguments.other.resolve().name: found}), of, folder)
+    tables = {"overlap": found.overlap, "behaviour": found.behaviour, "splices": found.splices}
+    return {**written, "verdict": found.verdict, "says": found.says, **tables, "streams": found.streams}
 
 
-def _write_stricter(found: Any, of: Any, folder: Any) -> None:
+def _write_stricter(found: Any, of: Any, folder: Any) -> Result:
     """Write the outcome of a stricter test into a run's folder, and its page again."""
     from bigram_circuits.experiments.stricter import FOLDER
     from bigram_circuits.learning.training import identity_of
     from bigram_circuits.report.page import write_report
 
     found.save(folder.path / FOLDER, folder.origin(identity_of(of.corpus)))
-    tell(f"\nfiles in {folder.path / FOLDER}/\nthe page to look at: {write_report(folder.path)}")
+    page = write_report(folder.path)
+    tell(f"\nfiles in {folder.path / FOLDER}/\nthe page to look at: {page}")
+    return {"folder": folder.path, "page": page}
 
 
-def explain(arguments: argparse.Namespace) -> int:
+def explain(arguments: argparse.Namespace) -> Result:
     """Write the page of a prediction, or of a run's atlas."""
     from bigram_circuits.runs import load_run
 
@@ -235,10 +299,10 @@ def explain(arguments: argparse.Namespace) -> int:
         tell(f"the graph: {export_graph(found, arguments.graph)}")
     found.to_html(arguments.out)
     tell(f"the page to look at: {arguments.out}")
-    return 0
+    return {"page": arguments.out, "graph": arguments.graph, "explanation": found}
 
 
-def _explain_all(arguments: argparse.Namespace, run: Any) -> int:
+def _explain_all(arguments: argparse.Namespace, run: Any) -> Result:
     """The page of a run's atlas."""
     given = [name for name in ("answer", "wrong", "position", "graph") if getattr(arguments, name) is not None]
     given += [name for name in ("full",) if getattr(arguments, name)]
@@ -253,7 +317,7 @@ def _explain_all(arguments: argparse.Namespace, run: Any) -> int:
         )
     run.atlas.to_html(arguments.out)
     tell(f"{run.atlas.title}\nthe page to look at: {arguments.out}")
-    return 0
+    return {"page": arguments.out, "graph": None, "atlas": run.path / "analysis" / "atlas.json"}
 
 
 def _token(text: str) -> str | int:
@@ -261,24 +325,26 @@ def _token(text: str) -> str | int:
     return int(text) if text.isdecimal() and text.isascii() and len(text) > 1 else text
 
 
-def report(arguments: argparse.Namespace) -> int:
+def report(arguments: argparse.Namespace) -> Result:
     """Write a run's page."""
     from bigram_circuits.report.page import write_report
 
     if arguments.out is not None:  # the run is only read
-        tell(write_report(arguments.run, arguments.out))
-        return 0
+        page = write_report(arguments.run, arguments.out)
+        tell(page)
+        return {"page": page}
     try:
         with _run_to_write(arguments.run):
-            tell(write_report(arguments.run))
+            page = write_report(arguments.run)
+            tell(page)
+            return {"page": page}
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise OSError(error.errno, f"{error.strerror}: write the page to another place with --out FILE") from error
-    return 0
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def compare(arguments: argparse.Namespace) -> Result:
     """Write a page that compares several runs."""
     from bigram_circuits.experiments.comparison import compare
     from bigram_circuits.report.comparison import write_comparison
@@ -289,10 +355,20 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         tell(f"the table: {comparison.to_csv(arguments.csv)}")
     tell(f"the page to look at: {page}")
-    return 0
+    return {
+        "page": page,
+        "csv": arguments.csv,
+        "runs": comparison.to_dataframe().to_dict("records"),
+        "overlaps": [
+            {"first": pair.first.name, "second": pair.second.name}
+            | {name: pair.get(name) for name in ("intersection", "expected", "jaccard")}
+            | {"p": pair.p()}
+            for pair in comparison.pairs
+        ],
+    }
 
 
-def hooks(arguments: argparse.Namespace) -> int:
+def hooks(arguments: argparse.Namespace) -> Result:
     """List a model's activation points and weights."""
     from bigram_circuits.models.activations import activation_points
     from bigram_circuits.models.loading import load_model
@@ -301,20 +377,21 @@ def hooks(arguments: argparse.Namespace) -> int:
     model = load_model(
         arguments.model, revision=arguments.revision, device=arguments.device, check=not arguments.unchecked
     )
+    points, sites = activation_points(model), weight_sites(model)
     tell("activation points (run_with_cache, run_with_hooks)")
-    for point in activation_points(model):
+    for point in points:
         axes = "not reached" if point.axes is None else " ".join(point.axes)
         shape = "" if point.shape is None else " ".join(map(str, point.shape))
         also = f"  = {', '.join(point.aliases)}" if point.aliases else ""
         tell(f"  {point.name:<36} {axes:<28} {shape:<24}{also}".rstrip())
-    sites = weight_sites(model)
     tell(f"\nmaskable weights ({sum(site.size for site in sites):,})")
     for site in sites:
         tell(f"  {site.name:<36} {site.axes:<28} {' '.join(map(str, site.shape))}")
-    return 0
+    weights = [{"name": site.name, "axes": site.axes.split(), "shape": site.shape, "size": site.size} for site in sites]
+    return {"points": points, "weights": weights}
 
 
-def import_published(arguments: argparse.Namespace) -> int:
+def import_published(arguments: argparse.Namespace) -> Result:
     """Read masks by Hugging Face parameter name."""
     from bigram_circuits.models.loading import load_model
     from bigram_circuits.published import import_published, read_masks
@@ -326,10 +403,10 @@ def import_published(arguments: argparse.Namespace) -> int:
     subnetwork = import_published(arguments.file, model)
     subnetwork.save(arguments.out)
     tell(f"{subnetwork!r}\n\n{subnetwork.table()}\n\nwritten to {arguments.out}")
-    return 0
+    return {"mask": _of_mask(subnetwork, arguments.out)}
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> Result:
     """Write a run's masked model, or its masks."""
     from bigram_circuits.runs import load_run
     from bigram_circuits.sharing import check_is_of_weights, export_huggingface, export_masks
@@ -346,12 +423,22 @@ def export(arguments: argparse.Namespace) -> int:
     check_model(run, model)
     (export_masks if masks_alone else export_huggingface)(model, run.mask, arguments.out)
     tell(f"{run.mask!r}\nwritten to {arguments.out}")
-    return 0
+    return {"mask": _of_mask(run.mask, arguments.out)}
 
 
-def checkpoints(arguments: argparse.Namespace) -> int:
+def checkpoints(arguments: argparse.Namespace) -> Result:
     """List a model's training checkpoints."""
     from bigram_circuits.models.loading import checkpoints
 
-    tell("\n".join(checkpoints(arguments.model)))
-    return 0
+    names = checkpoints(arguments.model)
+    tell("\n".join(names))
+    return {"checkpoints": names}
+
+
+def completion(arguments: argparse.Namespace) -> Result:
+    """Print the completion script of a shell."""
+    from bigram_circuits.cli.completion import script
+
+    written = script(arguments.program, arguments.commands, arguments.shell)
+    tell(written)
+    return {"shell": arguments.shell, "script": written}

@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bigram_circuits import __version__
 from bigram_circuits.cli.arguments import parse
-from bigram_circuits.cli.output import one_line, say
+from bigram_circuits.cli.output import FailedError, answer, arranged, complain, one_line
 from bigram_circuits.storage.terminal import signals_handled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 success, 1 failure or interruption, 2 wrong arguments."""
-    arguments = parse(argv)
+    """Run a command; returns the exit code, 0 for success, 1 for failure or interruption; exits with 2 if the words
+    are wrong.
+
+    With `--json`, one JSON object is printed to stdout, and everything else to stderr.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in words  # also of arguments that cannot be parsed
+    about: dict[str, Any] = {"command": next(iter(words), None), "version": __version__}
+    warned: list[str] = []
     try:
-        with _terminated_like_ctrl_c(), _warnings_in_a_line():
-            return arguments.command(arguments)
-    except KeyboardInterrupt as stop:
-        return say(str(stop) or "interrupted; files already written are kept; rerun the command to go on", 1)
+        arguments = parse(words)
+        about["command"], as_json = arguments.command_name, arguments.json
+        with arranged(arguments.log_level, quiet=arguments.quiet, as_json=as_json) as warned:
+            result = _result(arguments)
+        about |= {"ok": True, "exit_code": 0, "warnings": warned, **result}
+    except FailedError as failed:
+        complain(failed.line)
+        about |= _failure(str(failed), failed.code, warned)
     except BrokenPipeError:
         raise  # nobody reads on: see `run`
+    except Exception as error:  # a traceback follows
+        if as_json:
+            print(answer(about | _failure(f"{type(error).__name__}: {one_line(error)}", 1, warned)), flush=True)
+        raise
+    if as_json:
+        print(answer(about), flush=True)
+    if about["exit_code"] == 2:
+        raise SystemExit(2)  # as argparse does
+    return about["exit_code"]
+
+
+def _failure(reason: str, code: int, warned: Sequence[str]) -> dict[str, Any]:
+    return {"ok": False, "exit_code": code, "warnings": warned, "error": reason}
+
+
+def _result(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Run a command that was parsed; raises FailedError for what its user can mend."""
+    try:
+        with _terminated_like_ctrl_c():
+            return arguments.command(arguments)
+    except KeyboardInterrupt as stop:
+        reason = str(stop) or "interrupted; files already written are kept; rerun the command to go on"
+        raise FailedError(reason, by="bigram-circuits") from stop
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if isinstance(error, MemoryError | RuntimeError):
@@ -37,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 line = f"out of memory: {less_memory(error)} ({line[:200]})"
         if arguments.traceback:
             raise
-        return say(f"error: {line}", 1)
+        raise FailedError(line) from error
 
 
 @contextmanager
@@ -52,24 +89,6 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 
     with signals_handled(stop):
         yield
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Within the block, warnings of this package are single lines on stderr; others are unchanged."""
-    shown = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category.__module__.startswith("bigram_circuits."):
-            say(f"warning: {message}", 0)
-        else:
-            shown(message, category, *where, **more)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
 
 
 def _silence() -> None:
@@ -87,7 +106,7 @@ def run() -> None:
     try:
         try:
             code = main()
-        except SystemExit as stop:  # from the parser
+        except SystemExit as stop:  # from --help and --version
             code = stop.code
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -95,7 +114,7 @@ def run() -> None:
         _silence()
         code = 1
     except OSError as error:  # a full disk
-        say(f"error: cannot write the output: {error.strerror}", 1)
+        complain(f"bigram-circuits: error: cannot write the output: {error.strerror}")
         _silence()
         code = 1
     sys.exit(code)
