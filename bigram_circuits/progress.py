@@ -6,6 +6,7 @@ which a notebook shows in red.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,13 @@ from typing import Any
 import tqdm
 import tqdm.auto
 
+from bigram_circuits.storage.terminal import printable
+
 _DELAY = 2.0  # seconds before a bar is shown
 LINE_SECONDS = 20.0
 """Seconds between two lines of a text log."""
+_LOGGER = logging.getLogger("bigram_circuits")
+_silenced = False
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} to go{postfix}"
 
 
@@ -31,7 +36,8 @@ def progress(total: int | None = None, *, desc: str, unit: str, **options: Any) 
         **options: More options of tqdm.
     """
     kind = _kind()
-    bar = kind(desc=desc, total=total, unit=unit, leave=False, **_TIMING.get(kind, {"delay": _DELAY}), **options)
+    options = _TIMING.get(kind, {"delay": _DELAY}) | ({"disable": True} if _silenced else {}) | options
+    bar = kind(desc=desc, total=total, unit=unit, leave=False, **options)
     try:
         yield bar
         if bar.total is not None:
@@ -48,9 +54,21 @@ def steps(items: Iterable[Any], total: int, *, desc: str, unit: str) -> Iterator
             bar.update()
 
 
-def note(line: str) -> None:
-    """Write a line to stderr, above any bar."""
-    tqdm.tqdm.write(line, file=sys.stderr)
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within the `with` block, no progress is shown."""
+    global _silenced
+    before, _silenced = _silenced, True
+    try:
+        yield
+    finally:
+        _silenced = before
+
+
+def note(line: str, level: int = logging.WARNING) -> None:
+    """Log a line to the logger `bigram_circuits`, above any bar, in characters that a terminal may be shown."""
+    with tqdm.tqdm.external_write_mode(file=sys.stderr):
+        _LOGGER.log(level, "%s", printable(line))
 
 
 _Terminal: Any = tqdm.tqdm

@@ -15,10 +15,10 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
 from bigram_circuits.registry import FolderOf
-from bigram_circuits.storage.typed import Record, shown
+from bigram_circuits.storage.typed import Record, from_json, shown
 from bigram_circuits.text.tokenizers import BOS
 
 METHODS: FolderOf[Any] = FolderOf("masking.methods", "METHOD")
@@ -199,6 +199,16 @@ def _is_number(value: Any) -> bool:
 def _check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     if value not in tuple(allowed):
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}")
+
+
+def option_value(name: str, value: Any) -> Any:
+    """The value of an option of `find` that a TOML or JSON file gives: lists become tuples.
+
+    Raises:
+        ValueError: If it has another type than the option.
+    """
+    part = next(part for part in PARTS if name in options_of(part))
+    return from_json(get_type_hints(part)[name], value, name)
 
 
 # --- how masks are learned ---

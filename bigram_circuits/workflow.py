@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from bigram_circuits.analysis.suite import analyze
+from bigram_circuits.environment import runs_folder
 from bigram_circuits.evaluation import evaluate
 from bigram_circuits.experiments.faithfulness_curves import (
     METHODS,
@@ -50,6 +51,7 @@ from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import in_use
 from bigram_circuits.names import is_in_memory, short_name
 from bigram_circuits.paper import PAPERS, ROWS, Paper
+from bigram_circuits.progress import note
 from bigram_circuits.recipe import (
     DTYPES,
     NOT_FOR_CURVES,
@@ -64,7 +66,6 @@ from bigram_circuits.report.ladder import write_ladder
 from bigram_circuits.report.page import write_report
 from bigram_circuits.runs import InputCheck, Run, RunFolder, RunSettings, load_run
 from bigram_circuits.storage.locks import lock_folder
-from bigram_circuits.storage.terminal import printable
 from bigram_circuits.targets.base import Target, target_of
 from bigram_circuits.targets.next_token import NextTokenTarget
 from bigram_circuits.targets.ngram import IndexTarget
@@ -118,6 +119,7 @@ def study(
     fresh: bool = False,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
+    on_folder: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> Run | SubnetworkPath:
     """Find a subnetwork, evaluate and analyse it, try to refute it if asked, and write its page.
@@ -130,11 +132,12 @@ def study(
         model: `"reference"`, a hub id, a folder, or a model from `load_model`.
         corpus: `"reference"`, a file, folder or dataset, anything that `load_corpus` reads, or a `Corpus`.
         target: A name (`ngram`, `model`, `next-token`, `induced`), or any target.
-        out: The run folder; by default one under `runs/`, named after model and settings.
-        device: Device to load the model to; by default CUDA if available, else the CPU.
+        out: The run folder; by default one under `runs/` (or `BIGRAM_CIRCUITS_RUNS`), named after model and settings.
+        device: Device to load the model to; by default as `load_model`.
         fresh: Start over if this run was started or finished before.
         callbacks: As for `find_subnetwork`.
         tell: Called with lines of text that report progress and results, for example `print`.
+        on_folder: Called with the folder, once it is known.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
             `target_fraction`, `max_steps`, ...), `recipe`, `sparsity_weights`, `order`, `task`, `measure`, `force`,
             `index`, `revision`, `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`,
@@ -161,8 +164,8 @@ def study(
     say = tell if tell and ranks.is_first else (lambda line: None)
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
-            return _path(request, subjects, out, callbacks, say)
-        folder = _study(request, subjects, out, fresh, callbacks, say, ranks)
+            return _path(request, subjects, out, callbacks, say, on_folder)
+        folder = _study(request, subjects, out, fresh, callbacks, say, on_folder, ranks)
     say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
     say(f"the page to look at: {folder.path / 'report.html'}")
     return load_run(folder.path)
@@ -200,6 +203,7 @@ def _study(
     fresh: bool,
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
+    on_folder: Callable[[Path], None] | None,
     ranks: Ranks,
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
@@ -207,6 +211,8 @@ def _study(
     if request.options.seeds > 1:
         several = ("seeds", request.options.seeds)
     path = Path(out or default_folder(subjects.model, settings, *several))
+    if on_folder is not None:
+        on_folder(path)
     checked = ranks.first_does(
         lambda: None if RunFolder(path).is_finished and not fresh else _checked(request, subjects)
     )
@@ -341,7 +347,7 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
     )  # fmt: skip
     reading = corpus.reading if current_ranks().is_first else None
     if reading is not None and (len(reading.read) > 1 or reading.skipped):
-        print(printable(f"bigram-circuits: note: {corpus.source}: {reading}"), file=sys.stderr)
+        note(f"{corpus.source}: {reading}", logging.INFO)
     return corpus
 
 
@@ -355,7 +361,7 @@ def default_folder(model: Model, settings: RunSettings, *more: Any) -> Path:
         corpus=replace(settings.corpus, source=None),
     )
     text = json.dumps([settings.to_json(), *more], sort_keys=True)
-    return Path("runs") / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return runs_folder() / f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def _introduce(request: Request, subjects: Subjects, folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -414,12 +420,15 @@ def _path(
     out: str | os.PathLike[str] | None,
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
+    on_folder: Callable[[Path], None] | None,
 ) -> SubnetworkPath:
     """Find nested subnetworks: a folder with one run for each weight of the penalty, and the curve."""
     weights = request.options.sparsity_weights or ()
     settings = run_settings(subjects.model, subjects.target, subjects.corpus, request.config)
     folder = Path(out or default_folder(subjects.model, settings, list(weights)))
     say(f"path    {folder}")
+    if on_folder is not None:
+        on_folder(folder)
     warn_of(_checked(request, subjects))
     path = sparsity_path(
         subjects.model, subjects.target, subjects.corpus, request.config, weights, run_dir=folder,
@@ -440,6 +449,7 @@ def ladder(
     device: str | None = None,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
+    on_folder: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> Ladder:
     """Find masks for unigram, bigram, trigram and induction, and write the ladder's page.
@@ -451,9 +461,10 @@ def ladder(
         model: As for `study`.
         corpus: As for `study`.
         out: The folder of the ladder; by default one under `runs/`, named after model and settings.
-        device: Device to load the model to; by default CUDA if available, else the CPU.
+        device: Device to load the model to; by default as `load_model`.
         callbacks: As for `find_subnetwork`.
         tell: Called with lines of text that report progress and results, for example `print`.
+        on_folder: Called with the folder, once it is known.
         **options: As for `study`, except those in `NOT_FOR_LADDER`.
 
     Raises:
@@ -475,6 +486,8 @@ def ladder(
         say(f"model   {loaded.cfg.model_name}: {loaded.cfg.n_layers} blocks, d_model {loaded.cfg.d_model}")
         say(f"text    {text!r}")
         say(f"ladder  {folder}")
+        if on_folder is not None:
+            on_folder(folder)
         bigram = request.inputs.kind_of_target.make(loaded, text, 2)
         warn_of(_checked(request, Subjects(loaded, text, bigram, None)))
         found = find_ladder(
@@ -500,6 +513,7 @@ def curves(
     device: str | None = None,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
+    on_folder: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> FaithfulnessCurves:
     """Choose circuits of several sizes in several ways, measure how faithful they are, and write their page.
@@ -515,9 +529,10 @@ def curves(
         methods: As for `faithfulness_curves`.
         draws: Number of random draws.
         out: The folder of circuits and page; by default one under `runs/`, named after model and settings.
-        device: Device to load the model to; by default CUDA if available, else the CPU.
+        device: Device to load the model to; by default as `load_model`.
         callbacks: As for `find_circuit`.
         tell: Called with lines of text that report progress and results, for example `print`.
+        on_folder: Called with the folder, once it is known.
         **options: As for `study`, except those in `NOT_FOR_CURVES`; `units` are heads and neurons by default.
 
     Raises:
@@ -543,6 +558,8 @@ def curves(
         say(f"text    {subjects.corpus!r}")
         say(f"target  {subjects.target!r}")
         say(f"curves  {folder}")
+        if on_folder is not None:
+            on_folder(folder)
         warn_of(_checked(request, subjects))
         with lock_folder(folder):
             found = faithfulness_curves(
@@ -574,6 +591,7 @@ def reproduce(
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
     tell: Callable[[str], None] | None = None,
+    on_folder: Callable[[Path], None] | None = None,
     **options: Any,
 ) -> Reproduction:
     """Measure a paper's numbers again, and put theirs, ours and the difference side by side.
@@ -593,8 +611,9 @@ def reproduce(
         recipe: `"ours"`, or `"paper"` (`SparsifyConfig.paper()`), which takes hours for each subnetwork.
         sparsity_weights: The sweep of lambda, by default the paper's; 0 is always among them.
         out: The folder; by default one under `runs/`, named after paper and settings.
-        device: Device to load models to; by default CUDA if available, else the CPU.
+        device: Device to load models to; by default as `load_model`.
         tell: Called with lines of text that report progress and results, for example `print`.
+        on_folder: Called with the folder, once it is known.
         **options: As for `study`: those of `SparsifyConfig`, except `sparsity_weight` and `target_fraction`; `effort`,
             `dtype`, `context_length`, `max_tokens`, `text_column`, `held_out`, `bos`, `unchecked`, `check_memory`.
 
@@ -630,6 +649,8 @@ def reproduce(
     folder = Path(out or _reproduction_folder(wanted, request.inputs, corpus))
     start_reproduction(folder, wanted)
     say(f"folder  {folder}")
+    if on_folder is not None:
+        on_folder(folder)
     with lock_folder(folder):
         result = replace(load_reproduction(folder), unreachable={})  # again: another process may have gone on meanwhile
         for name, source in asked:
@@ -723,7 +744,7 @@ def _reproduction_folder(wanted: Reproduction, inputs: Inputs, corpus: Any) -> P
     """The default folder for these settings: the same call always goes on with the same result."""
     source = corpus.fingerprint if isinstance(corpus, Corpus) else inputs.to_json()
     text = json.dumps([wanted.to_json(), source], sort_keys=True)
-    return Path("runs") / f"{wanted.paper}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return runs_folder() / f"{wanted.paper}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 # --- reopening a finished run ---
@@ -745,7 +766,7 @@ def reopen(
 
     Args:
         folder: The run's folder.
-        device: Device to load the model to; by default CUDA if available, else the CPU.
+        device: Device to load the model to; by default as `load_model`.
         model: Where its model is to be read from instead.
         corpus: Where its text is to be read from instead.
         task: Where its task is to be read from instead.
@@ -755,6 +776,7 @@ def reopen(
     Raises:
         ValueError: If the run was made from objects, names what may not be opened (`inputs_of`), its subnetwork belongs
             to other weights than the model's, or the text is another one.
+        OSError: If something cannot be loaded.
     """
     run = load_run(folder)
     subjects = Subjects.load(inputs_of(run, model=model, corpus=corpus, task=task, index=index), device)
@@ -781,6 +803,7 @@ def inputs_of(
 
     Raises:
         ValueError: If the run was made from objects, or a name must be given again; the message says how.
+        FileNotFoundError: If a file or folder that it was made with is no longer there.
     """
     given = {"model": model} if only_model else {"model": model, "corpus": corpus, "task": task, "index": index}
     if run.rebuild is None:
@@ -798,8 +821,21 @@ def inputs_of(
             f"the run in {str(run.path)!r} was not made by you on this machine, so the names in it are not opened: "
             f"if you want them to be, add {again}"
         )
+    gone = [name for name in unsaid if os.path.isabs(recorded[name]) and not os.path.exists(recorded[name])]
+    if gone:
+        what = " and ".join(f"the {name} {recorded[name]!r}" for name in gone)
+        raise FileNotFoundError(
+            f"the run in {str(run.path)!r} was made with {what}, which {'is' if len(gone) == 1 else 'are'} no longer "
+            f"there: say with {_options(gone)} where to read {'it' if len(gone) == 1 else 'them'} from"
+        )
     inputs = replace(run.rebuild, **{name: value for name, value in given.items() if value is not None})
     return inputs if inputs.model == run.rebuild.model else replace(inputs, revision=None)
+
+
+def _options(names: Sequence[str]) -> str:
+    """The options that name these inputs of a run."""
+    values = {"model": "M", "corpus": "SOURCE", "task": "FILE", "index": "INDEX"}
+    return " and ".join(f"--{name} {values[name]}" for name in names)
 
 
 def _named_now(run: Run, given: Mapping[str, str | None]) -> Inputs:
@@ -813,8 +849,7 @@ def _named_now(run: Run, given: Mapping[str, str | None]) -> Inputs:
         )
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        asked = " and ".join(f"--{name} {'M' if name == 'model' else 'SOURCE'}" for name in missing)
-        raise ValueError(f"{where}, which have no names: say with {asked} where to read them from")
+        raise ValueError(f"{where}, which have no names: say with {_options(missing)} where to read them from")
     names: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     dtype = str(settings.model.dtype).removeprefix("torch.")
     return Inputs(

@@ -336,8 +336,10 @@ def test_a_model_whose_weights_are_nan_is_not_told_to_try_float32(refused, tiny_
     "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}]
 )
 def test_output_in_a_legacy_encoding(environment):
-    script = "import sys; from bigram_circuits import cli; cli._checkpoints = lambda _: print('Größe ▁the → …') or 0; "
-    script += "sys.argv[1:] = ['checkpoints', 'ñ→']; cli.run()"
+    script = "import sys; from bigram_circuits import cli; from bigram_circuits.cli import commands; "
+    script += (
+        "commands.checkpoints = lambda _: print('Größe ▁the → …') or 0; sys.argv[1:] = ['checkpoints', 'ñ→']; cli.run()"
+    )
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"the" in done.stdout
@@ -348,7 +350,8 @@ def test_output_in_a_legacy_encoding(environment):
     [("2>&1 | head -n 1 >&2", 1, ""), (">&-", 0, ""), ("> /dev/full", 1, "No space left on device")],
 )
 def test_output_that_nobody_reads(redirection, code, said):
-    program = "from bigram_circuits import cli; cli._checkpoints = lambda _: [print(n) for n in range(100_000)] and 0; "
+    program = "from bigram_circuits import cli; from bigram_circuits.cli import commands; "
+    program += "commands.checkpoints = lambda _: [print(n) for n in range(100_000)] and 0; "
     command = f'{sys.executable} -c "{program}cli.run()" checkpoints pythia'
     script = f"{{ ( {command}; echo code $? >&3 ) {redirection}; }} 3>&1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)

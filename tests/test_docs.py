@@ -64,14 +64,14 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
 def test_commands_are_ones_the_parser_knows(page):
     shown = re.findall(r"^bigram-circuits ([^#\n]*)", "\n".join(blocks(page, "sh")), re.MULTILINE)
     for command in shown:
-        cli._parser().parse_args(shlex.split(command))
+        cli.parser().parse_args(shlex.split(command))
     if page.name == "README.md":
         assert len(shown) >= 5
 
 
 def commands():
     """Parsers of the subcommands."""
-    return next(action.choices for action in cli._parser()._actions if action.choices)
+    return next(action.choices for action in cli.parser()._actions if action.choices)
 
 
 def anchors(page: Path) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 import tqdm.notebook
 
 from bigram_circuits import progress as module
-from bigram_circuits.progress import note, progress, steps
+from bigram_circuits.progress import note, progress, silenced, steps
 
 
 class Terminal(io.StringIO):
@@ -91,10 +91,21 @@ def test_short_work_leaves_no_trace_in_a_log(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
-def test_notes_are_lines(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    note("back to step 3")
-    assert sys.stderr.getvalue() == "back to step 3\n"
+def test_notes_are_logged(caplog):
+    note("back to step 3\x1b[2J")
+    assert caplog.messages == [r"back to step 3\x1b[2J"]
+
+
+def test_nothing_is_shown_while_it_is_silenced(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(module, "_DELAY", 0.0)
+    with silenced():
+        stopped_early()
+        with progress(desc="reading", unit="file") as bar:
+            bar.set_postfix_str("a")
+    assert sys.stderr.getvalue() == ""
+    stopped_early()
+    assert "learning:" in sys.stderr.getvalue()
 
 
 def test_bars_can_be_switched_off(monkeypatch, capsys):

@@ -85,7 +85,7 @@ def parsed(command: str) -> Request:
     """What the command line makes of a command."""
     program, *words = shlex.split(command)
     assert program == "bigram-circuits"
-    arguments = cli._parser().parse_args(words)
+    arguments = cli.parser().parse_args(words)
     given = {name: getattr(arguments, name) for name in OPTIONS}
     return Request.of(**{name: value for name, value in given.items() if value is not None})
 

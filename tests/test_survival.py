@@ -198,7 +198,7 @@ def test_a_checkpoint_of_version_0_1_0_still_continues(stopped, goes_on):
     assert goes_on(stopped) == 8
 
 
-def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, goes_on, capfd, tmp_path):
+def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, goes_on, caplog, tmp_path):
     path = stopped / "checkpoint" / "state.safetensors"
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -222,7 +222,7 @@ def test_a_checkpoint_without_a_checksum_or_of_another_run_is_not_used(stopped, 
         assert "\n" not in str(told.value)
         assert state is None or re.search(words, str(told.value))
     assert goes_on(stopped) == 20
-    assert "learning starts over" in capfd.readouterr().err
+    assert "learning starts over" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "name", "steps"])
@@ -248,31 +248,31 @@ def test_a_sealed_checkpoint_of_other_gates_is_one_line(tiny_model, bigrams, cor
     assert "\n" not in str(told.value)
 
 
-def test_other_versions_are_noted(stopped, goes_on, capfd, monkeypatch):
+def test_other_versions_are_noted(stopped, goes_on, caplog, monkeypatch):
     now = runs.versions() | {"torch": "9.0"}
     monkeypatch.setattr(run_folder, "versions", lambda: now)
     assert goes_on(stopped) == 8
-    assert re.search(r"note: this run was started with other versions \(torch 9\.0, then \S+\)", capfd.readouterr().err)
+    assert re.search(r"this run was started with other versions \(torch 9\.0, then \S+\)", caplog.text)
 
 
 # --- damage ---
 
 
-def test_a_damaged_checkpoint_is_not_used(stopped, goes_on, capfd, tmp_path):
+def test_a_damaged_checkpoint_is_not_used(stopped, goes_on, caplog, tmp_path):
     path = stopped / "checkpoint" / "state.safetensors"
     for _ in flips(path):
         with pytest.raises(ValueError, match=r"state.safetensors' is damaged"):
             RunFolder(stopped).read_checkpoint()
     path.write_bytes(path.read_bytes()[:-7])
     assert goes_on(stopped) == 20
-    err = capfd.readouterr().err
+    err = caplog.text
     assert "state.safetensors' is damaged" in err
     assert "learning starts over and will find the same subnetwork" in err
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone", "sparse"])
 def test_progress_that_is_not_what_came_before_the_checkpoint_is_set_aside_and_the_run_goes_on(
-    stopped, goes_on, capfd, damage
+    stopped, goes_on, caplog, damage
 ):
     path = stopped / "progress.jsonl"
     data = path.read_bytes()
@@ -289,7 +289,7 @@ def test_progress_that_is_not_what_came_before_the_checkpoint_is_set_aside_and_t
         assert goes_on(stopped) == 8  # it lists the folder last
     assert aside.exists() is (damage != "gone")
     assert changed is None or aside.read_bytes() == changed
-    assert damage == "gone" or "set aside as 'progress.damaged-1.jsonl'" in capfd.readouterr().err
+    assert damage == "gone" or "set aside as 'progress.damaged-1.jsonl'" in caplog.text
     aside.unlink(missing_ok=True)
     assert goes_on(stopped) == 0
 
@@ -388,7 +388,7 @@ def test_results_are_not_written_into_a_folder_that_another_process_writes(goes_
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e3])
 def test_a_loss_that_explodes_once_goes_back_and_lowers_the_rate(
-    tiny_model, bigrams, corpus, expected, monkeypatch, tmp_path, capfd, value
+    tiny_model, bigrams, corpus, expected, monkeypatch, tmp_path, caplog, value
 ):
     monkeypatch.setattr(learner, "_GOOD_EVERY", 5)
     target = Acting(bigrams, lambda call, loss: loss * value if call == 13 else loss)
@@ -404,7 +404,7 @@ def test_a_loss_that_explodes_once_goes_back_and_lowers_the_rate(
     run = bc.load_run(tmp_path)
     assert (run.history, run.outcome.rollbacks) == (found.history, (rollback,))
     assert bc.find_subnetwork(tiny_model, target, corpus, RECIPE, run_dir=tmp_path).rollbacks == found.rollbacks
-    assert "at step 12: back to step 10, with learning rate 0.025" in capfd.readouterr().err
+    assert "at step 12: back to step 10, with learning rate 0.025" in caplog.text
 
 
 def test_a_gradient_that_is_not_finite_goes_back_too(tiny_model, bigrams, corpus):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bigram_circuits.environment import DEVICE, default_device
 from bigram_circuits.models.converted import from_legacy_folder, from_legacy_hub, is_legacy_config, is_legacy_name
 from bigram_circuits.models.faithful import Agreement, checked_weights
 from bigram_circuits.models.hooking import hook, with_bos
@@ -84,7 +85,8 @@ def load_model(
         tokenizer: A Hugging Face tokenizer: that of a model in memory, or one to use instead of a folder's. A model in
             memory can do without, but then takes token ids only.
         revision: Branch, tag or commit of a hub model; training checkpoints are published as revisions.
-        device: Device to load the model onto; CUDA if available, else the CPU; for an object, where it is.
+        device: Device to load the model onto; by default that of the environment variable `BIGRAM_CIRCUITS_DEVICE`, or
+            CUDA if available, else the CPU; for an object, where it is.
         dtype: Precision of the weights, for example `torch.bfloat16` or `"bfloat16"`; float32 by default; for an
             object, its own. Another device or precision than its own makes a copy of an object's weights.
         check: Compare a forward pass on a few tokens with the plain Hugging Face model's, and refuse a hooked model
@@ -283,10 +285,16 @@ def _precision(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def _device(device: str | torch.device | None) -> str | torch.device:
-    """Check that a device is here; by default it is CUDA if available, else the CPU."""
+    """Check that a device is here; by default it is that of the environment, or CUDA if available, else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
-        return "cuda" if gpus else "cpu"
+        named = default_device()
+        if named is None:
+            return "cuda" if gpus else "cpu"
+        try:
+            return _device(named)
+        except ValueError as error:
+            raise ValueError(f"{DEVICE}: {error}") from error
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:

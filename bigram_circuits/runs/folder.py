@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from torch import Tensor
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.masking.apply import Mask
+from bigram_circuits.progress import note
 from bigram_circuits.recipe import Inputs
 from bigram_circuits.runs.contents import (
     FORMAT,
@@ -273,7 +273,7 @@ class RunFolder:
         """Write `progress.jsonl` as this process has written it, after somebody changed or removed it."""
         assert self._progress is not None
         if not self._set_aside_progress("it was changed while the run was at work; it is written again"):
-            print(f"note: {str(self._progress_path)!r} was removed while the run was at work", file=sys.stderr)
+            note(f"{str(self._progress_path)!r} was removed while the run was at work")
         write_text(self._progress_path, self._progress.data.decode())
 
     def _set_aside_progress(self, why: str) -> bool:
@@ -285,7 +285,7 @@ class RunFolder:
             number += 1
         with cannot_write(aside):
             self._progress_path.rename(aside)
-        print(f"note: {str(self._progress_path)!r} is set aside as {aside.name!r}: {why}", file=sys.stderr)
+        note(f"{str(self._progress_path)!r} is set aside as {aside.name!r}: {why}")
         return True
 
     # --- checkpoints ---
@@ -368,7 +368,7 @@ class RunFolder:
         """The state to resume from, and the records before it; later records are removed.
 
         If `progress.jsonl` is damaged, it is set aside and written again; if the checkpoint is, the run starts over. A
-        note on stderr says so.
+        warning in the log says so.
         """
         try:
             checkpoint, before = self._read_checkpoint() or (None, b"")
@@ -378,7 +378,7 @@ class RunFolder:
             ]:
                 raise ValueError(f"{str(self._checkpoint_path)!r} is damaged: its records are not those of its steps")
         except ValueError as error:
-            print(f"note: {error}; learning starts over and will find the same subnetwork", file=sys.stderr)
+            note(f"{error}; learning starts over and will find the same subnetwork")
             check_guards(self._checkpoint_path)
             shutil.rmtree(self._checkpoint_path.parent)
             checkpoint, before, records = None, b"", []
@@ -399,10 +399,9 @@ class RunFolder:
         then, now = read_config(self.path).versions, versions()
         other = [f"{name} {now[name]}, then {then[name]}" for name in now if then.get(name, now[name]) != now[name]]
         if other:
-            print(
-                f"note: this run was started with other versions ({printable('; '.join(other))}): "
-                "its result may differ in the last bits from that of an uninterrupted run",
-                file=sys.stderr,
+            note(
+                f"this run was started with other versions ({'; '.join(other)}): its result may differ in the last "
+                "bits from that of an uninterrupted run"
             )
 
     # --- the end ---

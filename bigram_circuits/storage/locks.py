@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import platform
 import secrets
@@ -32,6 +33,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from bigram_circuits.progress import note
 from bigram_circuits.storage.files import cannot_write, guarded, write_text
 from bigram_circuits.storage.records import check_no_link, opened, parse_json
 from bigram_circuits.storage.terminal import printable
@@ -110,11 +112,11 @@ def _acquire(place: Path, shown: str) -> BaseFileLock:
 def _signed(place: Path, shown: str, lock_file: Path) -> Iterator[None]:
     """Within the `with` block, `lock.json` describes this process, and every write is preceded by a look at it.
 
-    Prints a note if a dead process's lock was taken.
+    Logs a note if a dead process's lock was taken.
     """
     before = _read(place)
     if before:
-        print(f"note: {shown!r} was being written by {_describe(before)}, which has ended; continuing", file=sys.stderr)
+        note(f"{shown!r} was being written by {_describe(before)}, which has ended; continuing", logging.INFO)
     mine, locked = _this_process(), _identity(lock_file)
 
     def sign() -> None:

@@ -130,7 +130,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, what: str) -> Any:
             return _read(kind, value, what)
         except ValueError as error:
             errors.append(error)
-    raise errors[0]
+    raise errors[ordered.index(float) if float in ordered else 0]  # "a number" tells more than "a whole number"
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, what: str) -> tuple[Any, ...]:

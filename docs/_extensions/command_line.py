@@ -14,9 +14,9 @@ class CommandLine(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The sections."""
-        from bigram_circuits.cli import _parser
+        from bigram_circuits.cli import parser
 
-        (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+        (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
         summaries = {choice.dest: choice.help for choice in commands._choices_actions}
         return [
             _section(self.state.document, name, summaries[name] or name, one) for name, one in commands.choices.items()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -54,14 +55,15 @@ def test_a_second_writer_is_told_who_the_first_is(held):
     assert names_in(folder) == []
 
 
-def test_the_lock_of_a_killed_process_stops_nobody(held, capfd):
+def test_the_lock_of_a_killed_process_stops_nobody(held, caplog):
+    caplog.set_level(logging.INFO)
     process, folder = held
     process.kill()
     process.wait()
     assert (folder / LOCK).exists()
     with lock_folder(folder):
         pass
-    assert re.search(rf"note: .*process {process.pid} .*, which has ended; continuing", capfd.readouterr().err)
+    assert re.search(rf"was being written by process {process.pid} .*, which has ended; continuing", caplog.text)
 
 
 def test_of_processes_that_start_at_the_same_instant_exactly_one_runs(tmp_path):
@@ -109,13 +111,14 @@ def test_without_flock_the_lock_is_a_file_that_exists(tmp_path):
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_without_flock_the_lock_of_a_process_of_this_machine_that_is_gone_is_taken_over(tmp_path, capfd):
+def test_without_flock_the_lock_of_a_process_of_this_machine_that_is_gone_is_taken_over(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     with held_folder(tmp_path, "soft") as gone:
         assert len(refusals_elsewhere(tmp_path)) == 1
     assert (tmp_path / ".lock.soft").exists()
     with lock_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert re.search(rf"note: .*process {gone.pid} .*, which has ended; continuing", capfd.readouterr().err)
+    assert re.search(rf"was being written by process {gone.pid} .*, which has ended; continuing", caplog.text)
 
 
 @pytest.mark.usefixtures("no_flock")
@@ -201,7 +204,8 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path, name, dangl
     assert dangling or target.read_text() == "mine"
 
 
-def test_what_is_in_a_lock_cannot_command_the_terminal_or_stop_the_reader(tmp_path, capfd):
+def test_what_is_in_a_lock_cannot_command_the_terminal_or_stop_the_reader(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     evil = {"host": "\x1b[2J", "process": "\x1b]0;title\x07", "started": ["\u202e"], "command": "a\nb\x1b[31m" * 999}
     for text in (json.dumps(evil), "[" * 60_000, '{"a":' * 10_000, "\ud800", "9" * 60_000, "NaN", "[]", '{"host": {}}'):
         (tmp_path / LOCK).write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -210,7 +214,7 @@ def test_what_is_in_a_lock_cannot_command_the_terminal_or_stop_the_reader(tmp_pa
         assert len(words) < 10_000
         with lock_folder(tmp_path):
             pass
-        assert all(line.isprintable() for line in capfd.readouterr().err.splitlines())
+        assert all(record.getMessage().isprintable() for record in caplog.records)
     os.mkfifo(tmp_path / LOCK)
     assert "another process" in holder(tmp_path)
     with lock_folder(tmp_path):

@@ -268,5 +268,5 @@ def test_a_run_on_an_index_is_found_and_opened_again(tiny_folders, tmp_path, cap
     path.rename(tmp_path / "moved.idx")
     capsys.readouterr()
     assert main(["evaluate", str(folder), "--random-seeds", "1"]) == 1
-    assert "there is no index" in capsys.readouterr().err
+    assert "no longer there: say with --index INDEX" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--random-seeds", "1", "--index", str(tmp_path / "moved.idx")]) == 0
