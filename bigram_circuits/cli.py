@@ -51,6 +51,7 @@ _EPILOG = """examples:
   bigram-circuits same-function runs/mine runs/other      do two masks compute the same?
   bigram-circuits curves ./my_model --task capitals.jsonl --unit head --replace mean
   bigram-circuits ladder --out runs/ladder                unigram, bigram, trigram, induction: what each adds
+  bigram-circuits sweep SPEC.toml --workers 4             many runs: a grid or a list, in one folder with one table
   bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_curves(commands, shared)
     _add_ladder(commands, shared)
     _add_reproduce(commands, shared)
+    _add_sweep(commands, shared)
     _add_work_on_runs(commands, shared)
     _add_stricter(commands, shared)
     _add_exchange(commands, shared)
@@ -264,6 +266,36 @@ def _add_reproduce(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER",
         help="the folder of numbers and runs; the same command goes on there (default: one under runs/)",
     )  # fmt: skip
+
+
+def _add_sweep(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """`sweep`: many runs."""
+    sweep = commands.add_parser(
+        "sweep", parents=[shared], help="make many runs, on this machine or with SLURM, in one folder with one table"
+    )
+    sweep.set_defaults(command=_sweep)
+    sweep.add_argument(
+        "spec", type=Path, metavar="SPEC",
+        help="a TOML file: options of find that all runs share, [grid], [[run]], [slurm]; or the folder of a sweep",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="the sweep's folder; the same command goes on there (default: one under runs/, named like SPEC)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--launcher", choices=["local", "slurm", "debug"], default="local",
+        help="processes on this machine, an array of SLURM jobs, or this process (default: local)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--workers", type=_COUNT, metavar="N",
+        help="runs at a time (default: one for each GPU, else one for every four cores, at least two)",
+    )  # fmt: skip
+    instead = sweep.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="only list the runs, with memory and time forecast")
+    instead.add_argument("--status", action="store_true", help="only say how far the runs are")
+    instead.add_argument(
+        "--merge", type=Path, nargs="+", metavar="OTHER", help="only copy the runs of other sweeps' folders into this"
+    )
 
 
 def _add_options(command: Any, left_out: Collection[str] = ()) -> None:
@@ -518,6 +550,33 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         sparsity_weights=arguments.sparsity_weights, out=arguments.out, device=arguments.device, tell=_tell, **given,
     )  # fmt: skip
     return _say("error: nothing could be measured", 1) if result.is_empty else 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from bigram_circuits.scale.folder import SweepFolder
+    from bigram_circuits.scale.results import read_sweep, write_results
+    from bigram_circuits.scale.sweeps import asked_for, default_folder, merge_sweeps, sweep
+
+    spec, out = arguments.spec, arguments.out
+    if arguments.merge is not None:
+        merge_sweeps(out or spec, *arguments.merge, tell=_tell)
+        return 0
+    if arguments.dry_run:
+        from bigram_circuits.scale.forecast import forecast_sweep
+
+        forecast = forecast_sweep(spec, out=out, workers=arguments.workers, device=arguments.device)
+        _tell(forecast)
+        return 0
+    if arguments.status:
+        found = read_sweep(SweepFolder(out or default_folder(spec, asked_for(spec))))
+        _tell(found)
+        if found.is_done:
+            _tell("\n".join(f"written: {path}" for path in write_results(found)))
+        return 0
+    found = sweep(
+        spec, out=out, launcher=arguments.launcher, workers=arguments.workers, device=arguments.device, tell=_tell
+    )
+    return _say(f"error: {len(found.failed):,} of {len(found.runs):,} runs failed", 1) if found.failed else 0
 
 
 @contextmanager
