@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bigram_circuits.models.loading import full_name, is_local
 from bigram_circuits.recipe import PARTS, Option, Request, options_of
@@ -120,7 +120,8 @@ def _list(runs: Any, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     is_list = isinstance(runs, Sequence) and not isinstance(runs, str)
     if not is_list or not runs or not all(isinstance(one, Mapping) for one in runs):
         raise ValueError(f"{RUN} must be a list of tables of options ([[{RUN}]]), not {shown(runs)}")
-    return [dict(common) | dict(one) for one in runs]
+    tables = cast("Sequence[Mapping[str, Any]]", runs)
+    return [{**common, **one} for one in tables]
 
 
 def _planned(wanted: Sequence[Mapping[str, Any]], base: Path) -> tuple[PlannedRun, ...]:
