@@ -23,10 +23,11 @@ from bigram_circuits.scale.launching import default_workers
 from bigram_circuits.scale.spec import PlannedRun
 from bigram_circuits.scale.sweeps import asked_for, default_folder
 from bigram_circuits.scale.worker import in_order, reason_of
+from bigram_circuits.text.corpus import DEFAULT_CONTEXT_LENGTH
 from bigram_circuits.workflow import Subjects
 
 _STEPS = 4  # of learning that are timed, but for the first
-_SEQUENCES = 64  # of the text that are read for a forecast, for each sequence of a batch
+_TOKENS, _BATCHES = 1 << 17, 16  # of the text that are read for a forecast, at least
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _little_text(request: Request) -> Any:
     inputs = request.inputs
     if inputs.task is not None:
         return inputs
-    most = _SEQUENCES * request.config.batch_size * (inputs.context_length or 128)
+    most = max(_TOKENS, _BATCHES * request.config.batch_size * (inputs.context_length or DEFAULT_CONTEXT_LENGTH))
     return dataclasses.replace(inputs, max_tokens=min(most, inputs.max_tokens or most))
 
 

@@ -26,6 +26,7 @@ from bigram_circuits.storage.terminal import printable
 LAUNCHERS = ("local", "slurm", "debug")
 """Where runs are done: on this machine in processes, on a cluster, or in this process, one after another."""
 _POLLED = 0.25  # seconds between two looks at the runs
+_LONGEST_END = 5.0  # seconds that a process may take to end, once nothing is left
 _FOREVER = 60 * 24 * 365  # minutes
 _MOST_STARTS = 3  # of a run whose process is killed, by one call
 _MOST_IDLE = 3  # processes in a row that end before they start a run
@@ -69,8 +70,10 @@ def run_in_processes(folder: SweepFolder, workers: int, device: str | None) -> N
                     break
                 pool.start(min(workers, left + counts[LEARNING]) if left else 0, ended)
                 time.sleep(_POLLED)
-    finally:
         pool.tidy()
+    except KeyboardInterrupt:
+        kept = "what is done is kept, and processes write a checkpoint; rerun the command to go on"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
 
 
 def words_of(counts: Mapping[str, int]) -> str:
@@ -126,8 +129,11 @@ class _Pool:
         return False
 
     def tidy(self) -> None:
-        """Remove what was sent to the processes, once they have ended."""
+        """Wait until the processes have ended, and remove what was sent to them."""
+        until = time.monotonic() + _LONGEST_END
         for job in self._jobs.values():
+            while not job.done() and time.monotonic() < until:
+                time.sleep(_POLLED / 4)
             if job.done():
                 for path in (job.paths.submitted_pickle, job.paths.result_pickle):
                     path.unlink(missing_ok=True)

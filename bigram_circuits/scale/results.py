@@ -113,7 +113,7 @@ class Sweep:
         last = [*(name for name in OPTIONS if name not in differing), "folder"]
         middle = [name for name in columns if name not in (*first, *last)]
         table = {name: _column([row.get(name) for row in rows]) for name in (*first, *middle, *last)}
-        return pd.DataFrame(table).convert_dtypes(convert_floating=False)
+        return pd.DataFrame(table)
 
     def __str__(self) -> str:
         counts = Counter(one.status for one in self.runs)
@@ -170,7 +170,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     """Every number of an evaluation, by the name of its column."""
     found: dict[str, Any] = {}
     for condition, values in evaluation.rows():
-        ending = "" if condition == "subnetwork" else f"_{condition}"
+        ending = "" if condition == "subnetwork" else f"_{condition.replace(' - ', '_minus_')}"
         found |= {f"{name}{ending}": values[name] for name in _COUNTS if not ending or name == "kept"}
         for name in (one.name for one in FAITHFULNESS):
             found[f"{name}{ending}"] = values[name]
@@ -179,12 +179,15 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     return found
 
 
-def _column(values: list[Any]) -> list[Any]:
-    """Values of one type: text if numbers and texts are mixed."""
-    kinds = {
-        str if isinstance(one, str) else bool if isinstance(one, bool) else float for one in values if one is not None
-    }
-    return values if len(kinds) <= 1 else [None if one is None else str(one) for one in values]
+def _column(values: list[Any]) -> Any:
+    """A column of one type, in which values may be missing; text if numbers and texts are mixed."""
+    import pandas as pd
+
+    kinds = {type(one) for one in values if one is not None}
+    for dtype, allowed in (("boolean", {bool}), ("Int64", {int}), ("float64", {int, float})):
+        if kinds and kinds <= allowed:
+            return pd.Series(values, dtype=dtype)
+    return pd.Series([None if one is None else str(one) for one in values], dtype="string")
 
 
 def write_results(sweep: Sweep) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bigram_circuits.models.loading import full_name, is_local
-from bigram_circuits.recipe import PARTS, Option, Request, options_of
+from bigram_circuits.recipe import ANY_NUMBER, NUMBER, PARTS, Option, Request, options_of
 from bigram_circuits.storage.records import opened, shown
 from bigram_circuits.storage.typed import Record
 
@@ -163,11 +163,19 @@ def _plain(value: Any) -> Any:
 
 
 def _request(options: Mapping[str, Any]) -> Request:
-    """Check options; a list counts as the tuple that a field holds."""
+    """Check options."""
     for name in ("model", "revision", "corpus", "target", "task"):
         if not isinstance(options.get(name), str | None):
             raise ValueError(f"{name} must be a name, since jobs read it on their own, not {shown(options[name])}")
-    return Request.of(**{name: tuple(one) if isinstance(one, list) else one for name, one in options.items()})
+    return Request.of(**{name: _as_field(name, one) for name, one in options.items()})
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """A value as the field of an option holds it: lists are tuples, and a number is a float where it may be one."""
+    if isinstance(value, list):
+        return tuple(value)
+    is_number = name in OPTIONS and OPTIONS[name].kind in (NUMBER, ANY_NUMBER)
+    return float(value) if is_number and type(value) is int else value
 
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
