@@ -1,4 +1,4 @@
-"""SLURM: what is submitted, by a stub that records it; and, where its programs are installed, a real cluster of one node."""
+"""SLURM: what is submitted, by a stub that records it, and a real cluster of one node where it is installed."""
 
 import os
 import re
@@ -102,7 +102,7 @@ def test_wrong_parameters_are_an_error_before_anything_starts(parameters, error,
 def test_what_slurm_refuses_is_said_in_a_line(cluster, project, tmp_path, monkeypatch):
     sbatch = cluster.parent / "bin" / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: short' >&2\nexit 1\n")
-    with pytest.raises(OSError, match="SLURM did not take the jobs: .*invalid partition specified") as found:
+    with pytest.raises(OSError, match=r"SLURM did not take the jobs: .*invalid partition specified") as found:
         bc.sweep(project / "spec.toml", out=tmp_path / "out", launcher="slurm")
     assert "\n" not in str(found.value)
     monkeypatch.setattr(launching.SlurmExecutor, "affinity", classmethod(lambda cls: -1))
