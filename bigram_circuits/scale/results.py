@@ -30,7 +30,12 @@ _MOST_LISTED = 40  # runs in the text of a sweep
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run of a sweep, and how far it is."""
+    """A run of a sweep, and how far it is.
+
+    Example:
+        >>> run = bc.load_sweep("runs/sweep").runs[0]
+        >>> print(run.status, run.settings["seed"], run.load().subnetwork)
+    """
 
     name: str
     """The name of its folder."""
