@@ -92,6 +92,9 @@ from .report.curves import write_curves as write_curves
 from .report.ladder import write_ladder as write_ladder
 from .report.page import write_report as write_report
 from .runs import InputCheck as InputCheck, Run as Run, StepRecord as StepRecord, load_run as load_run
+from .scale.forecast import SweepForecast as SweepForecast, forecast_sweep as forecast_sweep
+from .scale.results import Sweep as Sweep, SweepRun as SweepRun
+from .scale.sweeps import load_sweep as load_sweep, merge_sweeps as merge_sweeps, sweep as sweep
 from .sharing import (
     export_huggingface as export_huggingface,
     export_masks as export_masks,

@@ -94,9 +94,9 @@ class Subjects:
         """Load model and text and make the target, from their names."""
         model = load_named(inputs, device)
         if inputs.task is not None:
-            return _of_task(inputs, model)
-        corpus = _corpus(inputs, inputs.corpus, model)
-        return cls(model, corpus, _target(inputs, model, corpus), inputs)
+            return subjects_of_task(inputs, model)
+        corpus = corpus_of(inputs, inputs.corpus, model)
+        return cls(model, corpus, target_named(inputs, model, corpus), inputs)
 
 
 @overload
@@ -157,10 +157,30 @@ def study(
         >>> run = bc.study("reference", "reference", max_steps=3, max_tokens=20_000, analysis=False, out="runs/study")
         >>> print(run.evaluation)
     """
-    started, ranks = time.monotonic(), current_ranks()
+    started = time.monotonic()
     if options.get("sparsity_weights") is not None or options.get("seeds", 1) != 1:
         refuse_several("a path or a study of several seeds")
-    request, subjects = _requested(model, corpus, target, ranks.own_device(device), options)
+    request, subjects = _requested(model, corpus, target, current_ranks().own_device(device), options)
+    return study_of(
+        request, subjects, out=out, fresh=fresh, callbacks=callbacks, tell=tell, on_folder=on_folder, started=started
+    )
+
+
+def study_of(
+    request: Request,
+    subjects: Subjects,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    callbacks: Sequence[Callback] = (),
+    tell: Callable[[str], None] | None = None,
+    on_folder: Callable[[Path], None] | None = None,
+    started: float | None = None,
+) -> Run | SubnetworkPath:
+    """`study`, with its options as a request, and model, text and target as they are; `started` is by the clock
+    `time.monotonic`, if it was before.
+    """
+    started, ranks = time.monotonic() if started is None else started, current_ranks()
     say = tell if tell and ranks.is_first else (lambda line: None)
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
@@ -303,25 +323,25 @@ def _subjects(
         model = load_named(inputs, device)
     Candidates(model, config)  # raises an error before the text, which may take long to read
     if inputs.task is not None:
-        found = _of_task(inputs, model)
+        found = subjects_of_task(inputs, model)
         return found if "model" in named else replace(found, inputs=None)
-    corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else _corpus(inputs, given["corpus"], model)
+    corpus = given["corpus"] if isinstance(given["corpus"], Corpus) else corpus_of(inputs, given["corpus"], model)
     target = given["target"]
     if "target" in named:
-        target = _target(inputs, model, corpus)
+        target = target_named(inputs, model, corpus)
     if named != given.keys():
         return Subjects(model, corpus, target, names_of(model, target_of(target, model), corpus))
     return Subjects(model, corpus, target, inputs)
 
 
-def _target(inputs: Inputs, model: Model, corpus: Corpus) -> Any:
+def target_named(inputs: Inputs, model: Model, corpus: Corpus) -> Any:
     """The target that a study's options name: an index looked up, or the text counted."""
     if inputs.index is not None:
         return IndexTarget(inputs.index, d_vocab=model.cfg.d_vocab, order=inputs.order)
     return inputs.kind_of_target.make(model, corpus, inputs.order)
 
 
-def _of_task(inputs: Inputs, model: Model) -> Subjects:
+def subjects_of_task(inputs: Inputs, model: Model) -> Subjects:
     """The subjects of a study on a task, read from its file."""
     task = load_task(inputs.task, tokenizer=model.tokenizer, bos=inputs.bos)
     check_length(model, task.tokens.shape[1], "give shorter prompts")
@@ -336,7 +356,8 @@ def load_named(inputs: Inputs, device: str | None = None) -> Model:
     )
 
 
-def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
+def corpus_of(inputs: Inputs, source: Any, model: Model) -> Corpus:
+    """Read the text of a study from a source, cut and split as its options say."""
     length = inputs.context_length
     if length is None:
         length = shorter_than_context(model, DEFAULT_CONTEXT_LENGTH)
@@ -480,7 +501,7 @@ def ladder(
     request, say = Request.of(**given, **options), tell or (lambda line: None)
     loaded = load_named(request.inputs, device) if isinstance(model, str | Path) else model
     with in_use(loaded, "ladder"):  # nobody edits its weights meanwhile
-        text = corpus if isinstance(corpus, Corpus) else _corpus(request.inputs, corpus, loaded)
+        text = corpus if isinstance(corpus, Corpus) else corpus_of(request.inputs, corpus, loaded)
         settings = run_settings(loaded, NextTokenTarget(), text, request.config)
         folder = Path(out or default_folder(loaded, settings, "ladder"))
         say(f"model   {loaded.cfg.model_name}: {loaded.cfg.n_layers} blocks, d_model {loaded.cfg.d_model}")
@@ -681,7 +702,7 @@ def _reproduce(
 ) -> Reproduction:
     """Measure the rows of a model that was loaded."""
     with in_use(model, "reproduce"):  # nobody edits its weights meanwhile
-        text = corpus if isinstance(corpus, Corpus) else _corpus(request.inputs, corpus, model)
+        text = corpus if isinstance(corpus, Corpus) else corpus_of(request.inputs, corpus, model)
         target = request.inputs.kind_of_target.make(model, text, 2)
         say(f"model   {name}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}, {model.cfg.device}")
         say(f"text    {text!r}")

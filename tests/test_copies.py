@@ -15,6 +15,7 @@ import bigram_circuits as bc
 from bigram_circuits import analysis
 from bigram_circuits.experiments.comparison import compare
 from bigram_circuits.runs import load_run
+from bigram_circuits.scale.forecast import RunForecast
 from tests.conftest import D_VOCAB
 from tests.explanations.examples import atlas, example
 
@@ -68,6 +69,9 @@ def values(tiny_model, tmp_path_factory):
         bc.Ladder(
             "m", "h", load_run(folder).settings.corpus, CONFIG, analysis.ability(tiny_model, task), (), (), ()
         ),
+        bc.Sweep(folder.parent, (bc.SweepRun("run", folder, {"seed": 0}, "done"),)),
+        bc.SweepRun("run", folder, {"seed": 0}, "done"), RunForecast("run", 1, 1.0, "measured"),
+        bc.SweepForecast((RunForecast("run", 1, 1.0, "measured"),), 2, 0),
         bc.SubnetworkPath((found,), (evaluation.subnetwork,), evaluation.subnetwork, evaluation.subnetwork),
     ]  # fmt: skip
     return {type(one).__name__: one for one in listed}

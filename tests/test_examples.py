@@ -29,6 +29,8 @@ NOT_RUN = {
     **dict.fromkeys(("find_ladder", "load_ladder", "write_ladder", "Ladder"), "learns six masks"),
     **dict.fromkeys(("reproduce", "load_reproduction", "Reproduction"), "takes many rounds of learning"),
     "study": "is run by the tests of README and index.md",
+    **dict.fromkeys(("sweep", "load_sweep", "merge_sweeps", "Sweep", "SweepRun"), "makes runs"),
+    **dict.fromkeys(("forecast_sweep", "SweepForecast"), "makes runs"),
 }
 """Examples that are only compiled; the tests of these functions run them on less."""
 EXAMPLES = {name: inspect.getdoc(value) or "" for name, value in PUBLIC.items() if name not in WITHOUT}

@@ -47,6 +47,7 @@ _EPILOG = """examples:
   bigram-circuits same-function runs/mine runs/other      do two masks compute the same?
   bigram-circuits curves ./my_model --task capitals.jsonl --unit head --replace mean
   bigram-circuits ladder --out runs/ladder                unigram, bigram, trigram, induction: what each adds
+  bigram-circuits sweep SPEC.toml --workers 4             many runs: a grid or a list, in one folder with one table
   bigram-circuits reproduce chang-bergen-2025 --model EleutherAI/pythia-70m --corpus texts/
   bigram-circuits hooks reference
   bigram-circuits import-published subnetwork_dict_lambda1e1.pickle --model EleutherAI/pythia-70m --out mask.safetensors
@@ -121,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     _add_curves(subparsers, shared)
     _add_ladder(subparsers, shared)
     _add_reproduce(subparsers, shared)
+    _add_sweep(subparsers, shared)
     _add_work_on_runs(subparsers, shared)
     _add_stricter(subparsers, shared)
     _add_exchange(subparsers, shared)
@@ -211,6 +213,36 @@ def _add_reproduce(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER",
         help="the folder of numbers and runs; the same command goes on there (default: one under runs/)",
     )  # fmt: skip
+
+
+def _add_sweep(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """`sweep`: many runs."""
+    sweep = subparsers.add_parser(
+        "sweep", parents=[shared], help="make many runs, on this machine or with SLURM, in one folder with one table"
+    )
+    sweep.set_defaults(command=commands.sweep)
+    sweep.add_argument(
+        "spec", type=Path, metavar="SPEC",
+        help="a TOML file: options of find that all runs share, [grid], [[run]], [slurm]; or the folder of a sweep",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="the sweep's folder; the same command goes on there (default: one under runs/, named like SPEC)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--launcher", choices=["local", "slurm", "debug"], default="local",
+        help="processes on this machine, an array of SLURM jobs, or this process (default: local)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--workers", type=_COUNT, metavar="N",
+        help="runs at a time (default: one for each GPU, else one for every four cores, at least two)",
+    )  # fmt: skip
+    instead = sweep.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="only list the runs, with memory and time forecast")
+    instead.add_argument("--status", action="store_true", help="only say how far the runs are")
+    instead.add_argument(
+        "--merge", type=Path, nargs="+", metavar="OTHER", help="only copy the runs of other sweeps' folders into this"
+    )
 
 
 def _add_options(command: Any, left_out: Collection[str] = ()) -> None:

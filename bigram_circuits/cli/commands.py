@@ -125,6 +125,35 @@ def reproduce(arguments: argparse.Namespace) -> Result:
     return {"folder": folder, "table": folder / "reproduction.md", "reproduction": result}
 
 
+def sweep(arguments: argparse.Namespace) -> Result:
+    """Make many runs."""
+    from bigram_circuits.scale.folder import SweepFolder
+    from bigram_circuits.scale.forecast import forecast_sweep
+    from bigram_circuits.scale.results import read_sweep, write_results
+    from bigram_circuits.scale.sweeps import asked_for, default_folder, merge_sweeps, sweep
+
+    spec, out = arguments.spec, arguments.out
+    if arguments.dry_run:
+        forecast = forecast_sweep(spec, out=out, workers=arguments.workers, device=arguments.device)
+        tell(forecast)
+        return {"forecast": forecast}
+    if arguments.merge is not None:
+        found = merge_sweeps(out or spec, *arguments.merge, tell=tell)
+    elif arguments.status:
+        found = read_sweep(SweepFolder(out or default_folder(spec, asked_for(spec))))
+        tell(found)
+        if found.is_done:
+            tell("\n".join(f"written: {path}" for path in write_results(found)))
+    else:
+        found = sweep(
+            spec, out=out, launcher=arguments.launcher, workers=arguments.workers, device=arguments.device, tell=tell
+        )
+    result = {"folder": found.path, "table": found.path / "table.csv" if found.is_done else None, "runs": found.runs}
+    if found.failed:
+        raise FailedError(f"{len(found.failed):,} of {len(found.runs):,} runs failed", result=result)
+    return result
+
+
 @contextmanager
 def _run_to_write(path: Path) -> Iterator[Any]:
     """Lock the folder of a finished run, so that only one process at a time writes results to it."""

@@ -26,8 +26,12 @@ _NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_B
 class FailedError(Exception):
     """A command that failed in a way that its user can mend, or was interrupted."""
 
-    def __init__(self, reason: str, code: int = 1, *, by: str = "bigram-circuits: error") -> None:
+    def __init__(
+        self, reason: str, code: int = 1, *, by: str = "bigram-circuits: error", result: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(reason)
+        self.result = result or {}
+        """What there is all the same."""
         self.code = code
         """The exit code."""
         self.line = f"{by}: {reason}"

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FailedError as failed:
         if is_heard := says_why():
             complain(failed.line)
-        about |= _failure(str(failed), failed.code, warned)
+        about |= {**failed.result} | _failure(str(failed), failed.code, warned)
     except BrokenPipeError:
         raise  # nobody reads on: see `run`
     except Exception as error:  # a traceback follows
