@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bigram_circuits.environment import runs_folder
 from bigram_circuits.runs.folder import check_links
 from bigram_circuits.scale import launching
 from bigram_circuits.scale.folder import DONE, FAILED, LEARNING, WAITING, SweepFolder
@@ -119,7 +120,7 @@ def default_folder(spec: Mapping[str, Any] | str | os.PathLike[str], asked: Spec
     """Where a sweep goes unless it is said: its folder, if the spec is one, or one under `runs/`."""
     if not isinstance(spec, Mapping) and Path(spec).is_dir():
         return Path(spec)
-    return Path("runs") / asked.name
+    return runs_folder() / asked.name
 
 
 def load_sweep(folder: str | os.PathLike[str]) -> Sweep:
