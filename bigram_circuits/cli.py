@@ -568,7 +568,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         _tell(forecast)
         return 0
     if arguments.status:
-        found = read_sweep(SweepFolder(out or default_folder(spec, asked_for(spec))))
+        found = read_sweep(SweepFolder(out or (spec if spec.is_dir() else default_folder(spec, asked_for(spec)))))
         _tell(found)
         if found.is_done:
             _tell("\n".join(f"written: {path}" for path in write_results(found)))
