@@ -140,7 +140,7 @@ def sweep(arguments: argparse.Namespace) -> Result:
     if arguments.merge is not None:
         found = merge_sweeps(out or spec, *arguments.merge, tell=tell)
     elif arguments.status:
-        found = read_sweep(SweepFolder(out or default_folder(spec, asked_for(spec))))
+        found = read_sweep(SweepFolder(out or (spec if spec.is_dir() else default_folder(spec, asked_for(spec)))))
         tell(found)
         if found.is_done:
             tell("\n".join(f"written: {path}" for path in write_results(found)))
