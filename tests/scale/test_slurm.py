@@ -187,6 +187,11 @@ def real_cluster(tmp_path_factory, monkeypatch):
                 pytest.skip(f"the cluster does not start (its node is {state or 'unknown'}): {logs}")
             yield root
         finally:
+            subprocess.run(["scancel", "--me"], capture_output=True, timeout=60)
+            for _ in range(60):  # a job ends a little after its run is done, and no daemon may leave it behind
+                if not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout.strip():
+                    break
+                time.sleep(0.5)
             for daemon in reversed(daemons):
                 daemon.send_signal(signal.SIGTERM)
             for daemon in daemons:
