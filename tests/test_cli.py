@@ -337,9 +337,8 @@ def test_a_model_whose_weights_are_nan_is_not_told_to_try_float32(refused, tiny_
 )
 def test_output_in_a_legacy_encoding(environment):
     script = "import sys; from bigram_circuits import cli; from bigram_circuits.cli import commands; "
-    script += (
-        "commands.checkpoints = lambda _: print('Größe ▁the → …') or 0; sys.argv[1:] = ['checkpoints', 'ñ→']; cli.run()"
-    )
+    script += "commands.checkpoints = lambda _: print('Größe ▁the → …') or {}; "
+    script += "sys.argv[1:] = ['checkpoints', 'ñ→']; cli.run()"
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"the" in done.stdout
@@ -351,7 +350,7 @@ def test_output_in_a_legacy_encoding(environment):
 )
 def test_output_that_nobody_reads(redirection, code, said):
     program = "from bigram_circuits import cli; from bigram_circuits.cli import commands; "
-    program += "commands.checkpoints = lambda _: [print(n) for n in range(100_000)] and 0; "
+    program += "commands.checkpoints = lambda _: [print(n) for n in range(100_000)] and {}; "
     command = f'{sys.executable} -c "{program}cli.run()" checkpoints pythia'
     script = f"{{ ( {command}; echo code $? >&3 ) {redirection}; }} 3>&1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)

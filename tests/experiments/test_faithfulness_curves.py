@@ -1,5 +1,6 @@
 """Faithfulness curves: their numbers are those of Hugging Face's model and NumPy, and planted nodes come first."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -248,7 +249,10 @@ def test_the_command_writes_folder_and_page(tiny_folders, tmp_path, capsys):
     assert {"curves.json", "areas.json", "circuits", "learned-2", "curves.html"} <= {one.name for one in out.iterdir()}
     assert bc.load_run(out / "learned-2").settings.recipe.method == "straight_through"
     before = (out / "curves.json").read_bytes()
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["folder"], found["page"]) == (str(out), str(out / "curves.html"))
+    assert found["curves"] == {name: one for name, one in json.loads(before).items() if name != "checksum"}
     assert (out / "curves.json").read_bytes() == before
     assert cli.main([*command[:-4], "--methods", "best"]) == 1
     assert "methods must be some of" in capsys.readouterr().err

@@ -201,8 +201,11 @@ def test_the_command_writes_folder_and_page(tiny_folders, tmp_path, capsys):
     command = ["ladder", str(tiny_folders["gpt2"]), "--corpus", str(tmp_path / "text.txt"), "--out", str(out)]
     command += ["--context-length", "32", "--max-steps", "1", "--retries", "0", "--held-out", "0.3", "--device", "cpu"]
     command += ["--granularity", "mlp=neuron", "--check-memory", "off", "--batch-size", "2"]
-    assert cli.main(command) == 0
-    told = capsys.readouterr().out
+    assert cli.main([*command, "--json"]) == 0
+    answer, told = capsys.readouterr()
+    found = json.loads(answer)
+    assert (found["folder"], found["page"]) == (str(out), str(out / "ladder.html"))
+    assert found["ladder"] == bc.load_ladder(out).to_json()
     assert str(bc.load_ladder(out)) in told
     assert str(out / "ladder.html") in told
     assert {path.name for path in out.iterdir()} >= {"bigram-within-trigram", "induction", "ladder.json", "ladder.html"}

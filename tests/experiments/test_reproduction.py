@@ -1,5 +1,6 @@
 """A paper's numbers measured again: each against plain Hugging Face and NumPy, resumed, and beside theirs."""
 
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -281,8 +282,11 @@ def test_a_second_call_does_no_work_again(made, folder, tiny_folders, text, monk
     options = "--held-out 0.3 --max-steps 6 --batch-size 4 --lr 0.3 --retries 0 --context-length 16 --check-memory off"
     options += " --device cpu --sparsity-weights 0,20 --recipe ours --rows sweep overlap"
     asked = ["--model", models[0], "--corpus", str(text), "--out", str(folder), *options.split()]
-    assert cli.main(["reproduce", PAPER, *asked]) == 0
-    assert str(made[0]) in capsys.readouterr().out
+    assert cli.main(["reproduce", PAPER, *asked, "--json"]) == 0
+    answer, told = capsys.readouterr()
+    assert str(made[0]) in told
+    assert json.loads(answer)["reproduction"] == json.loads(json.dumps(made[0].to_json()))
+    assert json.loads(answer)["table"] == str(folder / "reproduction.md")
 
 
 def test_an_interrupted_call_goes_on(made, tiny_folders, text, tmp_path, monkeypatch):
