@@ -19,6 +19,7 @@ from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.masking.candidates import Apart, Candidates
 from bigram_circuits.masking.gates import Adversary
+from bigram_circuits.masking.parted import Parted
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
 
@@ -49,7 +50,7 @@ class Learner:
         self.seed = config.seed + _SEEDS_APART * start.attempt
         """Seed of the attempt's data order and of the method's random numbers."""
         self.gates, self.wanted = candidates.gates(config, self.seed, within, apart)
-        self._n_possible = int(self.gates.scores.detach().isfinite().sum())
+        self._n_possible = sum(int(one.detach().isfinite().sum()) for one in self.gates.scores.tensors)
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
@@ -68,8 +69,8 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """The device of the gates."""
-        return self.gates.scores.device
+        """The device that the model reads tokens on."""
+        return self._candidates.device
 
     def remember(self, step: int) -> None:
         """At regular intervals, keep the state before a step as one to roll back to."""
@@ -106,7 +107,7 @@ class Learner:
             step=step,
             cross_entropy=cross_entropy,
             fraction=(kept + self._candidates.total - gates.n_weights) / self._candidates.total,
-            undecided=undecided / gates.scores.numel(),
+            undecided=undecided / len(gates.scores),
             due=due,
             above_zero=(gates.n_above_zero() if due is not None else kept) / gates.n_weights,
             penalty=penalty,
@@ -119,7 +120,7 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether no score is NaN, as scores become after a non-finite gradient."""
-        return not self.gates.scores.detach().sum().isnan()
+        return self.gates.is_finite
 
     def mask(self, within: Mask | None) -> Mask:
         """The weights and nodes whose hard gate is open, and those without a gate; no adversary opens others then."""
@@ -131,7 +132,7 @@ class Learner:
     @property
     def checkpoint_size(self) -> int:
         """Approximate checkpoint size in bytes."""
-        return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
+        return 12 * len(self.gates.scores) * (2 if self.good.tensors else 1)
 
     def pack(self, step: int) -> Checkpoint:
         """The state after `step` steps, including the last good state, so that later rollbacks are the same."""
@@ -141,11 +142,13 @@ class Learner:
         return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores and the optimizer's state, on the CPU."""
+        """A copy of the scores and the optimizer's state, on the CPU: of all parts, whose steps are the same."""
         scores = self.gates.scores
-        state = self.optimizer.state[scores]
-        named = {"scores": scores, **{f"{self._kind}.{name}": value for name, value in state.items()}}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+        named = {"scores": scores.copied()}
+        for name, first in self.optimizer.state[scores.tensors[0]].items():
+            each = [self.optimizer.state[one][name] for one in scores.tensors]
+            named[f"{self._kind}.{name}"] = Parted(each).copied() if first.ndim else first.to("cpu", copy=True)
+        return named
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
         """Restore a state; returns the last good state it contains."""
@@ -155,24 +158,26 @@ class Learner:
             self._check_fits(tensors)
         if own:
             scores = self.gates.scores
-            with torch.no_grad():
-                scores.copy_(own["scores"])
+            scores.copy_(own["scores"])
             moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
-            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
+            for place, one in zip(scores.places, scores.tensors, strict=True):
+                self.optimizer.state[one] = {
+                    name: (t if name == "step" else t[place]).to(one.device, copy=True) for name, t in moments.items()
+                }
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
 
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these are the scores and moments of these gates."""
-        scores = self.gates.scores
-        like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
-        wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
+        n_gates, dtype = len(self.gates.scores), self.gates.scores.tensors[0].dtype
+        names = ["scores", *(f"{self._kind}.{name}" for name in self._moments)]
+        wanted = {name: (torch.Size([n_gates]), dtype) for name in names}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
         step = tensors.get("adam.step")
         if found != wanted or (self._kind == "adam") != (step is not None and step.numel() == 1):
             raise ValueError(
-                f"the checkpoint does not hold the state of these {scores.numel():,} gates: remove the folder "
+                f"the checkpoint does not hold the state of these {n_gates:,} gates: remove the folder "
                 "'checkpoint' of the run to start over"
             )
 

@@ -62,6 +62,11 @@ class Candidates:
         """The number of all weights and nodes that the mask is of, including those without a gate."""
 
     @property
+    def device(self) -> torch.device:
+        """The device that the model reads tokens on; the weights of later blocks may be on others."""
+        return torch.device(self._model.cfg.device)
+
+    @property
     def everything(self) -> Circuit:
         """The circuit of all nodes and edges that have gates, with their replacement."""
         masks = {site.name: torch.ones(_shape(site), dtype=torch.bool) for site in self.nodes}
