@@ -60,8 +60,11 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 success, 1 failure or interruption, 2 wrong arguments."""
+    if not _is_first():
+        os.environ["TQDM_DISABLE"] = "1"
     arguments = _parse(argv)
     try:
+        _check_alone(arguments)
         with _terminated_like_ctrl_c(), _warnings_in_a_line():
             return arguments.command(arguments)
     except KeyboardInterrupt as stop:
@@ -80,6 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         return _say(f"error: {line}", 1)
+
+
+def _are_several() -> bool:
+    """Whether several processes were started together (`torchrun`)."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _is_first() -> bool:
+    """Whether this process is the first, or only, one of those that were started together."""
+    return not _are_several() or os.environ.get("RANK", "0") == "0"
+
+
+def _check_alone(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if several processes were started for a command that is the work of one."""
+    if _are_several() and arguments.command is not _find:
+        raise ValueError("only `find` works in several processes: start this command without torchrun")
 
 
 @contextmanager
@@ -115,8 +134,18 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _say(line: str, code: int) -> int:
-    print(printable(f"bigram-circuits: {line}"), file=sys.stderr)
+    if _is_heard(code):
+        print(printable(f"bigram-circuits: {line}"), file=sys.stderr)
     return code
+
+
+def _is_heard(code: int) -> bool:
+    """Whether this process may print on stderr: of several that end in an error, the first; else the one that leads."""
+    if not code or not _are_several():
+        return _is_first()
+    from bigram_circuits.learning.ranks import is_first_to_end
+
+    return is_first_to_end()
 
 
 def _tell(text: object) -> None:
@@ -142,6 +171,8 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.match(r"argument .*: invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong:
             message += _suggestion(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
+        if not _is_heard(2):
+            self.exit(2)
         super().error(message)
 
 

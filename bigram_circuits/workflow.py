@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -39,6 +40,7 @@ from bigram_circuits.learning.found import Found
 from bigram_circuits.learning.inputs import check_inputs, warn_of
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.names import name_of_target, names_of
+from bigram_circuits.learning.ranks import Ranks, alone, current_ranks
 from bigram_circuits.learning.training import find_mask, identity_of, run_settings, with_pairs
 from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import check_length, shorter_than_context
@@ -118,7 +120,9 @@ def study(
 ) -> Run | SubnetworkPath:
     """Find a subnetwork, evaluate and analyse it, try to refute it if asked, and write its page.
 
-    This is what `bigram-circuits find` does.
+    This is what `bigram-circuits find` does. In a process group (`torchrun`) all processes learn together; then the
+    first one goes on alone, and the others return the run as it is then, without its evaluation. They must all see its
+    folder.
 
     Args:
         model: `"reference"`, a hub id, a folder, or a model from `load_model`.
@@ -140,7 +144,7 @@ def study(
 
     Raises:
         ValueError: If an option does not exist or has a value that is not allowed, model, text and target do not
-            fit together, or the full model is not shown to do the task.
+            fit together, the full model is not shown to do the task, or several processes are to learn several masks.
         OSError: If something cannot be loaded, or the folder cannot be written.
         MemoryError: If learning cannot fit the device.
 
@@ -148,13 +152,15 @@ def study(
         >>> run = bc.study("reference", "reference", max_steps=3, max_tokens=20_000, analysis=False, out="runs/study")
         >>> print(run.evaluation)
     """
-    started = time.monotonic()
-    request, subjects = _requested(model, corpus, target, device, options)
-    say = tell or (lambda line: None)
+    started, ranks = time.monotonic(), current_ranks()
+    if ranks.size > 1 and (options.get("sparsity_weights") is not None or options.get("seeds") not in (None, 1)):
+        raise ValueError("several processes learn one mask together, not several: start this without torchrun")
+    request, subjects = _requested(model, corpus, target, ranks.own_device(device), options)
+    say = tell if tell and ranks.is_first else (lambda line: None)
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
             return _path(request, subjects, out, callbacks, say)
-        folder = _study(request, subjects, out, fresh, callbacks, say)
+        folder = _study(request, subjects, out, fresh, callbacks, say, ranks)
     say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
     say(f"the page to look at: {folder.path / 'report.html'}")
     return load_run(folder.path)
@@ -190,28 +196,42 @@ def _study(
     fresh: bool,
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
+    ranks: Ranks,
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
     settings, several = run_settings(subjects.model, subjects.target, subjects.corpus, request.config), ()
     if request.options.seeds > 1:
         several = ("seeds", request.options.seeds)
     path = Path(out or default_folder(subjects.model, settings, *several))
-    checked = None if RunFolder(path).is_finished and not fresh else _checked(request, subjects)
+    checked = ranks.first_does(
+        lambda: None if RunFolder(path).is_finished and not fresh else _checked(request, subjects)
+    )
     if several:
         request = _over_seeds(request, subjects, path, fresh, checked, callbacks, say)
         settings, fresh = replace(settings, recipe=request.config), False
-    folder = RunFolder.open(path, settings, resume=not fresh, rebuild=subjects.inputs, checked=checked)
-    if not several:
-        _introduce(request, subjects, folder, say)
-        if checked:
-            warn_of(checked)
-    with folder.lock():
+
+    def begin() -> str | None:
+        """Open the folder, and say what is going to be done."""
+        folder = RunFolder.open(path, settings, resume=not fresh, rebuild=subjects.inputs, checked=checked)
+        if not several:
+            _introduce(request, subjects, folder, say)
+            if checked:
+                warn_of(checked)
+        return folder.id
+
+    folder, begun = RunFolder(path), ranks.first_does(begin)
+    if not all(ranks.gather(folder.id == begun)):
+        raise ValueError(f"not all processes see the run's folder {str(path)!r}: it must be on a disk that they share")
+    with folder.lock() if ranks.is_first else nullcontext():
         found = find_mask(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
             callbacks=callbacks, check_memory=request.options.check_memory,
         )  # fmt: skip
+        if not ranks.is_first:
+            return folder
         try:
-            _examine(request, subjects, folder, found, say)
+            with alone():
+                _examine(request, subjects, folder, found, say)
         except KeyboardInterrupt:
             kept = f"the {found.mask.noun} is saved in {str(folder.path)!r}; rerun the command to go on"
             raise KeyboardInterrupt(f"interrupted while evaluating or analysing; {kept}") from None
@@ -308,8 +328,9 @@ def _corpus(inputs: Inputs, source: Any, model: Model) -> Corpus:
         source, tokenizer=model.tokenizer, context_length=length, max_tokens=inputs.max_tokens,
         held_out=inputs.share_held_out, text_column=inputs.text_column, bos=inputs.bos,
     )  # fmt: skip
-    if corpus.reading is not None and (len(corpus.reading.read) > 1 or corpus.reading.skipped):
-        print(printable(f"bigram-circuits: note: {corpus.source}: {corpus.reading}"), file=sys.stderr)
+    reading = corpus.reading if current_ranks().is_first else None
+    if reading is not None and (len(reading.read) > 1 or reading.skipped):
+        print(printable(f"bigram-circuits: note: {corpus.source}: {reading}"), file=sys.stderr)
     return corpus
 
 

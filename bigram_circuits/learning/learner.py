@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bigram_circuits.learning.ranks import Ranks
 from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.masking.candidates import Apart, Candidates
@@ -86,7 +87,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * self.gates.rate(step)
 
-    def attack(self, step: int, loss: Callable[[], Float[Tensor, ""]]) -> None:
+    def attack(self, step: int, loss: Callable[[], Float[Tensor, ""]], ranks: Ranks) -> None:
         """Let the adversary, if there is one, climb the loss before a step; afterwards gradients are the scores'."""
         adversary = self.gates.adversary
         if adversary is None:
@@ -94,8 +95,22 @@ class Learner:
         adversary.begin(self.seed * _SEEDS_APART + step)
         for _ in range(self.config.worst_case):
             loss().backward()
+            for pull in adversary.pull.tensors:
+                ranks.add_up(pull)
             adversary.climb()
         adversary.is_climbing = False
+
+    def count_once(self, ranks: Ranks) -> None:
+        """Keep the gradient that there is, that of the penalty, on the first rank alone: the sum then has it once."""
+        if not ranks.is_first:
+            for gradient in self.gates.gradient.tensors:
+                gradient.zero_()
+
+    def descend(self, ranks: Ranks) -> None:
+        """Change the scores by the optimizer's step along the sum of all ranks' gradients."""
+        for gradient in self.gates.gradient.tensors:
+            ranks.add_up(gradient)
+        self.optimizer.step()
 
     def record(
         self, step: int, cross_entropy: float, penalty: float, undecided: int, due: float | None, weight: float | int

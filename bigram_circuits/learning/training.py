@@ -21,22 +21,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bigram_circuits.circuit import EDGE, Circuit
-from bigram_circuits.evaluation import soft_hard_gap
+from bigram_circuits.evaluation import SoftHardGap, soft_hard_gap
 from bigram_circuits.learning.callbacks import Callback, check_callbacks, tell_end, tell_step
 from bigram_circuits.learning.found import Found, FoundCircuit, FoundSubnetwork, kind_of_found
 from bigram_circuits.learning.learner import Learner, rate_after
 from bigram_circuits.learning.memory import forecast_memory, is_out_of_memory, less_memory
 from bigram_circuits.learning.names import names_of
 from bigram_circuits.learning.polish import polish_on
+from bigram_circuits.learning.ranks import Ranks, current_ranks
 from bigram_circuits.learning.schedules import explosion, is_unstable, next_sparsity_weight, share_due
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask, replaced
 from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Apart, Candidates
@@ -57,6 +59,7 @@ from bigram_circuits.runs import (
     StepRecord,
     TargetIdentity,
 )
+from bigram_circuits.runs.contents import how_runs_differ
 from bigram_circuits.storage.terminal import signals_handled
 from bigram_circuits.subnetwork import SubnetworkLike, as_subnetwork
 from bigram_circuits.targets.base import PlacedTarget, Target, target_of
@@ -85,6 +88,12 @@ class _Job:
     folder: RunFolder | None
     callbacks: Sequence[Callback]
     interrupt: threading.Event
+    ranks: Ranks
+
+    @property
+    def written(self) -> RunFolder | None:
+        """The run's folder, if this process is the one that writes it."""
+        return self.folder if self.ranks.is_first else None
 
 
 class _Exploded(Exception):  # noqa: N818 (no error as long as there is a state to roll back to)
@@ -323,32 +332,73 @@ def _find(
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
     check_tokens(model, corpus.train)
-    folder = None
-    if run_dir is not None:
-        settings = run_settings(model, target, corpus, config, within, apart)
-        folder = RunFolder.open(run_dir, settings, resume=resume, rebuild=rebuild or names_of(model, target, corpus))
-        if folder.is_finished:
-            return _read_found(folder, model, target, config)
-    with nullcontext() if folder is None else folder.lock():
-        if folder is not None and folder.is_finished:  # another process has just finished it
-            return _read_found(folder, model, target, config)
+    ranks = current_ranks()
+    if ranks.size > 1:
+        run_dir = ranks.first_does(lambda: run_dir)
+        _check_same(ranks, run_settings(model, target, corpus, config, within, apart), corpus, config)
+    folder = None if run_dir is None else RunFolder(Path(run_dir))
+
+    def read() -> Found | None:
+        """The result, if it was found before."""
+        return folder and _read_found(folder, model, target, config)
+
+    def opened() -> Found | None:
+        """Open the folder."""
+        if folder is not None:
+            settings, names = (
+                run_settings(model, target, corpus, config, within, apart),
+                names_of(model, target, corpus),
+            )
+            RunFolder.open(folder.path, settings, resume=resume, rebuild=rebuild or names)
+        return read()
+
+    found = ranks.first_does(opened)
+    if found is not None:
+        return found
+    with _locked(folder, ranks):
+        found = ranks.first_does(read)  # again: another process may have just finished it
+        if found is not None:
+            return found
         candidates = make_candidates(model, target, corpus, config)
         if within is not None:
             candidates.check_covers(within, "within")
         for one in others:
             candidates.check_covers(one, "each mask of apart_from")
         forecast_memory(
-            model, target, corpus, config,
-            within=within, apart_from=others, mode=check_memory, candidates=candidates,
+            model, target, corpus, replace(config, batch_size=-(-config.batch_size // ranks.size)),
+            within=within, apart_from=others, mode=check_memory if ranks.is_first else "off", candidates=candidates,
         )  # fmt: skip
-        with _interrupt_after_step() as interrupt, _says_what_to_change(folder):
-            job = _Job(model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt)
+        with _interrupt_after_step(again=ranks.size == 1) as interrupt, _says_what_to_change(folder):
+            job = _Job(model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt, ranks)
             return _learn(job)
+
+
+def _check_same(ranks: Ranks, settings: RunSettings, corpus: Corpus, config: SparsifyConfig) -> None:
+    """Raise ValueError, on all ranks, unless they learn the same, and it can be divided among them."""
+    for rank, other in enumerate(told := ranks.gather(settings)):
+        how = how_runs_differ(told[0], other)
+        if how is not None:
+            raise ValueError(f"process {rank} was given another run than process 0 ({how})")
+    ranks.rows(batch_of(corpus.train, config.batch_size, step=0, seed=config.seed))
+    if config.units is not None and config.replace == "resample":
+        raise ValueError(
+            "replace='resample' takes values from other sequences of the batch, which several processes divide: learn "
+            "in one process, or choose another replacement"
+        )
+
+
+@contextmanager
+def _locked(folder: RunFolder | None, ranks: Ranks) -> Iterator[None]:
+    """Within the block, the first rank holds the lock of a run's folder, if there is one."""
+    with ExitStack() as stack:
+        if folder is not None:
+            ranks.first_does(lambda: stack.enter_context(folder.lock()))
+        yield
 
 
 def _learn(job: _Job) -> Found:
     """Make attempts until one is stable, starting where the run was interrupted, if it was."""
-    start, history = _take_up(job.folder)
+    start, history = _take_up(job)
     earlier: tuple[Rollback, ...] = ()  # of earlier attempts
     while True:
         try:
@@ -362,24 +412,30 @@ def _learn(job: _Job) -> Found:
         earlier += start.rollbacks
         start, history = Checkpoint({}, 0, start.attempt + 1, 0.0), []
     found = replace(found, rollbacks=(*earlier, *start.rollbacks), attempts=start.attempt + 1)
-    if job.config.polish:
-        found = _polish(job, found)
-    if job.folder:
-        job.folder.finish(found.mask, found.outcome)
-    tell_end(job.callbacks, found)
-    if job.interrupt.is_set():
+    found = job.ranks.first_does(partial(_finish, job, found))
+    if any(job.ranks.gather(job.interrupt.is_set())):
         where = f"is saved in {str(job.folder.path)!r}; rerun the command to go on" if job.folder else "is not saved"
         raise KeyboardInterrupt(f"interrupted when learning was done; the subnetwork {where}")
     return found
 
 
+def _finish(job: _Job, found: Found) -> Found:
+    """Polish what was found, if the recipe asks for it, write it, and tell the callbacks."""
+    if job.config.polish:
+        found = _polish(job, found)
+    if job.folder:
+        job.folder.finish(found.mask, found.outcome)
+    tell_end(job.callbacks, found)
+    return found
+
+
 def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     """Run the loop once, from a state; the records of its steps are appended to `history`."""
-    model, target, config = job.model, job.target, job.config
+    model, target, config, ranks = job.model, job.target, job.config, job.ranks
     learner = Learner(job.candidates, config, job.within, start, job.apart)
     gates, stopped_because = learner.gates, "max_steps"
     guessing = math.log(n_outputs(model)) * (target.most_places if isinstance(target, PlacedTarget) else 1)
-    with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(start, config) as bar:
+    with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(job, start) as bar:
         for step in range(start.step, config.max_steps):
             learner.remember(step)
 
@@ -388,19 +444,22 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
             due = share_due(step, learner.share, config.max_steps)
             learner.harden(step, due)
 
-            # forward and backward: the gradient of the loss is added to that of the penalty
-            tokens = batch_of(job.corpus.train, config.batch_size, step=step, seed=learner.seed).to(learner.device)
-            loss = partial(_loss, model, target, tokens)
-            learner.attack(step, loss)
+            # forward and backward: the gradient of the loss is added to that of the penalty, and both over ranks
+            tokens, share = _batch(job, learner, step)
+            loss = partial(_loss, model, target, tokens, share)
+            learner.attack(step, loss, ranks)
             penalty, undecided, decided = gates.penalise(sparsity_weight)
+            learner.count_once(ranks)
             cross_entropy = loss()
             cross_entropy.backward()
-            learner.optimizer.step()
+            learner.descend(ranks)
 
-            # record the step, and roll back if the loss exploded
+            # record the step as all ranks agree on it, and roll back if the loss exploded
             record = learner.record(step, cross_entropy.item(), penalty, undecided, due, sparsity_weight)
+            told = _Told(record, undecided, decided, learner.is_finite(), job.interrupt.is_set())
+            record, undecided, decided, is_finite, is_interrupted = _agreed(ranks.gather(told))
             what = explosion(record, history, guessing)
-            what = what or (None if learner.is_finite() else "the gradient is not finite")
+            what = what or (None if is_finite else "the gradient is not finite")
             if what:
                 raise _Exploded(what, step, learner.good, learner.seconds)
             history.append(record)
@@ -408,7 +467,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
             if undecided < config.stop_undecided * decided and learner.may_stop(step, decided):
                 stopped_because = "decided"
                 break
-            _keep(job, learner, step + 1)
+            _keep(job, learner, step + 1, is_interrupted)
     if gates.is_hard and len(history) == config.max_steps:
         stopped_because = "planned"
     settled = [record.cross_entropy for record in history[gates.settles_at :]]
@@ -417,13 +476,42 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     return _end(job, learner, history, stopped_because)
 
 
-def _loss(model: Model, target: Target, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """The mean cross-entropy from a target to the model as it is gated."""
-    return target.cross_entropy(model(tokens), tokens).mean()
+def _batch(job: _Job, learner: Learner, step: int) -> tuple[Integer[Tensor, "batch pos"], float]:
+    """This rank's sequences of a step's batch, and their share of it."""
+    whole = batch_of(job.corpus.train, job.config.batch_size, step=step, seed=learner.seed)
+    own = job.ranks.rows(whole)
+    return own.to(learner.device), len(own) / len(whole)
+
+
+def _loss(model: Model, target: Target, tokens: Integer[Tensor, "batch pos"], share: float) -> Float[Tensor, ""]:
+    """The mean cross-entropy from a target to the model as it is gated, times the share of these sequences."""
+    mean = target.cross_entropy(model(tokens), tokens).mean()
+    return mean if share == 1 else mean * share
+
+
+class _Told(NamedTuple):
+    """What a rank knows after a step."""
+
+    record: StepRecord
+    undecided: int
+    decided: int
+    is_finite: bool
+    is_interrupted: bool
+
+
+def _agreed(told: Sequence[_Told]) -> _Told:
+    """What all ranks go by: the sum of their losses; whether any is interrupted or not finite; else the first's."""
+    record = told[0].record
+    if len(told) > 1:
+        record = replace(record, cross_entropy=sum(one.record.cross_entropy for one in told))
+    is_finite, is_interrupted = all(one.is_finite for one in told), any(one.is_interrupted for one in told)
+    return told[0]._replace(record=record, is_finite=is_finite, is_interrupted=is_interrupted)
 
 
 def _note(job: _Job, bar: Any, record: StepRecord) -> None:
     """Report a step: progress bar, `progress.jsonl` and callbacks."""
+    if not job.ranks.is_first:
+        return
     bar.set_postfix_str(
         f"CE {record.cross_entropy:.3f}, kept {100 * record.fraction:.2f}%, undecided {100 * record.undecided:.2f}%",
         refresh=False,
@@ -434,12 +522,13 @@ def _note(job: _Job, bar: Any, record: StepRecord) -> None:
     tell_step(job.callbacks, record)
 
 
-def _keep(job: _Job, learner: Learner, steps: int) -> None:
+def _keep(job: _Job, learner: Learner, steps: int, stop: bool) -> None:
     """Write a checkpoint if one is due or the run is interrupted; raise KeyboardInterrupt if it is."""
-    stop = job.interrupt.is_set()
-    if job.folder and (stop or job.folder.checkpoint_is_due(learner.checkpoint_size)):
-        job.folder.write_checkpoint(learner.pack(steps))
+    folder = job.written
+    if folder and (stop or folder.checkpoint_is_due(learner.checkpoint_size)):
+        folder.write_checkpoint(learner.pack(steps))
     if stop:
+        job.ranks.gather(None)  # nobody ends before it is written
         kept = "nothing is kept"
         if job.folder:
             kept = f"its state is kept in {str(job.folder.path)!r}, and the same command continues it"
@@ -449,8 +538,11 @@ def _keep(job: _Job, learner: Learner, steps: int) -> None:
 def _end(job: _Job, learner: Learner, history: list[StepRecord], stopped_because: str) -> Found:
     """The result of an attempt, with the gap between soft gates and mask."""
     mask, last = learner.mask(job.within), len(history) - 1
-    tokens = batch_of(job.corpus.train, job.config.batch_size, step=last, seed=learner.seed).to(learner.device)
+    tokens, share = _batch(job, learner, last)
     gap = soft_hard_gap(job.model, learner.gates, mask, job.target, tokens, last)
+    if job.ranks.size > 1:
+        gaps = job.ranks.gather((gap.soft * share, gap.hard * share))
+        gap = SoftHardGap(*(sum(each) for each in zip(*gaps, strict=True)))
     return kind_of_found(mask)(mask, history, job.config, stopped_because, learner.seconds, gap)
 
 
@@ -484,15 +576,24 @@ def _memory_saved(model: Model, config: SparsifyConfig) -> Any:
     return recomputed(model) if config.low_memory else nullcontext()
 
 
-def _bar(start: Checkpoint, config: SparsifyConfig) -> AbstractContextManager[Any]:
+def _bar(job: _Job, start: Checkpoint) -> AbstractContextManager[Any]:
     description = "learning" if start.attempt == 0 else f"learning, attempt {start.attempt + 1}"
-    return progress(config.max_steps, desc=description, unit="step", initial=start.step)
+    options = {} if job.ranks.is_first else {"disable": True}
+    return progress(job.config.max_steps, desc=description, unit="step", initial=start.step, **options)
 
 
-def _take_up(folder: RunFolder | None) -> tuple[Checkpoint, list[StepRecord]]:
+def _take_up(job: _Job) -> tuple[Checkpoint, list[StepRecord]]:
     """The state to start from, and the records of earlier steps in the same attempt."""
-    checkpoint, records = folder.take_up() if folder else (None, [])
-    checkpoint = checkpoint or Checkpoint({}, 0, 0, 0.0)
+    tensors: dict[str, Tensor] = {}
+
+    def take_up() -> tuple[Checkpoint, list[StepRecord]]:
+        checkpoint, records = job.folder.take_up() if job.folder else (None, [])
+        checkpoint = checkpoint or Checkpoint({}, 0, 0, 0.0)
+        tensors.update(checkpoint.tensors)
+        return replace(checkpoint, tensors={}), records
+
+    checkpoint, records = job.ranks.first_does(take_up)
+    checkpoint = replace(checkpoint, tensors=job.ranks.tensors_of_first(tensors))
     history = [record for record in records if record.attempt == checkpoint.attempt]
     assert len(history) == checkpoint.step, f"{len(history)} records before step {checkpoint.step}"
     return checkpoint, history
@@ -520,12 +621,13 @@ def _roll_back(job: _Job, trouble: _Exploded, start: Checkpoint, history: Sequen
     if before and good.step <= before[-1].back_to:
         good = Checkpoint({}, 0, good.attempt, 0.0)
     rate = rate_after(job.config, len(before) + 1)
-    note(f"{what}: back to step {good.step}, with learning rate {rate:g}")
+    if job.ranks.is_first:
+        note(f"{what}: back to step {good.step}, with learning rate {rate:g}")
     rollbacks = (*before, Rollback(good.attempt, trouble.step, trouble.what, good.step, rate))
     state = replace(good, seconds=trouble.seconds, rollbacks=rollbacks, good_step=good.step or None)
-    if job.folder:
-        earlier = [record for record in job.folder.history() if record.attempt < good.attempt]
-        job.folder.rewind(state, [*earlier, *history[: good.step]])
+    if job.written:
+        earlier = [record for record in job.written.history() if record.attempt < good.attempt]
+        job.written.rewind(state, [*earlier, *history[: good.step]])
     return state
 
 
@@ -576,8 +678,10 @@ def identity_of(corpus: Corpus) -> CorpusIdentity:
     )
 
 
-def _read_found(folder: RunFolder, model: Model, target: Target, config: SparsifyConfig) -> Found:
-    """The result of a run that is already finished."""
+def _read_found(folder: RunFolder, model: Model, target: Target, config: SparsifyConfig) -> Found | None:
+    """The result of a run that is already finished; None if it is not."""
+    if not folder.is_finished:
+        return None
     mask, outcome = folder.found()
     check_is(model, mask.weight_hash, f"{str(folder.path)!r} was made for {mask.model_name!r}")
     mask.check_fits(model)
@@ -630,10 +734,11 @@ def _says_what_to_change(folder: RunFolder | None) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupt_after_step() -> Iterator[threading.Event]:
+def _interrupt_after_step(*, again: bool = True) -> Iterator[threading.Event]:
     """Within the block, a first Ctrl-C, SIGTERM or SIGHUP only sets the event, so that every step is completed.
 
-    A second one raises at once. A SIGHUP that is ignored (`nohup`) stays ignored.
+    A second one raises at once, unless not `again`: `torchrun` passes on what a terminal has sent to all already. A
+    SIGHUP that is ignored (`nohup`) stays ignored.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -641,7 +746,7 @@ def _interrupt_after_step() -> Iterator[threading.Event]:
         return
 
     def request(*_: Any) -> None:
-        if requested.is_set():
+        if again and requested.is_set():
             raise KeyboardInterrupt
         requested.set()
 

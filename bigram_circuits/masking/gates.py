@@ -166,7 +166,8 @@ class Adversary:
         """a, by gate."""
         self.is_climbing = False
         """Whether gradients are its own, and not the scores'."""
-        self._pull = scores.like(torch.zeros_like)
+        self.pull = scores.like(torch.zeros_like)
+        """The sum of the gradients noted since it last climbed."""
 
     def begin(self, seed: int) -> None:
         """Draw a uniformly from 0 to 1, and climb from there."""
@@ -183,11 +184,11 @@ class Adversary:
 
     def feel(self, of_value: Float[Tensor, " gate"], place: slice) -> None:
         """Note a gradient by the values of a range of gates."""
-        self._pull[place].add_(of_value)
+        self.pull[place].add_(of_value)
 
     def climb(self) -> None:
         """Go up the gradients noted since the last time: by the sign of each, within 0 and 1."""
-        for values, pull in zip(self.values.tensors, self._pull.tensors, strict=True):
+        for values, pull in zip(self.values.tensors, self.pull.tensors, strict=True):
             values.add_(pull.sign_(), alpha=self.step).clamp_(0, 1)
             pull.zero_()
 

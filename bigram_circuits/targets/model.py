@@ -48,7 +48,7 @@ class ModelTarget(Target):
         """
         known = memo()
         last: tuple[Tensor, Tensor] | None = None if known is None else known.get(self)
-        if last is None or not torch.equal(last[0], tokens):
+        if last is None or last[0].device != tokens.device or not torch.equal(last[0], tokens):
             check_tokens(self.model, tokens)
             with in_use(self.model, "ModelTarget"), torch.no_grad(), full_weights(self.model):
                 last = tokens, self.model(tokens.clone().to(self.model.cfg.device)).float().log_softmax(-1)
