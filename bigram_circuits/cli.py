@@ -230,6 +230,10 @@ def _add_find(commands: Any, shared: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, named by settings)"
     )
     find.add_argument("--fresh", action="store_true", help="start over if this run was started or finished before")
+    find.add_argument(
+        "--sharded", action="store_true",
+        help="with torchrun: divide weights, scores and moments among the processes, not the batch alone",
+    )  # fmt: skip
 
 
 def _add_ladder(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -511,7 +515,7 @@ def _find(arguments: argparse.Namespace) -> int:
     from bigram_circuits.workflow import study
 
     study(
-        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh,
+        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh, sharded=arguments.sharded,
         tell=_tell,
     )  # fmt: skip
     return 0

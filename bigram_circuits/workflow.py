@@ -114,6 +114,7 @@ def study(
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
     fresh: bool = False,
+    sharded: bool = False,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
     **options: Any,
@@ -131,6 +132,7 @@ def study(
         out: The run folder; by default one under `runs/`, named after model and settings.
         device: Device to load the model to; by default CUDA if available, else the CPU.
         fresh: Start over if this run was started or finished before.
+        sharded: As for `find_subnetwork`.
         callbacks: As for `find_subnetwork`.
         tell: Called with lines of text that report progress and results, for example `print`.
         **options: The options of `bigram-circuits find`, by name: those of `SparsifyConfig` (`sparsity_weight`,
@@ -160,7 +162,7 @@ def study(
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
             return _path(request, subjects, out, callbacks, say)
-        folder = _study(request, subjects, out, fresh, callbacks, say, ranks)
+        folder = _study(request, subjects, out, fresh, callbacks, say, ranks, sharded)
     say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
     say(f"the page to look at: {folder.path / 'report.html'}")
     return load_run(folder.path)
@@ -197,6 +199,7 @@ def _study(
     callbacks: Sequence[Callback],
     say: Callable[[str], None],
     ranks: Ranks,
+    sharded: bool,
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
     settings, several = run_settings(subjects.model, subjects.target, subjects.corpus, request.config), ()
@@ -225,7 +228,7 @@ def _study(
     with folder.lock() if ranks.is_first else nullcontext():
         found = find_mask(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
-            callbacks=callbacks, check_memory=request.options.check_memory,
+            callbacks=callbacks, check_memory=request.options.check_memory, sharded=sharded,
         )  # fmt: skip
         if not ranks.is_first:
             return folder

@@ -238,6 +238,7 @@ class Gates(ABC):
         times_kept: Mapping[str, Shaped[Tensor, "..."]] | None = None,
         overlap_weight: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        by_block: bool = False,
     ) -> None:
         """Start every gate at `first_score`, except those that can never open.
 
@@ -245,12 +246,15 @@ class Gates(ABC):
         good; so is a shared gate if all its weights are. `times_kept` says how many other masks keep each weight, by
         name and in stored layout: `penalise` then also charges `overlap_weight` (nats) for them, and if that is
         infinite, every gate of a weight that another mask keeps is dropped from the start. `dtype` is that of the
-        scores and their gradient.
+        scores and their gradient. `by_block` makes a part of the scores of every block.
         """
         self.groups = tuple(groups)
         self.n_weights = sum(group.site.size for group in groups)
         scores = Parted(
-            [torch.full((count,), -torch.inf, dtype=dtype, device=device) for device, count in _devices(groups)]
+            [
+                torch.full((count,), -torch.inf, dtype=dtype, device=device)
+                for device, count in _devices(groups, by_block)
+            ]
         )
         for group in groups:
             usable = group.site.original != 0
@@ -390,7 +394,7 @@ class Gates(ABC):
                 slope.add_(of_overlap, alpha=self._overlap_weight / self.n_weights)
             if share is not None:
                 slope *= share
-        total, beyond, above = _sum(sums).tolist()
+        total, beyond, above = self.scores.add_up(_sum(sums)).tolist()
         return total / self.n_weights, *self.undecided(int(beyond - above), int(above))
 
     def set_threshold(self, wanted: int) -> None:
@@ -398,10 +402,8 @@ class Gates(ABC):
 
         With several million gates of single weights, it is estimated from an evenly spaced sample of them.
         """
-        scores = self.scores.flat().detach()
-        if self._single and len(scores) > _SAMPLED:
-            every = -(-len(scores) // _SAMPLED)
-            scores, wanted = scores[::every], wanted // every
+        every = -(-len(self.scores) // _SAMPLED) if self._single else 1
+        scores, wanted = self.scores.sample(every).detach(), wanted // every
         wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
         if self._single and 0 < wanted < len(scores):
             at = len(scores) - wanted  # a partition is several times faster than topk
@@ -484,10 +486,7 @@ class Gates(ABC):
     @property
     def gradient(self) -> Parted:
         """The scores' `grad`, which is allocated once and then reused."""
-        for scores in self.scores.tensors:
-            if scores.grad is None:
-                scores.grad = torch.zeros_like(scores)
-        return Parted([scores.grad for scores in self.scores.tensors if scores.grad is not None])
+        return self.scores.gradient()
 
     @property
     def is_finite(self) -> bool:
@@ -521,7 +520,8 @@ class Gates(ABC):
 
     def _over_weights(self, of: Callable[[slice], Float[Tensor, " gate"]]) -> int:
         """Sum an integer-valued function of the gate over all weights."""
-        return round(_sum([_over_weights(of(place), groups)[0] for place, groups in self._pieces()]).item())
+        sums = [_over_weights(of(place), groups)[0] for place, groups in self._pieces()]
+        return round(self.scores.add_up(_sum(sums)).item())
 
 
 def _stretches(groups: Sequence[GateGroup]) -> dict[tuple[int, int], list[GateGroup]]:
@@ -532,14 +532,21 @@ def _stretches(groups: Sequence[GateGroup]) -> dict[tuple[int, int], list[GateGr
     return stretches
 
 
-def _devices(groups: Sequence[GateGroup]) -> list[tuple[torch.device, int]]:
-    """The device of the weights that gates govern, and the number of gates in a row whose weights are there."""
+def _devices(groups: Sequence[GateGroup], by_block: bool) -> list[tuple[torch.device, int]]:
+    """The device of the weights that gates govern, and the number of gates in a row whose weights are there.
+
+    With `by_block`, of the weights of every block.
+    """
     parts: list[tuple[torch.device, int]] = []
+    last = None
     for (start, end), sharing in _stretches(groups).items():
-        device, count = sharing[0].site.original.device, end - start
-        if parts and parts[-1][0] == device:
+        site = sharing[0].site
+        place = (site.original.device, site.layer if by_block and isinstance(site, WeightSite) else None)
+        count = end - start
+        if parts and place == last:
             count += parts.pop()[1]
-        parts.append((device, count))
+        parts.append((place[0], count))
+        last = place
     return parts
 
 

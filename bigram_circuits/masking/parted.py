@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
@@ -16,6 +16,9 @@ class Parted:
 
     A range of gates (`vector[first:last]`) is a view of the part in which it lies; no range crosses the end of a part.
     """
+
+    is_whole = True
+    """Whether all numbers are here, and none in another process."""
 
     def __init__(self, tensors: Sequence[Shaped[Tensor, " _"]]) -> None:
         """Join tensors in the order of their gates."""
@@ -54,6 +57,29 @@ class Parted:
         if len(self.tensors) == 1:
             return self.tensors[0]
         return self.copied()
+
+    def gradient(self) -> Parted:
+        """Return the `grad` of every part, which is allocated once and then reused."""
+        for one in self.tensors:
+            if one.grad is None:
+                one.grad = torch.zeros_like(one)
+        return Parted([one.grad for one in self.tensors if one.grad is not None])
+
+    def sample(self, every: int) -> Shaped[Tensor, " some"]:
+        """Return every so-many-th number in one tensor."""
+        return self.flat()[::every]
+
+    def own(self, flat: Shaped[Tensor, " gate"]) -> Shaped[Tensor, " own"]:
+        """Return what is kept here of numbers for all gates: all."""
+        return flat
+
+    def joined(self, own: Shaped[Tensor, " own"], *, everywhere: bool = False) -> Shaped[Tensor, " gate"]:
+        """Return the numbers for all gates from what is kept here of them: all."""
+        return own
+
+    def add_up(self, total: Float[Tensor, "*of"]) -> Float[Tensor, "*of"]:
+        """Return the sum over all gates, given that over those here."""
+        return total
 
     def copied(self) -> Shaped[Tensor, " gate"]:
         """Return a copy of all numbers in one tensor on the CPU."""
