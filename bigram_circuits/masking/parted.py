@@ -15,6 +15,12 @@ class Parted:
     """A vector over all gates in one or several tensors, which may be on different devices.
 
     A range of gates (`vector[first:last]`) is a view of the part in which it lies; no range crosses the end of a part.
+
+    Example:
+        >>> from bigram_circuits.masking.parted import Parted
+        >>> numbers = Parted([torch.zeros(3), torch.ones(2)])
+        >>> numbers[slice(3, 5)].tolist()
+        [1.0, 1.0]
     """
 
     is_whole = True
