@@ -40,7 +40,7 @@ from bigram_circuits.learning.found import Found
 from bigram_circuits.learning.inputs import check_inputs, warn_of
 from bigram_circuits.learning.memory import forecast_memory
 from bigram_circuits.learning.names import name_of_target, names_of
-from bigram_circuits.learning.ranks import Ranks, alone, current_ranks
+from bigram_circuits.learning.ranks import Ranks, alone, current_ranks, refuse_several
 from bigram_circuits.learning.training import find_mask, identity_of, run_settings, with_pairs
 from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import check_length, shorter_than_context
@@ -155,8 +155,8 @@ def study(
         >>> print(run.evaluation)
     """
     started, ranks = time.monotonic(), current_ranks()
-    if ranks.size > 1 and (options.get("sparsity_weights") is not None or options.get("seeds") not in (None, 1)):
-        raise ValueError("several processes learn one mask together, not several: start this without torchrun")
+    if options.get("sparsity_weights") is not None or options.get("seeds", 1) != 1:
+        refuse_several("a path or a study of several seeds")
     request, subjects = _requested(model, corpus, target, ranks.own_device(device), options)
     say = tell if tell and ranks.is_first else (lambda line: None)
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile

@@ -34,6 +34,7 @@ from jaxtyping import Float, Integer
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import measure
 from bigram_circuits.learning.callbacks import Callback
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import as_behaviour, find_circuit, make_candidates
 from bigram_circuits.masking.effects import node_effects
 from bigram_circuits.measures import html, plots, statistics
@@ -220,6 +221,7 @@ def faithfulness_curves(
         >>> curves.plot()
         >>> curves.smallest("attribution", 0.5)  # the smallest circuit with at least half of the model's gain
     """
+    refuse_several("faithfulness_curves")
     check_choices(methods, sizes, seeds)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")

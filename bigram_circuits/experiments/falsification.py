@@ -65,6 +65,7 @@ from bigram_circuits.experiments.verdicts import (
     size_ratio,
     sized_name,
 )
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import SparsifyConfig, find_mask
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import Candidates
@@ -266,6 +267,7 @@ def falsify(
         >>> tested = bc.falsify(model, target, corpus, config, found=found)
         >>> tested.save("runs/short/falsify")
     """
+    refuse_several("falsify")
     if seeds < 2:
         raise ValueError(f"a spread needs at least 2 other seeds, not {seeds}")
     config = config or SparsifyConfig()

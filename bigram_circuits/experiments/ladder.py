@@ -27,6 +27,7 @@ from bigram_circuits.analysis.overlap import overlap
 from bigram_circuits.evaluation import Measured, measure
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundSubnetwork
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import find_subnetwork, identity_of
 from bigram_circuits.measures import html
 from bigram_circuits.measures.quantities import FRACTION, KL, MEAN_SURPRISAL, SURPRISAL_CORRELATION, Quantity
@@ -330,6 +331,7 @@ def find_ladder(
         >>> ladder = bc.find_ladder(model, corpus, run_dir="runs/ladder")
         >>> print(ladder.table)
     """
+    refuse_several("find_ladder")
     config = config or SparsifyConfig()
     if config.target_fraction is not None:
         raise ValueError("a nested mask would be as large as the one it is within: leave out target_fraction")

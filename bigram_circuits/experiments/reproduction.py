@@ -46,6 +46,7 @@ from bigram_circuits.experiments.controls import (
     with_random_blocks,
 )
 from bigram_circuits.experiments.reproduced import Number, ReproducedModel, ReproducedNumber, Reproduction, is_same
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import find_subnetwork, identity_of
 from bigram_circuits.models.activations import NotShownError
 from bigram_circuits.models.identity import weight_hash
@@ -96,6 +97,7 @@ def reproduce_model(
     Raises:
         ValueError: If the result holds numbers of this model on another text.
     """
+    refuse_several("reproduce_model")
     paper = PAPERS[result.paper]
     wanted = ReproducedModel(name, weight_hash(model), identity_of(corpus))
     mine = next((one for one in result.models if is_same(one, wanted)), wanted)

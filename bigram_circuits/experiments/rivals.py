@@ -27,6 +27,7 @@ import numpy as np
 from bigram_circuits.analysis.overlap import jaccard, overlap
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.evaluation import Measured, measure
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import find_mask
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Candidates
@@ -297,6 +298,7 @@ def rivals(
         >>> print(len(found_rivals.masks))
         2
     """
+    refuse_several("rivals")
     weights = [overlap_weight] if isinstance(overlap_weight, int | float) else list(overlap_weight)
     _check(k, weights, size, first)
     target, config = target_of(target, model), config or SparsifyConfig()

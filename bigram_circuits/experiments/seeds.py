@@ -30,6 +30,7 @@ from bigram_circuits.evaluation import Evaluation, Measured, evaluated
 from bigram_circuits.experiments.verdicts import Judged, judge_seeds, seed_name
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.names import names_of
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import find_mask, identity_of, run_settings
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.measures.quantities import (
@@ -397,6 +398,7 @@ def over_seeds(
         >>> several = bc.over_seeds(model, target, corpus, config, seeds=2, random_seeds=1)
         >>> print(several)  # a row for each seed, the spread, the overlap, and what all of them keep
     """
+    refuse_several("over_seeds")
     if type(seeds) is not int or seeds < _FEWEST:
         raise ValueError(f"a spread needs at least {_FEWEST} seeds, not {seeds!r}")
     config = config or SparsifyConfig()

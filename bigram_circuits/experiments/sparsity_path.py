@@ -18,6 +18,7 @@ import numpy as np
 from bigram_circuits.evaluation import Evaluation, evaluate
 from bigram_circuits.learning.callbacks import Callback
 from bigram_circuits.learning.found import FoundCircuit, FoundSubnetwork
+from bigram_circuits.learning.ranks import refuse_several
 from bigram_circuits.learning.training import find_mask
 from bigram_circuits.measures.statistics import Faithfulness, mean_over_log_size
 from bigram_circuits.models.model import Model
@@ -171,6 +172,7 @@ def sparsity_path(
         >>> path = bc.sparsity_path(model, target, corpus, bc.SparsifyConfig(max_steps=1, batch_size=4), [1.0, 100.0])
         >>> [one.subnetwork.kept for one in path.found]
     """
+    refuse_several("sparsity_path")
     weights = sorted(set(sparsity_weights))
     if len(weights) < 2:
         raise ValueError(f"a path needs at least two different sparsity weights, not {list(sparsity_weights)}")

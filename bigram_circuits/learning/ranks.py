@@ -149,6 +149,16 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def refuse_several(what: str) -> None:
+    """Refuse work that several processes would do at the same time, and write to the same files.
+
+    Raises:
+        ValueError: If this process is one of several that learn together.
+    """
+    if current_ranks().size > 1:
+        raise ValueError(f"{what} learns several masks, which several processes cannot divide: start one process")
+
+
 def is_one_of_several() -> bool:
     """Whether this process was started as one of several, as by `torchrun`."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

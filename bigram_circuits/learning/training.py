@@ -129,6 +129,9 @@ def find_subnetwork(
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
 
+    In a process group of `torch.distributed`, or started by `torchrun`, all processes learn together, each on its
+    sequences of every batch (`batch_size` counts those of all), and return the same; the first writes and calls back.
+
     Args:
         model: From `load_model`. Left bit-identical, even after an exception.
         target: An `NGramTable`, or any object with `cross_entropy` and `surprisal`.
@@ -154,12 +157,15 @@ def find_subnetwork(
     Raises:
         ValueError: If target and model do not fit together, `run_dir` holds a run with other settings, or the loss
             explodes or is not finite even at lower learning rates; or if the recipe asks for nodes (`find_circuit`), or
-            to polish what is learned apart from others.
+            to polish what is learned apart from others; or processes that learn together are given different runs, or
+            fewer sequences than there are processes.
         MemoryError: If learning cannot fit the device (`forecast_memory`), or the device runs out of memory; the
             message says what to change.
         OSError: If another process is writing to `run_dir` (the message says which), or it cannot be written, for
             example because the disk is full. The files already written are intact, and the run can be resumed.
-        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint if there is a `run_dir`.
+            Of several processes: that another one has ended (`ConnectionError`).
+        KeyboardInterrupt: On Ctrl-C, SIGTERM or SIGHUP, in any of several processes, after writing a checkpoint if
+            there is a `run_dir`.
 
     Example:
         >>> recipe = bc.SparsifyConfig(target_fraction=0.01, max_steps=2)  # too few steps to find anything
@@ -234,7 +240,7 @@ def find_circuit(
 
     Raises:
         ValueError: As `find_subnetwork`; and if the model lacks a unit, the replacement is unknown or lacks its text,
-            or the full model is not shown to do the task.
+            or the full model is not shown to do the task; or several processes are to `resample`.
         MemoryError: As `find_subnetwork`.
         OSError: As `find_subnetwork`.
         KeyboardInterrupt: As `find_subnetwork`.
