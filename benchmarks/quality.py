@@ -125,7 +125,7 @@ def as_subnetwork(model: Any, config: bc.SparsifyConfig, scores: torch.Tensor) -
     candidates = Candidates(model, config)
     gates, wanted = candidates.gates(config, config.seed, None)
     with torch.no_grad():
-        gates.scores.copy_(scores)
+        gates.scores.flat().copy_(scores)
     return candidates.mask(gates, wanted, None)
 
 

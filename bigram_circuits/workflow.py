@@ -117,6 +117,7 @@ def study(
     out: str | os.PathLike[str] | None = None,
     device: str | None = None,
     fresh: bool = False,
+    sharded: bool = False,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
     on_folder: Callable[[Path], None] | None = None,
@@ -135,6 +136,7 @@ def study(
         out: The run folder; by default one under `runs/` (or `BIGRAM_CIRCUITS_RUNS`), named after model and settings.
         device: Device to load the model to; by default as `load_model`.
         fresh: Start over if this run was started or finished before.
+        sharded: As for `find_subnetwork`.
         callbacks: As for `find_subnetwork`.
         tell: Called with lines of text that report progress and results, for example `print`.
         on_folder: Called with the folder, once it is known.
@@ -162,8 +164,9 @@ def study(
         refuse_several("a path or a study of several seeds")
     request, subjects = _requested(model, corpus, target, current_ranks().own_device(device), options)
     return study_of(
-        request, subjects, out=out, fresh=fresh, callbacks=callbacks, tell=tell, on_folder=on_folder, started=started
-    )
+        request, subjects, out=out, fresh=fresh, sharded=sharded, callbacks=callbacks, tell=tell, on_folder=on_folder,
+        started=started,
+    )  # fmt: skip
 
 
 def study_of(
@@ -172,6 +175,7 @@ def study_of(
     *,
     out: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    sharded: bool = False,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
     on_folder: Callable[[Path], None] | None = None,
@@ -185,7 +189,7 @@ def study_of(
     with in_use(subjects.model, "study"):  # nobody edits its weights meanwhile
         if request.options.sparsity_weights is not None:
             return _path(request, subjects, out, callbacks, say, on_folder)
-        folder = _study(request, subjects, out, fresh, callbacks, say, on_folder, ranks)
+        folder = _study(request, subjects, out, fresh, callbacks, say, on_folder, ranks, sharded)
     say(f"{time.monotonic() - started:.0f} s in total; files in {folder.path}/: {', '.join(folder.files())}")
     say(f"the page to look at: {folder.path / 'report.html'}")
     return load_run(folder.path)
@@ -225,6 +229,7 @@ def _study(
     say: Callable[[str], None],
     on_folder: Callable[[Path], None] | None,
     ranks: Ranks,
+    sharded: bool,
 ) -> RunFolder:
     """Find one subnetwork, examine it and write its page; returns the run's folder."""
     settings, several = run_settings(subjects.model, subjects.target, subjects.corpus, request.config), ()
@@ -255,7 +260,7 @@ def _study(
     with folder.lock() if ranks.is_first else nullcontext():
         found = find_mask(
             subjects.model, subjects.target, subjects.corpus, request.config, run_dir=folder.path,
-            callbacks=callbacks, check_memory=request.options.check_memory,
+            callbacks=callbacks, check_memory=request.options.check_memory, sharded=sharded,
         )  # fmt: skip
         if not ranks.is_first:
             return folder

@@ -35,6 +35,13 @@ RECIPES = {
     "polished": dataclasses.replace(QUICK, polish=1, max_steps=2),
 }
 
+SHARDED = {
+    "sharded weights": lambda model, target: bc.ModelTarget(model),
+    "sharded fraction": lambda model, target: target,
+    "sharded attacked": lambda model, target: target,
+}
+"""Recipes that are also learned sharded, and on what."""
+
 
 class Watcher:
     """A callback that counts."""
@@ -137,11 +144,11 @@ def terminated(rank: int, step: int):
         yield
 
 
-def resumed(model, target, corpus, folder: Path) -> dict:
+def resumed(model, target, corpus, folder: Path, sharded: bool = False) -> dict:
     """A run that one process begins, both go on with, and one ends."""
 
     def find():
-        return bc.find_subnetwork(model, target, corpus, QUICK, run_dir=folder / "resumed")
+        return bc.find_subnetwork(model, target, corpus, QUICK, run_dir=folder, sharded=sharded)
 
     rank, ended = current_rank(), []
     if rank == 0:
@@ -150,7 +157,7 @@ def resumed(model, target, corpus, folder: Path) -> dict:
     current_ranks().gather(None)
     with terminated(1, 3):
         ended.append(error_of(find))
-    steps = bc.runs.RunFolder(folder / "resumed").read_checkpoint().step
+    steps = bc.runs.RunFolder(folder).read_checkpoint().step
     current_ranks().gather(None)
     with alone():
         found = as_numbers(find()) if rank == 0 else None
@@ -176,12 +183,23 @@ def main() -> None:
             lambda options=options, recipe=recipe: bc.find_circuit(model, prompts(), config=recipe, **options)
         )
     seen["watched"] = [watcher.steps, watcher.ends]
-    seen["resumed"] = resumed(model, target, corpus, folder)
+    seen["resumed"] = resumed(model, target, corpus, folder / "resumed")
+    weights = {name: one.clone() for name, one in model.named_parameters()}
+    for name, target_of in SHARDED.items():
+        recipe, own = RECIPES[name.removeprefix("sharded ")], target_of(model, target)
+        seen[name] = together_and_alone(
+            lambda recipe=recipe, own=own: bc.find_subnetwork(model, own, corpus, recipe, sharded=True)
+        )
+    seen["resumed sharded"] = resumed(model, target, corpus, folder / "sharded", sharded=True)
+    odd = Odd(5 if rank else 0)
+    seen["rolled back sharded"] = as_numbers(bc.find_subnetwork(model, odd, corpus, QUICK, sharded=True))
+    seen["left alone"] = all(torch.equal(one, weights[name]) for name, one in model.named_parameters())
     seen["rolled back"] = as_numbers(bc.find_subnetwork(model, Odd(5 if rank else 0), corpus, QUICK))
     seen["refused"] = [
         error_of(lambda: bc.find_subnetwork(model, target, corpus, dataclasses.replace(QUICK, batch_size=1))),
         error_of(lambda: bc.find_circuit(model, target, corpus, units="head", replace="resample")),
         error_of(lambda: bc.find_subnetwork(model, target, corpus, dataclasses.replace(QUICK, seed=rank))),
+        error_of(lambda: bc.find_subnetwork(model, target, corpus, RECIPES["neurons"], sharded=True)),
     ]
     seen["command"] = by_command(folder)
     (folder / f"{rank}.json").write_text(json.dumps(seen))

@@ -51,7 +51,7 @@ def gates_of(model, scores, step, growth=1.1):
     gates = ContinuousSparsification(group_gates(bc.weight_sites(model), {"attn": "weight", "mlp": "weight"}),
                                      beta_growth=growth)  # fmt: skip
     with torch.no_grad():
-        gates.scores.copy_(scores)
+        gates.scores.flat().copy_(scores)
     masks = gates.masks()
     return gates, bc.Subnetwork({site.name: site.from_stored(masks[site.name]) for site in bc.weight_sites(model)})
 

@@ -148,6 +148,10 @@ def _add_find(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="the run's folder (default: one under runs/, named by settings)"
     )
     find.add_argument("--fresh", action="store_true", help="start over if this run was started or finished before")
+    find.add_argument(
+        "--sharded", action="store_true",
+        help="with torchrun: divide weights, scores and moments among the processes, not the batch alone",
+    )  # fmt: skip
 
 
 def _add_ladder(subparsers: Any, shared: argparse.ArgumentParser) -> None:

@@ -32,7 +32,13 @@ def find(arguments: argparse.Namespace) -> Result:
 
     folders: list[Path] = []
     found = study(
-        **given, out=arguments.out, device=arguments.device, fresh=arguments.fresh, tell=tell, on_folder=folders.append
+        **given,
+        out=arguments.out,
+        device=arguments.device,
+        fresh=arguments.fresh,
+        sharded=arguments.sharded,
+        tell=tell,
+        on_folder=folders.append,
     )
     if not is_first():  # of several processes, one evaluates
         return {}

@@ -8,7 +8,8 @@ interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,8 @@ from bigram_circuits.learning.schedules import has_fallen, head_start
 from bigram_circuits.masking.apply import Mask
 from bigram_circuits.masking.candidates import Apart, Candidates
 from bigram_circuits.masking.gates import Adversary
+from bigram_circuits.masking.parted import Parted
+from bigram_circuits.models.model import Model
 from bigram_circuits.recipe import METHODS, SparsifyConfig
 from bigram_circuits.runs import Checkpoint, StepRecord
 
@@ -43,24 +46,41 @@ class Learner:
         within: Mask | None = None,
         start: Checkpoint | None = None,
         apart: Apart | None = None,
+        *,
+        by_block: bool = False,
     ) -> None:
-        """Start from a checkpoint, or from scratch."""
+        """Start from a checkpoint, or from scratch; `by_block` is for learning that is `sharded`."""
         start = start or Checkpoint({}, 0, 0, 0.0)
         self.config, self.start, self._candidates, self._apart = config, start, candidates, apart
         self.seed = config.seed + _SEEDS_APART * start.attempt
         """Seed of the attempt's data order and of the method's random numbers."""
-        self.gates, self.wanted = candidates.gates(config, self.seed, within, apart)
-        self._n_possible = int(self.gates.scores.detach().isfinite().sum())
+        self.gates, self.wanted = candidates.gates(config, self.seed, within, apart, by_block=by_block)
+        self._n_possible = sum(int(one.detach().isfinite().sum()) for one in self.gates.scores.tensors)
         self.share = None if self.wanted is None else max(self.wanted, 1) / self.gates.n_weights
         """Share of the gated weights to keep in the end; None if it is not fixed."""
         decay = min(config.second_moment_decay, _LOW_DECAY) if config.low_memory else config.second_moment_decay
         self._rate = rate_after(config, len(start.rollbacks))
+        self._decay = decay
         self.optimizer = self.gates.optimizer(config, self._rate, decay)
         self._kind, self._moments = _STATES[type(self.optimizer)]
         self.gates.adversary = Adversary(self.gates.scores) if config.worst_case else None
-        self.good = self._unpack(start)
-        """The last good state, to roll back to."""
+        self._good = self._unpack(start)
         self._began = time.monotonic() - start.seconds
+
+    @contextmanager
+    def sharded(self, model: Model, ranks: Ranks) -> Iterator[None]:
+        """Within the `with` block, each process keeps a share of weights, scores and optimizer state."""
+        from bigram_circuits.learning.sharding import sharded
+
+        moments = [self.optimizer.state.pop(one, {}) for one in self.gates.scores.tensors]
+        with sharded(model, self.gates, ranks) as scores:
+            self.optimizer = self.gates.optimizer(self.config, self._rate, self._decay)
+            for own, share in zip(scores.tensors, scores.shares, strict=True):
+                state = moments.pop(0)
+                self.optimizer.state[own] = {n: t if n == "step" else t[share].clone() for n, t in state.items()}
+            kept = {name: scores.own(t) if t.ndim else t for name, t in self._good.tensors.items()}
+            self._good = replace(self._good, tensors=kept)
+            yield
 
     @property
     def seconds(self) -> float:
@@ -69,13 +89,18 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """The device of the gates."""
-        return self.gates.scores.device
+        """The device that the model reads tokens on."""
+        return self._candidates.device
+
+    @property
+    def good(self) -> Checkpoint:
+        """The last good state, to roll back to; if it is `sharded`, all processes have to ask."""
+        return replace(self._good, tensors=self._joined(self._good.tensors, everywhere=True))
 
     def remember(self, step: int) -> None:
         """At regular intervals, keep the state before a step as one to roll back to."""
         if step and step % _GOOD_EVERY == 0:
-            self.good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
+            self._good = replace(self.start, tensors=self._tensors(), step=step, seconds=self.seconds)
 
     def harden(self, step: int, due: float | None) -> None:
         """Set gates and learning rate for a step; `due` is the share of gated weights to be open, None if not fixed."""
@@ -94,20 +119,22 @@ class Learner:
         adversary.begin(self.seed * _SEEDS_APART + step)
         for _ in range(self.config.worst_case):
             loss().backward()
-            ranks.add_up(adversary.pull)
+            for pull in adversary.pull.tensors:
+                ranks.add_up(pull)
             adversary.climb()
         adversary.is_climbing = False
 
     def count_once(self, ranks: Ranks) -> None:
         """Keep the gradient that there is, that of the penalty, on the first rank alone: the sum then has it once."""
-        if not ranks.is_first:
-            assert self.gates.scores.grad is not None, "the penalty has set it"
-            self.gates.scores.grad.zero_()
+        if self.gates.scores.is_whole and not ranks.is_first:
+            for gradient in self.gates.gradient.tensors:
+                gradient.zero_()
 
     def descend(self, ranks: Ranks) -> None:
         """Change the scores by the optimizer's step along the sum of all ranks' gradients."""
-        assert self.gates.scores.grad is not None, "the penalty has set it"
-        ranks.add_up(self.gates.scores.grad)
+        for gradient in self.gates.gradient.tensors:
+            if self.gates.scores.is_whole:  # otherwise they were added up in the backward pass
+                ranks.add_up(gradient)
         self.optimizer.step()
 
     def record(
@@ -120,7 +147,7 @@ class Learner:
             step=step,
             cross_entropy=cross_entropy,
             fraction=(kept + self._candidates.total - gates.n_weights) / self._candidates.total,
-            undecided=undecided / gates.scores.numel(),
+            undecided=undecided / len(gates.scores),
             due=due,
             above_zero=(gates.n_above_zero() if due is not None else kept) / gates.n_weights,
             penalty=penalty,
@@ -133,7 +160,7 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether no score is NaN, as scores become after a non-finite gradient."""
-        return not self.gates.scores.detach().sum().isnan()
+        return self.gates.is_finite
 
     def mask(self, within: Mask | None) -> Mask:
         """The weights and nodes whose hard gate is open, and those without a gate; no adversary opens others then."""
@@ -145,21 +172,31 @@ class Learner:
     @property
     def checkpoint_size(self) -> int:
         """Approximate checkpoint size in bytes."""
-        return 12 * self.gates.scores.numel() * (2 if self.good.tensors else 1)
+        return 12 * len(self.gates.scores) * (2 if self._good.tensors else 1)
 
     def pack(self, step: int) -> Checkpoint:
-        """The state after `step` steps, including the last good state, so that later rollbacks are the same."""
-        good = {f"good.{name}": tensor for name, tensor in self.good.tensors.items()}
-        good_step = self.good.step if self.good.tensors else None
-        tensors = self._tensors() | good
-        return replace(self.good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
+        """The state after `step` steps, including the last good state, so that later rollbacks are the same.
+
+        If it is `sharded`, all processes have to pack, and the first one's is whole.
+        """
+        good = {f"good.{name}": tensor for name, tensor in self._good.tensors.items()}
+        good_step = self._good.step if self._good.tensors else None
+        tensors = self._joined(self._tensors() | good)
+        return replace(self._good, tensors=tensors, step=step, seconds=self.seconds, good_step=good_step)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """A copy of the scores and the optimizer's state, on the CPU."""
+        """A copy of the scores and the optimizer's state, on the CPU: of all parts, whose steps are the same."""
         scores = self.gates.scores
-        state = self.optimizer.state[scores]
-        named = {"scores": scores, **{f"{self._kind}.{name}": value for name, value in state.items()}}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+        named = {"scores": scores.copied()}
+        for name, first in self.optimizer.state[scores.tensors[0]].items():
+            each = [self.optimizer.state[one][name] for one in scores.tensors]
+            named[f"{self._kind}.{name}"] = Parted(each).copied() if first.ndim else first.to("cpu", copy=True)
+        return named
+
+    def _joined(self, tensors: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Tensors of this process, with those of the others if they are `sharded`."""
+        join = self.gates.scores.joined
+        return {name: join(t, everywhere=everywhere) if t.ndim else t for name, t in tensors.items()}
 
     def _unpack(self, state: Checkpoint) -> Checkpoint:
         """Restore a state; returns the last good state it contains."""
@@ -169,24 +206,26 @@ class Learner:
             self._check_fits(tensors)
         if own:
             scores = self.gates.scores
-            with torch.no_grad():
-                scores.copy_(own["scores"])
+            scores.copy_(own["scores"])
             moments = {name.removeprefix(f"{self._kind}."): t for name, t in own.items() if name != "scores"}
-            self.optimizer.state[scores] = {name: t.to(self.device, copy=True) for name, t in moments.items()}
+            for place, one in zip(scores.places, scores.tensors, strict=True):
+                self.optimizer.state[one] = {
+                    name: (t if name == "step" else t[place]).to(one.device, copy=True) for name, t in moments.items()
+                }
         if state.step and state.step == state.good_step:
             good = own
         return replace(state, tensors=good, step=state.good_step or 0, good_step=None)
 
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these are the scores and moments of these gates."""
-        scores = self.gates.scores
-        like = {"scores": scores, **{f"{self._kind}.{name}": scores for name in self._moments}}
-        wanted = {name: (one.shape, one.dtype) for name, one in like.items()}
+        n_gates, dtype = len(self.gates.scores), self.gates.scores.tensors[0].dtype
+        names = ["scores", *(f"{self._kind}.{name}" for name in self._moments)]
+        wanted = {name: (torch.Size([n_gates]), dtype) for name in names}
         found = {name: (one.shape, one.dtype) for name, one in tensors.items() if name != "adam.step"}
         step = tensors.get("adam.step")
         if found != wanted or (self._kind == "adam") != (step is not None and step.numel() == 1):
             raise ValueError(
-                f"the checkpoint does not hold the state of these {scores.numel():,} gates: remove the folder "
+                f"the checkpoint does not hold the state of these {n_gates:,} gates: remove the folder "
                 "'checkpoint' of the run to start over"
             )
 

@@ -293,7 +293,7 @@ def _peaks(
     flat = tokens.reshape(-1)
     piece = flat[np.linspace(0, flat.size - 1, part).astype(int)]  # repeated, so that data grow evenly too
     gates = candidates.gates(config, config.seed, within)[0]
-    gates.scores.grad = torch.zeros_like(gates.scores)  # counted with the scores
+    _ = gates.gradient  # allocated before, since it is counted with the scores
     records = []
     with (
         candidates.applied(gates, on_any=True),
@@ -301,7 +301,7 @@ def _peaks(
         recomputed(model) if config.low_memory else nullcontext(),
     ):
         for shape in ((2, 1), (3, 1), (2, 2)):  # of one sequence, PyTorch makes views instead of copies
-            batch = torch.from_numpy(np.tile(piece, shape)).long().to(gates.scores.device)
+            batch = torch.from_numpy(np.tile(piece, shape)).long().to(candidates.device)
             gates.refresh(0)
             with _Record() as record:
                 target.cross_entropy(model(batch), batch).mean().backward()
@@ -314,7 +314,7 @@ def _peaks(
     peaks = []
     for rows in (1, 2, config.batch_size):
         taken = sizes * by_length * (rows / 2) ** by_rows
-        if gates.scores.device.type == "cpu":
+        if candidates.device.type == "cpu":
             taken *= np.where(taken <= _HEAP, retained, 1)
         changes = [taken[tensor] if is_made else -taken[tensor] for tensor, is_made in first.events]
         peaks.append(float(np.cumsum(changes).max()))

@@ -89,6 +89,12 @@ class _Job:
     callbacks: Sequence[Callback]
     interrupt: threading.Event
     ranks: Ranks
+    sharded: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes divide weights, scores and moments, and not the batch alone."""
+        return self.sharded and self.ranks.size > 1
 
     @property
     def written(self) -> RunFolder | None:
@@ -119,6 +125,7 @@ def find_subnetwork(
     rebuild: Inputs | None = None,
     callbacks: Sequence[Any] = (),
     check_memory: str = "warn",
+    sharded: bool = False,
 ) -> FoundSubnetwork:
     """Learn which weights a model needs to reproduce a target, on `corpus.train`.
 
@@ -143,6 +150,9 @@ def find_subnetwork(
             that is resumed or already finished, only steps done in this call are reported.
         check_memory: What to do if the memory forecast does not fit: `"warn"`, `"strict"` (raise) or `"off"` (make no
             forecast); see `MemoryForecast.check`.
+        sharded: If several processes learn together (`torchrun`), each keeps only its share of the blocks' weights, of
+            the scores and of the optimizer's state, so that memory per process falls with their number; no forecast is
+            made then. The result is that of learning without it, up to the order of floating-point sums.
 
     Raises:
         ValueError: If target and model do not fit together, `run_dir` holds a run with other settings, or the loss
@@ -168,7 +178,9 @@ def find_subnetwork(
         raise ValueError(f"the recipe asks for nodes, units {', '.join(config.units)}: use find_circuit")
     within = None if within is None else as_subnetwork(within)
     apart = _apart(apart_from, overlap_weight, config)
-    found = _find(model, target, corpus, config, run_dir, resume, within, apart, rebuild, callbacks, check_memory)
+    found = _find(
+        model, target, corpus, config, run_dir, resume, within, apart, rebuild, callbacks, check_memory, sharded
+    )
     assert isinstance(found, FoundSubnetwork), "nodes were not asked for"
     return found
 
@@ -246,7 +258,9 @@ def find_circuit(
     if isinstance(target, TaskTarget) and not force:
         refuse_unable(ability(model, target.task), "force=True")
     apart = _apart(apart_from, overlap_weight, config)
-    found = _find(model, target, corpus, config, run_dir, resume, bounds, apart, rebuild, callbacks, check_memory)
+    found = _find(
+        model, target, corpus, config, run_dir, resume, bounds, apart, rebuild, callbacks, check_memory, sharded=False
+    )
     assert isinstance(found, FoundCircuit), "nodes were asked for"
     return found
 
@@ -301,6 +315,8 @@ def find_mask(
     """`find_circuit` if the recipe asks for nodes, else `find_subnetwork`; the model was shown to do a task."""
     if config.units is None:
         return find_subnetwork(model, target, corpus, config, **options)
+    if options.pop("sharded", False):
+        raise ValueError(f"sharded learning is of single weights, but the recipe asks for {', '.join(config.units)}")
     return find_circuit(model, target, corpus, config, force=True, **options)
 
 
@@ -331,6 +347,7 @@ def _find(
     rebuild: Inputs | None,
     callbacks: Sequence[Any],
     check_memory: str,
+    sharded: bool,
 ) -> Found:
     """`find_subnetwork` or `find_circuit`, as the recipe says."""
     target, others = target_of(target, model), apart.masks if apart else ()
@@ -339,6 +356,10 @@ def _find(
         raise ValueError("the training part of the corpus is empty")
     check_tokens(model, corpus.train)
     ranks = current_ranks()
+    if sharded and set(config.unit_of.values()) != {"weight"}:
+        raise ValueError(
+            f"sharded learning is of single weights: leave sharded out, or granularity {config.granularity!r}"
+        )
     if ranks.size > 1:
         run_dir = ranks.first_does(lambda: run_dir)
         _check_same(ranks, run_settings(model, target, corpus, config, within, apart), corpus, config)
@@ -372,10 +393,13 @@ def _find(
             candidates.check_covers(one, "each mask of apart_from")
         forecast_memory(
             model, target, corpus, replace(config, batch_size=-(-config.batch_size // ranks.size)),
-            within=within, apart_from=others, mode=check_memory if ranks.is_first else "off", candidates=candidates,
+            within=within, apart_from=others, candidates=candidates,
+            mode=check_memory if ranks.is_first and not sharded else "off",  # it forecasts what is not sharded
         )  # fmt: skip
         with _interrupt_after_step(again=ranks.size == 1) as interrupt, _says_what_to_change(folder):
-            job = _Job(model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt, ranks)
+            job = _Job(
+                model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt, ranks, sharded
+            )
             return _learn(job)
 
 
@@ -438,10 +462,14 @@ def _finish(job: _Job, found: Found) -> Found:
 def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     """Run the loop once, from a state; the records of its steps are appended to `history`."""
     model, target, config, ranks = job.model, job.target, job.config, job.ranks
-    learner = Learner(job.candidates, config, job.within, start, job.apart)
+    learner = Learner(job.candidates, config, job.within, start, job.apart, by_block=job.is_sharded)
     gates, stopped_because = learner.gates, "max_steps"
     guessing = math.log(n_outputs(model)) * (target.most_places if isinstance(target, PlacedTarget) else 1)
-    with job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), _bar(job, start) as bar:
+    shards = learner.sharded(model, ranks) if job.is_sharded else nullcontext()
+    with (
+        job.candidates.applied(gates), lean_forward(model), _memory_saved(model, config), shards,
+        _bar(job, start) as bar,
+    ):  # fmt: skip
         for step in range(start.step, config.max_steps):
             learner.remember(step)
 
@@ -462,8 +490,9 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
 
             # record the step as all ranks agree on it, and roll back if the loss exploded
             record = learner.record(step, cross_entropy.item(), penalty, undecided, due, sparsity_weight)
-            told = _Told(record, undecided, decided, learner.is_finite(), job.interrupt.is_set())
-            record, undecided, decided, is_finite, is_interrupted = _agreed(ranks.gather(told))
+            is_due = job.written is not None and job.written.checkpoint_is_due(learner.checkpoint_size)
+            told = _Told(record, undecided, decided, is_due, learner.is_finite(), job.interrupt.is_set())
+            record, undecided, decided, is_due, is_finite, is_interrupted = _agreed(ranks.gather(told))
             what = explosion(record, history, guessing)
             what = what or (None if is_finite else "the gradient is not finite")
             if what:
@@ -473,7 +502,7 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
             if undecided < config.stop_undecided * decided and learner.may_stop(step, decided):
                 stopped_because = "decided"
                 break
-            _keep(job, learner, step + 1, is_interrupted)
+            _keep(job, learner, step + 1, is_due, is_interrupted)
     if gates.is_hard and len(history) == config.max_steps:
         stopped_because = "planned"
     settled = [record.cross_entropy for record in history[gates.settles_at :]]
@@ -501,6 +530,7 @@ class _Told(NamedTuple):
     record: StepRecord
     undecided: int
     decided: int
+    is_due: bool
     is_finite: bool
     is_interrupted: bool
 
@@ -528,11 +558,12 @@ def _note(job: _Job, bar: Any, record: StepRecord) -> None:
     tell_step(job.callbacks, record)
 
 
-def _keep(job: _Job, learner: Learner, steps: int, stop: bool) -> None:
+def _keep(job: _Job, learner: Learner, steps: int, is_due: bool, stop: bool) -> None:
     """Write a checkpoint if one is due or the run is interrupted; raise KeyboardInterrupt if it is."""
-    folder = job.written
-    if folder and (stop or folder.checkpoint_is_due(learner.checkpoint_size)):
-        folder.write_checkpoint(learner.pack(steps))
+    if job.folder and (stop or is_due) and (job.ranks.is_first or job.is_sharded):
+        state = learner.pack(steps)
+        if job.written:
+            job.written.write_checkpoint(state)
     if stop:
         job.ranks.gather(None)  # nobody ends before it is written
         kept = "nothing is kept"

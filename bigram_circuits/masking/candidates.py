@@ -62,6 +62,11 @@ class Candidates:
         """The number of all weights and nodes that the mask is of, including those without a gate."""
 
     @property
+    def device(self) -> torch.device:
+        """The device that the model reads tokens on; the weights of later blocks may be on others."""
+        return torch.device(self._model.cfg.device)
+
+    @property
     def everything(self) -> Circuit:
         """The circuit of all nodes and edges that have gates, with their replacement."""
         masks = {site.name: torch.ones(_shape(site), dtype=torch.bool) for site in self.nodes}
@@ -78,9 +83,17 @@ class Candidates:
         return (Circuit if self._is_circuit else Subnetwork)(masks, **origin, lineage="droppable")
 
     def gates(
-        self, config: SparsifyConfig, seed: int, within: Mask | None, apart: Apart | None = None
+        self,
+        config: SparsifyConfig,
+        seed: int,
+        within: Mask | None,
+        apart: Apart | None = None,
+        *,
+        by_block: bool = False,
     ) -> tuple[Gates, int | None]:
         """The gates of a recipe, and the size of what is to stay open in the end (None if it is not fixed).
+
+        `by_block` makes a part of the scores of every block.
 
         Raises:
             ValueError: If the size is below that of what has no gate, or above what masks that it is apart from leave.
@@ -98,6 +111,7 @@ class Candidates:
             "within": within and self._stored(within),
             **(self._times_kept(apart) if apart else {}),
             "dtype": torch.bfloat16 if config.low_memory else torch.float32,
+            "by_block": by_block,
         }
         method = METHODS[config.method]
         gates = method.from_config(self.groups, config, seed=seed, wanted=wanted, **start)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from bigram_circuits.masking.parted import Parted
 from bigram_circuits.models.edges import EdgeSite
 from bigram_circuits.models.nodes import NodeSite
 from bigram_circuits.models.weights import WeightSite
@@ -142,6 +143,9 @@ def _check_has(granularity: Mapping[str, str], components: set[str]) -> None:
         raise ValueError(f"this model has no {what}, but granularity {dict(granularity)} needs one")
 
 
+_SEEDS_OF_DEVICES = 1_000_000_007  # between the seeds of the devices of one model
+
+
 # --- what opens closed gates again -----------------------------------------------------------------------------------
 
 
@@ -156,18 +160,18 @@ class Adversary:
     step = 0.25
     """How far it moves at a time."""
 
-    def __init__(self, scores: Float[Tensor, " gate"]) -> None:
+    def __init__(self, scores: Parted) -> None:
         """Start with an adversary that opens nothing."""
-        self.values = torch.zeros_like(scores, requires_grad=False)
+        self.values = scores.like(torch.zeros_like)
         """a, by gate."""
         self.is_climbing = False
         """Whether gradients are its own, and not the scores'."""
-        self.pull = torch.zeros_like(self.values)
+        self.pull = scores.like(torch.zeros_like)
         """The sum of the gradients noted since it last climbed."""
 
     def begin(self, seed: int) -> None:
         """Draw a uniformly from 0 to 1, and climb from there."""
-        self.values.uniform_(0, 1, generator=torch.Generator(self.values.device).manual_seed(seed))
+        draw_uniformly(self.values, 0.0, 1.0, seed)
         self.is_climbing = True
 
     def opens(self, soft: Float[Tensor, " gate"], place: slice) -> Float[Tensor, " gate"]:
@@ -180,12 +184,23 @@ class Adversary:
 
     def feel(self, of_value: Float[Tensor, " gate"], place: slice) -> None:
         """Note a gradient by the values of a range of gates."""
-        self.pull[place] += of_value
+        self.pull[place].add_(of_value)
 
     def climb(self) -> None:
         """Go up the gradients noted since the last time: by the sign of each, within 0 and 1."""
-        self.values.add_(self.pull.sign_(), alpha=self.step).clamp_(0, 1)
-        self.pull.zero_()
+        for values, pull in zip(self.values.tensors, self.pull.tensors, strict=True):
+            values.add_(pull.sign_(), alpha=self.step).clamp_(0, 1)
+            pull.zero_()
+
+
+def draw_uniformly(numbers: Parted, low: float, high: float, seed: int) -> None:
+    """Overwrite a number for every gate by draws from a uniform distribution; every device draws its own."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for part in numbers.tensors:
+        if part.device not in generators:
+            own = seed + len(generators) * _SEEDS_OF_DEVICES
+            generators[part.device] = torch.Generator(part.device).manual_seed(own)
+        part.uniform_(low, high, generator=generators[part.device])
 
 
 # --- the gates of a model --------------------------------------------------------------------------------------------
@@ -195,12 +210,14 @@ _AT_ONCE_ELSEWHERE = 1 << 24  # float32 counts exactly only up to 2**24
 _SAMPLED = 1 << 22  # about how many scores a threshold is estimated from, if there are more
 
 
-class Gates(nn.Module, ABC):
-    """One score per gate, all in one flat parameter, and the soft gates that a masking method computes from them.
+class Gates(ABC):
+    """One score per gate, and the soft gates that a masking method computes from them.
+
+    Scores are in the order of the gates, in a flat parameter for every device of the model: usually one.
 
     A training step consists of `refresh(step)`, `penalise(sparsity_weight)`, and the forward and backward pass of a
     model whose gated weights are replaced by `gate(name, weight)`. Only weights and scores are stored for the backward
-    pass: soft gates are recomputed, and their gradients are accumulated in `scores.grad` in place.
+    pass: soft gates are recomputed, and their gradients are accumulated in the `grad` of the scores in place.
     """
 
     learning_rate: ClassVar[float]
@@ -221,6 +238,7 @@ class Gates(nn.Module, ABC):
         times_kept: Mapping[str, Shaped[Tensor, "..."]] | None = None,
         overlap_weight: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        by_block: bool = False,
     ) -> None:
         """Start every gate at `first_score`, except those that can never open.
 
@@ -228,33 +246,39 @@ class Gates(nn.Module, ABC):
         good; so is a shared gate if all its weights are. `times_kept` says how many other masks keep each weight, by
         name and in stored layout: `penalise` then also charges `overlap_weight` (nats) for them, and if that is
         infinite, every gate of a weight that another mask keeps is dropped from the start. `dtype` is that of the
-        scores and their gradient.
+        scores and their gradient. `by_block` makes a part of the scores of every block.
         """
-        super().__init__()
         self.groups = tuple(groups)
         self.n_weights = sum(group.site.size for group in groups)
-        n_gates = max(group.start + group.count for group in groups)
-        scores = torch.full((n_gates,), -torch.inf, dtype=dtype, device=groups[0].site.original.device)
+        scores = Parted(
+            [
+                torch.full((count,), -torch.inf, dtype=dtype, device=device)
+                for device, count in _devices(groups, by_block)
+            ]
+        )
         for group in groups:
             usable = group.site.original != 0
             if within is not None:
                 usable &= within[group.site.name].to(usable.device)
-            scores[group.place].masked_fill_(_governs_any(group, usable), first_score)
+            own = scores[group.place]
+            own.masked_fill_(_governs_any(group, usable).to(own.device), first_score)
         self._overlap_weight, self._times_kept = overlap_weight, None
         if times_kept is not None:
             of_gates = _mean_over_governed(self.groups, times_kept, scores)
             if math.isinf(overlap_weight):
-                scores.masked_fill_(of_gates > 0, -torch.inf)
+                for own, times in zip(scores.tensors, of_gates.tensors, strict=True):
+                    own.masked_fill_(times > 0, -torch.inf)
             else:
                 self._times_kept = of_gates
-        self.scores = nn.Parameter(scores)
+        self.scores = Parted([nn.Parameter(own) for own in scores.tensors])
+        """What is learned."""
         self.threshold = 0.0  # gates are open above it; changed by `set_threshold`
         self.adversary: Adversary | None = None
         """What opens closed gates while masks are learned to withstand it; None: nothing does."""
         self._group_of = {group.site.name: group for group in groups}
         self._single = all(group.unit == "weight" or group.site.size == group.count for group in groups)
 
-    @classmethod
+    @classmethod  # noqa: B027 (most methods have nothing to check)
     def check_config(cls, config: SparsifyConfig) -> None:
         """Raise ValueError if a recipe lacks an option that the method needs."""
 
@@ -282,7 +306,7 @@ class Gates(nn.Module, ABC):
             decay: AdamW's beta_2.
         """
         return torch.optim.AdamW(
-            [self.scores], lr=rate, weight_decay=config.weight_decay, betas=(0.9, decay), fused=True
+            self.scores.tensors, lr=rate, weight_decay=config.weight_decay, betas=(0.9, decay), fused=True
         )
 
     @abstractmethod
@@ -336,19 +360,19 @@ class Gates(nn.Module, ABC):
         """Multiply a weight matrix, in stored layout, by its soft gates; only `scores` receives a gradient."""
         group = self._group_of[name]
         if group.unit == "weight":
-            return _GatedWeight.apply(self.scores, weight, self, group.place)
-        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
-        return weight * group.spread(soft).to(weight.dtype)
+            return _GatedWeight.apply(self.scores.holding(group.place), weight, self, group.place)
+        soft: Tensor = _SoftGates.apply(self.scores.holding(group.place), self, group.place)
+        return weight * group.spread(soft).to(weight)
 
     def of_nodes(self, name: str) -> Float[Tensor, "..."]:
         """Return the soft gates of a hook point's nodes, or of the edges to it, in the shape of their mask."""
         group = self._group_of[name]
-        soft: Tensor = _SoftGates.apply(self.scores, self, group.place)
+        soft: Tensor = _SoftGates.apply(self.scores.holding(group.place), self, group.place)
         return group.spread(soft)
 
     @torch.no_grad()
     def penalise(self, sparsity_weight: float) -> tuple[float, int, int]:
-        """Set `scores.grad` to the gradient of the penalty; the backward pass then adds the gradient of the loss.
+        """Set the scores' `grad` to that of the penalty; the backward pass then adds the gradient of the loss.
 
         The penalty is `sparsity_weight` times the mean of `penalised` over all gated weights; and, apart from other
         masks, the overlap weight times the mean over all gated weights of soft gate times the number of those masks
@@ -357,7 +381,7 @@ class Gates(nn.Module, ABC):
         Returns:
             The first mean, the number of undecided gates, and the number of gates decided to stay open.
         """
-        gradient = _gradient(self.scores)
+        gradient = self.gradient
         sums = []
         for place, groups in self._pieces():
             value, slope = self.penalised(place), gradient[place]
@@ -370,7 +394,7 @@ class Gates(nn.Module, ABC):
                 slope.add_(of_overlap, alpha=self._overlap_weight / self.n_weights)
             if share is not None:
                 slope *= share
-        total, beyond, above = torch.stack(sums).double().sum(0).tolist()
+        total, beyond, above = self.scores.add_up(_sum(sums)).tolist()
         return total / self.n_weights, *self.undecided(int(beyond - above), int(above))
 
     def set_threshold(self, wanted: int) -> None:
@@ -378,10 +402,8 @@ class Gates(nn.Module, ABC):
 
         With several million gates of single weights, it is estimated from an evenly spaced sample of them.
         """
-        scores = self.scores.detach()
-        if self._single and len(scores) > _SAMPLED:
-            every = -(-len(scores) // _SAMPLED)
-            scores, wanted = scores[::every], wanted // every
+        every = -(-len(self.scores) // _SAMPLED) if self._single else 1
+        scores, wanted = self.scores.sample(every).detach(), wanted // every
         wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
         if self._single and 0 < wanted < len(scores):
             at = len(scores) - wanted  # a partition is several times faster than topk
@@ -399,7 +421,7 @@ class Gates(nn.Module, ABC):
     @property
     def n_possible(self) -> int:
         """Number of gated weights whose gate can open."""
-        return self._governed(self.scores.detach().isfinite())
+        return self._over_weights(lambda place: self.scores[place].detach().isfinite().float())
 
     def n_kept(self) -> int:
         """Return the number of gated weights that are kept."""
@@ -411,7 +433,7 @@ class Gates(nn.Module, ABC):
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
         """Return whether each gate is open once learning has ended."""
-        return hard_gate(self.scores.detach() - self.threshold)
+        return hard_gate(self.scores.flat().detach() - self.threshold)
 
     def masks(self, wanted: int | None = None) -> dict[str, Bool[Tensor, "..."]]:
         """Return the hard gate of every gated weight, by name, in stored layout.
@@ -427,7 +449,7 @@ class Gates(nn.Module, ABC):
 
     def highest(self, wanted: int) -> Bool[Tensor, " gate"]:
         """Select the highest-scoring gates that together govern at most `wanted` weights."""
-        scores = self.scores.detach()
+        scores = self.scores.flat().detach()
         possible = int(scores.isfinite().sum())
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         if self._single:
@@ -459,30 +481,38 @@ class Gates(nn.Module, ABC):
         slope = self.slope(place)
         if self.adversary is not None:
             slope = self.adversary.left(slope, place)
-        _gradient(self.scores)[place].addcmul_(slope, of_value)
+        self.gradient[place].addcmul_(slope, of_value)
+
+    @property
+    def gradient(self) -> Parted:
+        """The scores' `grad`, which is allocated once and then reused."""
+        return self.scores.gradient()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no score is NaN, as scores become after a gradient that is not finite."""
+        return not any(scores.detach().sum().isnan() for scores in self.scores.tensors)
 
     def _shifted(self, place: slice) -> Float[Tensor, " gate"]:
         """Return the scores minus the threshold."""
-        scores = self.scores.detach()[place].float()
+        scores = self.scores[place].detach().float()
         return scores - self.threshold if self.threshold else scores
 
     def _pieces(self) -> Iterator[tuple[slice, list[GateGroup]]]:
         """Yield all gates: in chunks of bounded size if each gates one weight, else with the groups that share them."""
-        at_once = _AT_ONCE.get(self.scores.device.type, _AT_ONCE_ELSEWHERE)
-        stretches: dict[tuple[int, int], list[GateGroup]] = {}
-        for group in self.groups:
-            stretches.setdefault((group.start, group.start + group.count), []).append(group)
+        stretches = _stretches(self.groups)
         if self._single:
-            stretches = {(0, len(self.scores)): list(self.groups)}
+            stretches = {(place.start, place.stop): [] for place in self.scores.places}
         for (start, end), groups in stretches.items():
             if self._single or groups[0].unit == "weight":
+                at_once = _AT_ONCE.get(self.scores[start:end].device.type, _AT_ONCE_ELSEWHERE)
                 yield from ((slice(at, min(at + at_once, end)), []) for at in range(start, end, at_once))
             else:
                 yield slice(start, end), groups
 
     def _n_above(self, threshold: float) -> int:
         """Return the number of weights whose gate's score is above a threshold."""
-        return self._over_weights(lambda place: _above(self.scores.detach()[place], threshold))
+        return self._over_weights(lambda place: _above(self.scores[place].detach(), threshold))
 
     def _governed(self, chosen: Bool[Tensor, " gate"]) -> int:
         """Return the number of weights that the chosen gates govern."""
@@ -491,7 +521,38 @@ class Gates(nn.Module, ABC):
     def _over_weights(self, of: Callable[[slice], Float[Tensor, " gate"]]) -> int:
         """Sum an integer-valued function of the gate over all weights."""
         sums = [_over_weights(of(place), groups)[0] for place, groups in self._pieces()]
-        return round(torch.stack(sums).double().sum().item())
+        return round(self.scores.add_up(_sum(sums)).item())
+
+
+def _stretches(groups: Sequence[GateGroup]) -> dict[tuple[int, int], list[GateGroup]]:
+    """The groups of every range of gates, by its first gate and its end, in the order of the gates."""
+    stretches: dict[tuple[int, int], list[GateGroup]] = {}
+    for group in groups:
+        stretches.setdefault((group.start, group.start + group.count), []).append(group)
+    return stretches
+
+
+def _devices(groups: Sequence[GateGroup], by_block: bool) -> list[tuple[torch.device, int]]:
+    """The device of the weights that gates govern, and the number of gates in a row whose weights are there.
+
+    With `by_block`, of the weights of every block.
+    """
+    parts: list[tuple[torch.device, int]] = []
+    last = None
+    for (start, end), sharing in _stretches(groups).items():
+        site = sharing[0].site
+        place = (site.original.device, site.layer if by_block and isinstance(site, WeightSite) else None)
+        count = end - start
+        if parts and place == last:
+            count += parts.pop()[1]
+        parts.append((place[0], count))
+        last = place
+    return parts
+
+
+def _sum(pieces: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+    """Sum tensors of one shape, which may be on several devices, in float64."""
+    return torch.stack([one.to(pieces[0].device) for one in pieces]).double().sum(0)
 
 
 def _over_weights(
@@ -523,34 +584,30 @@ def _governs_any(group: GateGroup, usable: Bool[Tensor, "..."]) -> Bool[Tensor, 
 
 
 def _mean_over_governed(
-    groups: Sequence[GateGroup], numbers: Mapping[str, Shaped[Tensor, "..."]], like: Float[Tensor, " gate"]
-) -> Float[Tensor, " gate"]:
+    groups: Sequence[GateGroup], numbers: Mapping[str, Shaped[Tensor, "..."]], like: Parted
+) -> Parted:
     """Return the mean of a number over the weights that each gate governs; heads share key-value heads equally.
 
-    Float32, on the device of `like`; the numbers are by name, in stored layout.
+    Float32, in the parts of `like`; the numbers are by name, in stored layout.
     """
-    total, governed = torch.zeros_like(like, dtype=torch.float32), torch.zeros_like(like, dtype=torch.float32)
+    total, governed = (like.like(lambda one: torch.zeros_like(one, dtype=torch.float32)) for _ in range(2))
     for group in groups:
-        number = numbers[group.site.name].to(total)
+        number = numbers[group.site.name].to(total[group.place])
         if group.unit == "weight":
-            total[group.place], governed[group.place] = number.flatten(), 1.0
+            total[group.place].copy_(number.flatten())
+            governed[group.place].fill_(1.0)
             continue
         with torch.inference_mode(False), torch.enable_grad():
-            own = torch.zeros(group.count, dtype=torch.float32, device=like.device, requires_grad=True)
+            own = torch.zeros(group.count, dtype=torch.float32, device=number.device, requires_grad=True)
             each = group.spread(own).expand(number.shape)
             for sums, factor in ((total, number), (governed, torch.ones_like(number))):
-                sums[group.place] += torch.autograd.grad((each * factor).sum(), own, retain_graph=True)[0]
-    return total / governed
+                sums[group.place].add_(torch.autograd.grad((each * factor).sum(), own, retain_graph=True)[0])
+    for sums, counts in zip(total.tensors, governed.tensors, strict=True):
+        sums.div_(counts)
+    return total
 
 
 # --- gated weights, and their gradient ---
-
-
-def _gradient(scores: nn.Parameter) -> Float[Tensor, " gate"]:
-    """Return the scores' gradient buffer, allocated once and then reused."""
-    if scores.grad is None:
-        scores.grad = torch.zeros_like(scores)
-    return scores.grad
 
 
 class _GatedWeight(torch.autograd.Function):

@@ -195,7 +195,7 @@ def residual_streams(
             f"this model exposes its residual stream at {len(streams)} of the {len(names)} points before, between and "
             f"after its blocks"
         )
-    return torch.stack([stream.detach() for stream in streams]), logits
+    return torch.stack([stream.detach().to(logits.device) for stream in streams]), logits
 
 
 def record(

@@ -39,7 +39,7 @@ class ModelTarget(Target):
         return f"model {weight_hash(self.model)}"
 
     def log_probs(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return log softmax of the full model's logits.
+        """Return log softmax of the full model's logits, on their device.
 
         Within one call of a public function, such as `evaluate`, the result for the last batch is remembered.
 
@@ -48,10 +48,10 @@ class ModelTarget(Target):
         """
         known = memo()
         last: tuple[Tensor, Tensor] | None = None if known is None else known.get(self)
-        if last is None or not torch.equal(last[0], tokens):
+        if last is None or last[0].device != tokens.device or not torch.equal(last[0], tokens):
             check_tokens(self.model, tokens)
             with in_use(self.model, "ModelTarget"), torch.no_grad(), full_weights(self.model):
-                last = tokens, self.model(tokens.clone()).float().log_softmax(-1)
+                last = tokens, self.model(tokens.clone().to(self.model.cfg.device)).float().log_softmax(-1)
             if known is not None:
                 known[self] = last
         return last[1]
@@ -60,14 +60,15 @@ class ModelTarget(Target):
         self, logits: Float[Tensor, "batch pos d_vocab"], tokens: Integer[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos"]:
         """Return CE(full model, softmax(logits)) in nats."""
-        return -(self.log_probs(tokens).exp() * logits.float().log_softmax(-1)).sum(-1)
+        return -(self.log_probs(tokens).to(logits.device).exp() * logits.float().log_softmax(-1)).sum(-1)
 
     def surprisal(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_minus_1"]:
         """Return the full model's surprisal of the actual next token, in nats; inf if its outputs are no tokens."""
         if not self.over_tokens:
             return torch.full(tokens[:, 1:].shape, torch.inf, dtype=torch.float32, device=tokens.device)
-        following = tokens[:, 1:, None].long()
-        return -self.log_probs(tokens)[:, :-1].gather(2, following).squeeze(2)
+        log_probs = self.log_probs(tokens)
+        following = tokens[:, 1:, None].to(log_probs.device, torch.long)
+        return -log_probs[:, :-1].gather(2, following).squeeze(2)
 
     def entropy(self, tokens: Integer[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
         """Return the entropy of the full model's distribution, in nats."""

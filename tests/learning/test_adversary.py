@@ -12,6 +12,7 @@ from bigram_circuits.learning import memory
 from bigram_circuits.masking.apply import gate_values, opened
 from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.masking.gates import Adversary
+from bigram_circuits.masking.parted import Parted
 from tests.conftest import D_VOCAB
 from tests.learning.test_training import StopsAt
 
@@ -34,7 +35,7 @@ def attacked(request, tiny_model):
     candidates = Candidates(tiny_model, config)
     gates, _ = candidates.gates(config, seed=0, within=None)
     with torch.no_grad():
-        gates.scores.add_(torch.randn(gates.scores.shape, generator=torch.Generator().manual_seed(1)))
+        gates.scores.flat().add_(torch.randn(len(gates.scores), generator=torch.Generator().manual_seed(1)))
     gates.refresh(0)
     gates.adversary = Adversary(gates.scores)
     gates.adversary.begin(seed=3)
@@ -59,7 +60,7 @@ def test_a_gate_is_open_as_far_as_scores_and_adversary_say(tiny_model, attacked)
     full = bc.Subnetwork.full(tiny_model)
     with torch.no_grad(), candidates.applied(gates):
         found = loss(tiny_model)
-    by_hand = opened_by(gates, gates.scores.detach(), gates.adversary.values)
+    by_hand = opened_by(gates, gates.scores.flat().detach(), gates.adversary.values.flat())
     with torch.no_grad(), opened(tiny_model, full, gate_values(tiny_model, full) | by_hand):
         assert float(loss(tiny_model)) == pytest.approx(float(found), abs=1e-5)
     gates.adversary = None
@@ -71,7 +72,8 @@ def test_gradients_are_the_scores_or_the_adversarys(tiny_model, attacked):
     """Both equal those of the same loss with gates made by plain operations."""
     candidates, gates = attacked
     full = bc.Subnetwork.full(tiny_model)
-    scores, values = gates.scores.detach().clone().requires_grad_(), gates.adversary.values.clone().requires_grad_()
+    scores = gates.scores.flat().detach().clone().requires_grad_()
+    values = gates.adversary.values.flat().clone().requires_grad_()
     soft = torch.sigmoid(scores)
     mixed = soft + (1 - soft) * values
     spread = {
@@ -81,29 +83,29 @@ def test_gradients_are_the_scores_or_the_adversarys(tiny_model, attacked):
         by_scores, by_values = torch.autograd.grad(loss(tiny_model), [scores, values])
 
     with candidates.applied(gates):
-        gates.scores.grad = torch.zeros_like(gates.scores)
+        gates.gradient.flat().zero_()
         loss(tiny_model).backward()
-        assert torch.allclose(gates.scores.grad, by_scores, atol=1e-6, rtol=1e-3)
-        before, kept = gates.adversary.values.clone(), gates.scores.grad.clone()
+        assert torch.allclose(gates.gradient.flat(), by_scores, atol=1e-6, rtol=1e-3)
+        before, kept = gates.adversary.values.flat().clone(), gates.gradient.flat().clone()
         gates.adversary.is_climbing = True
         loss(tiny_model).backward()
         gates.adversary.climb()
-    assert torch.equal(gates.scores.grad, kept)  # a climbing adversary leaves them alone
+    assert torch.equal(gates.gradient.flat(), kept)  # a climbing adversary leaves them alone
     sure = by_values.abs() > 1e-7  # elsewhere rounding decides the sign
     wanted = (before + 0.25 * by_values.sign()).clamp(0, 1)
-    assert torch.allclose(gates.adversary.values[sure], wanted[sure])
+    assert torch.allclose(gates.adversary.values.flat()[sure], wanted[sure])
     assert sure.float().mean() > 0.5
 
 
 def test_it_begins_anew_at_every_step(tiny_model):
-    adversary = Adversary(torch.zeros(1000))
+    adversary = Adversary(Parted([torch.zeros(1000)]))
     adversary.begin(4)
-    first = adversary.values.clone()
+    first = adversary.values.flat().clone()
     assert 0.45 < first.mean() < 0.55
     adversary.begin(5)
-    assert not torch.equal(adversary.values, first)
+    assert not torch.equal(adversary.values.flat(), first)
     adversary.begin(4)
-    assert torch.equal(adversary.values, first)
+    assert torch.equal(adversary.values.flat(), first)
 
 
 @pytest.mark.parametrize("method", ["continuous_sparsification", "straight_through"])

@@ -41,7 +41,7 @@ def find(model, config=None, **options):
 
 SOFT = {
     "continuous sparsification": lambda scores, gates: torch.sigmoid(1.5 * (scores - gates.threshold)),
-    "hard concrete": lambda scores, gates: hard_concrete(scores - gates.threshold, gates._uniform.double()),
+    "hard concrete": lambda scores, gates: hard_concrete(scores - gates.threshold, gates._uniform.flat().double()),
     "straight through": lambda scores, gates: scores,  # its slope is 1
 }
 
@@ -64,14 +64,14 @@ def test_its_gradient_is_that_of_finite_differences_of_the_formula(tiny_model, n
     with_price, without = (
         kind(groups, times_kept=times if priced else None, overlap_weight=7.0, **how) for priced in (True, False)
     )
-    scores = torch.randn(with_price.scores.shape, generator=generator)
+    scores = torch.randn(len(with_price.scores), generator=generator)
     for gates in (with_price, without):
         with torch.no_grad():
-            gates.scores.copy_(scores)
+            gates.scores.flat().copy_(scores)
         gates.threshold = 0.1
         gates.refresh(0)
         gates.penalise(3.0)
-    found = (with_price.scores.grad - without.scores.grad).double()
+    found = (with_price.gradient.flat() - without.gradient.flat()).double()
 
     total = torch.zeros(len(scores), dtype=torch.float64)  # how often the weights of each gate are kept
     for group in groups:
@@ -210,7 +210,7 @@ def test_the_forecast_counts_what_it_takes(tiny_model):
     gates, _ = Candidates(tiny_model, config).gates(
         config, 0, None, training._apart([bc.Subnetwork.full(tiny_model)], 1.0, config)
     )
-    assert forecasts[1] - forecasts[0] == memory._PER_GATE_APART * n == gates._times_kept.nbytes
+    assert forecasts[1] - forecasts[0] == memory._PER_GATE_APART * n == gates._times_kept.flat().nbytes
 
 
 def test_bad_input(tiny_model):

@@ -17,9 +17,9 @@ from bigram_circuits.learning import training
 from bigram_circuits.learning.ranks import Ranks, current_ranks
 from bigram_circuits.runs import StepRecord
 from tests.conftest import TINY_CONFIGS, save_tiny
-from tests.ranked import RECIPES
+from tests.ranked import RECIPES, SHARDED
 
-TOGETHER = [*RECIPES, "mean_by_position", "counterfactual"]
+TOGETHER = [*RECIPES, *SHARDED, "mean_by_position", "counterfactual"]
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +64,32 @@ def test_only_the_first_process_calls_back(seen):
     assert seen[1]["watched"] == [0, 0]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(seen, folder):
+@pytest.mark.parametrize(("name", "run"), [("resumed", "resumed"), ("resumed sharded", "sharded")])
+def test_a_run_goes_on_with_another_number_of_processes(seen, folder, name, run):
     """From one to two and to one again; SIGTERM in the second process stops both after the step, also a second one."""
-    assert [line.partition(";")[0] for line in seen[0]["resumed"]["ended"]] == [
+    assert [line.partition(";")[0] for line in seen[0][name]["ended"]] == [
         "KeyboardInterrupt: interrupted after step 2 of at most 6",
         "KeyboardInterrupt: interrupted after step 4 of at most 6",
     ]
-    assert seen[1]["resumed"]["ended"] == seen[0]["resumed"]["ended"][1:]
-    assert [one["resumed"]["steps"] for one in seen] == [4, 4]
-    found, whole = seen[0]["resumed"]["found"], seen[0]["weights"]["alone"]
+    assert seen[1][name]["ended"] == seen[0][name]["ended"][1:]
+    assert [one[name]["steps"] for one in seen] == [4, 4]
+    found, whole = seen[0][name]["found"], seen[0]["weights"]["alone"]
     assert len(set(found["kept"]) ^ set(whole["kept"])) <= 0.001 * len(whole["kept"])
     assert [one["step"] for one in found["history"]] == [one["step"] for one in whole["history"]]
-    assert all(one["resumed"]["again"] == found["kept"] for one in seen)  # both read the finished run
-    assert len(bc.load_run(folder / "resumed").history) == len(whole["history"])  # only one wrote it
+    assert all(one[name]["again"] == found["kept"] for one in seen)  # both read the finished run
+    assert len(bc.load_run(folder / run).history) == len(whole["history"])  # only one wrote it
 
 
-def test_a_loss_that_is_not_finite_in_one_process_rolls_both_back(seen):
-    assert seen[0]["rolled back"] == seen[1]["rolled back"]
-    assert len(seen[0]["rolled back"]["rollbacks"]) == 1
-    assert np.isfinite([one["cross_entropy"] for one in seen[0]["rolled back"]["history"]]).all()
+@pytest.mark.parametrize("name", ["rolled back", "rolled back sharded"])
+def test_a_loss_that_is_not_finite_in_one_process_rolls_both_back(seen, name):
+    assert seen[0][name] == seen[1][name]
+    assert len(seen[0][name]["rollbacks"]) == 1
+    assert np.isfinite([one["cross_entropy"] for one in seen[0][name]["history"]]).all()
+
+
+def test_sharded_learning_leaves_the_model_bit_for_bit(seen):
+    assert seen[0]["left alone"]
+    assert seen[1]["left alone"]
 
 
 def test_what_cannot_be_divided_is_refused_by_all_in_a_line(seen):
@@ -92,6 +99,7 @@ def test_what_cannot_be_divided_is_refused_by_all_in_a_line(seen):
         "ValueError: replace='resample' takes values from other sequences of the batch, which several processes "
         "divide: learn in one process, or choose another replacement",
         "ValueError: process 1 was given another run than process 0 (its recipe.seed is 0, not 1)",
+        "ValueError: sharded learning is of single weights: leave sharded out, or granularity 'neuron'",
     ]  # fmt: skip
 
 
@@ -131,7 +139,7 @@ def test_the_losses_of_all_ranks_add_up_to_the_mean_of_plain_pytorch(tiny_folder
 def test_ranks_agree_on_what_any_of_them_has_met():
     def told(loss, *, finite=True, interrupted=False, undecided=3):
         record = StepRecord(0, 1, loss, 0.5, 0.25, None, 0.5, 0.5, 1.0)
-        return training._Told(record, undecided, 4, finite, interrupted)
+        return training._Told(record, undecided, 4, False, finite, interrupted)
 
     agreed = training._agreed([told(1.0), told(0.5, finite=False, interrupted=True, undecided=5)])
     assert (agreed.record.cross_entropy, agreed.undecided) == (1.5, 3)

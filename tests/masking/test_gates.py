@@ -57,13 +57,13 @@ def test_the_share_of_straight_through_falls_to_its_target():
 
 def plainly(gates, name, step):
     """(soft, penalised) of all gates, with a graph back to the returned scores."""
-    scores = gates.scores.detach().clone().requires_grad_()
+    scores = gates.scores.flat().detach().clone().requires_grad_()
     moved = scores - gates.threshold
     if name in ("soft", "hard"):
         soft = torch.sigmoid(temperature(step if name == "soft" else 1, first=2.0, growth=1.5) * moved)
         return scores, soft if name == "soft" else (moved > 0).float() + (soft - soft.detach()), soft
     if name == "hard concrete":
-        return scores, hard_concrete(moved, gates._uniform), probability_open(moved)
+        return scores, hard_concrete(moved, gates._uniform.flat()), probability_open(moved)
     finite = scores.masked_fill(scores.isinf(), 0.0)
     return scores, gates.hard_gates().float() + (finite - finite.detach()), gates.hard_gates().float()
 
@@ -83,7 +83,7 @@ def test_hard_gates_follow_soft_ones_and_the_rate_falls_to_zero(tiny_model):
     everything = slice(0, len(gates.scores))
     betas, rates, hard = [], [], []
     with torch.no_grad():
-        gates.scores.copy_(torch.linspace(-1, 1, len(gates.scores)))
+        gates.scores.flat().copy_(torch.linspace(-1, 1, len(gates.scores)))
     for step in range(10):
         gates.refresh(step)
         betas.append(gates.steepness)
@@ -111,7 +111,7 @@ def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, name, u
     }
     gates = method(group_gates(bc.weight_sites(any_model), unit_of), within=within, **how)
     with torch.no_grad():
-        gates.scores += torch.randn(gates.scores.shape, generator=generator)
+        gates.scores.flat().add_(torch.randn(len(gates.scores), generator=generator))
     if method is not StraightThrough:
         gates.threshold = 0.1
     gates.refresh(2)
@@ -133,8 +133,8 @@ def test_penalty_and_gradient_are_those_of_the_plain_formulas(any_model, name, u
     penalty = sum(sizes) / gates.n_weights
     assert mean == pytest.approx(float(penalty.detach()), rel=1e-5)
     (expected + 7.0 * penalty).backward()
-    torch.testing.assert_close(gates.scores.grad, scores.grad, rtol=1e-4, atol=1e-6)
-    assert (gates.scores.grad[gates.scores.isinf()] == 0).all()
+    torch.testing.assert_close(gates.gradient.flat(), scores.grad, rtol=1e-4, atol=1e-6)
+    assert (gates.gradient.flat()[gates.scores.flat().isinf()] == 0).all()
     if method is not StraightThrough:
         assert between == int(((penalised > 0.1) & (penalised <= 0.9)).sum())
         assert above == int((penalised > 0.9).sum())
@@ -147,13 +147,13 @@ def test_a_backward_pass_adds_to_the_gradient_that_is_there(any_model, random_to
     with bc.gated(any_model, gates):
         gates.refresh(0)
         gates.penalise(3.0)
-        penalty = gates.scores.grad.clone()
+        penalty = gates.gradient.flat().clone()
         any_model(tokens).square().mean().backward()
-        both = gates.scores.grad.clone()
+        both = gates.gradient.flat().clone()
         gates.penalise(0.0)
-        assert (gates.scores.grad == 0).all()
+        assert (gates.gradient.flat() == 0).all()
         any_model(tokens).square().mean().backward()
-    torch.testing.assert_close(both, penalty + gates.scores.grad)
+    torch.testing.assert_close(both, penalty + gates.gradient.flat())
 
 
 # --- tied gates ---
@@ -247,8 +247,7 @@ def test_a_tied_gate_gets_the_sum_of_its_weights_gradients(any_model, random_tok
         with bc.gated(any_model, gates):
             gates.refresh(0)
             any_model(tokens).square().mean().backward()
-        assert gates.scores.grad is not None
-        return gates, gates.scores.grad
+        return gates, gates.gradient.flat()
 
     single, each = gradient({"attn": "weight", "mlp": "weight"})
     tied, together = gradient({"attn": "block", "mlp": "neuron"})
@@ -272,7 +271,7 @@ def test_a_weight_that_is_zero_starts_and_stays_dropped(tiny_folders):
     with torch.no_grad():
         site.original[0, :5] = 0
     gates = ContinuousSparsification(group_gates(bc.weight_sites(model), {"mlp": "weight"}), first_score=0.5)
-    optimizer = torch.optim.AdamW([gates.scores], lr=0.1, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([gates.scores.flat()], lr=0.1, weight_decay=0.01)
     for step in range(3):
         gates.refresh(step)
         gates.penalise(-1.0)
@@ -290,9 +289,9 @@ def test_the_threshold_opens_what_is_wanted_or_all_there_is(tiny_model, unit_of)
     within = bc.Subnetwork.full(tiny_model).drop_layer(1)
     stored = {site.name: site.to_stored(within[site.name]) for site in sites}
     gates = ContinuousSparsification(group_gates(sites, unit_of), within=stored)
-    noise = torch.randn(gates.scores.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(len(gates.scores), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        gates.scores.add_(noise)  # what is outside stays at minus infinity
+        gates.scores.flat().add_(noise)  # what is outside stays at minus infinity
     for wanted in (0, 1000, within.kept, within.total):
         gates.set_threshold(wanted)
         expected = min(wanted, within.kept)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bigram_circuits.masking.gates import GateGroup, Gates
+from bigram_circuits.masking.gates import GateGroup, Gates, draw_uniformly
 from bigram_circuits.recipe import SparsifyConfig
 
 CONCRETE_TEMPERATURE, STRETCH_LOW, STRETCH_HIGH = 2 / 3, -0.1, 1.1
@@ -47,7 +47,7 @@ class HardConcrete(Gates):
     def __init__(self, groups: Sequence[GateGroup], *, seed: int = 0, **start: Any) -> None:
         super().__init__(groups, **start)
         self._seed = seed
-        self._uniform = torch.full_like(self.scores, 0.5, requires_grad=False, dtype=torch.float32)
+        self._uniform = self.scores.like(lambda one: torch.full_like(one, 0.5, dtype=torch.float32))
 
     @classmethod
     def from_config(
@@ -58,8 +58,7 @@ class HardConcrete(Gates):
 
     def refresh(self, step: int) -> None:
         """Draw the noise of a step."""
-        generator = torch.Generator(self.scores.device).manual_seed(self._seed * 1_000_003 + step)
-        self._uniform.uniform_(1e-6, 1 - 1e-6, generator=generator)
+        draw_uniformly(self._uniform, 1e-6, 1 - 1e-6, self._seed * 1_000_003 + step)
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
         """Sample a range of gates with the step's noise."""

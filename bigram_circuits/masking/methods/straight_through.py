@@ -51,7 +51,7 @@ class StraightThrough(Gates):
         super().__init__(groups, **start)
         self._target, self._steps, self._step = target, steps, 0
         self._along_path, self._point = along_path, 1.0
-        self._open = torch.ones_like(self.scores, dtype=torch.bool, requires_grad=False)
+        self._open = self.scores.like(lambda one: torch.ones_like(one, dtype=torch.bool))
 
     @classmethod
     def check_config(cls, config: SparsifyConfig) -> None:
@@ -74,14 +74,14 @@ class StraightThrough(Gates):
         that matter more are higher. AdamW would move every score at the same speed. Only the ranks of the scores count,
         so the learning rate does not matter.
         """
-        return torch.optim.SGD([self.scores], lr=rate, momentum=0.9)
+        return torch.optim.SGD(self.scores.tensors, lr=rate, momentum=0.9)
 
     def refresh(self, step: int) -> None:
         """Select the gates that are open at a step, and how far."""
-        usable = int(self.scores.isfinite().sum()) if self._single else self.n_weights
+        usable = self.n_possible if self._single else self.n_weights
         share = kept_share(step, target=self._target / self.n_weights, steps=self._steps)
         wanted = max(self._target, min(round(share * self.n_weights), usable))
-        self._open, self._step = self.highest(wanted), step
+        self._open, self._step = self.scores.split(self.highest(wanted)), step
         self._point = path_point(step) if self._along_path and step < self.settles_at else 1.0
 
     def soft(self, place: slice) -> Float[Tensor, " gate"]:
@@ -90,7 +90,7 @@ class StraightThrough(Gates):
 
     def slope(self, place: slice) -> Float[Tensor, " gate"]:
         """Return the slope of the identity, 1, for open and closed gates alike; 0 for gates that can never open."""
-        return self.scores.detach()[place].isfinite().float()
+        return self.scores[place].detach().isfinite().float()
 
     def penalised(self, place: slice) -> Float[Tensor, " gate"]:
         """Return the open gates; their number is fixed by the schedule, so there is nothing to differentiate."""
@@ -112,11 +112,11 @@ class StraightThrough(Gates):
 
     def hard_gates(self) -> Bool[Tensor, " gate"]:
         """Return the gates that were open in the last step."""
-        return self._open
+        return self._open.flat()
 
     def n_kept(self) -> int:
         """Return the number of gated weights that are kept."""
-        return self._governed(self._open)
+        return self._over_weights(lambda place: self._open[place].float())
 
 
 METHOD = StraightThrough
