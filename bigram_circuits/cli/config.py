@@ -13,8 +13,8 @@ from bigram_circuits.recipe import PARTS, option_value, options_of
 from bigram_circuits.storage.typed import from_json
 
 _OWN: Mapping[str, Any] = {
-    "out": str, "device": str, "fresh": bool, "sharded": bool, "sizes": tuple[float | int, ...], "methods": tuple[str, ...],
-    "draws": int, "models": tuple[str, ...], "rows": tuple[str, ...], "released": bool,
+    "out": str, "device": str, "fresh": bool, "sharded": bool, "sizes": tuple[float | int, ...],
+    "methods": tuple[str, ...], "draws": int, "models": tuple[str, ...], "rows": tuple[str, ...], "released": bool,
 }  # fmt: skip
 """The options of single commands that are no options of a study, with their types."""
 
