@@ -105,9 +105,14 @@ class Compared:
         """Checksum of the subnetwork that the search was restricted to; None if it was unrestricted."""
         return self.run.settings.within if self.run else None
 
+    @cached_property
+    def _rows(self) -> Mapping[str, Any]:
+        """The rows of its evaluation, by condition."""
+        return dict(self.evaluation.rows()) if self.evaluation else {}
+
     def measured(self, quantity: str, condition: str = "subnetwork") -> float | int | None:
         """A quantity of its evaluation; None if it was not measured or is undefined."""
-        row = dict(self.evaluation.rows()).get(condition) if self.evaluation else None
+        row = self._rows.get(condition)
         value = math.nan if row is None else row[quantity]
         return None if math.isnan(value) else value
 
