@@ -179,10 +179,13 @@ def test_an_error_of_ours_has_a_traceback_and_is_json_too(run, monkeypatch):
 
 
 def test_quiet_leaves_errors_and_the_result(run, finished):
-    code, out, err = run("report", finished / "other", "--quiet")
-    assert (code, out, err) == (0, f"{finished / 'other' / 'report.html'}\n", "")
-    code, out, err = run("report", finished / "other", "--quiet", "--json")
+    code, out, err = run("explain", finished / "run", "--quiet")
+    assert (code, err) == (0, "")
+    assert out.endswith("\nthe page to look at: explanation.html\n")
+    code, out, err = run("explain", finished / "run", "--quiet", "--json")
     assert (json.loads(out)["ok"], err) == (True, "")
+    told = "bigram-circuits: debug: wrote 'explanation.html'\n"
+    assert run("explain", finished / "run", "--quiet", "--log-level", "debug")[2] == told
     assert run("evaluate", "nowhere", "--quiet")[2].startswith("bigram-circuits: error: ")
 
 

@@ -510,7 +510,7 @@ def test_the_command_says_in_one_line_that_memory_ran_out(monkeypatch, capfd):
     def fail(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
 
-    monkeypatch.setattr(cli, "_hooks", fail)
+    monkeypatch.setattr("bigram_circuits.cli.commands.hooks", fail)
     assert cli.main(["hooks"]) == 1
     err = capfd.readouterr().err
     assert re.match(r"bigram-circuits: error: out of memory: use --low-memory, a smaller .*2\.00 GiB", err)

@@ -7,6 +7,7 @@ model computes what the plain Hugging Face model does.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from bigram_circuits.storage.records import count_tensors, parse_json, regular_s
 from bigram_circuits.text.tokenizers import remember_template, template_of
 
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
+_LOGGER = logging.getLogger("bigram_circuits")
 _PYTHIA = re.compile(
     r"(EleutherAI/)?pythia(-\d+(\.\d+)?[mb](-deduped)?)?(-v0|(-data|-weight)?-seed\d|-(hidden|attn|all)dropout)?"
 )
@@ -113,6 +115,7 @@ def load_model(
     known_as = full_name(name)
     source = _source(known_as)
     precision, device = _precision(dtype), _device(device)
+    _LOGGER.debug("loading %r to %s as %s", known_as, device, precision)
     check_tokenizer(tokenizer)
     if is_in_memory(known_as):
         raise ValueError(f"the model {str(name)!r} was an object in memory: pass the object")

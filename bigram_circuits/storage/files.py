@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from bigram_circuits.storage.records import check_no_link, read_record, sealed
 
+_LOGGER = logging.getLogger("bigram_circuits")
 _LEFTOVER = re.compile(r"\..+\.(json|jsonl|safetensors|html)\.[a-z0-9_]{8}")  # temporary names given by `whole_file`
 _GUARDS: dict[Path, Callable[[], None]] = {}  # of folders, by their resolved paths
 
@@ -71,6 +73,7 @@ def whole_file(path: str | os.PathLike[str], *, guard: bool = True) -> Iterator[
                 check_guards(path)
             os.replace(temporary, path)
             sync_folder(path.parent)
+        _LOGGER.debug("wrote %r", str(path))
     finally:
         Path(temporary).unlink(missing_ok=True)
 
