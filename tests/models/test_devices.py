@@ -46,11 +46,14 @@ def placed(request, folder):
     return model, request.param
 
 
-@pytest.mark.parametrize("name", [name for name in USES if name not in ALIKE])
+@pytest.mark.parametrize(
+    ("placed", "name"),
+    [(1, name) for name in USES if name not in ALIKE] + [(2, name) for name in SPREAD],
+    indirect=["placed"],
+    scope="module",
+)
 def test_no_tensor_is_on_another_device(placed, monkeypatch, name):
-    model, devices = placed
-    if devices == 2 and name not in SPREAD:
-        return
+    model, _ = placed
     with pretended(monkeypatch):
         corpus, target = bc.Corpus.from_tokens(TEXT[:2, :6], TEXT[:4, :6]), bc.count_ngrams(TEXT, d_vocab=D_VOCAB)
         USES[name](model, target, corpus)
