@@ -9,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ def build(corpus: bc.Corpus, folder: Path, d_vocab: int) -> Path:
     return path
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of each run (default: 60)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each target (default: 3)")
     parser.add_argument("--smoke", action="store_true", help="a few steps, only to see that it runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.smoke:
         arguments.steps, arguments.rounds = 4, 1
     model = bc.load_model("reference")
