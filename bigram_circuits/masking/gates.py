@@ -404,11 +404,12 @@ class Gates(ABC):
         """
         every = -(-len(self.scores) // _SAMPLED) if self._single else 1
         scores, wanted = self.scores.sample(every).detach(), wanted // every
-        wanted = min(wanted, int(scores.isfinite().sum())) if self._single else wanted
-        if self._single and 0 < wanted < len(scores):
+        if self._single:
+            wanted = min(wanted, int(scores.isfinite().sum()))
             at = len(scores) - wanted  # a partition is several times faster than topk
-            ordered = np.partition(scores.float().cpu().numpy(), (at - 1, at))
-            below, above = float(ordered[at - 1]), float(ordered[at])
+            ordered = np.partition(scores.float().cpu().numpy(), (max(at - 1, 0), min(at, len(scores) - 1)))
+            below = float(ordered[at - 1]) if at else -math.inf
+            above = float(ordered[at]) if wanted else math.inf
         else:
             chosen = self.highest(wanted)
             below = scores[~chosen].max().item() if not chosen.all() else -math.inf

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bigram_circuits as bc
+from bigram_circuits.masking import gates as gates_module
 from bigram_circuits.masking import gates as module
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification, soft_gate, temperature
@@ -299,6 +300,18 @@ def test_the_threshold_opens_what_is_wanted_or_all_there_is(tiny_model, unit_of)
             assert gates.n_kept() == expected
         else:
             assert expected - 200 < gates.n_kept() <= expected
+
+
+def test_a_threshold_from_a_sample_is_near_what_is_wanted_down_to_one_and_up_to_all(tiny_model, monkeypatch):
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(tiny_model), {"mlp": "weight"}))
+    every = 3
+    monkeypatch.setattr(gates_module, "_SAMPLED", -(-len(gates.scores) // every))
+    noise = torch.randn(len(gates.scores), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gates.scores.flat().copy_(noise)
+    for wanted in (0, 1, every, 500, gates.n_weights - 1, gates.n_weights):
+        gates.set_threshold(wanted)
+        assert abs(gates.n_kept() - wanted) < 100
 
 
 def test_straight_through_ends_with_its_number(tiny_model):
