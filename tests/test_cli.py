@@ -283,7 +283,7 @@ def test_wrong_arguments(refused):
     refused("find", "--method", "straight_through", code=2, said="say how many with target_fraction")
     refused("find", "--layers", "one", code=2, said="'one' is not a whole number")
     refused("find", "--steps", "0", code=2, said="'0' is not a whole number of at least 1")
-    refused("find", "--order", "4", code=2, said="invalid choice: 4")
+    refused("find", "--order", "4", code=2, said="order must be 1, 2 or 3 (or more with an index), not 4")
     refused("dance", code=2, said="invalid choice: 'dance'")
     refused("analyse", "runs/mine", code=2, said="did you mean analyze?")
     refused("find", "--target", "ngrams", code=2, said="did you mean ngram?")

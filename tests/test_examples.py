@@ -21,6 +21,7 @@ NOT_RUN = {
     **dict.fromkeys(("load_published", "pull_subnetwork", "push_subnetwork"), "needs the hub"),
     **dict.fromkeys(("greater_than", "indirect_object", "successor_scores"), "needs a hub model's tokenizer"),
     "WandB": "needs a Weights & Biases account",
+    "IndexTarget": "needs an index",
     "load_dictionary": "needs a folder that SAELens wrote",
     "exciting_tokens": "is deprecated, so that it warns",
     "find_path": "is the former name of sparsity_path",

@@ -131,7 +131,9 @@ def _read_corpus(place: Path) -> Corpus:
     with damaged(place / "text.json", _REMEDY):
         rest = StoredText.from_json(read_checked_json(place / "text.json", _REMEDY))
     with damaged(place, _REMEDY):
-        train, held_out = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out"))
+        train, held_out = (
+            np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("train", "held_out")
+        )
         if fingerprint_of(train, held_out) != rest.fingerprint:
             raise ValueError("its tokens are not those that were written")
     return Corpus(train, held_out, **{name: getattr(rest, name) for name in StoredText.__annotations__})
