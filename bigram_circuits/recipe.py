@@ -8,6 +8,7 @@ fields here, so adding an option means adding one field. This module does not im
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import shlex
@@ -682,7 +683,9 @@ class Request:
         known = {name for part in PARTS for name in options_of(part)}
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise ValueError(f"there is no option {unknown[0]!r}: there are {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no option {unknown[0]!r}: there are {', '.join(sorted(known))}{meant}")
         some = {name: value for name, value in given.items() if value is not None}
         inputs = Inputs(**{name: some[name] for name in options_of(Inputs) if name in some})
         options = StudyOptions(**{name: some[name] for name in options_of(StudyOptions) if name in some})

@@ -199,6 +199,8 @@ def test_mistakes_about_the_text_are_named(options, words):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="there is no option 'stpes': there are along_path, analysis, batch_size"):
         Request.of(stpes=3)
+    with pytest.raises(ValueError, match=r"there is no option 'sede': there are .*; did you mean seed\?$"):
+        Request.of(sede=0)
     with pytest.raises(ValueError, match="target must be one of induced, model, next-token, ngram, not 'bigram'"):
         Request.of(target="bigram")
     with pytest.raises(ValueError, match="sparsity_weights cannot be combined with"):

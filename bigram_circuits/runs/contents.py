@@ -20,7 +20,7 @@ from bigram_circuits.evaluation import SoftHardGap
 from bigram_circuits.models.identity import how_models_differ, same_text
 from bigram_circuits.recipe import Inputs, SparsifyConfig
 from bigram_circuits.storage.files import damaged, read_checked_json
-from bigram_circuits.storage.origin import is_signed, sign
+from bigram_circuits.storage.origin import is_ours, signed
 from bigram_circuits.storage.records import opened, parse_record, shown
 from bigram_circuits.storage.typed import Record
 from bigram_circuits.tasks.task import Ability
@@ -236,15 +236,12 @@ class Config(Record):
 
     def signed(self) -> Config:
         """The same with the signature of this user on this machine."""
-        return replace(self, signature=sign(self._unsigned()))
+        return signed(self)
 
     @property
     def is_ours(self) -> bool:
         """Whether this user made it on this machine."""
-        return is_signed(self._unsigned(), self.signature)
-
-    def _unsigned(self) -> dict[str, Any]:
-        return replace(self, signature=None).to_json()
+        return is_ours(self)
 
 
 @dataclass(frozen=True)

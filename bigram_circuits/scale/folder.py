@@ -23,7 +23,7 @@ import psutil
 from bigram_circuits.scale.spec import PlannedRun
 from bigram_circuits.storage.files import checked_json, damaged, is_leftover, read_checked_json, write_text
 from bigram_circuits.storage.locks import is_lock
-from bigram_circuits.storage.origin import is_signed, sign
+from bigram_circuits.storage.origin import is_ours, signed
 from bigram_circuits.storage.records import shown
 from bigram_circuits.storage.typed import Record, from_json
 
@@ -86,15 +86,12 @@ class SweepRecord(Record):
 
     def signed(self) -> SweepRecord:
         """The same with the signature of this user on this machine."""
-        return replace(self, signature=sign(self._unsigned()))
+        return signed(self)
 
     @property
     def is_ours(self) -> bool:
         """Whether this user made it on this machine."""
-        return is_signed(self._unsigned(), self.signature)
-
-    def _unsigned(self) -> dict[str, Any]:
-        return replace(self, signature=None).to_json()
+        return is_ours(self)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def kind_of(request: Request) -> tuple[Any, ...]:
     where = inputs.model, inputs.revision, inputs.dtype, inputs.corpus, inputs.context_length, inputs.target
     gates = config.method, str(config.granularity), config.layers, config.units, config.replace, config.target_fraction
     return (
-        *where, inputs.order, inputs.task, inputs.measure, *gates, config.along_path, config.max_steps,
+        *where, inputs.order, inputs.index, inputs.task, inputs.measure, *gates, config.along_path, config.max_steps,
         config.batch_size, config.worst_case, config.low_memory, config.polish, request.options,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import secrets
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,20 @@ def is_signed(record: Mapping[str, Any], signature: str | None) -> bool:
     except (OSError, RuntimeError, ValueError):
         return False
     return key is not None and signature is not None and hmac.compare_digest(_hash(record, key), signature)
+
+
+def signed(record: Any) -> Any:
+    """A record with its field `signature` set to that of this user on this machine."""
+    return replace(record, signature=sign(_unsigned(record)))
+
+
+def is_ours(record: Any) -> bool:
+    """Whether this user signed a record on this machine."""
+    return is_signed(_unsigned(record), record.signature)
+
+
+def _unsigned(record: Any) -> Mapping[str, Any]:
+    return replace(record, signature=None).to_json()
 
 
 def _hash(record: Mapping[str, Any], key: bytes) -> str:

@@ -116,7 +116,8 @@ class IndexTarget(Target):
 
     def _table(self, tokens: Integer[Tensor, "batch pos"]) -> _TableOfBatch:
         """The rows of a batch, as a table of it alone."""
-        if self._last is not None and torch.equal(self._last[0], tokens):
+        own = tokens.to("cpu", torch.long)
+        if self._last is not None and torch.equal(self._last[0], own):
             return self._last[1]
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.d_vocab:
             raise ValueError(
@@ -131,7 +132,7 @@ class IndexTarget(Target):
         rows = torch.tensor([used[self._resolved[one]] for one in contexts], dtype=torch.long)
         level = _joined([self._rows[context] for context in used])
         table = _TableOfBatch(1, self.d_vocab, (level,), rows.view(tokens.shape).to(tokens.device))
-        self._last = tokens.clone(), table
+        self._last = own.clone(), table
         return table
 
     def _fetch(self, contexts: Sequence[Context]) -> None:
@@ -151,6 +152,7 @@ class IndexTarget(Target):
             if low < 0:
                 raise ValueError(f"{self._index.description} holds no tokens of a vocabulary of {self.d_vocab}")
             self._resolved[one] = one[len(one) - low :]
+            self._taken += 100 + 16 * len(one)
 
     def _keep(self, found: dict[Context, Followers]) -> None:
         if not found:

@@ -191,6 +191,7 @@ def test_rows_are_kept_within_a_limit_and_fetched_again(stream, texts, tmp_path)
     target, scarce = (bc.IndexTarget(path, d_vocab=D_VOCAB, order=3, cache_bytes=n) for n in (1 << 30, 1))
     for tokens in (*texts, texts[0]):
         assert torch.equal(scarce.log_probs(tokens), target.log_probs(tokens))
+        assert torch.equal(target.log_probs(tokens.int()), target.log_probs(tokens))
 
 
 def test_copies_open_the_index_again(stream, texts, tmp_path):
