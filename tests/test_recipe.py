@@ -62,6 +62,8 @@ OTHER = {  # for every option a value that is not its default
     "along_path": True,
     "max_steps": 7,
     "batch_size": 3,
+    "short_until": 0.25,
+    "short_length": 9,
     "stop_undecided": 0.02,
     "recovery_steps": 9,
     "retries": 0,

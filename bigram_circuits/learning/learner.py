@@ -155,8 +155,15 @@ class Learner:
         )
 
     def may_stop(self, step: int, decided: int) -> bool:
-        """Whether decided gates mean that learning is done: some are closed, and the share to reach is due."""
-        return decided < self._n_possible and (self.share is None or has_fallen(step, self.config.max_steps))
+        """Whether decided gates mean that learning is done.
+
+        That is so if some are closed, the step saw whole sequences, and the share to reach is due.
+        """
+        return (
+            decided < self._n_possible
+            and step >= self.config.short_steps
+            and (self.share is None or has_fallen(step, self.config.max_steps))
+        )
 
     def is_finite(self) -> bool:
         """Whether no score is NaN, as scores become after a non-finite gradient."""

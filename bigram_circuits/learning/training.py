@@ -355,6 +355,7 @@ def _find(
     if len(corpus.train) == 0:
         raise ValueError("the training part of the corpus is empty")
     check_tokens(model, corpus.train)
+    _with_short_steps(model, target, config)
     ranks = current_ranks()
     if sharded and set(config.unit_of.values()) != {"weight"}:
         raise ValueError(
@@ -401,6 +402,23 @@ def _find(
                 model, target, corpus, config, candidates, within, apart, folder, callbacks, interrupt, ranks, sharded
             )
             return _learn(job)
+
+
+def _with_short_steps(model: Model, target: Target, config: SparsifyConfig) -> SparsifyConfig:
+    """The recipe with its share of short steps as a number.
+
+    Raises:
+        ValueError: If short steps are asked for that may not reach what the target is defined at.
+    """
+    config = config.with_short_steps(target.context_length, str(model.cfg.positional_embedding_type))
+    if config.short_steps:
+        if isinstance(target, PlacedTarget):
+            raise ValueError("short_until: short steps may not see the answers of a task; leave it out")
+        if not range(*target.positions.indices(config.short_length)):
+            raise ValueError(
+                f"short_until: the target is defined at none of the first short_length={config.short_length} tokens"
+            )
+    return config
 
 
 def _check_same(ranks: Ranks, settings: RunSettings, corpus: Corpus, config: SparsifyConfig) -> None:
@@ -462,7 +480,8 @@ def _finish(job: _Job, found: Found) -> Found:
 def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
     """Run the loop once, from a state; the records of its steps are appended to `history`."""
     model, target, config, ranks = job.model, job.target, job.config, job.ranks
-    learner = Learner(job.candidates, config, job.within, start, job.apart, by_block=job.is_sharded)
+    learned_with = _with_short_steps(model, target, config)
+    learner = Learner(job.candidates, learned_with, job.within, start, job.apart, by_block=job.is_sharded)
     gates, stopped_because = learner.gates, "max_steps"
     guessing = math.log(n_outputs(model)) * (target.most_places if isinstance(target, PlacedTarget) else 1)
     shards = learner.sharded(model, ranks) if job.is_sharded else nullcontext()
@@ -514,6 +533,8 @@ def _attempt(job: _Job, start: Checkpoint, history: list[StepRecord]) -> Found:
 def _batch(job: _Job, learner: Learner, step: int) -> tuple[Integer[Tensor, "batch pos"], float]:
     """This rank's sequences of a step's batch, and their share of it."""
     whole = batch_of(job.corpus.train, job.config.batch_size, step=step, seed=learner.seed)
+    if step < learner.config.short_steps:
+        whole = whole[:, : job.config.short_length]
     own = job.ranks.rows(whole)
     return own.to(learner.device), len(own) / len(whole)
 

@@ -44,6 +44,8 @@ class Target(ABC):
     """Size of the vocabulary; None if any will do."""
     positions: slice = slice(None)
     """The positions at which it is defined."""
+    context_length: int | None = None
+    """The number of last tokens that its distributions depend on; None: all of them, or unknown."""
     fingerprint: str | None = None
     """Distinguishes it from other targets of the same class."""
     over_tokens: bool = True
@@ -125,6 +127,7 @@ class _Foreign(Target):
         self._target = target
         self.d_vocab = getattr(target, "d_vocab", None)
         self.positions = getattr(target, "positions", Target.positions)
+        self.context_length = getattr(target, "context_length", None)
         self.fingerprint = getattr(target, "fingerprint", None)
         self.over_tokens = getattr(target, "over_tokens", True)
 

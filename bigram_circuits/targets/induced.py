@@ -37,6 +37,7 @@ class InducedTarget(Target):
     """
 
     d_vocab: int
+    context_length = 1
 
     def __init__(
         self, model: Model, tokens: Integer[np.ndarray, "sequence position"], *, max_contexts: int | None = None

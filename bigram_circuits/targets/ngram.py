@@ -73,6 +73,7 @@ class IndexTarget(Target):
         self._index: Index = open_index(path, d_vocab, **options)
         self._limit, self._options = cache_bytes, options
         self._forget()
+        self.context_length = order - 1
         self.path = full_path(path)
         """Where the index is."""
         self.fingerprint = f"{self._index.fingerprint} {order} {d_vocab}"

@@ -209,6 +209,11 @@ class NGramTable:
     kind = "NGramTable"
 
     @property
+    def context_length(self) -> int:
+        """The number of last tokens that a distribution depends on."""
+        return self.order - 1
+
+    @property
     def n_entries(self) -> int:
         """Number of distinct n-grams of the full order."""
         return len(self.levels[-1].tokens)

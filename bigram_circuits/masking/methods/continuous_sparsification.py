@@ -20,7 +20,8 @@ from torch import Tensor
 from bigram_circuits.masking.gates import GateGroup, Gates
 from bigram_circuits.recipe import SparsifyConfig
 
-_GROWS = 1e5  # total factor by which beta grows over `max_steps` if the gates stay soft,
+_GROWS = 1e5  # total factor by which beta grows over `max_steps` if the gates stay soft, to the power of
+_SHORT = 2 / 3  # if there are short steps, which are cheap,
 _GROWS_SOFT = 5.0  # or until they become hard, if the recipe gives no growth
 
 
@@ -66,7 +67,7 @@ class ContinuousSparsification(Gates):
         if config.beta_growth is not None:
             growth = config.beta_growth
         elif soft_steps is None:
-            growth = _GROWS ** (1 / config.max_steps)
+            growth = _GROWS ** ((_SHORT if config.short_steps else 1) / config.max_steps)
         else:
             growth = _GROWS_SOFT ** (1 / soft_steps)
         return cls(
