@@ -344,6 +344,12 @@ class _Record(TorchDispatchMode):
                 self.makers.append(str(func))
         return made
 
+    @property
+    def peak(self) -> int:
+        """The most bytes of these tensors that there were at once."""
+        changes = [self.sizes[tensor] if is_made else -self.sizes[tensor] for tensor, is_made in self.events]
+        return int(np.cumsum(changes).max(initial=0))
+
     def _freed(self, key: int, tensor: int) -> None:
         self._alive.discard(key)
         self.events.append((tensor, False))
