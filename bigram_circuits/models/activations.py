@@ -229,7 +229,7 @@ def recomputed(model: Model) -> Iterator[None]:
     Use it only inside `lean_forward`: a block that writes to a key-value cache cannot be run twice.
     """
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
+    with forwards_replaced({block: functools.partial(again, block.forward) for block in model.blocks}):
         yield
 
 
@@ -256,7 +256,7 @@ def lean_forward(model: Model) -> Iterator[None]:
         return module.hook_out(output.to(hidden_states.dtype))
 
     try:
-        with _without_cache(model), _forwards({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), forwards_replaced({module: functools.partial(lean, module) for module in changed}):
             yield
     finally:
         for module in model.modules():
@@ -281,7 +281,7 @@ def _without_cache(model: Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def forwards_replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within the `with` block, replace the forward functions of some modules."""
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward  # setattr on a bridge would set it on the module that it wraps
@@ -308,10 +308,14 @@ def readout(model: Model, residual: Float[Tensor, "*rows d_model"]) -> Float[Ten
     """
     check_has_readout(model, residual.shape[-1])
     rows = residual.reshape(1, -1, residual.shape[-1])
-    logits = model.unembed(model.ln_final(rows))
-    transform = getattr(model.adapter, "apply_output_logits_transform", None)  # soft caps and scales
-    logits = logits if transform is None else transform(logits)
+    logits = transformed_logits(model, model.unembed(model.ln_final(rows)))
     return logits.reshape(*residual.shape[:-1], logits.shape[-1])
+
+
+def transformed_logits(model: Model, unembedded: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Apply to what the unembedding returns any soft cap or scale that the model applies."""
+    transform = getattr(model.adapter, "apply_output_logits_transform", None)
+    return unembedded if transform is None else transform(unembedded)
 
 
 def lens_log_probs(
