@@ -15,6 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigram_circuits.models.attention import fused_forwards
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, usual_torch
 from bigram_circuits.names import in_block
@@ -238,7 +239,8 @@ def lean_forward(model: Model) -> Iterator[None]:
     """Within the `with` block, forward passes skip work that does not affect the output.
 
     The key-value cache is switched off. TransformerLens also recomputes the scale and the normalised residual stream of
-    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that.
+    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that. Attention is
+    computed by a fused kernel where no hook looks inside (`fused_forwards`), up to rounding with the same output.
     """
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
@@ -255,8 +257,9 @@ def lean_forward(model: Model) -> Iterator[None]:
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 
+    forwards = {module: functools.partial(lean, module) for module in changed} | fused_forwards(model)
     try:
-        with _without_cache(model), forwards_replaced({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), forwards_replaced(forwards):
             yield
     finally:
         for module in model.modules():
