@@ -67,13 +67,17 @@ def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) ->
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return train_dense(model, torch.from_numpy(some_tokens(model.config.vocab_size, batch_size)).long().to(device))
+
+
+def train_dense(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
+    """Return a function that takes one training step for the weight matrices of a plain model."""
     kept_frozen = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and id(parameter) not in kept_frozen and "wpe" not in name
         parameter.requires_grad_(matrix)
     matrices = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(matrices, lr=1e-6, fused=True)
-    tokens = torch.from_numpy(some_tokens(model.config.vocab_size, batch_size)).long().to(device)
 
     def step() -> None:
         loss = model(tokens, labels=tokens).loss
@@ -118,7 +122,7 @@ def masked_steps(
     tokens = some_tokens(model.cfg.d_vocab, max(64, 2 * batch_size))
     corpus, target = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
     pace = Pace(between)
-    config = bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 1, retries=0, **recipe)
+    config = bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 1, retries=0, stop_undecided=0, **recipe)
     bc.find_subnetwork(model, target, corpus, config, callbacks=[pace], check_memory="off")
     assert len(pace.steps) == number, f"{len(pace.steps) + 1} steps were taken"
     return pace.steps

@@ -31,6 +31,7 @@ from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness, Statistic
 from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.logits import mean_cross_entropy
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
@@ -576,10 +577,10 @@ def soft_hard_gap(
     check_tokens(model, tokens)
     gates.refresh(step)
     kept = as_mask(subnetwork)
-    with gated(model, gates, kept.replacement if isinstance(kept, Circuit) else None):
-        soft = target.cross_entropy(model(tokens), tokens).mean().item()
-    with masked(model, kept):
-        hard = target.cross_entropy(model(tokens), tokens).mean().item()
+    with torch.no_grad(), gated(model, gates, kept.replacement if isinstance(kept, Circuit) else None):
+        soft = mean_cross_entropy(model, target, tokens).item()
+    with torch.no_grad(), masked(model, kept):
+        hard = mean_cross_entropy(model, target, tokens).item()
     return SoftHardGap(soft, hard)
 
 

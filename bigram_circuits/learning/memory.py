@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
 from bigram_circuits.masking.candidates import Candidates
 from bigram_circuits.models.activations import check_tokens, lean_forward, recomputed
+from bigram_circuits.models.logits import mean_cross_entropy
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.recipe import CHECKS_OF_MEMORY, METHODS, SparsifyConfig
@@ -304,7 +305,7 @@ def _peaks(
             batch = torch.from_numpy(np.tile(piece, shape)).long().to(candidates.device)
             gates.refresh(0)
             with _Record() as record:
-                target.cross_entropy(model(batch), batch).mean().backward()
+                mean_cross_entropy(model, target, batch).backward()
             records.append(record)
     first, wider, longer = records
     sizes = np.array(first.sizes, dtype=np.float64)
@@ -343,6 +344,12 @@ class _Record(TorchDispatchMode):
                 self.sizes.append(storage.nbytes())
                 self.makers.append(str(func))
         return made
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of these tensors that there were at once."""
+        changes = [self.sizes[tensor] if is_made else -self.sizes[tensor] for tensor, is_made in self.events]
+        return int(np.cumsum(changes).max(initial=0))
 
     def _freed(self, key: int, tensor: int) -> None:
         self._alive.discard(key)

@@ -45,6 +45,7 @@ from bigram_circuits.masking.candidates import OVERLAP_WEIGHT, Apart, Candidates
 from bigram_circuits.masking.replacing import pairs_of
 from bigram_circuits.models.activations import check_tokens, lean_forward, n_outputs, recomputed
 from bigram_circuits.models.identity import check_is, weight_hash
+from bigram_circuits.models.logits import mean_cross_entropy
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import note, progress
@@ -541,7 +542,7 @@ def _batch(job: _Job, learner: Learner, step: int) -> tuple[Integer[Tensor, "bat
 
 def _loss(model: Model, target: Target, tokens: Integer[Tensor, "batch pos"], share: float) -> Float[Tensor, ""]:
     """The mean cross-entropy from a target to the model as it is gated, times the share of these sequences."""
-    mean = target.cross_entropy(model(tokens), tokens).mean()
+    mean = mean_cross_entropy(model, target, tokens)
     return mean if share == 1 else mean * share
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigram_circuits.models.attention import fused_forwards
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, usual_torch
 from bigram_circuits.names import in_block
@@ -229,7 +230,7 @@ def recomputed(model: Model) -> Iterator[None]:
     Use it only inside `lean_forward`: a block that writes to a key-value cache cannot be run twice.
     """
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
+    with forwards_replaced({block: functools.partial(again, block.forward) for block in model.blocks}):
         yield
 
 
@@ -238,7 +239,8 @@ def lean_forward(model: Model) -> Iterator[None]:
     """Within the `with` block, forward passes skip work that does not affect the output.
 
     The key-value cache is switched off. TransformerLens also recomputes the scale and the normalised residual stream of
-    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that.
+    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that. Attention is
+    computed by a fused kernel where no hook looks inside (`fused_forwards`), up to rounding with the same output.
     """
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
@@ -255,8 +257,9 @@ def lean_forward(model: Model) -> Iterator[None]:
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 
+    forwards = {module: functools.partial(lean, module) for module in changed} | fused_forwards(model)
     try:
-        with _without_cache(model), _forwards({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), forwards_replaced(forwards):
             yield
     finally:
         for module in model.modules():
@@ -281,7 +284,7 @@ def _without_cache(model: Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def forwards_replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within the `with` block, replace the forward functions of some modules."""
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward  # setattr on a bridge would set it on the module that it wraps
@@ -308,10 +311,14 @@ def readout(model: Model, residual: Float[Tensor, "*rows d_model"]) -> Float[Ten
     """
     check_has_readout(model, residual.shape[-1])
     rows = residual.reshape(1, -1, residual.shape[-1])
-    logits = model.unembed(model.ln_final(rows))
-    transform = getattr(model.adapter, "apply_output_logits_transform", None)  # soft caps and scales
-    logits = logits if transform is None else transform(logits)
+    logits = transformed_logits(model, model.unembed(model.ln_final(rows)))
     return logits.reshape(*residual.shape[:-1], logits.shape[-1])
+
+
+def transformed_logits(model: Model, unembedded: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Apply to what the unembedding returns any soft cap or scale that the model applies."""
+    transform = getattr(model.adapter, "apply_output_logits_transform", None)
+    return unembedded if transform is None else transform(unembedded)
 
 
 def lens_log_probs(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
-from bigram_circuits.models.activations import NotShownError
+from bigram_circuits.models.activations import NotShownError, lean_forward
 from tests.architectures import CONFIGS, REFUSED
 from tests.conftest import save_tiny
 
@@ -55,6 +55,17 @@ def test_sites_are_all_matrices_of_all_blocks(model, plain):
         assert groups == sites[f"blocks.{layer}.attn.W_V"].shape[0]
         if (grouped := getattr(config, "num_key_value_heads", None)) is not None:
             assert groups == grouped
+
+
+def test_lean_logits_are_those_of_a_hugging_face_model(model, plain):
+    padded = torch.ones_like(TOKENS)
+    padded[0, :3] = 0  # at the left
+    with torch.no_grad():
+        expected = model(TOKENS, attention_mask=padded)
+        with lean_forward(model):
+            torch.testing.assert_close(model(TOKENS), plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
+            found = model(TOKENS, attention_mask=padded)
+    torch.testing.assert_close(found[padded == 1], expected[padded == 1], rtol=1e-4, atol=1e-5)
 
 
 def test_masked_logits_are_those_of_a_hugging_face_model_times_the_exported_mask(model, plain, half):
