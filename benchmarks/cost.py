@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import counting
+import deciding
 import evaluation
 import growth
 import nodes
@@ -24,6 +25,7 @@ PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
     "start": start.measure,
     "step": step.measure,
     "nodes": nodes.measure,
+    "deciding": deciding.measure,
     "counting": counting.measure,
     "evaluation": evaluation.measure,
     "growth": growth.measure,

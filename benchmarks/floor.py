@@ -101,7 +101,12 @@ def take_steps(kind: str, plain: Any, way: str, device: str) -> None:
     model = bc.load_model(plain, check=False)
     corpus, target = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=vocabulary)
     config = bc.SparsifyConfig(
-        batch_size=sequences(kind), max_steps=STEPS, retries=0, low_memory=way == "low memory", stop_undecided=0
+        batch_size=sequences(kind),
+        max_steps=STEPS,
+        retries=0,
+        low_memory=way == "low memory",
+        stop_undecided=0,
+        short_until=0,
     )
     forecast = bc.forecast_memory(model, target, corpus, config)
     print(f"  {way}: a forecast of {forecast.needed / 1e9:.2f} GB more than the model", flush=True)

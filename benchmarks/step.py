@@ -122,7 +122,9 @@ def masked_steps(
     tokens = some_tokens(model.cfg.d_vocab, max(64, 2 * batch_size))
     corpus, target = bc.Corpus.from_tokens(tokens, tokens[:4]), bc.count_ngrams(tokens, 2, d_vocab=model.cfg.d_vocab)
     pace = Pace(between)
-    config = bc.SparsifyConfig(batch_size=batch_size, max_steps=number + 1, retries=0, stop_undecided=0, **recipe)
+    config = bc.SparsifyConfig(
+        batch_size=batch_size, max_steps=number + 1, retries=0, stop_undecided=0, short_until=0, **recipe
+    )
     bc.find_subnetwork(model, target, corpus, config, callbacks=[pace], check_memory="off")
     assert len(pace.steps) == number, f"{len(pace.steps) + 1} steps were taken"
     return pace.steps
