@@ -301,7 +301,7 @@ class SparsifyConfig(Record):
     """The share of `max_steps` in which a step sees only the first `short_length` tokens of its sequences, and so takes
     a fraction of the time; the steps after that see all of them. None: 0.6 where this was found to cost nothing, else
     0; see `with_short_steps`."""
-    short_length: int = option(20, "--short-length", whole(2), "how many tokens of a sequence those steps see")
+    short_length: int = option(24, "--short-length", whole(2), "how many tokens of a sequence those steps see")
     """How many tokens of a sequence the steps before `short_until` see."""
     stop_undecided: float | int = option(
         0.01, "--stop-undecided", NUMBER, "stop when undecided gates are fewer than this share of the open ones"
