@@ -9,7 +9,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# an empty PYTHONDONTWRITEBYTECODE: what is compiled is kept, since each worker and each process that a test starts imports it
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := $(addprefix tests/,storage text measures targets masking/test_apply.py models/test_models.py models/test_weights.py \
 	$(addsuffix .py,test_contents test_evaluation test_names test_package test_runs test_subnetwork test_subnetwork_edits))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -1,5 +1,6 @@
 """Tiny configurations of many architectures, with sizes that are easy to mix up kept apart."""
 
+import pytest
 from transformers import (
     ApertusConfig,
     ArceeConfig,
@@ -116,6 +117,20 @@ CONFIGS = {
     "ernie4_5": lambda: Ernie4_5Config(**WIDE),
     "hunyuan": lambda: HunYuanDenseV1Config(**WIDE),
 }  # fmt: skip
+
+ALIKE = {
+    "arcee": "apertus", "ernie4_5": "llama", "exaone4": "olmo2", "falcon_alibi": "bloom", "gemma": "gemma2",
+    "glm": "glm4", "gpt_neo": "gpt2", "gptj": "codegen", "hunyuan": "qwen3", "mistral": "gemma3", "nemotron": "apertus",
+    "olmo3": "olmo2", "qwen2": "llama", "seed_oss": "llama", "smollm3": "llama", "stablelm": "phi",
+    "starcoder2": "gemma3", "xglm": "gpt2",
+}  # fmt: skip
+"""Architectures that are built like another, up to biases, norms or windows, and are left to the slow tests."""
+
+
+def each(names: list[str]) -> list:
+    """Parameters of a test of every architecture."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in names]
+
 
 REFUSED = {  # with what is said
     "mixtral": (lambda: MixtralConfig(**GROUPED, num_local_experts=2), r"blocks\.0\.mlp .*has no plain W_in"),

@@ -1,12 +1,17 @@
-"""How types are checked when tests run: with jaxtyping where a signature has shapes, else with beartype alone.
+"""How types are checked when tests run: by beartype, in a context of jaxtyping's where a signature has shapes.
 
-The option `--jaxtyping-packages` has every function of the package decorated with `jaxtyping.jaxtyped`, which binds the
-arguments twice at each call and writes and compiles code for each function it decorates. That is needed for shapes
-only. Functions made within a function, anew at every call of it, are left to pyright unless they have shapes.
+The option `--jaxtyping-packages` has every function of the package decorated with `jaxtyping.jaxtyped`, which binds and
+checks the arguments twice at each call, and compiles three functions for each one that it decorates. Here, beartype
+compiles its one check of a function at the first call, since most functions are never called by one worker's tests.
+Functions made within a function, anew at every call of it, are left to pyright unless they have shapes; generators with
+shapes are left to jaxtyping, whose context would end before they run.
 
 `tests/conftest.py` imports this module before it imports the package.
 """
 
+import dataclasses
+import functools
+import inspect
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -19,16 +24,44 @@ _HINTS: dict[CodeType, dict[str, Any]] = {}
 def checked(decorated: Any, *, typechecker: Any) -> Any:
     """Check the arguments and results of a function, or of a dataclass, as annotated."""
     if not isinstance(decorated, FunctionType):
-        return _jaxtyped(decorated, typechecker=typechecker)
-    hints = _hints_of(decorated)
-    if any("jaxtyping." in repr(hint) for hint in hints.values()):
-        return _jaxtyped(decorated, typechecker=typechecker)
-    if "<locals>" in decorated.__qualname__:
+        made = vars(decorated).get("__init__") if dataclasses.is_dataclass(decorated) else None
+        if made is not None and not hasattr(made, "__wrapped__"):
+            decorated.__init__ = checked(made, typechecker=typechecker)
         return decorated
-    written, decorated.__annotations__ = decorated.__annotations__, hints
-    wrapped = typechecker(decorated)
-    decorated.__annotations__ = wrapped.__annotations__ = written
-    return wrapped
+    if "<locals>" in decorated.__qualname__ and not has_shapes(decorated):
+        return decorated
+    check = None
+
+    @functools.wraps(decorated)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal check
+        if check is None:
+            check = compiled(decorated, typechecker)
+        return check(*args, **kwargs)
+
+    return call
+
+
+def has_shapes(function: FunctionType) -> bool:
+    return any("jaxtyping." in repr(hint) for hint in _hints_of(function).values())
+
+
+def compiled(function: FunctionType, typechecker: Any) -> Any:
+    """The function with its check; shapes agree among the arguments and results of one call."""
+    shaped = has_shapes(function)
+    if shaped and inspect.isgeneratorfunction(function):
+        return _jaxtyped(function, typechecker=typechecker)
+    written, function.__annotations__ = function.__annotations__, _hints_of(function)
+    check = typechecker(function)
+    function.__annotations__ = check.__annotations__ = written
+    if not shaped:
+        return check
+
+    def in_context(*args: Any, **kwargs: Any) -> Any:
+        with _jaxtyped("context"):
+            return check(*args, **kwargs)
+
+    return in_context
 
 
 def _hints_of(function: FunctionType) -> dict[str, Any]:

@@ -66,14 +66,18 @@ def quick(tiny_folders, text):
 WHOLE = pytest.param((), id="whole", marks=pytest.mark.slow)
 """No argument at all, as `make run` does it: minutes, and therefore a step of its own in .ci/run."""
 SHORTER = pytest.param(
-    ("--beta-growth", "1.05", "--batch-size", "8", "--max-tokens", "60000", "--held-out", "0.1", "--random-seeds", "1"),
+    (
+        "--beta-growth", "1.038", "--batch-size", "8", "--context-length", "64", "--max-tokens", "60000",
+        "--held-out", "0.1", "--random-seeds", "1",
+    ),
     id="shorter",
-)
-"""Fewer and smaller steps, less text, and smaller samples for the analyses."""
+)  # fmt: skip
+"""Fewer and smaller steps, less and shorter text, and smaller samples for the analyses."""
 SMALLER_SAMPLES = """
-import functools, sys
+import functools, importlib, sys
 from bigram_circuits import cli, workflow
-workflow.analyze = functools.partial(workflow.analyze, tokens=3_000, sweep_tokens=1_000, fit_tokens=10_000)
+workflow.analyze = functools.partial(workflow.analyze, tokens=2_000, sweep_tokens=600, fit_tokens=6_000)
+importlib.import_module("bigram_circuits.analysis.sufficiency")._PERIOD = 12
 sys.exit(cli.main())
 """
 

@@ -39,7 +39,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def some_text(load_corpus, sequences, *source, **options):
     """A part of the reference text, and of its held-out part a few sequences."""
-    corpus = load_corpus(*source, **({"max_tokens": 50_000} | options))
+    corpus = load_corpus(*source, **({"max_tokens": 20_000, "context_length": 48} | options))
     return replace(corpus, held_out=corpus.held_out[:sequences])
 
 

@@ -36,10 +36,16 @@ def test_every_notebook_has_a_source_and_the_other_way_round():
     assert sorted(FOLDER.glob("*.ipynb")) == [source.with_suffix(".ipynb") for source in SOURCES]
 
 
+@pytest.fixture(scope="module")
+def little(reference_model):
+    """A few short sequences of the reference text."""
+    text = bc.load_corpus("reference", tokenizer=reference_model.tokenizer, max_tokens=50_000, context_length=48)
+    return replace(text, held_out=text.held_out[:16], train=text.train[:48])
+
+
 @pytest.fixture
-def made_quick(monkeypatch, reference_model, reference_corpus):
+def made_quick(monkeypatch, reference_model, little):
     """Few steps and little text; the reference model and its text are read once for all notebooks."""
-    little = replace(reference_corpus, held_out=reference_corpus.held_out[:16], train=reference_corpus.train[:48])
     load_model, load_corpus = bc.load_model, bc.load_corpus
     replacements = {
         "SparsifyConfig": functools.partial(bc.SparsifyConfig, max_steps=3),

@@ -32,8 +32,9 @@ _LABEL = 24  # characters, of a line of a label beside a chart
 
 def dressed(figure: Any, height: int | None = None) -> Any:
     """Apply the page's style: transparent, no title (the page has it), the legend above, light grid lines."""
+    figure.layout.template = STYLE
     figure.update_layout(
-        template=STYLE, title=None,
+        title=None,
         font={"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
         margin={"l": 8, "r": 8, "t": 36, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": None},

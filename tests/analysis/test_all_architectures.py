@@ -16,7 +16,7 @@ from bigram_circuits import analysis
 from bigram_circuits.analysis.conditions import reduced_to
 from bigram_circuits.measures.statistics import surprisals
 from bigram_circuits.models.activations import readout, record, residual_streams
-from tests.architectures import CONFIGS
+from tests.architectures import CONFIGS, each
 from tests.conftest import D_VOCAB, save_tiny
 
 OPT_125M = OPTConfig(
@@ -44,7 +44,7 @@ PARTS = ["L0H1", "L1N[1,5]", "L0.attn", "L1.mlp"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=each(NAMES))
 def name(request):
     return request.param
 

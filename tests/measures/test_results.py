@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from bigram_circuits.measures.plots import STYLE
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Curves, Effects, Maps, curves_from_sums, load_result
+from bigram_circuits.report.figures import dressed
 
 QUANTITIES = (Quantity("kl", "nats", "a divergence"), Quantity("r", "", "a correlation"))
 NOTHING = np.full((2, 2, 3), np.nan)
@@ -130,6 +132,12 @@ def of_prompt(n, panels=1):
     names, values = ("full", "subnetwork", "complement", "random")[:panels], np.full((1, panels, 2, n), 0.25)
     quantity = Quantity("probability", "share", "of a token")
     return Maps("A lens", (quantity,), "layer", ("0", "1"), "position", columns, names, values, words)
+
+
+def test_figures_carry_their_own_style_and_nothing_of_plotly_s(curves, maps, effects):
+    for figure in (curves.plot("kl"), maps.plot(), effects.plot("kl")):
+        for shown in (figure, dressed(figure)):
+            assert json.loads(shown.to_json())["layout"]["template"] == STYLE
 
 
 def test_on_hover_numbers_have_names_units_and_few_digits(curves, maps, effects):

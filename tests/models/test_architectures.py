@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
 from bigram_circuits.models.activations import NotShownError, lean_forward
-from tests.architectures import CONFIGS, REFUSED
+from tests.architectures import ALIKE, CONFIGS, REFUSED, each
 from tests.conftest import save_tiny
 
 TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -18,7 +18,7 @@ TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=each(list(CONFIGS)))
 def model(request, tmp_path_factory):
     return bc.load_model(save_tiny(tmp_path_factory.mktemp(request.param), CONFIGS[request.param]()), device="cpu")
 
@@ -155,6 +155,11 @@ def test_in_16_bits_it_computes_what_hugging_face_does_and_is_learned_evaluated_
             assert model.cfg.architecture in ("OPTForCausalLM", "OpenAIGPTLMHeadModel")  # in float32 neither
         else:
             assert np.isfinite(lens.get("kl")).all()
+
+
+def test_what_is_left_to_the_slow_tests_is_like_what_is_not():
+    assert {*ALIKE} | {*ALIKE.values()} <= {*CONFIGS}
+    assert not {*ALIKE} & {*ALIKE.values()}
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

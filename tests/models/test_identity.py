@@ -8,7 +8,7 @@ import torch
 
 import bigram_circuits as bc
 from bigram_circuits.models.identity import config_hash, how_models_differ, other_tensors, same_text
-from tests.architectures import CONFIGS
+from tests.architectures import CONFIGS, each
 from tests.conftest import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,7 +114,7 @@ def test_the_configuration_counts(architecture, key, value):
     assert config_hash(other) != config_hash(config)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", each(list(CONFIGS)))
 def test_settings_that_logits_do_not_depend_on_do_not_count(name, tmp_path):
     config, other = CONFIGS[name](), CONFIGS[name]()
     for key in ("use_cache", "output_attentions", "output_hidden_states"):
