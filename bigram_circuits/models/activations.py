@@ -229,7 +229,7 @@ def recomputed(model: Model) -> Iterator[None]:
     Use it only inside `lean_forward`: a block that writes to a key-value cache cannot be run twice.
     """
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    with _forwards({block: functools.partial(again, block.forward) for block in model.blocks}):
+    with forwards_replaced({block: functools.partial(again, block.forward) for block in model.blocks}):
         yield
 
 
@@ -256,7 +256,7 @@ def lean_forward(model: Model) -> Iterator[None]:
         return module.hook_out(output.to(hidden_states.dtype))
 
     try:
-        with _without_cache(model), _forwards({module: functools.partial(lean, module) for module in changed}):
+        with _without_cache(model), forwards_replaced({module: functools.partial(lean, module) for module in changed}):
             yield
     finally:
         for module in model.modules():
@@ -281,7 +281,7 @@ def _without_cache(model: Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _forwards(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def forwards_replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within the `with` block, replace the forward functions of some modules."""
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward  # setattr on a bridge would set it on the module that it wraps
