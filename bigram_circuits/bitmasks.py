@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
 from bigram_circuits.measures import html
@@ -79,7 +79,17 @@ class BitMasks(Mapping[str, Tensor]):
     more_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys of its file's metadata besides those of all masks."""
     _not_offered: ClassVar[frozenset[str]] = frozenset(
-        {"by_place", "constant", "file_format", "more_metadata", "noun", "place_of", "units_here", "with_parts_of"}
+        {
+            "by_place",
+            "constant",
+            "file_format",
+            "more_metadata",
+            "noun",
+            "packed",
+            "place_of",
+            "units_here",
+            "with_parts_of",
+        }
     )
     """What completion leaves out: names for this package's other modules, and former names."""
 
@@ -191,6 +201,10 @@ class BitMasks(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
+
+    def packed(self, name: str) -> Integer[np.ndarray, " byte"]:
+        """One mask as bits, eight to a byte; not to be written to."""
+        return self._packed[name]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -40,7 +40,15 @@ from bigram_circuits.analysis.components import (
     random_within,
 )
 from bigram_circuits.analysis.conditions import check_arguments, reduced_to
-from bigram_circuits.analysis.paired import Job, Kept, PairedMeasurements, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.paired import (
+    Job,
+    Kept,
+    PairedMeasurements,
+    Table,
+    first_difference,
+    mean_log_odds,
+    mean_loss,
+)
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
@@ -51,6 +59,7 @@ from bigram_circuits.measures.results import Curves, Effects
 from bigram_circuits.models.activations import NotShownError, check_predicts_tokens, record
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import check_model, uses_model
+from bigram_circuits.names import layer_of
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.targets.base import target_of
@@ -142,13 +151,13 @@ def _ablate(
     jobs: list[Job] = []
     for base, kept in bases.items():
         jobs.append(Job(base, "", kept))
-        means = _BaseMeans(model, task, kept, {name for masks in chosen.values() for name in masks})
+        means = _BaseMeans(model, task, {name for masks in chosen.values() for name in masks})
         for part in parts:
             if part.name in chosen:
                 jobs += _activation_jobs(part.name, base, kept, chosen[part.name], ways, means, task, seeds, seed)
             else:
                 jobs += _mask_jobs(part, base, kept, dropped[part.name], seeds)
-    with progress(total=len(jobs) * len(task), desc="ablating", unit="sequence") as bar:
+    with measurements, progress(total=len(jobs) * len(task), desc="ablating", unit="sequence") as bar:
         for job in jobs:
             measurements.measure(job, bar)
     table = measurements.table()
@@ -199,17 +208,15 @@ def _check_shown(model: Model, task: Task, chosen: Iterable[Coordinates]) -> Non
 
 
 class _BaseMeans:
-    """Mean activations of a base, computed on first use."""
+    """Mean activations of a base, computed on first use, when the model is reduced to it."""
 
-    def __init__(self, model: Model, task: Task, kept: Kept, names: set[str]) -> None:
+    def __init__(self, model: Model, task: Task, names: set[str]) -> None:
         self._arguments = (model, task, sorted(names))
-        self._kept = kept
         self._means: dict[str, Tensor] | None = None
 
     def __call__(self) -> dict[str, Tensor]:
         if self._means is None:
-            with reduced_to(self._arguments[0], self._kept):
-                self._means = mean_activations(*self._arguments)
+            self._means = mean_activations(*self._arguments)
         return self._means
 
 
@@ -229,8 +236,9 @@ def _activation_jobs(
     def job(masks: Coordinates, random: int | None) -> Job:
         key = (base, by, *((point, mask.numpy().tobytes()) for point, mask in sorted(masks.items())))
         return Job(
-            base, name, kept, lambda: _Replace(masks, by, means() if by == "mean" else {}, task, seed), key, random
-        )
+            base, name, kept, lambda: _Replace(masks, by, means() if by == "mean" else {}, task, seed), key, random,
+            min(map(layer_of, masks)),
+        )  # fmt: skip
 
     yield job(chosen, None)
     for random in range(seeds):
@@ -243,13 +251,15 @@ def _mask_jobs(part: Part, base: str, kept: Any, dropped: Any, seeds: int) -> It
     """Jobs without the weights or nodes of a part; the base, if it is reduced, has the same kind of mask."""
     pool = dropped.constant(True) if kept is None else kept
     here = dropped & pool
-    yield Job(base, part.name, pool - here, key=(base, dropped.units, (pool - here).checksum))
+    rest = pool - here
+    yield Job(base, part.name, rest, key=(base, dropped.units, rest.checksum), first=first_difference(rest, kept))
     counts = matched_counts(here, pool)
     if counts is None or part.name == "random":
         return
     for random in range(seeds):
         rest = pool - random_within(pool, counts, random)
-        yield Job(base, part.name, rest, key=(base, dropped.units, rest.checksum), random=random)
+        key = (base, dropped.units, rest.checksum)
+        yield Job(base, part.name, rest, key=key, random=random, first=first_difference(rest, kept))
 
 
 def _quantities(bases: Sequence[str], with_target: bool, with_odds: bool) -> tuple[Quantity, ...]:

@@ -1,6 +1,7 @@
 """Several changes of a model, measured on the same prompts and compared in pairs.
 
-Every change (a part ablated or added) is a job: one pass over the text, which gives a row of sums per prompt.
+Every change (a part ablated or added) is a job: one pass over the text, which gives a row of sums per prompt. It begins
+at the first block that differs from the base's, where that can be done (`models/resuming.py`).
 Intervals are paired bootstraps over prompts (Efron 1979): all jobs are resampled with the same prompts, so differences
 between them have as little noise as possible. Matched random changes are the controls of every part.
 """
@@ -8,18 +9,21 @@ between them have as little noise as possible. Matched random changes are the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from bigram_circuits.analysis.conditions import reduced_to
-from bigram_circuits.masking.apply import Mask
+from bigram_circuits.circuit import Circuit
+from bigram_circuits.masking.apply import Mask, masked, masks_exchanged
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.statistics import Statistic
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.resuming import can_resume, outputs_recorded, resumed
+from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.tasks.task import Hooks, Task, measure, per_place
 
 _DRAWS = 1000
@@ -101,34 +105,88 @@ class Job:
     kept: Kept
     """What is kept."""
     hooks: Callable[[], Hooks | None] = lambda: None
-    """Makes the forward hooks when the job is measured."""
+    """Makes the forward hooks when the job is measured, with the model reduced to what is kept."""
     key: Any = None
     """Jobs with equal keys have equal sums and are measured once; None for the base itself."""
     random: int | None = None
     """Number of the random draw; None for the part itself."""
+    first: int = 0
+    """The first block whose output may differ from the base's."""
 
 
 class PairedMeasurements:
-    """Measures jobs, once for every key, and collects their sums."""
+    """Measures jobs, once for every key, and collects their sums; a context, at whose end the model is as it was."""
 
     def __init__(self, model: Model, task: Task, target: Any = None) -> None:
         self.model, self.task, self.target = model, task, target
         self._by_key: dict[Any, int] = {}
         self._sums: list[Float[np.ndarray, "prompt column"]] = []
         self._places: dict[tuple[str, str, int | None], int] = {}
+        self._can_resume = can_resume(model)
+        self._base: tuple[str, list[list[Any]]] | None = None
+        self._masking = ExitStack()
+        self._exchange: Callable[[Subnetwork | None], None] | None = None
+
+    def __enter__(self) -> PairedMeasurements:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unmask()
 
     def measure(self, job: Job, bar: Any) -> None:
         """Measure a job unless one with the same key was measured; advances the bar."""
         key = (job.base, "") if job.key is None else job.key
         if key not in self._by_key:
-            hooks = job.hooks()
-            with reduced_to(self.model, job.kept):
-                sums = measure(self.model, self.task, target=self.target, hooks=hooks, smallest=2)
+            with self._reduced_to(job.kept):
+                sums = measure(
+                    self.model, self.task, target=self.target, hooks=job.hooks(), smallest=2, within=self._within(job)
+                )
             self._by_key[key] = len(self._sums)
             self._sums.append(sums)
         bar.update(len(self.task))
         self._places[job.base, job.name, job.random] = self._by_key[key]
 
+    def _reduced_to(self, kept: Kept) -> AbstractContextManager[Any]:
+        """The model reduced to a mask; to a subnetwork it stays reduced until there is another mask."""
+        if isinstance(kept, Circuit):
+            self._unmask()
+            return masked(self.model, kept)
+        if self._exchange is None:
+            self._exchange = self._masking.enter_context(masks_exchanged(self.model))
+        self._exchange(kept)
+        return nullcontext()
+
+    def _unmask(self) -> None:
+        self._masking.close()
+        self._exchange = None
+
+    def _within(self, job: Job) -> Callable[[int], AbstractContextManager[Any]]:
+        """Within what a job's batches pass through the model: the outputs of a base's blocks are kept for its parts."""
+        if not self._can_resume or isinstance(job.kept, Circuit):
+            return nullcontext
+        if job.name == "":
+            outputs: list[list[Any]] = []
+            self._base = (job.base, outputs)
+            return lambda index: self._recorded(outputs)
+        if self._base is None or self._base[0] != job.base or job.first == 0:
+            return nullcontext
+        known = self._base[1]
+        return lambda index: resumed(self.model, known[index], job.first)
+
+    @contextmanager
+    def _recorded(self, outputs: list[list[Any]]) -> Iterator[None]:
+        with outputs_recorded(self.model) as of_batch:
+            yield
+        outputs.append(of_batch)
+
     def table(self) -> Table:
         """All measurements so far."""
         return Table(np.stack(self._sums), self._places)
+
+
+def first_difference(mask: Kept, base: Kept) -> int:
+    """The first block in which two masks differ; 0 if that is not told: for circuits, or without any difference."""
+    if isinstance(mask, Circuit) or isinstance(base, Circuit) or mask is None:
+        return 0
+    different = (mask - base) | (base - mask) if base is not None else ~mask
+    return min((layer for (layer, _), count in different.by_place().items() if count.kept), default=0)

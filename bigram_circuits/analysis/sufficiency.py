@@ -21,7 +21,7 @@ from jaxtyping import Float
 from scipy.special import log_ndtr
 
 from bigram_circuits.analysis.components import M, Part, matched_counts, parse, random_within
-from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, mean_log_odds, mean_loss
+from bigram_circuits.analysis.paired import Job, PairedMeasurements, Table, first_difference, mean_log_odds, mean_loss
 from bigram_circuits.analysis.registry import Subject, in_suite
 from bigram_circuits.circuit import Circuit
 from bigram_circuits.masking.apply import Mask, MaskLike, as_mask
@@ -72,11 +72,12 @@ def sufficiency(model: Model, base: MaskLike, added: Any, task: Any, *, seeds: i
     parts = {part.name: _units(part, base) for part in parse(added, model, base)}
     jobs = [Job("full", "", None, key="full"), Job("base", "", base)]
     for name, units in parts.items():
-        jobs.append(Job("base", name, base | units, key=(base | units).checksum))
-        for seed, random in enumerate(random_additions(base, units, seeds)):
-            jobs.append(Job("base", name, base | random, key=(base | random).checksum, random=seed))
+        for seed, added_units in enumerate([units, *random_additions(base, units, seeds)], -1):
+            both = base | added_units
+            random = None if seed < 0 else seed
+            jobs.append(Job("base", name, both, key=both.checksum, random=random, first=first_difference(both, base)))
     measurements = PairedMeasurements(model, scored)
-    with progress(total=len(jobs) * len(scored), desc="adding", unit="sequence") as bar:
+    with measurements, progress(total=len(jobs) * len(scored), desc="adding", unit="sequence") as bar:
         for job in jobs:
             measurements.measure(job, bar)
     table = measurements.table()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -112,6 +113,38 @@ def reduced(model: Model, kept: Mask) -> Iterator[None]:
 
     with _parametrized(model, mask):
         yield
+
+
+@contextmanager
+def masks_exchanged(model: Model) -> Iterator[Callable[[Subnetwork | None], None]]:
+    """Within the `with` block, a function reduces the model to one subnetwork after another, or to none with None.
+
+    Each time, only the matrices are masked anew whose masks differ from those before: in a sweep over parts, few do.
+    """
+    sites, gates = weight_sites(model), dict[str, _Mask]()
+    bits: dict[str, np.ndarray] = {}
+
+    def unmasked(site: WeightSite) -> nn.Module:
+        gates[site.name] = gate = _Mask(torch.ones(1, dtype=torch.bool))
+        gate.active = False
+        return gate
+
+    def exchange(kept: Subnetwork | None) -> None:
+        if kept is not None:
+            kept.check_fits(model)
+        counts = {} if kept is None else kept.by_name()
+        for site in sites:
+            gate = gates[site.name]
+            gate.active = site.name in counts and counts[site.name].kept < counts[site.name].total
+            if not gate.active or kept is None:
+                continue
+            packed = kept.packed(site.name)
+            if site.name not in bits or not np.array_equal(bits[site.name], packed):
+                gate.mask = site.to_stored(kept[site.name]).contiguous().to(site.original.device)
+                bits[site.name] = packed
+
+    with in_use(model, "masks_exchanged", block=True), _parametrized(model, unmasked):
+        yield exchange
 
 
 def circuit_sites(model: Model, circuit: Circuit) -> list[Site]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -371,6 +372,7 @@ def measure(
     target: Any = None,
     hooks: Hooks | None = None,
     smallest: int = 1,
+    within: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     bar: Any = None,
 ) -> Float[np.ndarray, "prompt column"]:
     """One row of sums (`COLUMNS`) for every prompt, from one pass in batches.
@@ -382,6 +384,7 @@ def measure(
             (zero-probability rule: where they are finite).
         hooks: Makes forward hooks for every batch; they are removed afterwards.
         smallest: Smallest batch size, if there are enough prompts.
+        within: Makes the context in which a batch, told by its index, passes through the model.
         bar: A progress bar to advance by the prompts done.
 
     Raises:
@@ -391,7 +394,10 @@ def measure(
     with torch.inference_mode():
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
             tokens = torch.from_numpy(np.asarray(task.tokens[part]).astype(np.int64)).to(model.cfg.device)
-            logits = model(tokens) if hooks is None else model.run_with_hooks(tokens, fwd_hooks=[*hooks(index, part)])
+            with within(index):
+                logits = (
+                    model(tokens) if hooks is None else model.run_with_hooks(tokens, fwd_hooks=[*hooks(index, part)])
+                )
             own = statistics.surprisals(logits, tokens) if predicts_tokens(model) else torch.zeros_like(tokens[:, 1:])
             rows.append(_batch_sums(logits, tokens, own.double(), task, part, target))
             if bar is not None:

@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bigram_circuits as bc
+from bigram_circuits.masking.apply import masks_exchanged
 from bigram_circuits.masking.gates import group_gates
 from bigram_circuits.masking.methods.continuous_sparsification import ContinuousSparsification
 
@@ -207,3 +208,23 @@ def test_the_empty_subnetwork_is_embedding_final_norm_and_unembedding(tiny_folde
     with bc.masked(model, bc.Subnetwork.empty(model)):
         expected = plain.lm_head(plain.model.norm(plain.model.embed_tokens(tokens)))
         torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_masks_that_are_exchanged_are_those_of_masked_and_leave_nothing(any_model, half, tokens):
+    before, full = snapshot(any_model), bc.Subnetwork.full(any_model)
+    ones = [half, half.add_head(0, 1), None, ~half, full, full.drop_head(1, 0), half, bc.Subnetwork.empty(any_model)]
+    expected = []
+    with torch.no_grad():
+        for one in ones:
+            with bc.masked(any_model, full if one is None else one):
+                expected.append(any_model(tokens))
+        with masks_exchanged(any_model) as exchange:
+            for one, logits in zip(ones, expected, strict=True):
+                exchange(one)
+                assert torch.equal(any_model(tokens), logits)
+            with pytest.raises(ValueError, match="masked already"), bc.masked(any_model, half):
+                pass
+            exchange(half)
+            with pytest.raises(ValueError, match="has shape"):
+                exchange(bc.Subnetwork({"blocks.0.attn.W_Q": torch.ones(1, 2, 3, dtype=torch.bool)}))
+    assert_untouched(any_model, before)
