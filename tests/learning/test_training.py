@@ -117,6 +117,7 @@ class StopsAt:
 
     d_vocab = 257
     fingerprint = "the same"
+    context_length = 1
 
     def __init__(self, target, step, action):
         self.target, self.step, self.action, self.calls = target, step, action, 0
@@ -191,7 +192,7 @@ def test_straight_through_continues_with_the_momentum_of_its_checkpoint(
 def test_learning_goes_on_while_every_gate_is_open_or_the_share_is_not_due(tiny_model, target, corpus):
     high = dataclasses.replace(QUICK, first_score=3.0, max_steps=30)
     assert len(bc.find_subnetwork(tiny_model, target, corpus, high).history) > 1  # all gates are above 0.9 at step 0
-    sharp = dataclasses.replace(QUICK, target_fraction=0.1, beta_start=1e4, max_steps=20)
+    sharp = dataclasses.replace(QUICK, target_fraction=0.1, beta_start=1e4, max_steps=20, short_until=0)
     assert len(bc.find_subnetwork(tiny_model, target, corpus, sharp).history) == 7  # steps 0 to 6: 0.3 of 20
 
 
