@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bigram_circuits import __version__
+from bigram_circuits.cli.allocator import return_freed_memory
 from bigram_circuits.cli.arguments import parse
 from bigram_circuits.cli.output import (
     FailedError,
@@ -69,6 +70,8 @@ def _result(arguments: argparse.Namespace) -> Mapping[str, Any]:
     if are_several() and arguments.command_name != "find":
         raise FailedError("only `find` works in several processes: start this command without torchrun")
     try:
+        if getattr(arguments, "low_memory", None):
+            return_freed_memory()
         with _terminated_like_ctrl_c():
             return arguments.command(arguments)
     except KeyboardInterrupt as stop:

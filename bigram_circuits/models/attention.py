@@ -21,7 +21,7 @@ _SEEN = {"hook_in", "hook_out", "hook_hidden_states"}  # hook points that are re
 def fused_forwards(model: Model) -> dict[nn.Module, Callable[..., Any]]:
     """Return forward functions for the attention of every block that has one that can be fused.
 
-    Whether it is, each decides at every call. Only on the CPU, where the kernel's gradients are always the same.
+    Whether it is, each decides at every call.
     """
     from transformer_lens.model_bridge.generalized_components import (
         JointQKVAttentionBridge,
@@ -52,7 +52,7 @@ def _fused(fused: Callable[..., Tensor], attention: Any, *args: Any, **kwargs: A
     hidden = args[0] if args else kwargs.get("hidden_states")
     if (
         not isinstance(hidden, Tensor)
-        or hidden.device.type != "cpu"
+        or hidden.device.type not in ("cpu", "cuda")
         or len(args) > 1
         or attention.training
         or attention.compatibility_mode
