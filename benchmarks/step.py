@@ -63,16 +63,27 @@ def some_tokens(d_vocab: int, rows: int) -> np.ndarray:
     return (np.random.default_rng(0).zipf(1.3, size=(rows, LENGTH)) % d_vocab).astype(np.int32)
 
 
-def dense_step(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that takes one training step for the weight matrices of the plain model."""
+def dense_steps(
+    folder: str, batch_size: int, device: str, dtype: torch.dtype
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return functions that take a training step for the weight matrices of the plain model.
+
+    The loss of the first is that of the next tokens; of the second, that which masks are learned with.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return train_dense(model, torch.from_numpy(some_tokens(model.config.vocab_size, batch_size)).long().to(device))
+    vocabulary = model.config.vocab_size
+    tokens = torch.from_numpy(some_tokens(vocabulary, batch_size)).long().to(device)
+    bigrams = bc.count_ngrams(some_tokens(vocabulary, max(64, 2 * batch_size)), 2, d_vocab=vocabulary)
+    return train_dense(model, tokens), train_dense(model, tokens, bigrams)
 
 
-def train_dense(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
-    """Return a function that takes one training step for the weight matrices of a plain model."""
+def train_dense(model: Any, tokens: torch.Tensor, target: Any = None) -> Callable[[], None]:
+    """Return a function that takes one training step for the weight matrices of a plain model.
+
+    Its loss is that of the next tokens, as Hugging Face computes it, or the cross-entropy from a target.
+    """
     kept_frozen = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and id(parameter) not in kept_frozen and "wpe" not in name
@@ -81,7 +92,10 @@ def train_dense(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(matrices, lr=1e-6, fused=True)
 
     def step() -> None:
-        loss = model(tokens, labels=tokens).loss
+        if target is None:
+            loss = model(tokens, labels=tokens).loss
+        else:
+            loss = target.cross_entropy(model(tokens).logits, tokens).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -132,18 +146,19 @@ def masked_steps(
 
 
 def measure_time(folder: str, batch_size: int, device: str, dtype: torch.dtype, number: int) -> dict[str, list[float]]:
-    """Time mask-learning and dense steps in alternation, in seconds."""
-    step = dense_step(folder, batch_size, device, dtype)
-    dense: list[float] = []
+    """Time mask-learning and dense steps, the latter with either loss, in alternation, in seconds."""
+    steps = dict(zip(("dense", "dense, same loss"), dense_steps(folder, batch_size, device, dtype), strict=True))
+    taken: dict[str, list[float]] = {name: [] for name in steps}
 
     def between() -> None:
-        started = time.perf_counter()
-        with torch.enable_grad():
-            step()
-        dense.append(time.perf_counter() - started)
+        for name, step in steps.items():
+            started = time.perf_counter()
+            with torch.enable_grad():
+                step()
+            taken[name].append(time.perf_counter() - started)
 
     masked = masked_steps(folder, batch_size, device, dtype, number, between)
-    return {"dense": dense[1:], "masked": masked}
+    return {name: seconds[1:] for name, seconds in taken.items()} | {"masked": masked}
 
 
 def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -158,7 +173,7 @@ def measure_memory(way: str, folder: str, batch_size: int, device: str, dtype: t
     if way == "low memory":
         return_freed_memory()  # as the command line does
     if way == "dense":
-        step = dense_step(folder, batch_size, device, dtype)
+        step, _ = dense_steps(folder, batch_size, device, dtype)
         for _ in range(4):
             step()
     else:
@@ -187,9 +202,11 @@ def measure(
             run = [folder, str(SHAPES[kind]), device, dtype]
             here = (folder, SHAPES[kind], device, getattr(torch, dtype))
             taken = measure_time(*here, steps) if smoke else in_own_process_of(__file__, "--time", str(steps), *run)
-            dense, masked = (float(np.median(taken[way])) for way in ("dense", "masked"))
-            print(f"{TITLES[kind]}: dense step {dense:.3f} s, mask-learning step {masked:.3f} s", flush=True)
-            rows.append((f"step time, {TITLES[kind]}", masked / dense, GOALS["time"], "x"))
+            seconds = {way: float(np.median(some)) for way, some in taken.items()}
+            said = ", ".join(f"{way} {some:.3f} s" for way, some in seconds.items())
+            print(f"{TITLES[kind]}: steps {said}", flush=True)
+            for way in ("dense", "dense, same loss"):
+                rows.append((f"step / {way}, {TITLES[kind]}", seconds["masked"] / seconds[way], GOALS["time"], "x"))
             held = {
                 way: measure_memory(way, *here) if smoke else in_own_process_of(__file__, "--memory", way, *run)
                 for way in WAYS
