@@ -33,7 +33,7 @@ settings.load_profile("tests")
 UNFIT_INPUTS = pytest.mark.filterwarnings("ignore::bigram_circuits.InputWarning")
 """For tests of whole studies of untrained models and deliberately small texts, which `study` warns of."""
 
-LONGEST = ("test_cli.py", "test_docs.py", "test_all_architectures.py", "test_notebooks.py", "test_planted_circuits.py")
+LONGEST = ("test_cli.py", "test_docs.py", "test_notebooks.py", "test_survival.py", "test_ranks.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -180,6 +180,14 @@ def browser():
         window = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield window
         window.close()
+
+
+@pytest.fixture(scope="module")
+def no_forecast():
+    """Learning asks for no forecast of memory, which takes longer than a few steps of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bigram_circuits.learning.training.forecast_memory", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")

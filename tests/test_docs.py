@@ -44,6 +44,7 @@ def some_text(load_corpus, sequences, *source, **options):
 
 
 @each_page
+@pytest.mark.usefixtures("no_forecast")
 def test_python_blocks_run_in_order(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     # the whole recipe takes a minute and is run by the tests of the command line; here, its first steps

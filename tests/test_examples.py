@@ -77,6 +77,7 @@ def test_the_names_in_them_are_explained(names):
         assert re.search(rf"^({name} = |import .*\b{name}$|from .* import {name}$)", explained, re.MULTILINE), name
 
 
+@pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - set(NOT_RUN)))
 def test_they_run_and_give_what_they_show(name, names, monkeypatch, capsys):
     folder, given = names

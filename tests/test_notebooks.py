@@ -44,7 +44,7 @@ def little(reference_model):
 
 
 @pytest.fixture
-def made_quick(monkeypatch, reference_model, little):
+def made_quick(monkeypatch, reference_model, little, no_forecast):
     """Few steps and little text; the reference model and its text are read once for all notebooks."""
     load_model, load_corpus = bc.load_model, bc.load_corpus
     replacements = {

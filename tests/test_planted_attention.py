@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 import bigram_circuits as bc
 from bigram_circuits.planted.attention import KINDS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forecast")
 ROUNDING = 2e-5
 
 

@@ -12,7 +12,7 @@ from bigram_circuits.experiments.worst_case import AGAINST, judged_steps, worst_
 from bigram_circuits.text.corpus import spread
 from tests.conftest import D_VOCAB
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forecast")
 TEXT = np.random.default_rng(0).integers(0, 12, (20, 12))
 CORPUS = bc.Corpus.from_tokens(TEXT[:12], TEXT[12:])
 RECIPE = bc.SparsifyConfig(max_steps=2, batch_size=4)

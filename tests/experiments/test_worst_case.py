@@ -16,7 +16,7 @@ from bigram_circuits.experiments.worst_case import SHUFFLED, SIGNS, WORST, worst
 from bigram_circuits.masking.apply import gate_values, opened
 from tests.conftest import D_VOCAB, planted_circuit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forecast")
 TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (8, 12))
 CLOSED = {"d_vocab": 8, "successors": 1, "closed": True, "logits": (4.5, 4.5)}
 

@@ -18,7 +18,7 @@ from tests.conftest import planted_circuit
 PLANT = {"d_vocab": 8, "successors": 2, "distractors": 0.3, "n_layers": 1}
 WEIGHT = 1.0  # of the penalty; at it, every planted weight is worth its price
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forecast")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,6 @@ QUICK = bc.SparsifyConfig(sparsity_weight=2.0, max_steps=30, beta_growth=1.2, ba
 def few(monkeypatch):
     """So that polishing takes little time."""
     monkeypatch.setattr(training, "_MOST_MEASURED", 40)
-    monkeypatch.setattr(training, "forecast_memory", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("few")

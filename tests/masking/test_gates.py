@@ -194,6 +194,7 @@ def task(tokenizer):
     return corpus, bc.count_ngrams(corpus.train, 2, d_vocab=257)
 
 
+@pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("granularity", UNITS, ids=str)
 @pytest.mark.parametrize("method", ["continuous_sparsification", "hard_concrete", "straight_through"])
 def test_every_method_keeps_units_whole_and_reaches_its_size(any_model, task, granularity, method):

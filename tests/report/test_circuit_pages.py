@@ -15,7 +15,7 @@ from bigram_circuits.report.page import page
 from tests.conftest import D_VOCAB, UNFIT_INPUTS
 from tests.example_runs import Elements
 
-pytestmark = [UNFIT_INPUTS, pytest.mark.usefixtures("one_thread")]
+pytestmark = [UNFIT_INPUTS, pytest.mark.usefixtures("one_thread", "no_forecast")]
 
 TEXT = np.random.default_rng(0).integers(0, D_VOCAB, (12, 8))
 CORPUS = bc.Corpus.from_tokens(TEXT, TEXT[:6])
