@@ -32,11 +32,15 @@ PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
 }
 
 
+BEGIN, END = "<!-- measured -->\n", "\n<!-- end of what was measured -->"
+"""What is written into a page goes between these marks."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmarks, then print all rows as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table to a file")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the table into a page, between its marks")
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
     arguments = parser.parse_args(argv)
     rows = [row for part in arguments.parts for row in PARTS[part](smoke=arguments.smoke)]
@@ -46,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, measured, goal, unit in rows:
         lines.append(f"| {what} | {measured:.2f} {unit} | {goal:g} | {'met' if measured <= goal else 'missed'} |")
     print("\n".join(lines))
-    if arguments.table:
-        arguments.table.write_text("\n".join(lines) + "\n")
+    if arguments.page:
+        before, _, rest = arguments.page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        arguments.page.write_text("\n".join([before + BEGIN, *lines, END + after]))
 
 
 if __name__ == "__main__":
