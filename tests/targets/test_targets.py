@@ -88,7 +88,7 @@ def test_an_induced_bigram_too_large_for_memory_is_refused(tiny_model, random_to
     with pytest.raises(ValueError, match="there are no tokens"):
         bc.InducedTarget(tiny_model, random_tokens[:0])
     for size in ("d_vocab", "d_vocab_out"):
-        monkeypatch.setattr(tiny_model.cfg, size, 10**8)
+        monkeypatch.setattr(tiny_model.cfg, size, 10**7)
     with pytest.raises(ValueError, match="GB, more than 2: give max_contexts="):
         bc.InducedTarget(tiny_model, random_tokens)
 
