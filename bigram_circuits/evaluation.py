@@ -30,9 +30,10 @@ from bigram_circuits.measures.quantities import FAITHFULNESS, MEASURED
 from bigram_circuits.measures.results import Effects
 from bigram_circuits.measures.statistics import Faithfulness, Statistic
 from bigram_circuits.measures.words import listed, percent
-from bigram_circuits.models.activations import batch_size_for, check_tokens
+from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward
 from bigram_circuits.models.logits import mean_cross_entropy
 from bigram_circuits.models.model import Model
+from bigram_circuits.models.products import sparse_products
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
@@ -614,7 +615,7 @@ def _sums(
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     whole = subnetwork.kept == subnetwork.total
-    with nullcontext() if whole else masked(model, subnetwork):
+    with nullcontext() if whole else masked(model, subnetwork), sparse_products(model, tokens.size):
         return _sums_as_it_is(model, target, tokens, _batch_size(model, subnetwork, tokens), bar)
 
 
@@ -624,11 +625,12 @@ def _sums_as_it_is(
 ) -> Float[np.ndarray, "sequence column"]:
     """The same of the model as it is, masked or not."""
     rows = []
-    for cpu_batch in in_order(tokens, batch_size):
-        batch = cpu_batch.to(model.cfg.device)
-        rows.append(_batch_sums(model(batch), target, batch))
-        if bar is not None:
-            bar.update(len(batch))
+    with lean_forward(model):
+        for cpu_batch in in_order(tokens, batch_size):
+            batch = cpu_batch.to(model.cfg.device)
+            rows.append(_batch_sums(model(batch), target, batch))
+            if bar is not None:
+                bar.update(len(batch))
     return np.concatenate(rows)
 
 

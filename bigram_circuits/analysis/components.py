@@ -309,6 +309,9 @@ def random_within(pool: M, counts: Mapping[str, int], seed: int = 0) -> M:
         count = counts.get(name, 0)
         if not 0 <= count <= kept:
             raise ValueError(f"cannot draw {count} {pool.units} of {name} from {kept}")
+        if count == kept:  # nothing is left to chance
+            masks[name] = pool[name]
+            continue
         mask = torch.zeros(pool.shapes[name], dtype=torch.bool)
         if count:
             there = np.flatnonzero(pool[name].numpy())

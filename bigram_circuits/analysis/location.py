@@ -351,7 +351,7 @@ def _max_activating(
     with progress(total=len(by_name) * len(array), desc="activations", unit="sequence") as bar:
         for c, (name, condition) in enumerate(by_name.items()):
             bar.set_postfix_str(name, refresh=False)
-            with torch.inference_mode(), reduced_to(model, condition):
+            with torch.inference_mode(), reduced_to(model, condition, array.size):
                 sums, squares = _sums_by_token(model, neurons, array, bar.update)
             mean = sums.sum(1) / array.size
             sd = np.sqrt(np.maximum(squares / array.size - mean**2, 0))
