@@ -1,9 +1,10 @@
-"""Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about 20 minutes on two cores).
+"""Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about half an hour on two cores).
 
 It runs the benchmarks in this folder, each of which also runs on its own: time and memory of a step (`step.py`),
-time of a step for nodes and edges (`nodes.py`), counting (`counting.py`), evaluation (`evaluation.py`), start-up
-(`start.py`), and how cost grows (`growth.py`). Quality for a given time (`quality.py`) takes hours and is not
-included. Nothing else should run on the machine meanwhile.
+time of a step for nodes and edges (`nodes.py`), counting (`counting.py`), evaluation (`evaluation.py`), the whole
+`find` by parts (`main_job.py`), `analyze` on a large model (`analysis.py`), start-up (`start.py`), and how cost grows
+(`growth.py`). Quality for a given time (`quality.py`) takes hours and is not included. Nothing else should
+run on the machine meanwhile.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import analysis
 import counting
 import evaluation
 import growth
+import main_job
 import nodes
 import start
 import step
@@ -26,6 +29,8 @@ PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
     "nodes": nodes.measure,
     "counting": counting.measure,
     "evaluation": evaluation.measure,
+    "find": main_job.measure,
+    "analyze": analysis.measure,
     "growth": growth.measure,
 }
 
