@@ -1,9 +1,10 @@
-"""Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about 20 minutes on two cores).
+"""Every figure of docs/cost.md in one run: `python benchmarks/cost.py` (about half an hour on two cores).
 
-It runs the benchmarks in this folder, each of which also runs on its own: time and memory of a step (`step.py`),
-time of a step for nodes and edges (`nodes.py`), counting (`counting.py`), evaluation (`evaluation.py`), start-up
-(`start.py`), and how cost grows (`growth.py`). Quality for a given time (`quality.py`) takes hours and is not
-included. Nothing else should run on the machine meanwhile.
+It runs the benchmarks in this folder, each of which also runs on its own: time and memory of a step (`step.py`), its
+tensors against the least bytes (`floor.py`), time of a step for nodes and edges (`nodes.py`), time to a decided mask
+(`deciding.py`), counting (`counting.py`), evaluation (`evaluation.py`), start-up (`start.py`), how cost grows
+(`growth.py`), `analyze` on a large model (`analysis.py`), and the whole `find` by parts (`main_job.py`). Quality for a
+given time (`quality.py`) takes hours and is not included. Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -12,10 +13,13 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import analysis
 import counting
 import deciding
 import evaluation
+import floor
 import growth
+import main_job
 import nodes
 import start
 import step
@@ -24,11 +28,14 @@ import torch
 PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
     "start": start.measure,
     "step": step.measure,
+    "floor": floor.measure,
     "nodes": nodes.measure,
     "deciding": deciding.measure,
     "counting": counting.measure,
     "evaluation": evaluation.measure,
     "growth": growth.measure,
+    "analyze": analysis.measure,
+    "find": main_job.measure,
 }
 
 
