@@ -21,7 +21,7 @@ from sphinx.search.en import SearchEnglish
 import bigram_circuits as bc
 from bigram_circuits import analysis, cli, workflow
 from bigram_circuits.models.loading import REFERENCE_FOLDER
-from bigram_circuits.recipe import EFFORTS, METHODS
+from bigram_circuits.recipe import EFFORTS, SHORT_UNTIL, METHODS
 from scripts import train_reference
 from scripts.state_numbers import NUMBERS, STATED, stated
 
@@ -176,12 +176,17 @@ def test_the_method_states_the_settings_of_the_recipes():
     own, paper = bc.SparsifyConfig(), bc.SparsifyConfig.paper()
     quick, thorough = EFFORTS["quick"], EFFORTS["thorough"]
     rate, growth = METHODS[own.method].learning_rate, 100_000 ** (1 / own.max_steps)
+    slower = 100_000 ** (2 / 3)
     assert own.beta_growth is None
     for words in (
         f"| learning rate, weight decay | {100 * rate:g}e-2, {own.weight_decay:g} | "
         f"{1e5 * paper.learning_rate:g}e-5, {paper.weight_decay:g} |",
         f"| AdamW's beta_2 | {own.second_moment_decay:g} | {paper.second_moment_decay:g} |",
-        f"| beta per step | x 100,000 over `max_steps`: x {growth:.3f} | x {paper.beta_growth} |",
+        f"| beta per step | x 100,000 over `max_steps`: x {growth:.3f}; with short steps x {slower:,.0f}: "
+        f"x {slower ** (1 / own.max_steps):.3f} | x {paper.beta_growth} |",
+        f"| short steps | of n-grams, until {SHORT_UNTIL:.0%} of `max_steps` | none |",
+        f"So until `short_until` ({SHORT_UNTIL}) of `max_steps`, a step sees only the first `short_length` "
+        f"({own.short_length}) tokens",
         f"| `max_steps` | {own.max_steps:,} | {paper.max_steps:,} |",
         f"| sequences per step | {own.batch_size} | {paper.batch_size} |",
         f"| a jump must have come back this long before the end | {own.recovery_steps} steps | "

@@ -22,7 +22,7 @@ def folder(tmp_path):
 def test_a_run_is_read_as_today_s_types(folder):
     run = bc.load_run(folder)
     assert run.settings.recipe == bc.SparsifyConfig(
-        sparsity_weight=0.0, learning_rate=0.1, max_steps=12, batch_size=4, low_memory=True,
+        sparsity_weight=0.0, learning_rate=0.1, max_steps=12, batch_size=4, low_memory=True, short_until=0,
         granularity={"attn": "head", "mlp": "weight"},
     )  # fmt: skip
     assert (run.rebuild.model, run.rebuild.corpus, run.rebuild.max_tokens) == ("model", "text.txt", 8000)

@@ -285,14 +285,18 @@ def _without_cache(model: Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forwards_replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within the `with` block, replace the forward functions of some modules."""
+    """Within the `with` block, replace the forward functions of some modules; blocks may be nested."""
+    before = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward  # setattr on a bridge would set it on the module that it wraps
     try:
         yield
     finally:
         for module in forwards:
-            del module.__dict__["forward"]
+            if module in before:
+                module.__dict__["forward"] = before[module]
+            else:
+                del module.__dict__["forward"]
 
 
 def check_has_readout(model: Model, d_model: int) -> None:

@@ -29,7 +29,9 @@ METHODS = ("continuous_sparsification", "hard_concrete", "straight_through")
 
 
 def recipe(**changes):
-    return bc.SparsifyConfig(**({"max_steps": 6, "batch_size": 4, "target_fraction": 0.2, "retries": 0} | changes))
+    return bc.SparsifyConfig(
+        **({"max_steps": 6, "short_until": 0, "batch_size": 4, "target_fraction": 0.2, "retries": 0} | changes)
+    )
 
 
 def find(model, config=None, **options):
