@@ -122,13 +122,13 @@ STATED: dict[str, tuple[str, ...]] = {
         "The logit of ' the' is {explained[value]:.2f}: 20 paths add up to {explained[listed]:.2f} of it; what is left "
         "out is {explained[left_out]:.0%} of all paths' strength.",
         "{explained[paths][0]:+.3f}  biases -> ' the'",
-        "{explained[paths][1]:+.3f}  ' of' -> L0N28 -> ' the'",
-        "{explained[paths][2]:+.3f}  ' of' -> L0N954 -> ' the'",
-        "{explained[paths][3]:+.3f}  ' of' -> L0N107 -> ' the'",
-        "{explained[paths][4]:+.3f}  ' of' -> L0N398 -> ' the'",
-        "{explained[paths][5]:+.3f}  ' of' -> L0N176 -> ' the'",
-        "{explained[paths][6]:+.3f}  ' of' -> L0N253 -> ' the'",
-        "{explained[paths][7]:+.3f}  ' of' -> L0N997 -> ' the'",
+        "{explained[paths][1]:+.3f}  ' of' -> L0N107 -> ' the'",
+        "{explained[paths][2]:+.3f}  ' of' -> L0N28 -> ' the'",
+        "{explained[paths][3]:+.3f}  ' of' -> L0N954 -> ' the'",
+        "{explained[paths][4]:+.3f}  ' of' -> L0N997 -> ' the'",
+        "{explained[paths][5]:+.3f}  ' of' -> L0N398 -> ' the'",
+        "{explained[paths][6]:+.3f}  ' of' -> L0N235 -> ' the'",
+        "{explained[paths][7]:+.3f}  ' of' -> ' the'",
     ),
     "docs/cost.md": (
         "On the reference model: r {r[subnetwork]:.3f} at {fraction:.2%} of the weights, KL {kl[subnetwork]:.3f}, "

@@ -67,8 +67,8 @@ WHOLE = pytest.param((), id="whole", marks=pytest.mark.slow)
 """No argument at all, as `make run` does it: minutes, and therefore a step of its own in .ci/run."""
 SHORTER = pytest.param(
     (
-        "--beta-growth", "1.038", "--short-until", "0", "--batch-size", "8", "--context-length", "64", "--max-tokens", "60000",
-        "--held-out", "0.1", "--random-seeds", "1",
+        "--beta-growth", "1.038", "--short-until", "0", "--batch-size", "8", "--context-length", "64",
+        "--max-tokens", "60000", "--held-out", "0.1", "--random-seeds", "1",
     ),
     id="shorter",
 )  # fmt: skip

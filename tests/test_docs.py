@@ -21,7 +21,7 @@ from sphinx.search.en import SearchEnglish
 import bigram_circuits as bc
 from bigram_circuits import analysis, cli, workflow
 from bigram_circuits.models.loading import REFERENCE_FOLDER
-from bigram_circuits.recipe import EFFORTS, SHORT_UNTIL, METHODS
+from bigram_circuits.recipe import EFFORTS, METHODS, SHORT_UNTIL
 from scripts import train_reference
 from scripts.state_numbers import NUMBERS, STATED, stated
 
