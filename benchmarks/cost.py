@@ -39,7 +39,7 @@ PARTS: dict[str, Callable[..., list[tuple[str, float, float, str]]]] = {
 }
 
 
-BEGIN, END = "<!-- measured -->\n", "\n<!-- end of what was measured -->"
+BEGIN, END = "<!-- measured -->\n", "<!-- end of what was measured -->"
 """What is written into a page goes between these marks."""
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.page:
         before, _, rest = arguments.page.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        arguments.page.write_text("\n".join([before + BEGIN, *lines, END + after]))
+        arguments.page.write_text("\n".join([before + BEGIN, *lines, "", END + after]))
 
 
 if __name__ == "__main__":
