@@ -191,8 +191,9 @@ def test_the_method_states_the_settings_of_the_recipes():
         f"| sequences per step | {own.batch_size} | {paper.batch_size} |",
         f"| a jump must have come back this long before the end | {own.recovery_steps} steps | "
         f"{paper.recovery_steps} steps |",
-        f"`quick` (at most {quick['max_steps']} steps, decided at about half of that), `normal` (the default, "
-        f"{own.max_steps}), or `thorough` ({thorough['max_steps']:,} steps, hard from {thorough['hard_from']:.0%} on)",
+        f"`quick` (at most {quick['max_steps']} steps, decided at about half of that, or at {SHORT_UNTIL:.0%} with "
+        f"short steps), `normal` (the default, {own.max_steps}), or `thorough` ({thorough['max_steps']:,} steps, "
+        f"hard from {thorough['hard_from']:.0%} on)",
     ):
         assert words in text.replace("\n", " "), words
 

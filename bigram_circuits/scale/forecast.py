@@ -147,7 +147,8 @@ def kind_of(request: Request) -> tuple[Any, ...]:
     gates = config.method, str(config.granularity), config.layers, config.units, config.replace, config.target_fraction
     return (
         *where, inputs.order, inputs.index, inputs.task, inputs.measure, *gates, config.along_path, config.max_steps,
-        config.batch_size, config.worst_case, config.low_memory, config.polish, request.options,
+        config.batch_size, config.short_until, config.short_length, config.worst_case, config.low_memory, config.polish,
+        request.options,
     )  # fmt: skip
 
 

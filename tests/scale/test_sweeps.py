@@ -14,8 +14,10 @@ import pytest
 
 import bigram_circuits as bc
 from bigram_circuits import cli
+from bigram_circuits.recipe import Request
 from bigram_circuits.scale import launching
 from bigram_circuits.scale.folder import DONE, FAILED, LEARNING, QUEUED, WAITING, RunState, SweepFolder
+from bigram_circuits.scale.forecast import kind_of
 from bigram_circuits.scale.shared import Shared
 from bigram_circuits.scale.spec import read_spec
 from bigram_circuits.storage.files import checked_json
@@ -23,6 +25,7 @@ from bigram_circuits.storage.locks import lock_folder
 from bigram_circuits.workflow import Subjects
 from tests.conftest import UNFIT_INPUTS
 from tests.scale.conftest import GRID, SPEC
+from tests.test_recipe import OTHER
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), UNFIT_INPUTS]
 
@@ -335,3 +338,10 @@ def test_processes_on_this_machine_do_the_same(project, swept, tmp_path):
         assert one.load().metrics == other.load().metrics
     logs = [path.read_text() for path in (tmp_path / "out" / "logs").glob("*.out")]
     assert sum(text.count(": done after ") for text in logs) == 4
+
+
+@pytest.mark.parametrize("option", ["short_until", "short_length"])
+def test_runs_with_other_steps_are_of_another_kind(option):
+    """A forecast for one would not hold for the other."""
+    assert kind_of(Request.of()) == kind_of(Request.of(seed=3))
+    assert kind_of(Request.of(**{option: OTHER[option]})) != kind_of(Request.of())
