@@ -33,7 +33,7 @@ from bigram_circuits.measures.words import listed, percent
 from bigram_circuits.models.activations import batch_size_for, check_tokens, lean_forward
 from bigram_circuits.models.logits import mean_cross_entropy
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.products import sparse_products
+from bigram_circuits.models.products import masked_once
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.progress import progress
 from bigram_circuits.storage.records import shown
@@ -615,7 +615,7 @@ def _sums(
 ) -> Float[np.ndarray, "sequence column"]:
     """A row of sums for each sequence (`statistics.COLUMNS`), from one pass over the text."""
     whole = subnetwork.kept == subnetwork.total
-    with nullcontext() if whole else masked(model, subnetwork), sparse_products(model, tokens.size):
+    with nullcontext() if whole else masked(model, subnetwork), masked_once(model, tokens.size):
         return _sums_as_it_is(model, target, tokens, _batch_size(model, subnetwork, tokens), bar)
 
 

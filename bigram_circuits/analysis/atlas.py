@@ -98,12 +98,13 @@ def _atlas(
     """Explanations of the last position of prompts, each with the answer and the wrong token to explain."""
     found: list[Explanation] = []
     with torch.no_grad(), taken_apart(model, kept) as apart:
-        for prompt, answer, wrong in steps(asked, len(asked), desc="explaining", unit="prompt"):
-            passed, place = apart(prompt), prompt.shape[1] - 1
+        every = zip(asked, apart(prompt for prompt, _, _ in asked), strict=True)
+        for (prompt, answer, wrong), passed in steps(every, len(asked), desc="explaining", unit="prompt"):
+            place = prompt.shape[1] - 1
             about = functional(model, answer, wrong, passed.shown[place])
             found.append(explained(model, kept, passed, prompt, place, about, _LIMITS, brief=True))
         labels = {node.label: None for one in found for node in one.nodes if node.kind in ("neuron", "head")}
-        units = unit_tokens(model, apart(asked[0][0]), labels)
+        units = unit_tokens(model, next(apart([asked[0][0]])), labels)
     return Atlas(title, tuple(found), tuple(counts), units, notes)
 
 

@@ -9,7 +9,7 @@ each batch's residual streams and logits to observers, which accumulate what the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from bigram_circuits.models.activations import (
     residual_streams,
 )
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.products import sparse_products
+from bigram_circuits.models.products import masked_once
 from bigram_circuits.models.state import check_model
 from bigram_circuits.progress import progress
 from bigram_circuits.subnetwork import Subnetwork
@@ -90,11 +90,12 @@ def check_of_weights(kept: Any, what: str) -> Subnetwork:
 
 @contextmanager
 def reduced_to(model: Model, subnetwork: Mask | None, tokens: int = 0) -> Iterator[Any]:
-    """`masked`, or nothing where everything is kept; for as many tokens as are told, in the fastest way."""
-    if subnetwork is None:
-        yield model
-        return
-    with masked(model, subnetwork), sparse_products(model, tokens):
+    """`masked`, or nothing where everything is kept; in the fastest way to measure, for as many tokens as are told."""
+    with ExitStack() as stack:
+        if subnetwork is not None:
+            stack.enter_context(masked(model, subnetwork))
+            stack.enter_context(masked_once(model, tokens))
+        stack.enter_context(lean_forward(model))
         yield model
 
 
@@ -137,7 +138,7 @@ def observe(
         for name, subnetwork in subnetworks.items():
             bar.set_postfix_str(name, refresh=False)
             watching = observers(name)
-            with torch.inference_mode(), reduced_to(model, subnetwork, tokens.size), lean_forward(model):
+            with torch.inference_mode(), reduced_to(model, subnetwork, tokens.size):
                 for cpu_batch in in_order(tokens, batch_size):
                     batch = cpu_batch.to(model.cfg.device)
                     seen = Batch(batch, *residual_streams(model, batch))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +44,14 @@ from bigram_circuits.models.linearised import Directions, Linearised, Neurons, V
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.names import model_words
+from bigram_circuits.subnetwork import Subnetwork
 
 _PREDICTIONS = 5
 _BRANCHES = 24  # parts that a path is followed to from each of its nodes
 _EXPANSIONS = 4  # nodes that are followed, for every path that is listed
 _TOLERANCE = 1e-4  # of the largest term, that sums may differ by
 _ROUNDED = 0.02  # the same, of logits in 16 bits
+_TOKENS_AT_ONCE = 64  # in a batch of prompts that are taken apart
 _ANSWER, _BIAS = "answer", "bias"
 
 
@@ -100,7 +102,7 @@ def explain(
     kept, _ = check_arguments(model, subnetwork)
     place = position_of(position, tokens.shape[1])
     with torch.no_grad(), taken_apart(model, kept) as apart:
-        passed = apart(tokens)
+        passed = next(apart([tokens]))
         asked = functional(model, answer, wrong, passed.shown[place])
         return explained(model, kept, passed, tokens, place, asked, Limits(nodes, edges, paths))
 
@@ -115,7 +117,9 @@ class Limits:
 
 
 @contextmanager
-def taken_apart(model: Model, kept: Mask | None) -> Iterator[Callable[[Integer[Tensor, "1 pos"]], Linearised]]:
+def taken_apart(
+    model: Model, kept: Mask | None
+) -> Iterator[Callable[[Iterable[Integer[Tensor, "1 pos"]]], Iterator[Linearised]]]:
     """Within the `with` block, a function from prompts to forward passes of the masked model that are taken apart.
 
     Raises:
@@ -129,9 +133,10 @@ def taken_apart(model: Model, kept: Mask | None) -> Iterator[Callable[[Integer[T
                 "explain: explain its nodes, circuit.to_nodes()"
             )
         replaced = {name: ~mask for name, mask in kept.items() if mask.ndim == 1}
+    at_once = _TOKENS_AT_ONCE if kept is None or isinstance(kept, Subnetwork) else 1  # replacements may tell batches
     with reduced_to(model, kept):
         weights = Weights.of(model)
-        yield lambda tokens: linearise(model, tokens, weights, replaced)
+        yield lambda prompts: linearise(model, prompts, weights, replaced, at_once=at_once)
 
 
 @dataclass(frozen=True)

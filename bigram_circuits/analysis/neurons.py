@@ -113,8 +113,8 @@ def traced_tokens(
     kinds = Neurons if neurons_only else Neurons | Heads
     labels, rows, answers = list[str](), [], []
     with torch.no_grad(), taken_apart(model, kept) as apart:
-        for prompt in steps(prompts_of(model, tokens), len(tokens), desc="tracing tokens", unit="token"):
-            passed, place = apart(prompt), prompt.shape[1] - 1
+        for passed in steps(apart(prompts_of(model, tokens)), len(tokens), desc="tracing tokens", unit="token"):
+            place = len(passed.shown) - 1
             asked = functional(model, None, None, passed.shown[place])
             flows, _ = passed.flows(passed.direction(asked.weights, place))
             units = [(one, flow) for one, flow in zip(passed.writers, flows, strict=True) if isinstance(one, kinds)]

@@ -108,7 +108,9 @@ def _predicted_effects(
     rng = np.random.default_rng(seed)
     sums, rows, names = [], [], list[str]()
     with torch.no_grad(), taken_apart(model, kept) as apart:
-        found = [_removals(model, apart(prompt), prompt, neurons, rng) for prompt in prompts_of(model, chosen)]
+        prompts = prompts_of(model, chosen)
+        every = zip(apart(prompts), prompts, strict=True)
+        found = [_removals(model, passed, prompt, neurons, rng) for passed, prompt in every]
         with progress(sum(len(one.layers) for one in found), desc="removing neurons", unit="neuron") as bar:
             for word, one in zip(token_words(model, chosen), found, strict=True):
                 measured = _measured(model, one, bar.update)

@@ -27,7 +27,7 @@ from bigram_circuits.masking.effects import node_effects
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.quantities import Quantity
 from bigram_circuits.measures.results import Effects
-from bigram_circuits.models.activations import NotShownError, batch_size_for, lean_forward
+from bigram_circuits.models.activations import NotShownError, batch_size_for
 from bigram_circuits.models.interventions import intervened
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, layer_of_point, node_sites
@@ -107,7 +107,7 @@ def _unit_effects(
     values = np.stack([rise, rise / told])[:, order]
     with torch.no_grad(), taken_apart(model, kept) as apart:
         first = torch.from_numpy(array[:1, :1].astype(np.int64)).to(model.cfg.device)
-        about = unit_tokens(model, apart(first), names)
+        about = unit_tokens(model, next(apart([first])), names)
     return Effects(
         title="Neurons and heads: what is lost without each",
         quantities=_UNIT_QUANTITIES,
@@ -203,7 +203,7 @@ def _cross_entropies(
 ) -> Float[np.ndarray, " sequence"]:
     """Mean cross-entropy of every sequence, from the target to the model as it is."""
     found = []
-    with torch.no_grad(), lean_forward(model):
+    with torch.no_grad():
         for batch in in_order(array, batch_size_for(model, array.shape[1])):
             ids = batch.to(model.cfg.device)
             found.append(target.cross_entropy(model(ids), ids).double().mean(1).cpu().numpy())

@@ -6,6 +6,7 @@ Masks are torch parametrizations of the leaf modules whose weights the forward p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -23,6 +24,7 @@ from bigram_circuits.masking.replacing import make_replacement
 from bigram_circuits.models.edges import EdgeSite, edges_exposed
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import NodeSite, node_sites
+from bigram_circuits.models.products import MOST_KEPT
 from bigram_circuits.models.state import in_use, parameters_frozen, uses_model
 from bigram_circuits.models.weights import WeightGate, WeightSite, weight_sites
 from bigram_circuits.replacement import Replacement
@@ -120,8 +122,11 @@ def masks_exchanged(model: Model) -> Iterator[Callable[[Subnetwork | None], None
     """Within the `with` block, a function reduces the model to one subnetwork after another, or to none with None.
 
     Each time, only the matrices are masked anew whose masks differ from those before: in a sweep over parts, few do.
+    Nobody may edit weights meanwhile.
     """
     sites, gates = weight_sites(model), dict[str, _Mask]()
+    sizes = itertools.accumulate(site.original.nbytes for site in sites)
+    keeping = {site.name for site, size in zip(sites, sizes, strict=True) if size <= MOST_KEPT}
     bits: dict[str, np.ndarray] = {}
 
     def unmasked(site: WeightSite) -> nn.Module:
@@ -141,6 +146,7 @@ def masks_exchanged(model: Model) -> Iterator[Callable[[Subnetwork | None], None
             packed = kept.packed(site.name)
             if site.name not in bits or not np.array_equal(bits[site.name], packed):
                 gate.mask = site.to_stored(kept[site.name]).contiguous().to(site.original.device)
+                gate.kept = gate.gate(site.original.detach()) if site.name in keeping else None
                 bits[site.name] = packed
 
     with in_use(model, "masks_exchanged", block=True), _parametrized(model, unmasked):

@@ -239,7 +239,7 @@ def lean_forward(model: Model) -> Iterator[None]:
     """Within the `with` block, forward passes skip work that does not affect the output.
 
     The key-value cache is switched off. TransformerLens also recomputes the scale and the normalised residual stream of
-    each norm for `hook_scale` and `hook_normalized`; norms that have no such hook on entry skip that. Attention is
+    each norm for `hook_scale` and `hook_normalized`, which is skipped where these have no hook. Attention is
     computed by a fused kernel where no hook looks inside (`fused_forwards`), up to rounding with the same output.
     """
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
@@ -250,10 +250,11 @@ def lean_forward(model: Model) -> Iterator[None]:
         if type(module).forward is NormalizationBridge.forward
         and (module.use_native_layernorm_autograd or getattr(module.config, "layer_norm_folding", False))
         and not isinstance(module.original_component, torch.nn.Identity)
-        and not any(hook.fwd_hooks or hook.bwd_hooks for hook in (module.hook_scale, module.hook_normalized))
     ]
 
-    def lean(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+    def lean(module: Any, hidden_states: Tensor, **more: Any) -> Tensor:
+        if any(hook.fwd_hooks or hook.bwd_hooks for hook in (module.hook_scale, module.hook_normalized)):
+            return NormalizationBridge.forward(module, hidden_states, **more)
         output = module.original_component(module.hook_in(hidden_states))
         return module.hook_out(output.to(hidden_states.dtype))
 

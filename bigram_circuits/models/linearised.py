@@ -20,7 +20,8 @@ but cannot be traced further. In 16 bits, what rounding takes away is a writer t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,26 +273,37 @@ class Linearised:
 
 def linearise(
     model: Model,
-    tokens: Integer[Tensor, "1 pos"],
+    prompts: Iterable[Integer[Tensor, "1 pos"]],
     weights: Weights | None = None,
     replaced: Mapping[str, Bool[Tensor, " node"]] | None = None,
-) -> Linearised:
-    """Run a model, as it is now, on a prompt, and take the forward pass apart.
+    *,
+    at_once: int = 1,
+) -> Iterator[Linearised]:
+    """Run a model, as it is now, on one prompt after another, and take each forward pass apart.
 
     Args:
         model: From `load_model`; within `masked`, the masked model.
-        tokens: The prompt.
-        weights: `Weights.of(model)`, to be used again for many prompts.
+        prompts: The prompts.
+        weights: `Weights.of(model)`, to be used again for other prompts.
         replaced: Nodes whose values are replaced, by hook point (as a circuit has them); what stands for them is
             constant.
+        at_once: Tokens in a batch, of prompts of one length; at least one prompt.
 
     Raises:
         NotShownError: If the residual stream is not a sum of what attentions and MLPs write, or logits are not read
             from it with a final norm and W_U.
     """
     check_predicts_tokens(model)
-    with torch.no_grad():
-        return _Anatomy(model, tokens, weights or Weights.of(model), replaced or {}).taken_apart()
+    weights = weights or Weights.of(model)
+    for length, alike in itertools.groupby(prompts, lambda prompt: prompt.shape[1]):
+        while batch := list(itertools.islice(alike, max(1, at_once // length))):
+            with torch.no_grad():
+                seen, logits = _record(model, torch.cat(batch))
+            for row in range(len(batch)):
+                mine = {name: value[row : row + 1] if len(value) > 1 else value for name, value in seen.items()}
+                with torch.no_grad():
+                    passed = _Anatomy(model, mine, logits[row].float(), weights, replaced or {}).taken_apart()
+                yield passed
 
 
 class _Anatomy:
@@ -300,13 +312,13 @@ class _Anatomy:
     def __init__(
         self,
         model: Model,
-        tokens: Integer[Tensor, "1 pos"],
+        seen: Mapping[str, Tensor],
+        shown: Float[Tensor, "pos d_vocab"],
         weights: Weights,
         replaced: Mapping[str, Bool[Tensor, " node"]],
     ) -> None:
         self.model, self.weights, self.replaced = model, weights, replaced
-        self.seen, logits = _record(model, tokens)
-        self.shown = logits[0].float()
+        self.seen, self.shown = seen, shown
         self.is_rounded = model.W_U.dtype.itemsize < 4
         """Whether sums are rounded to 16 bits, so that they are not those of what was added."""
         self.tolerance = _TOLERANCE_16_BITS if self.is_rounded else _TOLERANCE
@@ -515,7 +527,7 @@ _POINTS = (
 )  # fmt: skip
 
 
-def _record(model: Model, tokens: Integer[Tensor, "1 pos"]) -> tuple[dict[str, Tensor], Tensor]:
+def _record(model: Model, tokens: Integer[Tensor, "batch pos"]) -> tuple[dict[str, Tensor], Tensor]:
     """The activations, of those that there may be, that a forward pass reaches, and the logits."""
     names = [in_block(layer, point) for layer in range(model.cfg.n_layers) for point in _POINTS]
     names = [name for name in ("embed.hook_out", "pos_embed.hook_out", *names) if hook_point(model, name) is not None]

@@ -1,4 +1,4 @@
-"""Products with the few weights that a sparse mask keeps, in place of products with matrices that are mostly 0.
+"""Masked weights that are made once for many forward passes; of sparse ones, only what is not 0 is multiplied.
 
 On a CPU, the product of tokens with a matrix of which 2 per cent are not 0 takes a third of the time in compressed rows
 (CSR), with the tokens in pieces that fit in the cache. The terms are the same, added up in another order.
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from bigram_circuits.models.activations import forwards_replaced
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.weights import WeightGate, weight_sites
+from bigram_circuits.models.weights import WeightGate, gate_of, weight_sites
 
 _MOST = 0.05  # share of weights that are not 0, above which dense products are as fast
 _LEAST_TOKENS = 1 << 12  # below, it takes as long to find the weights that are not 0
@@ -27,36 +26,48 @@ _TOKENS_AT_ONCE = 256
 _FEW_TOKENS = 64  # a pass of fewer is as fast with the dense matrix
 
 
-@contextmanager
-def sparse_products(model: Model, tokens: int) -> Iterator[None]:
-    """Within the `with` block, forward passes of a masked model without gradients skip what is 0 in sparse matrices.
+MOST_KEPT = 1 << 30
+"""Bytes of masked weights that are kept beside the weights themselves; matrices beyond it are masked in every pass."""
 
-    Nobody may edit weights or masks meanwhile. Nothing changes where that is not faster: on a GPU, in another precision
-    than float32, for matrices that are not masked or not sparse, or for few tokens.
+
+@contextmanager
+def masked_once(model: Model, tokens: int = 0) -> Iterator[None]:
+    """Within the `with` block, a masked model's weights are masked once, not in every forward pass without gradients.
+
+    Nobody may edit weights or masks meanwhile. Where that is faster, products skip what is 0 in sparse matrices: not on
+    a GPU, in another precision than float32, for matrices that are not masked or not sparse, or for few tokens.
 
     Args:
         model: Within the block that masks it.
-        tokens: How many will pass through the model.
+        tokens: How many will pass through the model, if that is known.
     """
     forwards: dict[nn.Module, Callable[..., Any]] = {}
-    if tokens >= _LEAST_TOKENS and torch.backends.mkl.is_available():
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that sparse tensors are in beta
-            for site in weight_sites(model):
-                if (matrix := _sparse(site.leaf)) is not None:
-                    forwards[site.leaf] = partial(_forward, site.leaf, matrix, site.leaf.forward)
-    with forwards_replaced(forwards):
-        yield
+    gates: list[WeightGate] = []
+    left = MOST_KEPT
+    look_for_sparse = tokens >= _LEAST_TOKENS and torch.backends.mkl.is_available()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta
+        for site in weight_sites(model):
+            if (gate := gate_of(site.leaf)) is None or not gate.active:
+                continue
+            weight = gate(site.original)
+            if look_for_sparse and (matrix := _sparse(site.leaf, weight)) is not None:
+                forwards[site.leaf] = partial(_forward, site.leaf, matrix, site.leaf.forward)
+            elif (left := left - weight.nbytes) >= 0:
+                gate.kept = weight
+                gates.append(gate)
+    try:
+        with forwards_replaced(forwards):
+            yield
+    finally:
+        for gate in gates:
+            gate.kept = None
 
 
-def _sparse(leaf: nn.Module) -> Tensor | None:
-    """The weight that a leaf applies, outputs by inputs in compressed rows; None if dense products are better."""
-    original: Any = leaf.parametrizations["weight"].original if parametrize.is_parametrized(leaf, "weight") else None  # type: ignore[index]
-    if original is None or original.device.type != "cpu" or original.dtype != torch.float32 or "forward" in vars(leaf):
+def _sparse(leaf: nn.Module, weight: Tensor) -> Tensor | None:
+    """A leaf's masked weight, outputs by inputs in compressed rows; None if dense products are better."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or "forward" in vars(leaf):
         return None
-    if not all(isinstance(gate, WeightGate) for gate in leaf.parametrizations["weight"]):  # type: ignore[index]
-        return None
-    weight: Any = leaf.weight
     if int(weight.count_nonzero()) > _MOST * weight.numel():
         return None
     return (weight if isinstance(leaf, nn.Linear) else weight.T.contiguous()).to_sparse_csr()
@@ -65,7 +76,8 @@ def _sparse(leaf: nn.Module) -> Tensor | None:
 def _forward(leaf: Any, matrix: Tensor, dense: Callable[..., Any], x: Float[Tensor, "*rows d_in"]) -> Any:
     """What a linear layer (or Conv1D) returns."""
     rows = x.reshape(-1, x.shape[-1])
-    is_masked = all(gate.active for gate in leaf.parametrizations["weight"])  # not within `full_weights`
+    gate = gate_of(leaf)
+    is_masked = gate is not None and gate.active  # not within `full_weights`
     if not is_masked or torch.is_grad_enabled() or x.dtype != torch.float32 or len(rows) < _FEW_TOKENS:
         return dense(x)
     found = x.new_empty(len(rows), matrix.shape[0])

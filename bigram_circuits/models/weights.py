@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -52,14 +53,26 @@ class WeightGate(nn.Module, ABC):
     """A torch parametrization that masks a leaf module's weight; `full_weights` switches it off."""
 
     active = True
+    kept: Tensor | None = None
+    """The masked weight, where it is not made anew for every pass without gradients (`masked_once`)."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as the forward pass sees it."""
-        return self.gate(weight) if self.active else weight
+        if not self.active:
+            return weight
+        return self.gate(weight) if self.kept is None or torch.is_grad_enabled() else self.kept
 
     @abstractmethod
     def gate(self, weight: Tensor) -> Tensor:
         """Return the masked weight."""
+
+
+def gate_of(leaf: nn.Module) -> WeightGate | None:
+    """What masks a leaf module's weight; None if nothing does."""
+    if not parametrize.is_parametrized(leaf, "weight"):
+        return None
+    parametrizations = list(leaf.parametrizations["weight"])  # type: ignore[index]
+    return parametrizations[0] if len(parametrizations) == 1 and isinstance(parametrizations[0], WeightGate) else None
 
 
 @contextmanager

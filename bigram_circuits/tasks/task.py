@@ -26,6 +26,7 @@ from bigram_circuits.models.activations import (
     batch_size_for,
     check_predicts_tokens,
     check_tokens,
+    lean_forward,
     n_outputs,
     predicts_tokens,
 )
@@ -391,7 +392,7 @@ def measure(
         ValueError: If a surprisal is not finite.
     """
     rows = []
-    with torch.inference_mode():
+    with torch.inference_mode(), lean_forward(model):
         for index, part in enumerate(batches(len(task), batch_size_for(model, task.tokens.shape[1]), smallest)):
             tokens = torch.from_numpy(np.asarray(task.tokens[part]).astype(np.int64)).to(model.cfg.device)
             with within(index):

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
 import bigram_circuits as bc
+from bigram_circuits.masking import apply
 from bigram_circuits.models import products
-from bigram_circuits.models.products import sparse_products
+from bigram_circuits.models.products import masked_once
 from bigram_circuits.models.weights import full_weights
 from tests.conftest import save_tiny
 
@@ -67,7 +68,7 @@ def test_logits_are_those_of_the_plain_model_with_zeroed_weights(model, few, fol
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.inference_mode():
         expected = plain(TOKENS).logits
-        with bc.masked(model, few), sparse_products(model, MANY):
+        with bc.masked(model, few), masked_once(model, MANY):
             found = model(TOKENS)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(used) == 3 * (12 - 1)  # three pieces; all matrices but the one that is not sparse
@@ -83,7 +84,7 @@ def test_hooks_and_the_full_model_inside_are_as_before(model, few, used):
         halved = [("blocks.0.mlp.hook_post", lambda value, hook: value / 2)]
         with bc.masked(model, few):
             masked, hooked = model(TOKENS), model.run_with_hooks(TOKENS, fwd_hooks=halved)
-            with sparse_products(model, MANY):
+            with masked_once(model, MANY):
                 torch.testing.assert_close(model.run_with_hooks(TOKENS, fwd_hooks=halved), hooked)
                 done = len(used)
                 with full_weights(model):  # as for values of the full model that replace nodes
@@ -97,15 +98,91 @@ def test_hooks_and_the_full_model_inside_are_as_before(model, few, used):
 
 def test_few_tokens_gradients_and_unmasked_models_have_dense_products(model, few, used):
     with bc.masked(model, few):
-        with sparse_products(model, 100), torch.inference_mode():
+        with masked_once(model, 100), torch.inference_mode():
             model(TOKENS)
-        with sparse_products(model, MANY):
+        with masked_once(model, MANY):
             model(TOKENS).sum().backward()
             with torch.inference_mode():
                 model(TOKENS[:1, :8])
-    with sparse_products(model, MANY), torch.inference_mode():
+    with masked_once(model, MANY), torch.inference_mode():
         model(TOKENS)
     assert used == []
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Counts how often a weight is masked."""
+    masked, plain = [], apply._Mask.gate
+
+    def counted(gate, weight):
+        masked.append(weight.shape)
+        return plain(gate, weight)
+
+    monkeypatch.setattr(apply._Mask, "gate", counted)
+    return masked
+
+
+def test_weights_are_masked_once_and_logits_are_the_same_bit_for_bit(model, few, gated):
+    dense = ~few
+    n = len(bc.weight_sites(model))
+    with torch.inference_mode(), bc.masked(model, dense):
+        expected = model(TOKENS)
+        gated.clear()
+        with masked_once(model):
+            assert torch.equal(model(TOKENS), expected)
+            assert torch.equal(model(TOKENS), expected)
+            assert len(gated) == n
+            with full_weights(model):
+                full = model(TOKENS)
+        gated.clear()
+        assert torch.equal(model(TOKENS), expected)
+        assert len(gated) == n
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS), full)
+
+
+def test_no_more_is_kept_than_the_bound(model, few, gated, monkeypatch):
+    sites = bc.weight_sites(model)
+    monkeypatch.setattr(products, "MOST_KEPT", sites[0].original.nbytes + sites[1].original.nbytes)
+    with torch.inference_mode(), bc.masked(model, ~few):
+        expected = model(TOKENS)
+        with masked_once(model):
+            gated.clear()
+            assert torch.equal(model(TOKENS), expected)
+    assert len(gated) == len(sites) - 2
+
+
+def test_gradients_come_from_weights_masked_anew(model, few):
+    weight = bc.weight_sites(model)[0].original
+    with bc.masked(model, few):
+        model(TOKENS[:1]).sum().backward()
+        expected, weight.grad = weight.grad, None
+        with masked_once(model):
+            model(TOKENS[:1]).sum().backward()
+    assert expected.any()
+    assert torch.equal(weight.grad, expected)
+
+
+def test_a_sweep_masks_only_the_matrices_that_differ_and_only_once(model, few, gated):
+    names = [site.name for site in bc.weight_sites(model)]
+    masks = {name: few[name] for name in few}
+    other = bc.Subnetwork(masks | {names[0]: ~few[names[0]]})
+    expected = []
+    for kept in (few, other, few):
+        with torch.inference_mode(), bc.masked(model, kept):
+            expected.append(model(TOKENS))
+    gated.clear()
+    with torch.inference_mode(), apply.masks_exchanged(model) as exchange:
+        for index, kept in enumerate((few, other, few)):
+            exchange(kept)
+            for _ in range(2):
+                assert torch.equal(model(TOKENS), expected[index])
+        exchange(None)
+        full = model(TOKENS)
+    with torch.inference_mode():
+        assert torch.equal(model(TOKENS), full)
+    partly = [name for name in names if not few[name].all()]
+    assert len(gated) == len(partly) + 2
 
 
 @needs_mkl
