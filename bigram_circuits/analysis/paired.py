@@ -9,8 +9,8 @@ between them have as little noise as possible. Matched random changes are the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from bigram_circuits.masking.apply import Mask, masked, masks_exchanged
 from bigram_circuits.measures import statistics
 from bigram_circuits.measures.statistics import Statistic
 from bigram_circuits.models.model import Model
-from bigram_circuits.models.resuming import can_resume, outputs_recorded, resumed
+from bigram_circuits.models.resuming import KnownPasses
 from bigram_circuits.subnetwork import Subnetwork
 from bigram_circuits.tasks.task import Hooks, Task, measure, per_place
 
@@ -122,8 +122,7 @@ class PairedMeasurements:
         self._by_key: dict[Any, int] = {}
         self._sums: list[Float[np.ndarray, "prompt column"]] = []
         self._places: dict[tuple[str, str, int | None], int] = {}
-        self._can_resume = can_resume(model)
-        self._base: tuple[str, list[list[Any]]] | None = None
+        self._base: tuple[str, KnownPasses] | None = None
         self._masking = ExitStack()
         self._exchange: Callable[[Subnetwork | None], None] | None = None
 
@@ -162,22 +161,16 @@ class PairedMeasurements:
 
     def _within(self, job: Job) -> Callable[[int], AbstractContextManager[Any]]:
         """Within what a job's batches pass through the model: the outputs of a base's blocks are kept for its parts."""
-        if not self._can_resume or isinstance(job.kept, Circuit):
+        if isinstance(job.kept, Circuit):
             return nullcontext
         if job.name == "":
-            outputs: list[list[Any]] = []
-            self._base = (job.base, outputs)
-            return lambda index: self._recorded(outputs)
-        if self._base is None or self._base[0] != job.base or job.first == 0:
+            passes = KnownPasses(self.model)
+            self._base = (job.base, passes)
+            return lambda index: passes.first_pass()
+        if self._base is None or self._base[0] != job.base:
             return nullcontext
         known = self._base[1]
-        return lambda index: resumed(self.model, known[index], job.first)
-
-    @contextmanager
-    def _recorded(self, outputs: list[list[Any]]) -> Iterator[None]:
-        with outputs_recorded(self.model) as of_batch:
-            yield
-        outputs.append(of_batch)
+        return lambda index: known.again(index, job.first)
 
     def table(self) -> Table:
         """All measurements so far."""

@@ -30,11 +30,12 @@ from bigram_circuits.models.interventions import intervened
 from bigram_circuits.models.linearised import Linearised, Neurons
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS
+from bigram_circuits.models.resuming import KnownPasses
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.names import in_block, neuron_label
 from bigram_circuits.progress import progress
 
-_ROWS_AT_ONCE = 2048  # tokens of a forward pass with a neuron removed in every row
+_TOKENS_AT_ONCE = 2048  # tokens of a forward pass with a neuron removed in every row
 _STORED = 3000  # points of a scatter plot that are kept
 
 
@@ -179,15 +180,21 @@ def _removals(
 def _measured(model: Model, removals: _Removals, done: Callable[[int], Any]) -> Float[Tensor, " neuron"]:
     """How far the functional falls without each neuron."""
     length = removals.prompt.shape[1]
-    found = []
-    for layer in removals.layers.unique().tolist():
-        indices = removals.indices[removals.layers == layer]
-        for part in indices.split(max(1, _ROWS_AT_ONCE // length)):
-            with intervened(model, [(in_block(layer, UNITS["neuron"]), _without(part))]):
+    layers, counts = removals.layers.unique(return_counts=True)
+    if not len(layers):
+        return removals.direct
+    most = min(int(counts.max()), max(1, _TOKENS_AT_ONCE // length))
+    passes, found = KnownPasses(model), []
+    with passes.first_pass():
+        model(removals.prompt.expand(most, length))
+    for layer in layers.tolist():
+        for part in removals.indices[removals.layers == layer].split(most):
+            removed = intervened(model, [(in_block(layer, UNITS["neuron"]), _without(part))])
+            with removed, passes.again(0, layer, len(part)):
                 logits = model(removals.prompt.expand(len(part), length))[:, -1].float()
             found.append(removals.value - logits @ removals.asked.weights)
             done(len(part))
-    return torch.cat(found) if found else removals.direct
+    return torch.cat(found)
 
 
 def _without(neurons: Integer[Tensor, " row"]) -> Callable[..., Tensor]:

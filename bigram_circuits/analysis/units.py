@@ -6,6 +6,8 @@ A neuron is removed by setting its activation to 0 at every position, a head by 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from bigram_circuits.models.activations import NotShownError, batch_size_for
 from bigram_circuits.models.interventions import intervened
 from bigram_circuits.models.model import Model
 from bigram_circuits.models.nodes import UNITS, layer_of_point, node_sites
+from bigram_circuits.models.resuming import KnownPasses
 from bigram_circuits.models.state import uses_model
 from bigram_circuits.names import head_label, in_block, neuron_label
 from bigram_circuits.progress import steps
@@ -93,11 +96,13 @@ def _unit_effects(
     strength, ranked_by = _strength(model, kept, target, array, units)
     chosen = sorted(units, key=lambda label: -strength[label])[:most]
     with reduced_to(model, kept):
-        before = _cross_entropies(model, target, array)
-        rises = []
+        passes, rises = KnownPasses(model), []
+        before = _cross_entropies(model, target, array, lambda batch: passes.first_pass())
         for label in steps(chosen, len(chosen), desc="removing units", unit="unit"):
-            with intervened(model, [_removed(*units[label])]):
-                rises.append(_cross_entropies(model, target, array) - before)
+            unit, layer, index = units[label]
+            again = partial(passes.again, layer=layer)
+            with intervened(model, [_removed(unit, layer, index)]):
+                rises.append(_cross_entropies(model, target, array, again) - before)
     draws = statistics.bootstrap(np.stack(rises, 1)) / len(array)
     ends = np.quantile(draws, [0.025, 0.975], axis=0)
     told = kl_of_best_constant(target, array)
@@ -199,14 +204,19 @@ def _removed(unit: str, layer: int, index: int) -> tuple[str, Callable[..., Tens
 
 
 def _cross_entropies(
-    model: Model, target: Target, array: Integer[np.ndarray, "sequence position"]
+    model: Model,
+    target: Target,
+    array: Integer[np.ndarray, "sequence position"],
+    within: Callable[[int], AbstractContextManager[Any]],
 ) -> Float[np.ndarray, " sequence"]:
-    """Mean cross-entropy of every sequence, from the target to the model as it is."""
+    """Mean cross-entropy of every sequence, from the target to the model as it is; each batch passes within a block."""
     found = []
     with torch.no_grad():
-        for batch in in_order(array, batch_size_for(model, array.shape[1])):
+        for index, batch in enumerate(in_order(array, batch_size_for(model, array.shape[1]))):
             ids = batch.to(model.cfg.device)
-            found.append(target.cross_entropy(model(ids), ids).double().mean(1).cpu().numpy())
+            with within(index):
+                logits = model(ids)
+            found.append(target.cross_entropy(logits, ids).double().mean(1).cpu().numpy())
     return np.concatenate(found)
 
 

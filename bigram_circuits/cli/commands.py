@@ -345,15 +345,16 @@ def _explain_all(arguments: argparse.Namespace, run: Any) -> Result:
     given += [name for name in ("full",) if getattr(arguments, name)]
     if given:
         raise ValueError(f"--{given[0]} is for one prompt: give --prompt or --token")
-    if run.atlas is None:
+    atlas = run.atlas
+    if atlas is None:
         reason = run.left_out.get("atlas")
         raise ValueError(
             f"the run in {str(run.path)!r} has no atlas ({reason}): give --prompt or --token"
             if reason
             else f"the run in {str(run.path)!r} has no atlas: give --prompt or --token, or `analyze` it first"
         )
-    run.atlas.to_html(arguments.out)
-    tell(f"{run.atlas.title}\nthe page to look at: {arguments.out}")
+    atlas.to_html(arguments.out)
+    tell(f"{atlas.title}\nthe page to look at: {arguments.out}")
     return {"page": arguments.out, "graph": None, "atlas": run.path / "analysis" / "atlas.json"}
 
 

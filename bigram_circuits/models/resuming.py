@@ -6,7 +6,7 @@ Ablating something in block L leaves the blocks before L as they were: a sweep o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,6 +46,42 @@ def resumed(model: Model, outputs: Sequence[Any], first: int) -> Iterator[None]:
 
     with forwards_replaced({model.blocks[layer]: partial(known, outputs[layer]) for layer in range(first)}):
         yield
+
+
+class KnownPasses:
+    """Batches that pass through a model again and again, from the block where a pass begins to differ from the first.
+
+    Within its `with` block, a first pass over all batches (`first_pass`) shows what each block returns; where that does
+    not tell what a later block needs (`can_resume`), passes just run whole.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._can_resume = model, can_resume(model)
+        self._outputs: list[list[Any]] = []
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Within the `with` block, the next batch passes through the model for the first time."""
+        with outputs_recorded(self._model) if self._can_resume else nullcontext([]) as outputs:
+            yield
+        self._outputs.append(outputs)
+
+    def again(self, batch: int, layer: int, rows: int | None = None) -> AbstractContextManager[None]:
+        """Within the `with` block, the batch of this index passes again, the same as before up to this layer's block.
+
+        With `rows`, only so many of its first rows.
+        """
+        if not self._can_resume or layer == 0:
+            return nullcontext()
+        known = self._outputs[batch]
+        return resumed(self._model, known if rows is None else [_first_rows(one, rows) for one in known], layer)
+
+
+def _first_rows(output: Any, rows: int) -> Any:
+    """What a block returns, for the first rows of a batch."""
+    if isinstance(output, torch.Tensor):
+        return output[:rows]
+    return tuple(_first_rows(one, rows) for one in output) if isinstance(output, tuple) else output
 
 
 def can_resume(model: Model) -> bool:

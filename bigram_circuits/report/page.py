@@ -13,7 +13,7 @@ from bigram_circuits.evaluation import Evaluation
 from bigram_circuits.experiments.seeds import Seeds, load_seeds
 from bigram_circuits.experiments.stricter import FOLDER, load_stricter
 from bigram_circuits.explanations import words
-from bigram_circuits.explanations.explanation import Explanation
+from bigram_circuits.explanations.explanation import Atlas, Explanation
 from bigram_circuits.measures.words import listed, percent, rounded
 from bigram_circuits.report import circuit, figures, inside, outcome, reading, seeds, stricter  # noqa: F401 (they register sections)
 from bigram_circuits.report.blocks import Block, Chart, Check, Mark, Opening, Preview, Section
@@ -56,30 +56,36 @@ def write_report(run: Run | str | os.PathLike[str], path: str | os.PathLike[str]
 
 def page(run: Run) -> str:
     """The page as text."""
-    return document(opening(run), sections(run), "Made from the files in the run's folder.")
+    results = _results(run)
+    return document(opening(run, results), sections(run, results), "Made from the files in the run's folder.")
 
 
-def sections(run: Run) -> list[Section]:
-    """Every registered section that has something to say about the run."""
+def _results(run: Run) -> Results:
+    """All that was measured of a run, read from its files."""
     harder = load_stricter(run.path / FOLDER, run)
-    results = Results(run.analyses, run.left_out, run.atlas, load_seeds(run.path, run), harder)
+    return Results(run.analyses, run.left_out, run.atlas, load_seeds(run.path, run), harder)
+
+
+def sections(run: Run, results: Results | None = None) -> list[Section]:
+    """Every registered section that has something to say about the run; by default, its results are read."""
+    results = results or _results(run)
     written = [section(run, results) for section in SECTIONS]
     return [one for one in written if one.says or one.blocks]
 
 
-def opening(run: Run) -> Opening:
+def opening(run: Run, results: Results | None = None) -> Opening:
     """The first screen: question, answer, a few numbers, a picture, and what would refute the answer."""
-    several, harder = load_seeds(run.path, run), load_stricter(run.path / FOLDER, run)
-    tried = checks(run, Results(run.analyses, run.left_out, seeds=several, stricter=harder))
+    results = results or _results(run)
+    tried = checks(run, results)
     does, _ = run.plain_target
     return Opening(
         title=f"The {run.target_words[0]} {run.mask.noun} of {run.model_words}",
         asked=f"Which few {asked_units(run.mask)} of {run.model_words} are enough to {does}?",
         answer=" ".join(filter(None, [_answer(run), _but(tried)])),
-        marks=_marks(run, several),
-        picture=_picture(run),
+        marks=_marks(run, results.seeds),
+        picture=_picture(run, results.atlas),
         checks=tried,
-        notes=_notes(run, several),
+        notes=_notes(run, results.seeds),
     )
 
 
@@ -228,9 +234,8 @@ def _of_need(evaluation: Evaluation, spread: _Spreads) -> list[Mark]:
 # --- the picture ---
 
 
-def _picture(run: Run) -> Block | None:
+def _picture(run: Run, atlas: Atlas | None) -> Block | None:
     """The circuit after one token if it was analysed, else how the controls compare; None if nothing was measured."""
-    atlas = run.atlas
     if atlas is not None and atlas.explanations:
         shown = words.clearest(atlas)
         sketch = sketch_of(shown, atlas.units)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import bigram_circuits as bc
-from bigram_circuits.analysis import paired
+from bigram_circuits import analysis
 from bigram_circuits.analysis.ablation import ablate
+from bigram_circuits.models import resuming
 from bigram_circuits.models.resuming import can_resume, outputs_recorded, resumed
 from tests.architectures import CONFIGS
 from tests.conftest import D_VOCAB, save_tiny
@@ -88,10 +89,10 @@ def test_ablations_are_the_same_as_with_whole_passes(any_model, by, monkeypatch)
     arguments = (any_model, ["heads", "mlps", "L1N[1,2] + L0H1"], some)
     hashed = bc.weight_hash(any_model)
     begun = []
-    monkeypatch.setattr(paired, "resumed", lambda *args: begun.append(args[2]) or resumed(*args))
+    monkeypatch.setattr(resuming, "resumed", lambda *args: begun.append(args[2]) or resumed(*args))
     fast = ablate(*arguments, tokens=text, by=by, seeds=1)
     assert set(begun) == {1}
-    monkeypatch.setattr(paired, "can_resume", lambda model: False)
+    monkeypatch.setattr(resuming, "can_resume", lambda model: False)
     slow = ablate(*arguments, tokens=text, by=by, seeds=1)
     assert np.array_equal(fast.values, slow.values, equal_nan=True)
     assert np.array_equal(fast.low, slow.low, equal_nan=True)
@@ -102,6 +103,26 @@ def test_additions_are_the_same_as_with_whole_passes(any_model, monkeypatch):
     text = np.tile(TOKENS.numpy(), (3, 1))
     base = bc.Subnetwork.full(any_model).drop_head(0, 0).drop_head(1, 1).drop_head(0, 1).drop_head(1, 2)
     fast = bc.sufficiency(any_model, base, ["L0H0", "L1H1", "L1H2 + L0H1"], text, seeds=1)
-    monkeypatch.setattr(paired, "can_resume", lambda model: False)
+    monkeypatch.setattr(resuming, "can_resume", lambda model: False)
     slow = bc.sufficiency(any_model, base, ["L0H0", "L1H1", "L1H2 + L0H1"], text, seeds=1)
     assert np.array_equal(fast.values, slow.values, equal_nan=True)
+
+
+def test_what_is_lost_without_units_is_the_same_as_with_whole_passes(any_model, monkeypatch):
+    text = np.tile(TOKENS.numpy(), (3, 1))
+    kept = bc.Subnetwork.full(any_model).drop_head(0, 2).drop_neurons(1, [3])
+    target = bc.count_ngrams(text, d_vocab=D_VOCAB)
+    begun = []
+    monkeypatch.setattr(resuming, "resumed", lambda *args: begun.append(args[2]) or resumed(*args))
+    fast = analysis.unit_effects(any_model, kept, target, text, most=100)
+    assert set(begun) == {1}
+    begun.clear()
+    predicted = analysis.predicted_effects(any_model, kept, text, tokens=3)
+    assert set(begun) == {1}
+    monkeypatch.setattr(resuming, "can_resume", lambda model: False)
+    slow = analysis.unit_effects(any_model, kept, target, text, most=100)
+    assert fast.names == slow.names
+    assert np.array_equal(fast.values, slow.values)
+    np.testing.assert_allclose(
+        predicted.values, analysis.predicted_effects(any_model, kept, text, tokens=3).values, atol=1e-5
+    )
