@@ -93,7 +93,7 @@ def analyze(
     *,
     seed: int = 0,
     tokens: int = TOKENS,
-    sweep_tokens: int = SWEEP_TOKENS,
+    sweep_tokens: int | None = None,
     fit_tokens: int = FIT_TOKENS,
     atlas_tokens: int | None = None,
 ) -> Analyses:
@@ -106,7 +106,8 @@ def analyze(
         corpus: The text: affine maps are fitted on its training part, everything else is measured on its held-out part.
         seed: Seed of the matched random subnetworks.
         tokens: Maximum number of held-out tokens to measure layers on; all samples are evenly spread over the text.
-        sweep_tokens: Maximum number of held-out tokens to measure each ablation on.
+        sweep_tokens: Maximum number of held-out tokens to measure each ablation on; by default 3,072, or `tokens` if
+            that is fewer.
         fit_tokens: Maximum number of training tokens to fit affine maps on, and of held-out tokens for
             `max_activating_tokens`.
         atlas_tokens: Number of tokens to explain in the `atlas`; by default 200, fewer if `tokens` is below 20,000.
@@ -140,6 +141,7 @@ def analyze(
     task = None
     if isinstance(target, TaskTarget):
         task, corpus = target.task_of(corpus.held_out), target.unpadded(corpus)
+    sweep_tokens = min(SWEEP_TOKENS, tokens) if sweep_tokens is None else sweep_tokens
     found = _run(of, Subject(model, subnetwork, target, corpus, seed, tokens, sweep_tokens, fit_tokens, task))
     try:
         if task is not None:

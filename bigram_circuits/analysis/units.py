@@ -227,5 +227,5 @@ _UNITS_SHOWN, _UNIT_TOKENS = 24, 1 << 10
 
 @in_suite("unit_effects")
 def _(subject: Subject) -> Effects:
-    text = subject.sample(_UNIT_TOKENS)
+    text = subject.sample(min(_UNIT_TOKENS, subject.sweep_tokens))
     return _unit_effects(subject.model, subject.subnetwork, subject.target, text, _UNITS_SHOWN)

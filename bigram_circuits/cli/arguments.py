@@ -298,7 +298,10 @@ def _add_work_on_runs(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     _add_names(analyze)
     _add_copy(analyze)
     analyze.add_argument("--seed", type=_SEEDS, default=0, metavar="N", help="seed of the random controls (default: 0)")
-    analyze.add_argument("--tokens", type=_COUNT, metavar="N", help="tokens to measure layers on (default: 20480)")
+    analyze.add_argument(
+        "--tokens", type=_COUNT, metavar="N",
+        help="tokens to measure layers on (default: 20480); with fewer than 3072, also each ablation",
+    )  # fmt: skip
 
     explain = subparsers.add_parser(
         "explain", parents=[shared], help="write a page on how a run's mask comes from a token to its prediction"

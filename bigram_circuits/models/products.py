@@ -80,6 +80,9 @@ def _forward(leaf: Any, matrix: Tensor, dense: Callable[..., Any], x: Float[Tens
     is_masked = gate is not None and gate.active  # not within `full_weights`
     if not is_masked or torch.is_grad_enabled() or x.dtype != torch.float32 or len(rows) < _FEW_TOKENS:
         return dense(x)
+    if matrix._nnz() == 0:  # a matrix of which nothing is kept
+        nothing = x.new_zeros(matrix.shape[0]) if leaf.bias is None else leaf.bias
+        return nothing.expand(*x.shape[:-1], -1).clone()
     found = x.new_empty(len(rows), matrix.shape[0])
     for at in range(0, len(rows), _TOKENS_AT_ONCE):
         part, into = rows[at : at + _TOKENS_AT_ONCE], found[at : at + _TOKENS_AT_ONCE]

@@ -62,6 +62,15 @@ def test_layers_measured_together_are_those_measured_alone(tiny_model):
     assert fewer["cosine"].notes["tokens"] == 32
 
 
+def test_fewer_tokens_for_layers_are_fewer_for_each_ablation(tiny_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(suite, "_run", lambda of, subject: seen.append(subject) or suite.Analyses({}, {}, of))
+    some = bc.Subnetwork.full(tiny_model).drop_layer(1)
+    for options in ({}, {"tokens": 500}, {"tokens": 500, "sweep_tokens": 700}):
+        analyze(tiny_model, some, TARGET, CORPUS, **options)
+    assert [(one.tokens, one.sweep_tokens) for one in seen] == [(20480, 3072), (500, 500), (500, 700)]
+
+
 def test_wrong_arguments_are_errors_and_not_left_out(tiny_model):
     some = bc.Subnetwork.full(tiny_model).drop_layer(1)
     with pytest.raises(ValueError, match="vocabulary of 5"):
