@@ -76,8 +76,9 @@ SHORTER = pytest.param(
 SMALLER_SAMPLES = """
 import functools, importlib, sys
 from bigram_circuits import cli, workflow
-workflow.analyze = functools.partial(workflow.analyze, tokens=2_000, sweep_tokens=600, fit_tokens=6_000)
-importlib.import_module("bigram_circuits.analysis.sufficiency")._PERIOD = 12
+workflow.analyze = functools.partial(workflow.analyze, tokens=2_000, sweep_tokens=250, fit_tokens=4_000)
+importlib.import_module("bigram_circuits.analysis.sufficiency")._PERIOD = 8
+importlib.import_module("bigram_circuits.analysis.suite").TOKENS_EXPLAINED = 24
 sys.exit(cli.main())
 """
 
