@@ -86,10 +86,20 @@ def save_tiny(folder: Path, config) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_atlases(monkeypatch):
-    """An atlas of 12 tokens instead of 200 with every analysis; the whole is made by the tests of the main job."""
-    monkeypatch.setattr("bigram_circuits.analysis.suite.TOKENS_EXPLAINED", 12)
+@pytest.fixture(scope="session", autouse=True)
+def small_samples():
+    """An atlas of 12 tokens instead of 200 with every analysis, and few tokens traced through neurons.
+
+    The whole is made by the slow tests of the main job, in a process of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bigram_circuits.analysis.suite.TOKENS_EXPLAINED", 12)
+        patch.setattr("bigram_circuits.analysis.neurons._TOKENS", 8)
+        patch.setattr("bigram_circuits.analysis.prediction._TOKENS", 8)
+        patch.setattr("bigram_circuits.analysis.prediction._REMOVALS", 8 * 40)
+        patch.setattr("bigram_circuits.analysis.units._RANKED_ON", 8)
+        patch.setattr(import_module("bigram_circuits.analysis.sufficiency"), "_PERIOD", 8)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

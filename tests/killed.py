@@ -114,7 +114,7 @@ def at_random_moments(folder: Path, kills: int, seed: int) -> dict:
     """Kill `find`, from loading to the report, at random moments of its life."""
     save_tiny(folder / "model", TINY_CONFIGS["gpt_neox"])
     (folder / "text.txt").write_text("".join(f"line {n} of a small text\n" + "\n" * (n % 7 == 0) for n in range(1500)))
-    options = ["--steps", "160", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1"]
+    options = ["--steps", "50", "--batch-size", "4", "--context-length", "32", "--random-seeds", "1"]
     command = ["find", folder / "model", "--corpus", folder / "text.txt", "--max-tokens", "20000", *options]
     log = folder / "log"
     workflow.analyze = small_analysis
@@ -128,7 +128,7 @@ def at_random_moments(folder: Path, kills: int, seed: int) -> dict:
 
     finished(find("probe"), log)
     often()
-    explode_once_at(bc.load_run(folder / "probe").history, 40)
+    explode_once_at(bc.load_run(folder / "probe").history, 20)
     started = time.monotonic()
     finished(find("whole"), log)
     life = time.monotonic() - started

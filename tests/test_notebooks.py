@@ -81,6 +81,8 @@ def few(code):
         ("seeds=[23], steps=5", "seeds=1, steps=1"),
         (r"tokens=(24|32|60)\b", "tokens=2"),
         ("neurons=100", "neurons=20"),
+        ("tokens=6_?000, fit_tokens=12_?000", "tokens=500, fit_tokens=1000"),
+        (r"corpus\.held_out, seeds=5", "corpus.held_out, seeds=1"),
     ):
         code = re.sub(pattern, less, code)
     return code
