@@ -10,6 +10,7 @@ given time (`quality.py`) takes hours and is not included. Nothing else should r
 import argparse
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, metavar="FILE", help="also write the table into a page, between its marks")
     parser.add_argument("--smoke", action="store_true", help="in seconds: only to see that it runs")
     arguments = parser.parse_args(argv)
-    rows = [row for part in arguments.parts for row in PARTS[part](smoke=arguments.smoke)]
+    rows = []
+    for part in arguments.parts:
+        began = time.monotonic()
+        rows += PARTS[part](smoke=arguments.smoke)
+        print(f"{part}: measured in {time.monotonic() - began:.0f} s", flush=True)
     versions = ", ".join(f"{name} {__import__(name).__version__}" for name in ("torch", "transformers", "numpy"))
     lines = [f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}", ""]
     lines += [f"{torch.get_num_threads()} threads", "", "| what | measured | goal | |", "|---|---|---|---|"]
