@@ -578,9 +578,9 @@ def soft_hard_gap(
     check_tokens(model, tokens)
     gates.refresh(step)
     kept = as_mask(subnetwork)
-    with torch.no_grad(), gated(model, gates, kept.replacement if isinstance(kept, Circuit) else None):
+    with gated(model, gates, kept.replacement if isinstance(kept, Circuit) else None), lean_forward(model):
         soft = mean_cross_entropy(model, target, tokens).item()
-    with torch.no_grad(), masked(model, kept):
+    with masked(model, kept), lean_forward(model):
         hard = mean_cross_entropy(model, target, tokens).item()
     return SoftHardGap(soft, hard)
 

@@ -432,9 +432,9 @@ class Gates(ABC):
         """Return the number of gated weights with a score above 0, which would be kept if no size were targeted."""
         return self._n_above(0.0)
 
-    def hard_gates(self) -> Bool[Tensor, " gate"]:
-        """Return whether each gate is open once learning has ended."""
-        return hard_gate(self.scores.flat().detach() - self.threshold)
+    def hard(self, place: slice) -> Bool[Tensor, " gate"]:
+        """Return whether each of a range of gates is open once learning has ended."""
+        return hard_gate(self.scores[place].detach() - self.threshold)
 
     def masks(self, wanted: int | None = None) -> dict[str, Bool[Tensor, "..."]]:
         """Return the hard gate of every gated weight, by name, in stored layout.
@@ -442,9 +442,9 @@ class Gates(ABC):
         With `wanted`, open the highest-scoring gates that together govern at most that many weights: exactly that many
         if each gate governs a single weight.
         """
-        hard = self.hard_gates() if wanted is None else self.highest(wanted)
+        hard = self.hard if wanted is None else self.highest(wanted).__getitem__
         return {
-            group.site.name: group.spread(hard[group.place].float()).bool().expand(group.site.original.shape)
+            group.site.name: group.spread(hard(group.place).float()).bool().expand(group.site.original.shape)
             for group in self.groups
         }
 

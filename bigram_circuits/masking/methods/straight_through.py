@@ -110,9 +110,9 @@ class StraightThrough(Gates):
         """Count all gates as undecided until the last step, since the scores keep competing; then none."""
         return (0 if self._step == self._steps - 1 else len(self._open)), above
 
-    def hard_gates(self) -> Bool[Tensor, " gate"]:
-        """Return the gates that were open in the last step."""
-        return self._open.flat()
+    def hard(self, place: slice) -> Bool[Tensor, " gate"]:
+        """Return whether each of a range of gates was open in the last step."""
+        return self._open[place]
 
     def n_kept(self) -> int:
         """Return the number of gated weights that are kept."""
