@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}", ""]
     lines += [f"{torch.get_num_threads()} threads", "", "| what | measured | goal | |", "|---|---|---|---|"]
     for what, measured, goal, unit in rows:
-        lines.append(f"| {what} | {measured:.2f} {unit} | {goal:g} | {'met' if measured <= goal else 'missed'} |")
+        number = f"{measured:.{2 if abs(measured) >= 0.1 else 3}f} {unit}".strip()
+        lines.append(f"| {what} | {number} | {goal:.3g} | {'met' if measured <= goal else 'missed'} |")
     print("\n".join(lines))
     if arguments.page:
         before, _, rest = arguments.page.read_text().partition(BEGIN)

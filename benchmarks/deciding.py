@@ -69,7 +69,7 @@ def compare(
     means, spreads = np.mean(gains, axis=0), np.std(gains, axis=0, ddof=min(1, seeds - 1))
     if seeds > 1:
         print(f"  means and standard deviations over {seeds} seeds of the three ratios: {means}, {spreads}")
-    words = ("time to a decided mask", "KL of it at equal size", "r of it at equal size, loss of")
+    words = ("time to a decided mask", "KL of it at equal size", "fall of r at equal size")
     units = ("x", "x", "")
     return [
         (f"{what}, {name}, over whole sequences", float(mean), goal, unit)
