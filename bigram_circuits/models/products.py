@@ -45,18 +45,18 @@ def masked_once(model: Model, tokens: int = 0) -> Iterator[None]:
     gates: list[WeightGate] = []
     left = MOST_KEPT
     look_for_sparse = tokens >= _LEAST_TOKENS and torch.backends.mkl.is_available()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that sparse tensors are in beta
-        for site in weight_sites(model):
-            if (gate := gate_of(site.leaf)) is None or not gate.active:
-                continue
-            weight = gate(site.original)
-            if look_for_sparse and (matrix := _sparse(site.leaf, weight)) is not None:
-                forwards[site.leaf] = partial(_forward, site.leaf, matrix, site.leaf.forward)
-            elif (left := left - weight.nbytes) >= 0:
-                gate.kept = weight
-                gates.append(gate)
     try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse tensors are in beta
+            for site in weight_sites(model):
+                if (gate := gate_of(site.leaf)) is None or not gate.active:
+                    continue
+                weight = gate(site.original)
+                if look_for_sparse and (matrix := _sparse(site.leaf, weight)) is not None:
+                    forwards[site.leaf] = partial(_forward, site.leaf, matrix, site.leaf.forward)
+                elif (left := left - weight.nbytes) >= 0:
+                    gate.kept = weight
+                    gates.append(gate)
         with forwards_replaced(forwards):
             yield
     finally:

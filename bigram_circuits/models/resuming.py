@@ -51,8 +51,8 @@ def resumed(model: Model, outputs: Sequence[Any], first: int) -> Iterator[None]:
 class KnownPasses:
     """Batches that pass through a model again and again, from the block where a pass begins to differ from the first.
 
-    Within its `with` block, a first pass over all batches (`first_pass`) shows what each block returns; where that does
-    not tell what a later block needs (`can_resume`), passes just run whole.
+    The first pass of each batch (`first_pass`) shows what the blocks return. Where that is not all that a later block
+    needs (`can_resume`), every pass is whole.
     """
 
     def __init__(self, model: Model) -> None:

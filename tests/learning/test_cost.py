@@ -60,6 +60,28 @@ def test_hooks_on_norms_still_see_and_change_what_passes(any_model):
     with torch.no_grad(), hooks, lean_forward(any_model):
         any_model(TOKENS)
     assert len(seen) == 1
+    hooks = any_model.hooks(fwd_hooks=[(name, lambda value, hook: seen.append(value))])
+    with torch.no_grad(), lean_forward(any_model), hooks:  # placed later
+        any_model(TOKENS)
+    assert len(seen) == 2
+
+
+def test_the_end_of_learning_holds_no_attention_pattern_and_no_copy_of_all_scores(tiny_model):
+    gates = ContinuousSparsification(group_gates(bc.weight_sites(tiny_model), {"attn": "weight", "mlp": "weight"}))
+    tokens = torch.from_numpy(TEXT)
+    with memory._Record() as record:
+        masks = gates.masks()
+    largest = max(group.place.stop - group.place.start for group in gates.groups)
+    assert len(gates.scores) > 4 * largest
+    assert max(record.sizes) <= 4 * largest  # float32 scores of one matrix
+    kept = bc.Subnetwork({site.name: site.from_stored(masks[site.name]) for site in bc.weight_sites(tiny_model)})
+    with memory._Record() as record:
+        bc.soft_hard_gap(tiny_model, gates, kept, TARGET, tokens, step=0)
+    patterns = 4 * tokens.numel() * tokens.shape[1] * tiny_model.cfg.n_heads
+    assert patterns not in record.sizes
+    with memory._Record() as record, torch.no_grad():
+        tiny_model(tokens)
+    assert patterns in record.sizes  # of TransformerLens' own attention
 
 
 def test_blocks_computed_twice_give_the_same_gradient(any_model):
